@@ -27,7 +27,7 @@ from benchmarks.setting import (
     train_tokenizer,
     write_synthetic,
 )
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.encoded import workers
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import open_dataset

@@ -67,7 +67,7 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     records are added; None: there is no store yet.
     """
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.records import eval_part, train_part
+    from dpo_dist.data import Part
     from dpo_dist.encoded.build import Preparation
     from dpo_dist.encoded.dataset import open_dataset
     from dpo_dist.encoded.partners import with_partners
@@ -81,8 +81,8 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
         _write_texts(folder / f"{name}.jsonl", kind, seed)
     config = load_run_config(overrides(folder, model, kind))
     data, tokenizer, digest = config.data, load_tokenizer(model, config.model), tokenizer_digest(model)
-    evaluated = Preparation(data.eval, data, tokenizer, digest, part=eval_part(data)).whole()
-    part = train_part(data, open_dataset(evaluated, data).prompt_hashes[:])
+    evaluated = Preparation(data.eval, data, tokenizer, digest, part=Part.to_evaluate(data)).whole()
+    part = Part.to_train(data, open_dataset(evaluated, data).prompt_hashes[:])
     short = dataclasses.replace(data, cache=str(folder / "short"))
     [source] = Preparation(data.train, short, tokenizer, digest, part=part).whole()
     table = source.table()

@@ -127,7 +127,7 @@ def _train_with_trl(folder: Path, steps: int) -> None:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    from dpo_dist.data.images import ImageProcessor
+    from dpo_dist.data import ImageProcessor
 
     setting = Setting.read(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / _MODEL)

@@ -26,12 +26,16 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.encode import EncodedExample, encode_record
-from dpo_dist.data.example import Example
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.files import write_records
-from dpo_dist.data.records import BadRecord
+from dpo_dist.data import (
+    BadRecord,
+    DataConfig,
+    EncodedExample,
+    Example,
+    SourceConfig,
+    encode_record,
+    read_records,
+    write_records,
+)
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, in_one_line
 from dpo_dist.foundation.process import kept_environment
 from dpo_dist.foundation.signals import BY_FAULT, StopRequest
@@ -121,7 +125,7 @@ def read_pairs(
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        encoded = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer, None)
+        encoded = encode_record(record, limits, tokenizer)
         if isinstance(encoded, BadRecord):
             bad.append(encoded)
         else:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.example import Example, ImageInput, TokenIds
+from dpo_dist.data import Example, ImageInput, TokenIds
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.prefix_tree import Segment, paths, prefix_tree
-from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
+from dpo_dist.data import Example, ImageInput, Mask, TokenIds
 
 DUMMY_RESPONSES = 2  # in a `dummy_batch`
 

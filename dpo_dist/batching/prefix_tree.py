@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.prefixes import common_tokens, input_rows
-from dpo_dist.data.example import Example
+from dpo_dist.data import Example
 
 
 class Segment(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.example import Example
+from dpo_dist.data import Example
 
 Counts = npt.NDArray[np.int64]
 Row = npt.NDArray[np.int32]

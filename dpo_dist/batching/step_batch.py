@@ -15,7 +15,7 @@ from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pa
 from dpo_dist.batching.plan import plan_micro_batches, shares_in_bins
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.data.example import Example, ImageInput
+from dpo_dist.data import Example, ImageInput
 
 
 class ExampleSource(Protocol):

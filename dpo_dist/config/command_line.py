@@ -35,7 +35,7 @@ from dpo_dist.config.named_code import NAMED_CODE, code_options, code_warnings
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data.config import SourceConfig
+from dpo_dist.data import SourceConfig
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
 from dpo_dist.foundation.fields import as_written

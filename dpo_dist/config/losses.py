@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from dpo_dist.data.read.fields import NUMBERS
+from dpo_dist.data import NUMBERS
 from dpo_dist.foundation.fields import as_entry, key, schema, schema_fields, section
 
 T = TypeVar("T")

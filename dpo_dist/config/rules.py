@@ -18,7 +18,7 @@ from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import likely_name
 from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ExportConfig, ReferenceMode, RunConfig
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data.config import DataFormat
+from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.fields import as_written, schema_fields
 from dpo_dist.foundation.remedies import Remedy

@@ -18,7 +18,7 @@ from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig
 from dpo_dist.foundation.fields import (
     LARGEST_INTEGER,
     Names,

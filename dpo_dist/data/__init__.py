@@ -1,1 +1,132 @@
-"""Preference data: read records from files, encode them as token ids, store them."""
+"""Preference data: any file, any chat template and any image to token ids and masks of the loss.
+
+Needs nothing of the rest of this package but `foundation`, no torch for texts, and no GPU. A record is what a
+source says (`PreferenceRecord`), an example what a model reads (`Example`); a record that cannot be used is a
+`BadRecord`. docs/data_alone.md begins with five lines.
+
+- **Configuration**: `DataConfig` has the limits and the template, `SourceConfig` one source (`Source`: also
+  as a path), `DataFormat` the formats.
+- **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
+  `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
+  evaluate, `write_records` writes records in memory to a file.
+- **Records**: `PreferenceRecord` has a `Prompt` and `Response`s, which are texts, `Message`s or a
+  `Dialogue`; `ImageFile`s stand at the `IMAGE` characters of contents; `Origin` says whence a record is. A
+  `Record` is also a `BadRecord`, which an `UnusableRecordError` becomes; a `RawRecord` is not parsed yet.
+  `turns_of` returns a prompt or a response as messages, `prompt_hash` 64 bits by which prompts are compared.
+  `NUMBERS` change the loss of a record, `VOTES` may say one of them.
+- **Encoding**: `encode_record` returns an `EncodedRecord`, whose `examples()` are `EncodedExample`s:
+  `Example`s of `TokenIds` and a `Mask` for each response, with an `ImageInput` (`ExpandedImage`) for each
+  image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
+  that end responses, `unread_fields` what neither a format nor the template reads.
+- **Counts**: `DataCounts` counts kept, dropped and changed records by each record's `Outcome`, checks that
+  enough is left, by `SourceLengths` too, and says so: `describe_counts`, `named_in_one_line`.
+
+Each name is imported when it is asked for: a part needs no package of the others.
+"""
+
+from importlib import import_module  # noqa: TID251  (no code of the user)
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_dist.data.config import DataConfig, DataFormat, Source, SourceConfig
+    from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
+    from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
+    from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
+    from dpo_dist.data.images import ExpandedImage, ImageProcessor
+    from dpo_dist.data.read.fields import NUMBERS, VOTES
+    from dpo_dist.data.read.files import write_records
+    from dpo_dist.data.read.sources import DataSource, full_name, read_records, source_labels
+    from dpo_dist.data.records import (
+        IMAGE,
+        BadRecord,
+        Dialogue,
+        ImageFile,
+        Message,
+        Origin,
+        Part,
+        PreferenceRecord,
+        Prompt,
+        RawRecord,
+        Record,
+        Response,
+        UnusableRecordError,
+        prompt_hash,
+        turns_of,
+    )
+    from dpo_dist.data.text.lengths import SourceLengths
+    from dpo_dist.data.text.render import trained_stops, unread_fields
+    from dpo_dist.data.text.template import ChatTemplate
+
+__all__ = [
+    "IMAGE",
+    "NUMBERS",
+    "VOTES",
+    "BadRecord",
+    "ChatTemplate",
+    "DataConfig",
+    "DataCounts",
+    "DataFormat",
+    "DataSource",
+    "Dialogue",
+    "EncodedExample",
+    "EncodedRecord",
+    "Example",
+    "ExpandedImage",
+    "ImageFile",
+    "ImageInput",
+    "ImageProcessor",
+    "Mask",
+    "Message",
+    "Origin",
+    "Outcome",
+    "Part",
+    "PreferenceRecord",
+    "Prompt",
+    "RawRecord",
+    "Record",
+    "Response",
+    "Source",
+    "SourceConfig",
+    "SourceLengths",
+    "TokenIds",
+    "UnusableRecordError",
+    "describe_counts",
+    "encode_record",
+    "full_name",
+    "named_in_one_line",
+    "prompt_hash",
+    "read_records",
+    "source_labels",
+    "trained_stops",
+    "turns_of",
+    "unread_fields",
+    "write_records",
+]
+
+_NAMES = {
+    "config": ("DataConfig", "DataFormat", "Source", "SourceConfig"),
+    "counts": ("DataCounts", "Outcome", "describe_counts", "named_in_one_line"),
+    "encode": ("EncodedExample", "EncodedRecord", "encode_record"),
+    "example": ("Example", "ImageInput", "Mask", "TokenIds"),
+    "images": ("ExpandedImage", "ImageProcessor"),
+    "read.fields": ("NUMBERS", "VOTES"),
+    "read.files": ("write_records",),
+    "read.sources": ("DataSource", "full_name", "read_records", "source_labels"),
+    "records": (
+        *("IMAGE", "BadRecord", "Dialogue", "ImageFile", "Message", "Origin", "Part", "PreferenceRecord"),
+        *("Prompt", "RawRecord", "Record", "Response", "UnusableRecordError", "prompt_hash"),
+        "turns_of",
+    ),
+    "text.lengths": ("SourceLengths",),
+    "text.render": ("trained_stops", "unread_fields"),
+    "text.template": ("ChatTemplate",),
+}
+"""The same names by the module that has them; a test compares them with the imports above."""
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a name when it is asked for: those that read files take a fifth of a second."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

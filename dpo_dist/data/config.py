@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import NonEmpty, as_entry, key, schema
 
 DataFormat = StrEnum(
@@ -123,3 +124,41 @@ class DataConfig:
     def eval_sources(self) -> list[SourceConfig]:
         """The sources of the evaluation data; empty if there are none."""
         return list(self.eval) or (list(self.train) if self.eval_share else [])
+
+    def check_has_evaluation_data(self, use: str, form: str = "with both responses") -> None:
+        """Raise ConfigError if no source has evaluation data; `use`: "compare models on", for its message."""
+        if not self.eval_sources:
+            raise ConfigError(
+                f"there is no evaluation data to {use}",
+                where="data.eval",
+                got="no source",
+                expected=f"held-out records, {form}",
+                remedy="set 'data.eval=[held_out.jsonl]', or data.train and data.eval_share as in training",
+            )
+
+    def without_limits(self) -> "DataConfig":
+        """Return the configuration with room for records of any length."""
+        return replace(self, max_length=2**30, max_prompt_length=None, truncation=Truncation.drop)
+
+    @property
+    def encoding_identity(self) -> dict[str, Any]:
+        """What decides, beside a record and the chat template, the token ids and masks of the record."""
+        return {
+            **{name: getattr(self, name) for name in _ENCODING_KEYS},
+            "template_applied": self.template is TextTemplate.applied,
+            "template_date": TEMPLATE_DATE,
+            "trained_roles": sorted(set(self.trained_roles)),
+            "untrained": sorted(set(self.untrained)),
+        }
+
+
+_ENCODING_KEYS = (
+    "max_length",
+    "max_prompt_length",
+    "truncation",
+    "text_as_messages",
+    "template_arguments",
+    "ranked",
+    "unpair",
+    "on_bad_record",
+)

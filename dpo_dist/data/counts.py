@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dpo_dist.data.config import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.read.fields import CONVERSATIONS, QUESTIONS
@@ -18,7 +18,6 @@ from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.text import pluralize
 
-SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 _PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra read as they stand
@@ -27,7 +26,6 @@ DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 _PLAIN = "chat_template_not_applied"
 _OMITTED = "content_not_rendered"
-EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
 _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
@@ -41,8 +39,10 @@ def in_words(name: str) -> str:
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
 
 
-def reason_remedy(reason: str) -> str:
-    """Return advice about records that are dropped for this reason."""
+def reason_remedy(reason: str | None) -> str:
+    """Return advice about records that are dropped for this reason; None: there are no records."""
+    if reason is None:
+        return "check the path, or remove the source"
     remedies = _ROWS.get(reason, [])[1:]
     return "; or ".join(remedies) or "correct the records; docs/data.md explains the reason"
 
@@ -88,6 +88,8 @@ class DataCounts:
         columns: the same for `BadRecord.source_columns`.
     """
 
+    MAX_EXAMPLES: ClassVar[int] = 20
+
     read: int = 0
     kept: int = 0
     pairs: int = 0
@@ -127,14 +129,14 @@ class DataCounts:
             total.pairs += part["pairs"]
             for name in ("dropped", "read_as", "changed"):
                 getattr(total, name).update(part[name])
-            room = SHOWN_EXAMPLES - len(total.examples)
+            room = cls.MAX_EXAMPLES - len(total.examples)
             total.examples += [DroppedRecord(*example) for example in part["examples"][:room]]
             total.fields = part["fields"] | total.fields
             total.columns = part["columns"] | total.columns
         return total
 
     def _show(self, record: BadRecord) -> None:
-        if len(self.examples) < SHOWN_EXAMPLES:
+        if len(self.examples) < self.MAX_EXAMPLES:
             self.examples.append(DroppedRecord(record.origin.source, record.origin.line, record.why))
         if record.fields:
             self.fields.setdefault(record.reason, [*record.fields])
@@ -156,9 +158,170 @@ class DataCounts:
         by_name = {"dropped": dict(self.dropped), "read_as": dict(self.read_as)}
         return whole | by_name | dict(sorted(self.changed.items()))
 
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any]) -> "DataCounts":
+        """Return the counts that `numbers` has returned, also as JSON has them, or a part of them."""
+        counts = cls()
+        for name, value in numbers.items():
+            if name in ("read", "kept", "pairs"):
+                setattr(counts, name, value)
+            elif name in ("dropped", "read_as"):
+                getattr(counts, name).update(value)
+            elif isinstance(value, int):
+                counts.changed[name] = value
+        return counts
+
     def as_dict(self) -> dict[str, Any]:
         """Return counts and examples for JSON."""
         return self.numbers() | {"examples": list(map(str, self.examples))}
+
+    # What the counts say, for the screen.
+
+    @property
+    def kept_in_words(self) -> str:
+        """How many records were kept, and how many examples were made of them if these are not as many."""
+        kept = f"{self.kept:,} of {pluralize(self.read, 'record')} kept"
+        made = f", {pluralize(self.pairs, 'example')} made of them"
+        return kept if self.pairs == self.kept else kept + made
+
+    @property
+    def is_mostly_plain(self) -> bool:
+        """Whether more than half of the kept records are plain text beside a chat template."""
+        return self.changed[_PLAIN] > self.kept / 2
+
+    def plain_in_words(self, records: str = "records") -> str:
+        """Return how many kept records are plain text beside a chat template, "" if none."""
+        plain = self.changed[_PLAIN]
+        return f"{plain:,} of {self.kept:,} {records} are {in_words(_PLAIN)}" if plain else ""
+
+    def plain_warning(self, records: str = "records") -> str:
+        """Return how many kept records are plain text beside a chat template, and what to do about them."""
+        return f"{self.plain_in_words(records)}; {reason_remedy(_PLAIN)}"
+
+    def two_forms(self) -> list[str]:
+        """Return a warning if the chat template renders only a part of a source's records, else none."""
+        is_part = 0 < self.changed[_PLAIN] < self.kept
+        return [self.plain_warning("records of this source")] if is_part else []
+
+    @property
+    def forms_in_words(self) -> str:
+        """How kept records were read, with numbers if they were read in several ways."""
+        if len(self.read_as) == 1:
+            return next(iter(self.read_as))
+        return "; ".join(f"{number:,} {form}" for form, number in sorted(self.read_as.items()))
+
+    @property
+    def dropped_in_words(self) -> str:
+        """The numbers of dropped records by reason, in one line; empty if there are none."""
+        return counts_in_one_line(self.dropped)
+
+    @property
+    def changed_in_words(self) -> str:
+        """The numbers of changes, in one line; empty if there are none."""
+        return counts_in_one_line(self.changed)
+
+    def dropped_lines(self) -> list[str]:
+        """Return lines about dropped records, by reason."""
+        reasons = sorted(self.dropped.items())
+        return [f"  {number:,} dropped ({reason}): {in_words(reason)}" for reason, number in reasons]
+
+    # Checks that enough is left.
+
+    def check(
+        self,
+        path: str,
+        config: DataConfig,
+        *,
+        key: str = "",
+        of_first: bool = False,
+        lengths: Callable[[], Sequence[SourceLengths]] | None = None,
+    ) -> None:
+        """Check that enough of a source's records were kept; `of_first`: only its first records were read.
+
+        An error names the source by its `path`, after its `key` if there is one. `lengths` returns the record
+        lengths of all sources, to suggest limits.
+
+        Raises:
+            DataError: no record was kept, more were dropped than `data.max_bad_share` allows, the chat
+                template leaves out a part of most records, or was already applied to most texts and
+                `data.template` is not set.
+        """
+        if self.changed[LEFT_IN_TRAIN] or (self.changed[HELD_OUT] and not self.read):
+            # The evaluation part of a split is too small for shares: the training part is checked. In a
+            # training part whose records are all held out there is nothing to check.
+            return
+        where = f"{key}: {path}" if key else path
+        templated = self.changed["templated_text"]
+        # A share among the first records is no estimate; all of them is a clear sign.
+        is_templated = templated == self.kept > 0 if of_first else templated > self.kept / 2
+        if is_templated and config.template is TextTemplate.auto:
+            raise DataError(
+                f"a chat template has already been applied to {templated} of {self.kept} texts",
+                where=where,
+                got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
+                expected="prompts and responses as plain text or messages",
+                remedy=Remedy.to_set("data.template=applied")
+                + " to encode these tokens as special tokens, or data.template=literal to encode them as "
+                "ordinary text",
+            )
+        if not self.read:
+            got = "an empty file, or only a header"
+            raise DataError("the source has no records", where=where, got=got, remedy=reason_remedy(None))
+        dropped = self.dropped.total()
+        # A verdict that is not read in one record may be misread in the others.
+        is_unread = self.dropped[_UNREAD_VERDICT] > 0
+        if self.kept and dropped <= config.max_bad_share * self.read and not is_unread:
+            self._check_rendered(where, config, of_first=of_first)
+            return
+        reason = _UNREAD_VERDICT if is_unread else max(self.dropped, key=lambda name: self.dropped[name])
+        reasons = ", ".join(f"{name} {number}" for name, number in sorted(self.dropped.items()))
+        remedy = _remedy(reason, self, path, config, lengths)
+        if self.kept and not is_unread:
+            remedy += "; or raise data.max_bad_share if dropping these records is intended"
+        first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
+        different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
+        for example in self.examples:
+            different.setdefault(example.why, example)
+        raise DataError(
+            f"{dropped} of {first}{self.read} records cannot be used",
+            where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
+            got=f"{self.read} records{rest}; dropped: {reasons}",
+            expected="a verdict that is read in each record"
+            if is_unread
+            else f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
+            remedy=remedy,
+        )
+
+    def _check_rendered(self, where: str, config: DataConfig, *, of_first: bool) -> None:
+        """Check that the chat template writes the whole of most kept records. Raises DataError."""
+        omitted = self.changed[_OMITTED]
+        # As for a template that was applied already: it does not fit a source, not some of its records.
+        is_most = omitted == self.kept if of_first else omitted > self.kept / 2
+        if is_most and omitted > config.max_bad_share * self.read:
+            raise DataError(
+                f"{in_words(_OMITTED)} in {omitted} of {self.kept} records",
+                where=where,
+                got="turns, calls or thoughts that would not be trained, or not be before what is trained",
+                expected="a chat template that writes the records whole",
+                remedy=reason_remedy(_OMITTED)
+                + "; or, if training without these parts is intended, "
+                + Remedy.to_set("data.max_bad_share=1"),
+            )
+
+    def check_split(self, config: DataConfig) -> None:
+        """Check that this part of a split has usable records. Raises DataError."""
+        if self.kept:
+            return
+        left = self.changed[LEFT_IN_TRAIN]
+        remedy: str | Remedy = "raise data.eval_share" if left else "lower data.eval_share"
+        if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
+            remedy = Remedy.to_set("data.drop_eval_prompts=false") + ", or name other sources in data.eval"
+        raise DataError(
+            "the split has no evaluation data" if left else "no training data are left",
+            where="data.eval_share" if left else "data.train",
+            got=f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part",
+            remedy=remedy,
+        )
 
 
 def counts_in_one_line(counts: Mapping[str, int]) -> str:
@@ -184,136 +347,18 @@ def count_lines(counts: Mapping[str, int]) -> list[str]:
 
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records, and how each source was read."""
-    lines = [f"{name} data: {_kept(counts)}", *describe_dropped(counts["dropped"])]
-    numbers = {change: number for change, number in counts.items() if isinstance(number, int)}
-    lines += count_lines({change: numbers[change] for change in numbers.keys() - {"read", "kept", "pairs"}})
-    for source in counts["sources"]:
-        shown = f"{source['path']}: {pluralize(source['kept'], 'record')}"
+    total = DataCounts.from_numbers(counts)
+    lines = [f"{name} data: {total.kept_in_words}", *total.dropped_lines()]
+    lines += count_lines(total.changed)
+    for numbers in counts["sources"]:
+        source = DataCounts.from_numbers(numbers)
+        shown = f"{numbers['path']}: {pluralize(source.kept, 'record')}"
         if len(counts["sources"]) > 1:
-            dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
-            shown = f"source {source['label']} ({source['path']}): {_kept(source)}{dropped}"
-        lines.append(f"  {shown}: {read_in_words(source['read_as'])}")
-        lines += [f"  warning: {warning}" for warning in two_forms(source)]
+            dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
+            shown = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
+        lines.append(f"  {shown}: {source.forms_in_words}")
+        lines += [f"  warning: {warning}" for warning in source.two_forms()]
     return lines
-
-
-def plain_text_count(counts: Mapping[str, Any], records: str = "records") -> str:
-    """Return how many kept records are plain text beside a chat template, "" if none."""
-    plain, kept = counts.get(_PLAIN, 0), counts.get("kept", 0)
-    return f"{plain:,} of {kept:,} {records} are {in_words(_PLAIN)}" if plain else ""
-
-
-def are_mostly_plain(counts: Mapping[str, Any]) -> bool:
-    """Return whether more than half of the kept records are plain text beside a chat template."""
-    return bool(counts.get(_PLAIN, 0) > counts.get("kept", 0) / 2)
-
-
-def two_forms(counts: Mapping[str, Any]) -> list[str]:
-    """Return a warning if the chat template renders only a part of a source's records, else none."""
-    if not 0 < counts.get(_PLAIN, 0) < counts["kept"]:
-        return []
-    return [f"{plain_text_count(counts, 'records of this source')}; {reason_remedy(_PLAIN)}"]
-
-
-def read_in_words(read_as: Mapping[str, int]) -> str:
-    """Return how kept records were read, with numbers if they were read in several ways."""
-    if len(read_as) == 1:
-        return next(iter(read_as))
-    return "; ".join(f"{number:,} {form}" for form, number in sorted(read_as.items()))
-
-
-def describe_dropped(dropped: Mapping[str, int]) -> list[str]:
-    """Return lines about dropped records, by reason."""
-    return [f"  {number:,} dropped ({name}): {in_words(name)}" for name, number in sorted(dropped.items())]
-
-
-def _kept(counts: Mapping[str, Any]) -> str:
-    kept = f"{counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
-    pairs = counts.get("pairs", counts["kept"])
-    return kept if pairs == counts["kept"] else f"{kept}, {pluralize(pairs, 'example')} made of them"
-
-
-def check_counts(
-    counts: DataCounts,
-    path: str,
-    config: DataConfig,
-    *,
-    key: str = "",
-    of_first: bool = False,
-    lengths: Callable[[], Sequence[SourceLengths]] | None = None,
-) -> None:
-    """Check that enough of a source's records were kept; `of_first`: only its first records were read.
-
-    An error names the source by its `path`, after its `key` if there is one. `lengths` returns the record
-    lengths of all sources, to suggest limits.
-
-    Raises:
-        DataError: no record was kept, more were dropped than `data.max_bad_share` allows, the chat template
-            leaves out a part of most records, or was already applied to most texts and `data.template` is not
-            set.
-    """
-    if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
-        # The evaluation part of a split is too small for shares: the training part is checked. In a training
-        # part whose records are all held out there is nothing to check.
-        return
-    where = f"{key}: {path}" if key else path
-    templated = counts.changed["templated_text"]
-    # A share among the first records is no estimate; all of them is a clear sign.
-    is_templated = templated == counts.kept > 0 if of_first else templated > counts.kept / 2
-    if is_templated and config.template is TextTemplate.auto:
-        raise DataError(
-            f"a chat template has already been applied to {templated} of {counts.kept} texts",
-            where=where,
-            got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
-            expected="prompts and responses as plain text or messages",
-            remedy=Remedy.to_set("data.template=applied")
-            + " to encode these tokens as special tokens, or data.template=literal to encode them as "
-            "ordinary text",
-        )
-    if not counts.read:
-        got = "an empty file, or only a header"
-        raise DataError("the source has no records", where=where, got=got, remedy=EMPTY_REMEDY)
-    dropped = counts.dropped.total()
-    # A verdict that is not read in one record may be misread in the others.
-    is_unread = counts.dropped[_UNREAD_VERDICT] > 0
-    if counts.kept and dropped <= config.max_bad_share * counts.read and not is_unread:
-        _check_rendered(counts, where, config, of_first=of_first)
-        return
-    reason = _UNREAD_VERDICT if is_unread else max(counts.dropped, key=lambda name: counts.dropped[name])
-    reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
-    remedy = _remedy(reason, counts, path, config, lengths)
-    if counts.kept and not is_unread:
-        remedy += "; or raise data.max_bad_share if dropping these records is intended"
-    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
-    different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
-    for example in counts.examples:
-        different.setdefault(example.why, example)
-    raise DataError(
-        f"{dropped} of {first}{counts.read} records cannot be used",
-        where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
-        got=f"{counts.read} records{rest}; dropped: {reasons}",
-        expected="a verdict that is read in each record"
-        if is_unread
-        else f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
-        remedy=remedy,
-    )
-
-
-def _check_rendered(counts: DataCounts, where: str, config: DataConfig, *, of_first: bool) -> None:
-    """Check that the chat template writes the whole of most kept records. Raises DataError."""
-    omitted = counts.changed[_OMITTED]
-    # As for a template that was applied already: it does not fit a source, not some of its records.
-    is_most = omitted == counts.kept if of_first else omitted > counts.kept / 2
-    if is_most and omitted > config.max_bad_share * counts.read:
-        raise DataError(
-            f"{in_words(_OMITTED)} in {omitted} of {counts.kept} records",
-            where=where,
-            got="turns, calls or thoughts that would not be trained, or not be before what is trained",
-            expected="a chat template that writes the records whole",
-            remedy=reason_remedy(_OMITTED)
-            + "; or, if training without these parts is intended, "
-            + Remedy.to_set("data.max_bad_share=1"),
-        )
 
 
 def _remedy(
@@ -450,19 +495,3 @@ def _column(field: str, given: Iterable[str]) -> str | None:
 
 def _words(name: str) -> set[str]:
     return {name.lower(), *re.split(r"[^a-z]+", name.lower())}
-
-
-def check_split(counts: DataCounts, config: DataConfig) -> None:
-    """Check that this part of a split has usable records. Raises DataError."""
-    if counts.kept:
-        return
-    left = counts.changed[LEFT_IN_TRAIN]
-    remedy: str | Remedy = "raise data.eval_share" if left else "lower data.eval_share"
-    if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
-        remedy = Remedy.to_set("data.drop_eval_prompts=false") + ", or name other sources in data.eval"
-    raise DataError(
-        "the split has no evaluation data" if left else "no training data are left",
-        where="data.eval_share" if left else "data.train",
-        got=f"{counts.read} records, none usable, and {left or counts.changed[HELD_OUT]} in the other part",
-        remedy=remedy,
-    )

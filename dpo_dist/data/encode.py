@@ -16,8 +16,8 @@ from dpo_dist.data.records import (
     IMAGE,
     BadRecord,
     PreferenceRecord,
+    Record,
     RecordLengths,
-    Tokenizer,
     UnusableRecordError,
     training_examples,
     turns_of,
@@ -29,6 +29,7 @@ from dpo_dist.data.text.thoughts import DEFAULT_MARKS
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import Span
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +49,7 @@ def encode_pair(
     data_config: DataConfig,
     processor: ImageProcessor | None = None,
 ) -> EncodedExample | BadRecord:
-    """Encode one record within the configured lengths; a bad record returns its reason.
-
-    A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
-    text: EOS) exactly once. A special token spelled in a content is encoded as text. The images, which a
-    `processor` reads, are `ExpandedImage`.
-    """
+    """Encode a record's responses as one example, as `encode_record`; the images are `ExpandedImage`."""
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
     lengths: RecordLengths | None = None
     try:
@@ -322,9 +318,16 @@ class EncodedRecord:
 
 
 def encode_record(
-    record: PreferenceRecord, config: DataConfig, tokenizer: Tokenizer, processor: ImageProcessor | None
+    record: Record, config: DataConfig, tokenizer: Tokenizer, processor: ImageProcessor | None = None
 ) -> EncodedRecord | BadRecord:
-    """Encode the training examples of a record; errors and bad records as in `encode_pair`."""
+    """Encode the training examples of a record; a bad record is returned as it is.
+
+    A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
+    text: EOS) exactly once. A special token spelled in a content is encoded as text. Only a `processor` reads
+    images. Raises ConfigError: the tokenizer or its chat template cannot be used.
+    """
+    if isinstance(record, BadRecord):
+        return record
     ranks, ties = training_examples(record, config.ranked)
     if config.unpair and len(record.responses) > 1:
         record = replace(record, responses=record.responses[:: len(record.responses) - 1], scores=(1.0, 0.0))

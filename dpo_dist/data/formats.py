@@ -7,13 +7,11 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.read.columns import FIRST_RECORDS, resolve_source, with_columns
+from dpo_dist.data.config import DataFormat
 from dpo_dist.data.read.fields import (
     CONVERSATIONS,
     IMAGES_OF_SIDES,
@@ -53,7 +51,6 @@ from dpo_dist.data.read.messages import (
     unread_error,
     unread_keys,
 )
-from dpo_dist.data.read.sources import local_files, pin_source, raw_records
 from dpo_dist.data.read.values import (
     has_value,
     ignoring,
@@ -80,10 +77,8 @@ from dpo_dist.data.records import (
     Record,
     Response,
     UnusableRecordError,
-    bad_record_error,
     turns_of,
 )
-from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.types import Fields
 
 # A value other than 1 would be ignored.
@@ -143,53 +138,6 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
     if isinstance(completed, BadRecord):
         return parsed if completed.reason in _RESPONSE_FAULTS else completed
     return replace(completed, responses=(), scores=None)
-
-
-def read_records(
-    source: SourceConfig | str,
-    parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record,
-) -> Iterator[Record]:
-    """Read the records of a source (a string: its path) in its order; only a .json is read whole.
-
-    One item per record: a pair, a ranking, a completion, or the reason why the record cannot be used. The
-    call itself raises the DataError or ConfigError of a source with wrong keys.
-    """
-    source = resolve_source(SourceConfig(path=source) if isinstance(source, str) else source)
-    return (
-        record if isinstance(record, BadRecord) else parse(record, source.format, origin)
-        for record, origin in raw_records(source)
-    )
-
-
-def read_prompts(source: SourceConfig) -> Iterator[Record]:
-    """Read a source's records for their prompts; a record without usable responses has none."""
-    return read_records(source, parse=parse_prompt)
-
-
-def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
-    """Check the keys of a source and the columns of its first records; with `config`, that some are usable.
-
-    With `data.on_bad_record=error` every record that is read must be usable. Sends no request. Raises
-    DataError or ConfigError.
-    """
-    from huggingface_hub import constants  # noqa: PLC0415  # slow to import
-
-    source = resolve_source(source)
-    with_columns(iter(()), source)
-    if local_files(source) is None:
-        if constants.HF_HUB_OFFLINE and not is_url(source.path):
-            pin_source(source)  # raises if the Hub's cache lacks the dataset
-        return
-    counts = DataCounts()
-    # Sorted data can begin with many records without a response.
-    for record in read_records(source):
-        if isinstance(record, BadRecord) and config and config.on_bad_record is OnBadRecord.error:
-            raise bad_record_error(record)
-        counts.add(record)
-        if counts.read > FIRST_RECORDS and (config is None or counts.kept):
-            return
-    if config is not None and not counts.kept:
-        check_counts(counts, source.path, config)
 
 
 def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:

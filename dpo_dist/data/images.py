@@ -18,8 +18,9 @@ import numpy as np
 
 from dpo_dist.data.example import ImageInput
 from dpo_dist.data.library_internals import make_processor, processor_class
-from dpo_dist.data.records import Tokenizer, UnusableRecordError
+from dpo_dist.data.records import UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.types import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

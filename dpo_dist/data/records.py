@@ -15,24 +15,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.config import DataConfig, Ranked
+from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import Fields
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
+HELD_OUT = "held_out_for_eval"
+LEFT_IN_TRAIN = "left_in_train"
+COUNTS_OF_OTHERS = (HELD_OUT, LEFT_IN_TRAIN)
+"""Names under which records of another `Part` are counted, which are not among those that are read."""
 MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
 IMAGE = "\ufdd1"
@@ -40,9 +40,6 @@ IMAGE = "\ufdd1"
 MAX_SHOWN_KEYS = 12
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
-
-Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
-"""A name for annotations: transformers takes seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,12 @@ class Dialogue(tuple[Message, ...]):
         dialogue = super().__new__(cls, (Message(_ROLES[name], content.strip()) for name, content in turns))
         dialogue.text = text
         return dialogue
+
+    @staticmethod
+    def start_of_turn(text: str) -> int | None:
+        """Return where a text begins another turn; None if it does not."""
+        turn = DIALOGUE_TURN.search(text)
+        return None if turn is None else turn.start()
 
     def __getnewargs__(self) -> tuple[str]:
         return (self.text,)
@@ -153,6 +156,40 @@ class PreferenceRecord:
             return None
         return "chosen" if self.scores[0] > 0 else "rejected"
 
+    def readable(self) -> "Record":
+        """Return the record if all its images can be read, else the reason why not."""
+        try:
+            for image in self.images:
+                _ = image.digest  # cached: the record's hashes do not read the file again
+        except UnusableRecordError as fault:
+            return fault.as_bad_record(self.origin)
+        return self
+
+    def prompt_key(self) -> str:
+        """Return 32 hex digits over the prompt, its images, tools and template arguments.
+
+        Raises UnusableRecordError: an image cannot be read.
+        """
+        prompt: Any = self.prompt
+        if isinstance(prompt, Dialogue):
+            prompt = {"dialogue": prompt.text}
+        elif not isinstance(prompt, str):
+            prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
+        arguments = dict(self.template_arguments)
+        content = {"prompt": prompt, "tools": list(self.tools), "arguments": arguments}
+        if self.images:
+            content["images"] = [image.digest.hex() for image in self.images]
+        return text_digest(json.dumps(content, sort_keys=True))
+
+    def context_fields(self) -> dict[str, Any]:
+        """Return tools and template arguments as values for JSON, if the record has any."""
+        fields: dict[str, Any] = {}
+        if self.tools:
+            fields["tools"] = [dict(tool) for tool in self.tools]
+        if self.template_arguments:
+            fields["chat_template_kwargs"] = dict(self.template_arguments)
+        return fields
+
 
 @dataclass(frozen=True)
 class BadRecord:
@@ -187,6 +224,20 @@ class BadRecord:
 
     def __str__(self) -> str:
         return f"{self.origin} {self.why}"
+
+    def readable(self) -> "BadRecord":
+        """Return the record itself, which has no images."""
+        return self
+
+    def check_may_be_dropped(self, config: DataConfig) -> None:
+        """Raise DataError if `data.on_bad_record` is `error`."""
+        if config.on_bad_record is OnBadRecord.error:
+            raise DataError(
+                f"a record cannot be used: {self.reason}",
+                where=str(self.origin),
+                got=self.detail,
+                remedy="correct the record, or " + Remedy.to_set("data.on_bad_record=drop"),
+            )
 
 
 class UnusableRecordError(Exception):
@@ -318,26 +369,6 @@ def _metadata(file: str | Path) -> str:
     return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}"
 
 
-def readable(record: Record) -> Record:
-    """Return a record whose images can all be read, else the reason why not."""
-    try:
-        for image in () if isinstance(record, BadRecord) else record.images:
-            _ = image.digest  # cached: the record's hashes do not read the file again
-    except UnusableRecordError as fault:
-        return fault.as_bad_record(record.origin)
-    return record
-
-
-def bad_record_error(bad: BadRecord) -> DataError:
-    """Return the error for a record that cannot be used where `data.on_bad_record` is `error`."""
-    return DataError(
-        f"a record cannot be used: {bad.reason}",
-        where=str(bad.origin),
-        got=bad.detail,
-        remedy="correct the record, or " + Remedy.to_set("data.on_bad_record=drop"),
-    )
-
-
 def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ranks], int]:
     """Return the training examples of a record, each as indices of its responses, best first, and the ties.
 
@@ -395,29 +426,6 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
     ]
 
 
-def context_fields(record: PreferenceRecord) -> dict[str, Any]:
-    """Return tools and template arguments of a record, if it has any."""
-    tools, arguments = [dict(tool) for tool in record.tools], dict(record.template_arguments)
-    fields = {"tools": tools, "chat_template_kwargs": arguments}
-    return {name: value for name, value in fields.items() if value}
-
-
-def prompt_key(record: PreferenceRecord) -> str:
-    """Return 32 hex digits over the prompt, its images, tools and template arguments.
-
-    Raises UnusableRecordError: an image cannot be read.
-    """
-    prompt: Any = record.prompt
-    if isinstance(prompt, Dialogue):
-        prompt = {"dialogue": prompt.text}
-    elif not isinstance(prompt, str):
-        prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
-    content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
-    if record.images:
-        content["images"] = [image.digest.hex() for image in record.images]
-    return text_digest(json.dumps(content, sort_keys=True))
-
-
 def shown_key(key: Any) -> str:
     """Return a field's name for a message, or its length if the name may be a text of the record."""
     name = str(key)
@@ -466,6 +474,24 @@ class Part:
     share: float = 0.0
     held_out: PromptHashes | None = None
 
+    @classmethod
+    def to_train(cls, config: DataConfig, eval_prompts: PromptHashes | None) -> "Part":
+        """Return the part that is trained; `eval_prompts`: uint64 [examples], hashes of evaluation data."""
+        held_out = None
+        if eval_prompts is not None and config.drop_eval_prompts:
+            held_out = np.unique(eval_prompts)
+        return cls(share=config.eval_share, held_out=held_out)
+
+    @classmethod
+    def to_evaluate(cls, config: DataConfig) -> "Part":
+        """Return the records to evaluate: all of `data.eval`, or the `data.eval_share` of `data.train`."""
+        return cls(is_eval=config.eval_share > 0, share=config.eval_share)
+
+    @property
+    def count_of_others(self) -> str:
+        """The name in counts.yaml under which records of the other part are counted."""
+        return LEFT_IN_TRAIN if self.is_eval else HELD_OUT
+
     @property
     def identity(self) -> list[str]:
         """A text for each property that selects records; empty if all records belong to this part."""
@@ -485,17 +511,3 @@ class Part:
         content = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
         place = int.from_bytes(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest(), "little")
         return (place < self.share * 2.0 ** (8 * _HASH_BYTES)) == self.is_eval
-
-
-ALL_RECORDS = Part()
-
-
-def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
-    """Return the part that is trained; `eval_prompts`: uint64 [examples], hashes of the evaluation data."""
-    held_out = None if eval_prompts is None or not config.drop_eval_prompts else np.unique(eval_prompts)
-    return Part(share=config.eval_share, held_out=held_out)
-
-
-def eval_part(config: DataConfig) -> Part:
-    """Return the records to evaluate: all of `data.eval`, or the `data.eval_share` of `data.train`."""
-    return Part(is_eval=config.eval_share > 0, share=config.eval_share)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -16,39 +15,24 @@ import pyarrow as pa
 
 from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.prefixes import common_tokens
-from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.data.counts import Outcome
-from dpo_dist.data.encode import EncodedRecord, encode_record
-from dpo_dist.data.formats import parse_record
-from dpo_dist.data.images import ExpandedImage, ImageProcessor
-from dpo_dist.data.read.columns import READER
-from dpo_dist.data.read.files import file_kind
-from dpo_dist.data.read.sources import (
-    changed_error,
-    expected_number,
-    image_folders,
-    local_files,
-    pin_source,
-    raw_records,
-    root_folder,
-    source_identity,
-    source_labels,
-)
-from dpo_dist.data.records import (
-    ALL_RECORDS,
-    HELD_OUT,
-    LEFT_IN_TRAIN,
+from dpo_dist.data import (
     BadRecord,
+    ChatTemplate,
+    DataConfig,
+    DataSource,
+    EncodedRecord,
+    ExpandedImage,
+    ImageProcessor,
+    Outcome,
     Part,
     PreferenceRecord,
     RawRecord,
     Record,
-    Tokenizer,
-    bad_record_error,
+    SourceConfig,
+    encode_record,
     prompt_hash,
-    readable,
+    source_labels,
 )
-from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.encoded.store import (
     IMAGE_SCHEMA,
     ROW_SCHEMA,
@@ -70,19 +54,11 @@ from dpo_dist.foundation.files import (
     remove_abandoned,
     text_digest,
 )
-from dpo_dist.foundation.user_code import find_function
+from dpo_dist.foundation.types import Tokenizer
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
 _ENCODING_VERSION = 24
-_LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
-_ENCODING_KEYS = (
-    *_LENGTH_KEYS,
-    "text_as_messages",
-    "template_arguments",
-    "ranked",
-    "unpair",
-    "on_bad_record",
-)
+_ALL_RECORDS = Part()
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
 records, and perhaps with about how many records this process encodes in all."""
@@ -104,7 +80,7 @@ class PlannedSource(NamedTuple):
     `contents`: those of the source's files when the fingerprint was computed, by `content_in`.
     """
 
-    source: SourceConfig
+    source: DataSource
     wanted: EncodedSource
     is_encoded: bool
     contents: list[list[str]]
@@ -126,26 +102,28 @@ class Preparation:
     tokenizer: Tokenizer
     digest: str
     progress: EncodingProgress = no_progress
-    part: Part = ALL_RECORDS
+    part: Part = _ALL_RECORDS
     processor: ImageProcessor | None = None
 
     def plan(self) -> tuple[PlannedSource, ...]:
         """Return which sources must be encoded. Raises DataError or ConfigError."""
         config, tokenizer, processor = self.config, self.tokenizer, self.processor
-        check_template_keys(config, tokenizer)
+        template = ChatTemplate(tokenizer, config.chat_template)
+        template.check_arguments(config.template_arguments or ())
         digest = self.digest + (processor.settings.hex() if processor is not None else "")
-        digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+        digest = text_digest(digest + (template.text() or ""))
         cache = Path(config.cache)
         remove_abandoned(cache)
         planned = []
-        for source, label in zip([*map(pin_source, self.sources)], source_labels(self.sources), strict=True):
+        pinned = [DataSource(source).pinned() for source in self.sources]
+        for source, label in zip(pinned, source_labels(self.sources), strict=True):
             folders = ""
             if processor is not None:  # in other folders equal records may name other images
-                of_records = sorted({file.parent for file in local_files(source) or ()})
-                resolved = [str(folder.resolve()) for folder in (*image_folders(source), *of_records)]
+                of_records = sorted({file.parent for file in source.files() or ()})
+                resolved = [str(folder.resolve()) for folder in (*source.image_folders(), *of_records)]
                 folders = text_digest("\n".join(resolved))
             fingerprint = _fingerprint(source, config, digest, self.part)
-            wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
+            wanted = EncodedSource(source.path, cache, fingerprint, source.config.limit, label, folders)
             is_encoded = is_whole(wanted)
             contents = [] if is_encoded else [*map(content_in, _identities(source))]
             planned.append(PlannedSource(source, wanted, is_encoded, contents))
@@ -214,7 +192,7 @@ class Preparation:
             (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
         )
         # About how many records this share has to encode.
-        expected = expected_number(source)
+        expected = source.expected_number()
         total = sum(
             min(part_records, expected - first)
             for part_number, first in enumerate(range(0, expected, part_records))
@@ -235,7 +213,7 @@ class Preparation:
 
         # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode,
         # a few ahead, and `write_source` for encoded ones.
-        every = _PartChunks(raw_records(source, wanted.copies), chunk_records, part_records)
+        every = _PartChunks(source.raw_records(wanted.copies), chunk_records, part_records)
         missing = ((number, chunk) for number, chunk in every if is_missing(number))
         with (
             cache_errors(wanted.file),  # of a copy of a URL's file
@@ -275,29 +253,25 @@ def _with_progress(
 
 
 def _unless_changed(
-    chunks: Iterable[EncodedChunk], source: SourceConfig, state: list[str]
+    chunks: Iterable[EncodedChunk], source: DataSource, state: list[str]
 ) -> Iterator[EncodedChunk]:
     """Yield the chunks of a part, which is not committed if a file of the source has changed meanwhile."""
     yield from chunks
     # The fingerprint would name other records.
     if _identities(source) != state:
-        raise changed_error(source)
+        raise source.changed_error()
 
 
 def _encode_chunk(
-    chunk: tuple[int, Sequence[RawRecord]], source: SourceConfig, **options: Any
+    chunk: tuple[int, Sequence[RawRecord]], source: DataSource, **options: Any
 ) -> tuple[int, EncodedChunk]:
     """Encode the records of a part's chunk; return them with the part's number."""
     part_number, records = chunk
     images: dict[bytes, ExpandedImage] = {}
-    parsed = [
-        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
-        for record, origin in records
-    ]
-    encoded = encode_records(parsed, images=images, **options)
+    encoded = encode_records([*map(source.parse, records)], images=images, **options)
     # Names of files are relative to the path of the source, which may be moved.
-    root, names = root_folder(source.path).expanduser(), encoded["file"].dictionary_encode()
-    files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
+    names = encoded["file"].dictionary_encode()
+    files = [*map(source.relative_name, names.dictionary.to_pylist())]
     encoded = encoded.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
     rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]
     return part_number, (encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
@@ -307,7 +281,7 @@ def encode_records(
     records: Sequence[Record],
     config: DataConfig,
     tokenizer: Tokenizer,
-    part: Part = ALL_RECORDS,
+    part: Part = _ALL_RECORDS,
     processor: ImageProcessor | None = None,
     images: dict[bytes, ExpandedImage] | None = None,
 ) -> pa.RecordBatch:
@@ -320,7 +294,7 @@ def encode_records(
         origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
         if processor is not None and isinstance(given, PreferenceRecord):
             origin["watched"] = list(filter(None, (image.recorded_state for image in given.images)))
-        record = given if processor is None else readable(given)
+        record = given if processor is None else given.readable()
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
         if isinstance(record, BadRecord):
@@ -328,13 +302,12 @@ def encode_records(
         elif part.has(prompt := prompt_hash(record.prompt, () if processor is None else record.images)):
             encoded = encode_record(record, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
-            if config.on_bad_record is OnBadRecord.error:
-                raise bad_record_error(encoded)
+            encoded.check_may_be_dropped(config)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
             values = {"detail": encoded.detail, "lengths": encoded.lengths or (), "fields": encoded.fields}
             values["columns"] = [*itertools.chain(*encoded.source_columns)]
         elif encoded is None:
-            outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
+            outcome = Outcome(changed=((part.count_of_others, 1),))
         else:
             outcome, values = encoded.outcome, _row_values(encoded) | {"prompt": prompt}
             if images is not None:
@@ -391,25 +364,18 @@ def _row_values(record: EncodedRecord) -> dict[str, Any]:
     }
 
 
-def _identities(source: SourceConfig) -> list[str]:
+def _identities(source: DataSource) -> list[str]:
     """Return the identities of local files; others are copies of what the pinned source names."""
-    return [file_identity(file) for file in local_files(source) or ()]
+    return [file_identity(file) for file in source.files() or ()]
 
 
-def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
+def _fingerprint(source: DataSource, config: DataConfig, digest: str, part: Part) -> str:
     """Return a digest of everything that decides the ids of a pinned source, but the files of its images."""
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
-        **{name: getattr(config, name) for name in _ENCODING_KEYS},
-        "template_applied": config.template is TextTemplate.applied,
-        "template_date": TEMPLATE_DATE,
-        "trained_roles": sorted(set(config.trained_roles)),
-        "untrained": sorted(set(config.untrained)),
-        "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
-        "kinds": [file_kind(file) for file in local_files(source) or []],
-        **{name: getattr(source, name) for name in ("format", "split", "columns")},
-        "reader": source.reader and find_function(source.reader, READER).digest,
+        **config.encoding_identity,
+        **source.encoding_identity(Path(config.cache) / MEMO_FOLDER),
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,14 +25,19 @@ from dpo_dist.batching.prefixes import Prefixes
 from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.named_code import accepts_facts
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import DataCounts, check_counts, check_split
-from dpo_dist.data.example import Example, ImageInput, Mask
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.fields import NUMBERS, VOTES
-from dpo_dist.data.read.sources import full_name, metric_labels
-from dpo_dist.data.records import Origin, Tokenizer
-from dpo_dist.data.text.lengths import SourceLengths
+from dpo_dist.data import (
+    NUMBERS,
+    VOTES,
+    DataConfig,
+    DataCounts,
+    Example,
+    ImageInput,
+    ImageProcessor,
+    Mask,
+    Origin,
+    SourceLengths,
+    full_name,
+)
 from dpo_dist.encoded.dataset_columns import (
     DATASET_COLUMNS,
     NUMBER,
@@ -54,6 +59,7 @@ from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
 from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, is_changed, stored_columns
+from dpo_dist.foundation.types import Tokenizer
 
 _MAX_THREADS = 8
 
@@ -312,6 +318,12 @@ class PreferenceDataset:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
 
+def metric_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the distinct labels of sources, by which metrics are divided; none if there is only one."""
+    distinct = tuple(dict.fromkeys(labels))
+    return distinct if len(distinct) > 1 else ()
+
+
 @contextlib.contextmanager
 def columns_errors(*datasets: PreferenceDataset | None) -> Iterator[None]:
     """Raise DataError for what an error of the block is if a file of columns has changed since it was mapped.
@@ -432,10 +444,10 @@ def _checked_counts(
         return [read_lengths(table, counts, config) for table, counts in pairs]
 
     for source, counts in zip(sources, counted, strict=True):
-        check_counts(counts, source.path, config, lengths=lengths)
+        counts.check(source.path, config, lengths=lengths)
         by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
     total = DataCounts.total(map(vars, counted))
-    check_split(total, config)
+    total.check_split(config)
     return total.as_dict() | {"sources": by_source}
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.read.fields import NUMBERS
+from dpo_dist.data import NUMBERS
 from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 

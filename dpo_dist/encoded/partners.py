@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.example import Example
+from dpo_dist.data import Example
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.encoded.dataset_columns import key_order, made_from
 from dpo_dist.encoded.store import cache_errors

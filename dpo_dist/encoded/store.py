@@ -20,10 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.batching.prefixes import Row, common_tokens, image_words
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
-from dpo_dist.data.records import BadRecord, ImageFile, Origin
-from dpo_dist.data.text.lengths import SourceLengths
+from dpo_dist.data import BadRecord, DataConfig, DataCounts, ImageFile, Origin, Outcome, SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
 from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest
 from dpo_dist.foundation.tables import map_table, write_table
@@ -320,7 +317,7 @@ def read_counts(table: pa.Table) -> DataCounts:
     ]
     codes = coded.indices.to_numpy()
     is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
-    shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
+    shown = np.flatnonzero(is_dropped[codes])[: DataCounts.MAX_EXAMPLES]
     places = table.select(["file", "line", "detail", "fields", "columns"]).take(shown).to_pylist()
     named = [
         BadRecord(

@@ -1,10 +1,15 @@
 """Names of types that modules of several rooms use, and the values of nested fields."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Fields: TypeAlias = Mapping[str, Any]
 """Fields of a JSON object or of a table's row, by name."""
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+"""A name for annotations: transformers takes seconds to import."""
 
 
 class CheckReport(NamedTuple):

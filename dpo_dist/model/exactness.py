@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.config.schema import AttentionBackend, Dtype
-from dpo_dist.data.example import Example, ImageInput, TokenIds
+from dpo_dist.data import Example, ImageInput, TokenIds
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_positions, recorded_arrangement

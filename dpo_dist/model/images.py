@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dpo_dist.batching.pack import PackedBatch, PackedImages, copy_to_device
 from dpo_dist.batching.prefix_tree import Segment
-from dpo_dist.data.example import TokenIds
+from dpo_dist.data import TokenIds
 from dpo_dist.model.architectures import ImageMask, image_mask
 from dpo_dist.model.attention.sdpa import ImageRuns
 

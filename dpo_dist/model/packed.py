@@ -15,7 +15,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch, PaddedRows, pack, padded_rows
 from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.schema import AttentionBackend, FusedLayers
-from dpo_dist.data.example import Example
+from dpo_dist.data import Example
 from dpo_dist.model.attention.kernels import PACKED, packed_attention
 from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.model.images import EncodedImages, ImageReader

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
-from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data import ImageProcessor
 from dpo_dist.distributed.deepspeed_config import frozen_config, sharded_loading, unsharded_loading
 from dpo_dist.distributed.processes.failures import is_communication_error
 from dpo_dist.distributed.processes.world import World

@@ -13,8 +13,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
 from dpo_dist.config.schema import Dtype, ExportConfig, ExportedWeights, ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.text.template import with_chosen_template
+from dpo_dist.data import ChatTemplate, DataConfig, trained_stops
 from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,
     checkpoint_state,
@@ -62,7 +61,7 @@ from dpo_dist.model.files.save import (
     write_weights,
     writing_errors,
 )
-from dpo_dist.model.files.stops import folder_stops, trained_stops, write_stops
+from dpo_dist.model.files.stops import folder_stops, write_stops
 from dpo_dist.model.files.stored import plain_config, plain_weights
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
@@ -142,7 +141,7 @@ def export_checkpoint(
         if template is None:
             copy_tokenizer(files, temporary)
         else:
-            save_tokenizer(with_chosen_template(tokenizer, template), temporary)
+            save_tokenizer(ChatTemplate(tokenizer, template).alone(), temporary)
         write_stops(temporary, base, trained_stops(tokenizer, config.data))
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")

@@ -27,7 +27,7 @@ from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.pack import pack
 from dpo_dist.config.schema import AttentionBackend, Dtype
-from dpo_dist.data.example import Example
+from dpo_dist.data import Example
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import first_line
 from dpo_dist.foundation.process import this_rank

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.formats import check_source
-from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.text.template import check_template_file
+from dpo_dist.data import ChatTemplate, DataSource, Part, SourceConfig
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 
@@ -39,8 +36,8 @@ def main(config: RunConfig) -> int:
     check_rules(config, needs_of("encode"))
     data, share = config.data, _share(config.encode.part)
     for source in [*data.train, *data.eval]:
-        check_source(source, data)
-    check_template_file(data.chat_template)
+        DataSource(source).check(data)
+    ChatTemplate.check_file(data.chat_template)
     # Imported late, so that the errors above appear at once.
     from dpo_dist.encoded.build import EVERY_PART, Preparation  # noqa: PLC0415
     from dpo_dist.encoded.dataset import open_dataset  # noqa: PLC0415
@@ -67,11 +64,11 @@ def main(config: RunConfig) -> int:
     joins, prompts = [], None
     if data.eval_sources:
         needs_all = data.drop_eval_prompts
-        join = encode("eval", data.eval_sources, eval_part(data), EVERY_PART if needs_all else share)
+        join = encode("eval", data.eval_sources, Part.to_evaluate(data), EVERY_PART if needs_all else share)
         if needs_all and (held_out := join()) is not None:
             prompts = open_dataset(held_out, data, processor).prompt_hashes[:]
         joins.append(join)
-    joins.append(encode("train", data.train, train_part(data, prompts), share))
+    joins.append(encode("train", data.train, Part.to_train(data, prompts), share))
     # All at the end: other jobs may have finished their parts of the evaluation data meanwhile.
     made = [join() for join in joins]
     for joined in filter(None, made):

@@ -16,8 +16,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Origin, RawRecord
-from dpo_dist.encoded import build, workers
+from dpo_dist.encoded import workers
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.workers import CHUNK_RECORDS
 from dpo_dist.foundation.errors import DataError, PeerLostError
@@ -129,11 +130,11 @@ def encode_endlessly(folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
     folder.mkdir()
     (file := folder / "endless.jsonl").touch()
-    with mock.patch.object(build, "raw_records", endless_records):
+    with mock.patch.object(DataSource, "raw_records", endless_records):
         prepare(folder, [SourceConfig(str(file))], 2, tiny.qwen())
 
 
-def endless_records(endless: SourceConfig, *_: Any) -> Iterator[RawRecord]:
+def endless_records(endless: DataSource, *_: Any) -> Iterator[RawRecord]:
     for number in itertools.count(1):
         yield record(number), Origin(endless.path, number)
 

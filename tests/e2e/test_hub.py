@@ -33,7 +33,7 @@ for verb, options in json.loads(sys.argv[2]):
         if verb == "read":
             results.append([record.prompt for record in read_records(source)])
         elif verb == "pin":
-            results.append(pin_source(source).revision)
+            results.append(DataSource(source).pinned().config.revision)
         else:
             from dpo_dist.encoded.dataset import open_dataset
             from dpo_dist.encoded.build import Preparation

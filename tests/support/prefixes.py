@@ -31,7 +31,7 @@ def some_of(data: PreferenceDataset, draw: random.Random) -> Indices:
 
 
 def most_in_common(first: Example, second: Example) -> int:
-    return max(common_tokens(*rows) for rows in product(first.rows, second.rows))
+    return max(common_tokens(*rows) for rows in product(input_rows(first), input_rows(second)))
 
 
 def check_claims(

@@ -52,13 +52,23 @@ ROOMS = {
 """By package: the modules that may import it."""
 
 
+@functools.cache
+def homes_of_face() -> dict[str, str]:
+    """Return the names of the face `dpo_dist.data`, each with its name in the module that has it."""
+    tree = ast.parse((PACKAGE / "data" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    aliases = [(node.module, alias.name) for node in imports for alias in node.names]
+    return {f"dpo_dist.data.{name}": f"{module}.{name}" for module, name in aliases}
+
+
 def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
-    """Yield the dotted names that nodes import."""
+    """Yield the dotted names that nodes import; those of a face as its modules have them."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (homes_of_face().get(name, name) for name in names)
 
 
 def run_at_import(node: ast.AST, *, for_types: bool = False) -> Iterator[ast.AST]:

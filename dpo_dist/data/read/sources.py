@@ -9,24 +9,27 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.read.columns import is_saved, resolve_source, with_columns
+from dpo_dist.data.counts import DataCounts
+from dpo_dist.data.formats import parse_prompt, parse_record
+from dpo_dist.data.read.columns import FIRST_RECORDS, READER, is_saved, resolve_source, with_columns
 from dpo_dist.data.read.files import (
     SUFFIXES,
     check_kind,
     dataset_rows,
     expected_records,
+    file_kind,
     numbered_records,
     read_file,
 )
 from dpo_dist.data.read.values import parse_json
-from dpo_dist.data.records import RawRecord
+from dpo_dist.data.records import BadRecord, RawRecord, Record
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
 from dpo_dist.foundation.files import (
     check_readable,
@@ -40,6 +43,7 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
+from dpo_dist.foundation.user_code import find_function
 
 T = TypeVar("T")
 
@@ -54,108 +58,279 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
-def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[RawRecord]:
-    """Return the first `limit` records of a resolved source, after its `reader` and `columns`.
+class DataSource:
+    """An entry of `data.train`, `data.eval` or `evaluation.data`: its files and their records.
 
-    `copies`: a folder for the files of a URL, shared by the processes that read them; None: a temporary one.
+    `config` is the source that an entry of a dataset_info.json describes, or the given one.
+
+    Raises:
+        ConfigError: the entry of the dataset_info.json cannot be read, or asks for what is not supported.
+        DataError: this user may not read the source.
     """
-    files, local = local_files(source), Path(source.path).expanduser()
-    names: Iterable[str] = map(str, files or ())
-    folders = image_folders(source)
-    if files is None and not is_url(source.path):
+
+    def __init__(self, source: SourceConfig | str):
+        source = SourceConfig(path=source) if isinstance(source, str) else source
+        self.config = resolve_source(source)
+        # Of a pinned source at a URL: a digest of what its file system said of its files.
+        self._listing = ""
+
+    @property
+    def path(self) -> str:
+        """The path of the source."""
+        return self.config.path
+
+    # Its records.
+
+    def records(self) -> Iterator[Record]:
+        """Read the records in their order; only a .json is read whole.
+
+        One item per record: a pair, a ranking, a completion, or the reason why the record cannot be used. The
+        call itself raises the DataError or ConfigError of a source with wrong keys.
+        """
+        return map(self.parse, self.raw_records())
+
+    def prompts(self) -> Iterator[Record]:
+        """Read the records for their prompts; a record without usable responses has none."""
+        return (
+            record if isinstance(record, BadRecord) else parse_prompt(record, self.config.format, origin)
+            for record, origin in self.raw_records()
+        )
+
+    def parse(self, raw: RawRecord) -> Record:
+        """Return the preference in one of the `raw_records`."""
+        record, origin = raw
+        return record if isinstance(record, BadRecord) else parse_record(record, self.config.format, origin)
+
+    def raw_records(self, copies: Path | None = None) -> Iterator[RawRecord]:
+        """Return the first `limit` records, after the source's `reader` and `columns`.
+
+        `copies`: a folder for the files of a URL, shared by the processes that read them; None: a temporary
+        one.
+        """
+        config = self.config
+        local = Path(self.path).expanduser()
+        files = self.files()
+        names: Iterable[str] = map(str, files or ())
+        folders = self.image_folders()
+        if files is None and not is_url(self.path):
+            folder = self._snapshot()
+            files = _data_files(folder, config)
+            names = [f"{self.path}/{file.relative_to(folder)}" for file in files]
+            folders += [
+                folder,
+                folder.parents[1],
+            ]  # whose files are links to others of the Hub's cache
+        elif files == [local]:
+            names = [self.path]
+        if is_url(self.path):
+            records = self._remote_records(folders, copies)
+        elif is_saved(local):
+            records = _saved_records(local, config, folders)
+        else:
+            read = partial(read_file, folders=folders)
+            records = itertools.chain.from_iterable(map(read, files or (), names))
+        return with_columns(itertools.islice(records, config.limit), config)
+
+    def _snapshot(self) -> Path:
+        """Return the folder of a dataset of the Hub; files that the Hub's cache has are not downloaded."""
         from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import
 
-        wanted = ["*.md", "*.yaml", f"{source.data_dir}/**"] if source.data_dir else None
-        with _as_data_error(source):  # files that the Hub's cache has are not downloaded
-            folder = Path(
+        config = self.config
+        patterns = ["*.md", "*.yaml", f"{config.data_dir}/**"] if config.data_dir else None
+        with _as_data_error(config):
+            return Path(
                 snapshot_download(
-                    source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
+                    self.path, repo_type="dataset", revision=config.revision, allow_patterns=patterns
                 )
             )
-        files = _data_files(folder, source)
-        names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
-        folders += [folder, folder.parents[1]]  # files of the folder are links to others of the Hub's cache
-    elif files == [local]:
-        names = [source.path]
-    if is_url(source.path):
-        records = _remote_records(source, folders, copies)
-    elif is_saved(local):
-        records = _saved_records(local, source, folders)
-    else:
-        read = partial(read_file, folders=folders)
-        records = itertools.chain.from_iterable(map(read, files or (), names))
-    return with_columns(itertools.islice(records, source.limit), source)
 
+    def _remote_records(self, folders: Sequence[Path], copies: Path | None) -> Iterator[RawRecord]:
+        """Yield the records of a source at a URL; each file is downloaded before it is read."""
+        system, _ = open_file_system(self.path)
+        files = remote_files(self.config)
+        if self._listing and self._listing != _listing(files):
+            raise self.changed_error()
+        with contextlib.ExitStack() as stack:
+            is_own = copies is None
+            if copies is None:
+                temporary = Path(tempfile.gettempdir())
+                remove_abandoned(temporary)
+                copies = stack.enter_context(temporary_folder(temporary / "download"))
+            remove_abandoned(copies)  # downloads that a kill ended
+            for number, file in enumerate(files):
+                copy = copies / f"{number}{''.join(PurePath(file.path).suffixes[-2:])}"
+                with locked(copies / f"{number}.lock", "downloads this file", waits=True):
+                    if not copy.exists():
+                        with remote_errors(file.name, DataError), staged_file(copy) as staged:
+                            system.get_file(file.path, str(staged))
+                            system.invalidate_cache()
+                            # Not by a list of all files for each one: a source can have thousands. A list
+                            # decides where it and the file itself are described differently.
+                            is_same = _state(system.info(file.path)) == file.state
+                            if not is_same and remote_files(self.config) != files:
+                                raise self.changed_error()
+                yield from read_file(copy, file.name, folders)
+                if is_own:
+                    copy.unlink()
 
-def expected_number(source: SourceConfig) -> int:
-    """Return about how many records a source has; 0: unknown, as at a URL."""
-    return min(expected_records(local_files(source) or ()), source.limit or sys.maxsize)
+    def expected_number(self) -> int:
+        """Return about how many records the source has; 0: unknown, as at a URL."""
+        return min(expected_records(self.files() or ()), self.config.limit or sys.maxsize)
 
+    def check(self, data: DataConfig | None = None) -> None:
+        """Check the source's keys and the columns of its first records; with `data`, that some are usable.
 
-def image_folders(source: SourceConfig) -> list[Path]:
-    """Return the folders of a source for image files. Raises DataError: the one that it names is missing."""
-    root = root_folder(source.path).expanduser()
-    folders = [root] if root.is_dir() else []
-    if source.images is None:
-        return folders
-    folder = Path(source.images).expanduser()
-    if not folder.is_dir():
-        raise DataError(
-            "the folder of image files does not exist",
-            where=f"images of {source.path}",
-            got=str(folder),
-            remedy="correct data.images, or the source's images",
-        )
-    return [folder, *folders]
+        With `data.on_bad_record=error` every record that is read must be usable. Sends no request. Raises
+        DataError or ConfigError.
+        """
+        from huggingface_hub import constants  # noqa: PLC0415  # slow to import
 
+        with_columns(iter(()), self.config)
+        if self.files() is None:
+            if constants.HF_HUB_OFFLINE and not is_url(self.path):
+                self.pinned()  # raises if the Hub's cache lacks the dataset
+            return
+        counts = DataCounts()
+        # Sorted data can begin with many records without a response.
+        for record in self.records():
+            if isinstance(record, BadRecord) and data is not None:
+                record.check_may_be_dropped(data)
+            counts.add(record)
+            if counts.read > FIRST_RECORDS and (data is None or counts.kept):
+                return
+        if data is not None and not counts.kept:
+            counts.check(self.path, data)
 
-def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
-    """Raise ConfigError if no source has evaluation data; `use`: "compare models on", for its message."""
-    if not data.eval_sources:
-        raise ConfigError(
-            f"there is no evaluation data to {use}",
-            where="data.eval",
-            got="no source",
-            expected=f"held-out records, {form}",
-            remedy="set 'data.eval=[held_out.jsonl]', or data.train and data.eval_share as in training",
-        )
+    # Its files.
 
+    def files(self) -> list[Path] | None:
+        """Return the files of a local source; None for one at a URL, and for a dataset on the Hub.
 
-def local_files(source: SourceConfig) -> list[Path] | None:
-    """Return the files of a local source; None for one at a URL, and for a dataset on the Hugging Face Hub.
-
-    Raises DataError: the source does not exist, or has a file that cannot be read; ConfigError: a key has no
-    effect on this source, or a URL or its package is wrong. Sends no request.
-    """
-    path = source.path
-    if is_url(path):
-        open_file_system(path)
-        return None
-    local = Path(path).expanduser()
-    check_readable(local, path, DataError)
-    # A name ends like a data file, or like any file (`table.xlsx`) in an existing folder.
-    is_data_file = local.suffix in SUFFIXES or _DATA_NAME.search(local.name)
-    is_like_a_file = is_data_file or (
-        re.fullmatch(r"\.[A-Za-z]{2,7}", local.suffix) and local.parent.is_dir()
-    )
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or is_like_a_file
-    if not (local.exists() or _GLOB.search(path) or looks_local):
-        return None
-    unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
-    _check_unused(source, unused | ({"name", "data_dir"} if is_saved(local) else set()))
-    if local.is_dir() and is_saved(local):
-        files = sorted(below for below in local.rglob("*") if below.is_file())
-    elif local.is_dir():
-        files = _folder_files(local, source)
-    elif local.is_file() or _GLOB.search(path):
-        files = [local] if local.is_file() else _globbed_files(str(local))
+        Raises DataError: the source does not exist, or has a file that cannot be read; ConfigError: a key has
+        no effect on this source, or a URL or its package is wrong. Sends no request.
+        """
+        config = self.config
+        if is_url(self.path):
+            open_file_system(self.path)
+            return None
+        local = Path(self.path).expanduser()
+        check_readable(local, self.path, DataError)
+        if not (local.exists() or _GLOB.search(self.path) or _looks_local(self.path)):
+            return None
+        unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
+        if is_saved(local):
+            unused |= {"name", "data_dir"}
+        _check_unused(config, unused)
+        if local.is_dir() and is_saved(local):
+            files = sorted(below for below in local.rglob("*") if below.is_file())
+        elif local.is_dir():
+            files = _folder_files(local, config)
+        elif local.is_file() or _GLOB.search(self.path):
+            files = [local] if local.is_file() else _globbed_files(str(local))
+            for file in files:
+                check_kind(file, self.path)
+        else:
+            raise _missing(local)
         for file in files:
-            check_kind(file, path)
-    else:
-        raise _missing(local)
-    for file in files:
-        check_readable(file, path, DataError)
-    return files
+            check_readable(file, self.path, DataError)
+        return files
+
+    def image_folders(self) -> list[Path]:
+        """Return the folders for image files. Raises DataError: the one that the source names is missing."""
+        root = _root_folder(self.path).expanduser()
+        folders = [root] if root.is_dir() else []
+        if self.config.images is None:
+            return folders
+        folder = Path(self.config.images).expanduser()
+        if not folder.is_dir():
+            raise DataError(
+                "the folder of image files does not exist",
+                where=f"images of {self.path}",
+                got=str(folder),
+                remedy="correct data.images, or the source's images",
+            )
+        return [folder, *folders]
+
+    def relative_name(self, name: str) -> str:
+        """Return the name of a file relative to the source, which may be moved; `full_name` undoes it."""
+        return os.path.relpath(Path(name).expanduser(), _root_folder(self.path).expanduser())
+
+    # Its content.
+
+    def pinned(self) -> "DataSource":
+        """Return the source with fixed content: a Hub dataset by its commit, a URL by what its server says.
+
+        The commit is that of `revision` (null: main), from the Hub's cache if the Hub cannot be reached.
+        Raises DataError: the source or the commit is not found.
+        """
+        from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
+
+        config = self.config
+        if is_url(self.path):
+            pinned = DataSource(config)
+            pinned._listing = _listing(remote_files(config))
+            return pinned
+        if self.files() is not None:
+            return self
+        with _as_data_error(config):
+            commit = HfApi().resolve_revision(self.path, repo_type="dataset", revision=config.revision)
+        return DataSource(replace(config, revision=commit.resolved))
+
+    def encoding_identity(self, memo: Path) -> dict[str, Any]:
+        """Return what decides, of a pinned source, the token ids of its records, but the files of images.
+
+        The folder `memo` caches digests of files. Raises DataError: the source does not exist.
+        """
+        reader = self.config.reader
+        return {
+            "content": self.content_identity(memo),
+            "kinds": [file_kind(file) for file in self.files() or []],
+            **{name: getattr(self.config, name) for name in ("format", "split", "columns")},
+            "reader": reader and find_function(reader, READER).digest,
+        }
+
+    def content_identity(self, memo: Path | None = None) -> str:
+        """Return a digest of a pinned source's content: of its files, a URL's listing, or the Hub's commit.
+
+        The folder `memo` caches digests of files. Raises DataError: the source does not exist.
+        """
+        config = self.config
+        files = self.files()
+        if self._listing:
+            return self._listing
+        if files is None:
+            return f"hub commit {config.revision}, name {config.name}, data_dir {config.data_dir}"
+        digests = [remembered_digest(file, memo) for file in files]
+        if Path(self.path).expanduser().is_file():
+            return digests[0]
+        # Names decide format, split and origins; the folder may be moved.
+        names = [self.relative_name(str(file)) for file in files]
+        parts = (f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
+        return text_digest("\n".join(parts))
+
+    def changed_error(self) -> DataError:
+        """Return the error of a source that is not what it was when the program started to read it."""
+        return DataError(
+            "the data changed while they were read",
+            where=self.path,
+            remedy="start again when no other program writes to the files",
+        )
+
+
+def read_records(source: SourceConfig | str) -> Iterator[Record]:
+    """Read the records of a source (a string: its path), as `DataSource.records`."""
+    return DataSource(source).records()
+
+
+def _looks_local(path: str) -> bool:
+    """Return whether a path is rather that of a missing file than the name of a dataset on the Hub."""
+    local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return True
+    if local.suffix in SUFFIXES or _DATA_NAME.search(local.name):
+        return True
+    # Like any file (`table.xlsx`) in an existing folder.
+    return bool(re.fullmatch(r"\.[A-Za-z]{2,7}", local.suffix)) and local.parent.is_dir()
 
 
 def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
@@ -173,25 +348,6 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
             )
 
 
-def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Return a digest of a pinned source's content: of its files, of a URL's listing, or of the Hub's commit.
-
-    The folder `memo` caches digests of files. Raises DataError: the source does not exist.
-    """
-    files = local_files(source)
-    if isinstance(source, ListedSource):
-        return source.listing
-    if files is None:
-        return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
-    digests = [remembered_digest(file, memo) for file in files]
-    if Path(source.path).expanduser().is_file():
-        return digests[0]
-    # Names decide format, split and origins; the folder may be moved.
-    root = root_folder(source.path).expanduser()
-    names = [os.path.relpath(file, root) for file in files]
-    return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
-
-
 def _missing(file: Path) -> DataError:
     names = str(file).split()
     is_list = len(names) > 1 and all(Path(name).expanduser().is_file() for name in names)
@@ -207,23 +363,23 @@ def _missing(file: Path) -> DataError:
 # Patterns and folders.
 
 
-def root_folder(path: str) -> Path:
+def _root_folder(path: str) -> Path:
     """Return the folder to which a source's file names are relative: for a pattern, the part before it."""
     return Path(*itertools.takewhile(lambda part: not _GLOB.search(part), Path(path).parts))
 
 
 def full_name(path: str, relative: str) -> str:
-    """Return a file's full name, given its name relative to `root_folder(path)`."""
+    """Return a file's full name, given `DataSource.relative_name`, its name relative to the source's path."""
     if relative == ".":
         return path
-    name = str(root_folder(path) / relative)
+    name = str(_root_folder(path) / relative)
     return name.replace(":/", "://", 1) if is_url(path) else name  # a path has no empty parts
 
 
 def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
     for above in Path(pattern).parents:  # folders that `glob` would pass over
-        if above.is_relative_to(root_folder(pattern)):
+        if above.is_relative_to(_root_folder(pattern)):
             for name in glob.glob(str(above), recursive=True):  # noqa: PTH207
                 check_readable(Path(name), pattern, DataError)
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
@@ -337,32 +493,6 @@ def _saved_records(folder: Path, source: SourceConfig, folders: Sequence[Path]) 
 # The Hugging Face Hub.
 
 
-@dataclass(frozen=True)
-class ListedSource(SourceConfig):
-    """A source at a URL, and a digest of what its file system said of its files (`_listing`)."""
-
-    listing: str = ""
-
-
-def pin_source(source: SourceConfig) -> SourceConfig:
-    """Return the source that an entry of a dataset_info.json describes, or the source itself.
-
-    A Hub dataset gets its commit as `revision` (null: main), from the Hub's cache if the Hub cannot be
-    reached; a source at a URL becomes a `ListedSource`. Raises DataError: the source or the commit is not
-    found.
-    """
-    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
-
-    source = resolve_source(source)
-    if is_url(source.path):
-        return ListedSource(**vars(source) | {"listing": _listing(remote_files(source))})
-    if local_files(source) is not None:
-        return source
-    with _as_data_error(source):
-        commit = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
-    return replace(source, revision=commit.resolved)
-
-
 @contextlib.contextmanager
 def _as_data_error(source: SourceConfig) -> Iterator[None]:
     """Raise DataError for all errors of the Hub's libraries, which share no base class."""
@@ -469,45 +599,6 @@ def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceC
             raise
 
 
-def _remote_records(
-    source: SourceConfig, folders: Sequence[Path], copies: Path | None
-) -> Iterator[RawRecord]:
-    """Yield the records of a source at a URL; each file is downloaded before it is read."""
-    system, _ = open_file_system(source.path)
-    files = remote_files(source)
-    if isinstance(source, ListedSource) and source.listing != _listing(files):
-        raise changed_error(source)
-    with contextlib.ExitStack() as stack:
-        if is_own := copies is None:
-            remove_abandoned(place := Path(tempfile.gettempdir()))
-            copies = stack.enter_context(temporary_folder(place / "download"))
-        remove_abandoned(copies)  # downloads that a kill ended
-        for number, file in enumerate(files):
-            copy = copies / f"{number}{''.join(PurePath(file.path).suffixes[-2:])}"
-            with locked(copies / f"{number}.lock", "downloads this file", waits=True):
-                if not copy.exists():
-                    with remote_errors(file.name, DataError), staged_file(copy) as staged:
-                        system.get_file(file.path, str(staged))
-                        system.invalidate_cache()
-                        # Not by a list of all files for each one: a source can have thousands. A list decides
-                        # where it and the file itself are described differently.
-                        is_same = _state(system.info(file.path)) == file.state
-                        if not is_same and remote_files(source) != files:
-                            raise changed_error(source)
-            yield from read_file(copy, file.name, folders)
-            if is_own:
-                copy.unlink()
-
-
-def changed_error(source: SourceConfig) -> DataError:
-    """Return the error of a source that is not what it was when the program started to read it."""
-    return DataError(
-        "the data changed while they were read",
-        where=source.path,
-        remedy="start again when no other program writes to the files",
-    )
-
-
 # Labels, by which metrics, tables and reports name a source.
 
 # Names of files and folders that need the folder above to say what they are.
@@ -528,15 +619,9 @@ def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
     return labels
 
 
-def metric_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the distinct labels of sources, by which metrics are divided; none if there is only one."""
-    distinct = tuple(dict.fromkeys(labels))
-    return distinct if len(distinct) > 1 else ()
-
-
 def _label(source: SourceConfig) -> str:
     """Return the name of a source's file, with subset, folder and split."""
-    if source.name is not None and resolve_source(source) is not source:
+    if source.name is not None and DataSource(source).config is not source:
         return _safe(source.name)
     file = PurePath(source.path)
     while file.suffix in SUFFIXES:

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import tokenizers
 
 from dpo_dist.data.library_internals import with_backend
-from dpo_dist.data.records import Tokenizer, UnusableRecordError
+from dpo_dist.data.records import UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 
 THOUGHT_TAGS = ("<think>", "</think>")
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")

@@ -42,11 +42,6 @@ def kept_tokens(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> t
     return np.minimum(prompt, most - room), np.minimum(room, longest)
 
 
-def without_limits(config: DataConfig) -> DataConfig:
-    """Return the configuration with room for records of any length."""
-    return replace(config, max_length=2**30, max_prompt_length=None, truncation=Truncation.drop)
-
-
 def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[np.bool_]]) -> int:
     """Return how many tokens of each response keep all distinct, with one that the loss counts in each."""
     shared = [len(commonprefix(pair)) for pair in pairwise(sorted(responses))]  # noqa: RUF071 (of token ids)

@@ -16,7 +16,6 @@ from dpo_dist.data.records import (
     Messages,
     Origin,
     PreferenceRecord,
-    Tokenizer,
     UnusableRecordError,
     shown_key,
     turns_of,
@@ -28,16 +27,17 @@ from dpo_dist.data.text.template import (
     PROBE_CALL,
     PROBE_TOOL,
     ChatRenderer,
+    ChatTemplate,
     Forms,
     Turns,
     argument_names,
-    check_template_keys,
 )
 from dpo_dist.data.text.thoughts import DEFAULT_MARKS, ThoughtMarks
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.types import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ _RESULT = Message("tool", "probe result", {"name": "probe", "tool_call_id": PROB
 _SAID, _ASKED = Message("assistant", "probe answer"), Message("user", "probe question")
 
 
-def trained_ends(facts: TokenizerFacts) -> set[str]:
+def _trained_ends(facts: TokenizerFacts) -> set[str]:
     """Return the tokens with which training ends turns and that stand nowhere else in a turn."""
     ends = set[str]()
     for turns in ((_CALLED, _RESULT, _SAID), (_SAID, _ASKED, _SAID)):
@@ -104,6 +104,16 @@ def trained_ends(facts: TokenizerFacts) -> set[str]:
             [text], [counted] = rendered.responses, rendered.counted
             ends |= {facts.ending_token(text[start:end]) for start, end in counted}
     return {*facts.stops, *ends} - facts.within_turns - {""}
+
+
+def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
+    """Return the ids of the tokens that end texts in training, and of those that end a template's turns."""
+    ends = {tokenizer.eos_token}
+    for with_tools in (False, True):
+        with contextlib.suppress(ConfigError):  # the template cannot be used for training
+            ends |= _trained_ends(tokenizer_facts(tokenizer, data, with_tools=with_tools))
+    ids = {tokenizer.convert_tokens_to_ids(end) for end in ends - {None}}
+    return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))
 
 
 def unread_fields(record: PreferenceRecord, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, ...]:
@@ -181,7 +191,8 @@ def _by_template(
     names = argument_names(chat.template)
     known = {name: value for name, value in record.template_arguments.items() if name in names}
     if not names.issuperset(config.template_arguments or ()):
-        check_template_keys(config, facts.tokenizer)
+        template = ChatTemplate(facts.tokenizer, config.chat_template)
+        template.check_arguments(config.template_arguments or ())
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **known, **tools})
     chat.check_keys([*messages, *itertools.chain(*responses)])

@@ -15,19 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.records import (
-    IMAGE,
-    Message,
-    Messages,
-    Tokenizer,
-    UnusableRecordError,
-    parts_of,
-    shown_key,
-)
+from dpo_dist.data.records import IMAGE, Message, Messages, UnusableRecordError, parts_of, shown_key
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.types import Fields
+from dpo_dist.foundation.types import Fields, Tokenizer
 
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -80,43 +71,68 @@ def key_names(template: str) -> frozenset[str]:
     return frozenset(texts | {attribute.attr for attribute in tree.find_all(nodes.Getattr)})
 
 
-def check_template_keys(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Check that the chosen template exists and names the arguments of the run. Raises ConfigError."""
-    templates = [
-        chosen_template(tokenizer, config.chat_template, with_tools=given) for given in (False, True)
-    ]
-    known = frozenset[str]().union(*(argument_names(template or "") for template in templates))
-    if unknown := sorted(set(config.template_arguments or ()) - known):
-        raise ConfigError(
-            "the chat template has no such argument",
-            where="data.template_arguments",
-            got=", ".join(unknown),
-            expected=", ".join(sorted(known)) or "no arguments: the template names none",
-            remedy="correct or remove these arguments, or choose another template by data.chat_template",
-        )
-
-
-def chosen_template(tokenizer: Tokenizer, choice: str | None, *, with_tools: bool = False) -> str | None:
-    """Return the chat template that `data.chat_template` chooses; None if the tokenizer has none.
+class ChatTemplate:
+    """The chat template of a tokenizer that `data.chat_template` chooses.
 
     `choice` is a file, the name of one of the tokenizer's templates, or None: its only or default one, or the
-    one for tools. Raises ConfigError: there is no such file and no such template.
+    one for tools.
     """
-    stored = tokenizer.chat_template
-    if choice is None:
-        return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if stored else None
-    if isinstance(stored, dict) and choice in stored:
-        return str(stored[choice])
-    try:
-        return Path(choice).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise _no_such_template(f"{choice}: {fault}", stored if isinstance(stored, dict) else {}) from fault
 
+    def __init__(self, tokenizer: Tokenizer, choice: str | None):
+        self._tokenizer = tokenizer
+        self._choice = choice
 
-def check_template_file(choice: str | None) -> None:
-    """Check that a chosen template that can only be a file exists; needs no tokenizer. Raises ConfigError."""
-    if choice and (choice.endswith(".jinja") or "/" in choice) and not Path(choice).expanduser().exists():
-        raise _no_such_template(choice, [])
+    def text(self, *, with_tools: bool = False) -> str | None:
+        """Return the template, of records `with_tools` or of others; None if the tokenizer has none.
+
+        Raises ConfigError: there is no such file and no such template.
+        """
+        choice = self._choice
+        stored = self._tokenizer.chat_template
+        if choice is None and not stored:
+            return None
+        if choice is None:
+            return str(self._tokenizer.get_chat_template(tools=[{}] if with_tools else None))
+        names = stored if isinstance(stored, dict) else {}
+        if choice in names:
+            return str(names[choice])
+        try:
+            return Path(choice).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as fault:
+            raise _no_such_template(f"{choice}: {fault}", names) from fault
+
+    def check_arguments(self, arguments: Collection[str]) -> None:
+        """Check that the template exists and names these `data.template_arguments`. Raises ConfigError."""
+        names = frozenset[str]()
+        for with_tools in (False, True):
+            names |= argument_names(self.text(with_tools=with_tools) or "")
+        unknown = sorted(set(arguments) - names)
+        if unknown:
+            raise ConfigError(
+                "the chat template has no such argument",
+                where="data.template_arguments",
+                got=", ".join(unknown),
+                expected=", ".join(sorted(names)) or "no arguments: the template names none",
+                remedy="correct or remove these arguments, or choose another template by data.chat_template",
+            )
+
+    def alone(self) -> Tokenizer:
+        """Return a copy of the tokenizer with only this template, to save with a model."""
+        changed = copy(self._tokenizer)
+        stored = self._tokenizer.chat_template
+        text = self.text()
+        # Also by its name: else the same configuration would not find the template in the saved model.
+        is_named = isinstance(stored, dict) and self._choice in stored
+        changed.chat_template = {"default": text, self._choice: text} if is_named else text
+        return changed
+
+    @staticmethod
+    def check_file(choice: str | None) -> None:
+        """Check that a choice that can only be a file exists; needs no tokenizer. Raises ConfigError."""
+        if choice is None or not (choice.endswith(".jinja") or "/" in choice):
+            return
+        if not Path(choice).expanduser().exists():
+            raise _no_such_template(choice, [])
 
 
 def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
@@ -128,16 +144,6 @@ def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
         expected=f"a file with a Jinja template in UTF-8{templates}",
         remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
     )
-
-
-def with_chosen_template(tokenizer: Tokenizer, choice: str) -> Tokenizer:
-    """Return a copy of a tokenizer with only the template of `data.chat_template`, to save with a model."""
-    changed, stored = copy(tokenizer), tokenizer.chat_template
-    chosen = chosen_template(tokenizer, choice)
-    # Also by its name: else the same configuration would not find the template in the saved model.
-    is_named = isinstance(stored, dict) and choice in stored
-    changed.chat_template = {"default": chosen, choice: chosen} if is_named else chosen
-    return changed
 
 
 def turn_tokens(tokenizer: Tokenizer, chat_template: str | None, of_thoughts: Collection[str]) -> set[str]:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.escape import THOUGHT_FIELDS, THOUGHT_TAGS, any_of
 from dpo_dist.data.text.template import PROBE_CALL, argument_names, probed, with_text_arguments
-from dpo_dist.foundation.types import Fields
+from dpo_dist.foundation.types import Fields, Tokenizer
 
 
 @dataclass(frozen=True)

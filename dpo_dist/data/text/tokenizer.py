@@ -6,17 +6,17 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
-from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.text.template import (
     ChatRenderer,
-    chosen_template,
+    ChatTemplate,
     pin_clock,
     roles_in_parts,
     turn_tokens,
 )
 from dpo_dist.data.text.thoughts import thought_marks
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 
 # Tokens around turns of common model families: a text may come from another tokenizer's template.
 _FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
@@ -272,4 +272,5 @@ def tokenizer_facts(
     Some tokenizers have a separate template for records `with_tools`. Raises ConfigError:
     `data.chat_template` is neither a file nor the name of a template.
     """
-    return _facts(tokenizer, chosen_template(tokenizer, config.chat_template, with_tools=with_tools))
+    template = ChatTemplate(tokenizer, config.chat_template)
+    return _facts(tokenizer, template.text(with_tools=with_tools))

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
-from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data import ImageProcessor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.foundation.remedies import Remedy

@@ -1,6 +1,5 @@
 """The tokens that end a response: from the chat template, and from and to generation_config.json."""
 
-import contextlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.records import Tokenizer
-from dpo_dist.data.text.render import trained_ends
-from dpo_dist.data.text.tokenizer import tokenizer_facts
+from dpo_dist.data import DataConfig, trained_stops
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
 
 _STOPS = "eos_token_id"
@@ -30,16 +27,6 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
             remedy="set eos_token in tokenizer_config.json",
         )
     return stop_ids
-
-
-def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
-    """Return the ids of the tokens that end texts in training, and of those that end a template's turns."""
-    ends = {tokenizer.eos_token}
-    for with_tools in (False, True):
-        with contextlib.suppress(ConfigError):  # the template cannot be used for training
-            ends |= trained_ends(tokenizer_facts(tokenizer, data, with_tools=with_tools))
-    ids = {tokenizer.convert_tokens_to_ids(end) for end in ends - {None}}
-    return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))
 
 
 def folder_stops(folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
 
 if TYPE_CHECKING:
-    from dpo_dist.data.records import ImageFile
+    from dpo_dist.data import ImageFile
     from dpo_dist.tools.chat.speakers import Speaker
 
 _TRUST = "model.trust_remote_code=true"

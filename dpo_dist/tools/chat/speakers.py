@@ -13,9 +13,7 @@ from transformers import TextStreamer
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint
 from dpo_dist.config.schema import UNSET, Dtype, ImagesConfig, ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
-from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
@@ -188,7 +186,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     dtype = Dtype.fp32 if emulated else config.model.dtype
     # Only the user can allow code, not a run's configuration; the run's template is saved with its model.
     model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)
-    data = replace(without_limits(config.data), chat_template=None)
+    data = replace(config.data.without_limits(), chat_template=None)
     name = short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))

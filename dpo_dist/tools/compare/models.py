@@ -15,20 +15,20 @@ import torch
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
-from dpo_dist.data.example import Example, ImageInput
-from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.read.sources import pin_source, source_labels
-from dpo_dist.data.records import (
+from dpo_dist.data import (
+    DataConfig,
+    DataSource,
     Dialogue,
+    Example,
+    ImageInput,
+    Part,
     PreferenceRecord,
     Prompt,
-    eval_part,
     prompt_hash,
-    prompt_key,
+    source_labels,
     turns_of,
 )
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks
@@ -83,14 +83,14 @@ def held_out(
 
     A hash of the prompt decides which are chosen. They keep the order of the data, and their first response.
     """
-    labels, sources, part = dict[str, str](), data.eval_sources, eval_part(data)
+    labels, sources, part = dict[str, str](), data.eval_sources, Part.to_evaluate(data)
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pin_source(source)), source, data, say):
+            for record in good_records(DataSource(source).pinned().prompts(), source, data, say):
                 scores = record.scores if record.labelled_side else None
                 asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
-                key = prompt_key(asked)
+                key = asked.prompt_key()
                 if key not in labels and part.has(prompt_hash(record.prompt, record.images)):
                     labels[key] = label
                     yield files.text_digest(f"0 {key}"), len(labels), asked
@@ -284,7 +284,7 @@ def compare_models(
         for record in itertools.chain(*parts):
             found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
             if len({*found}) > 1:
-                rooms[prompt_key(record)] = min(found)
+                rooms[record.prompt_key()] = min(found)
         # One model at a time is in memory; the base, which scores all, comes last.
         base, *others = speakers
         for speaker in (*others, base):
@@ -353,7 +353,7 @@ def _rows(
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
                 counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
-            scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
+            scores, key = judgement.get("scores", [None] * len(speakers)), record.prompt_key()
             answer: _Row = {
                 "prompt_id": key[:16],
                 "prompt": prompt_text(record.prompt),
@@ -438,7 +438,7 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> Check
     """Check models without loading weights, the judge, and each source's first records; return the report."""
     check_writable(RunFolder(config.run.path).path)
     lines: list[str] = []
-    records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
+    records = first_records(config.data.eval_sources, DataSource.prompts, config.data, lines.append)
     sampling = sampling_for("compare", config.section_of(SamplingConfig))
     for model in models:
         if model.is_checkpoint:

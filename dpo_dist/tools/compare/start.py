@@ -7,9 +7,7 @@ from pathlib import Path
 from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.formats import check_source
-from dpo_dist.data.read.sources import check_has_evaluation_data
-from dpo_dist.data.text.template import check_template_file
+from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.remedies import Remedy
@@ -47,10 +45,10 @@ class NamedModel:
 def check_comparison(config: RunConfig) -> list[NamedModel]:
     """Check everything that needs no torch, network or other processes; return the models."""
     models = compared_models(config.section_of(CompareConfig).models)
-    check_has_evaluation_data(config.data, "compare models on", "with responses or without")
+    config.data.check_has_evaluation_data("compare models on", "with responses or without")
     for source in config.data.eval_sources:
-        check_source(source)
-    check_template_file(config.data.chat_template)
+        DataSource(source).check()
+    ChatTemplate.check_file(config.data.chat_template)
     locations = [model.location for model in models]
     revision = Rule(
         "model.revision!=null model.path compare.models",

@@ -14,8 +14,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import UNSET, RunConfig
-from dpo_dist.data.formats import check_source
-from dpo_dist.data.text.template import check_template_file
+from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.model.files.folder import check_tokenizer_files, local_model_folder
@@ -26,13 +25,13 @@ def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
     check_rules(config, needs_of("doctor"))
     for source in [*config.data.train, *config.data.eval]:
-        check_source(source)
+        DataSource(source).check()
     benchmark = None
     if config.section_of(DoctorConfig).benchmarks:
         from dpo_dist.tools.doctor.measures.texts import read_benchmarks  # noqa: PLC0415  (slow)
 
         benchmark = read_benchmarks(config.section_of(DoctorConfig).benchmarks)
-    check_template_file(config.data.chat_template)
+    ChatTemplate.check_file(config.data.chat_template)
     if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         starts_as_base = config.model.adapter is None or config.model.adapter.path is None

@@ -14,11 +14,8 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import UNSET, ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
-from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
+from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Part, Record, SourceConfig, source_labels
+from dpo_dist.data.config import OnBadRecord, TextTemplate
 from dpo_dist.encoded.build import (
     EncodingProgress,
     Preparation,
@@ -34,6 +31,7 @@ from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.encoded.workers import in_chunks, in_order
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.remedies import AtRecords
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
@@ -149,8 +147,8 @@ def _for_each_chunk(
     progress: AbstractContextManager[Callable[..., None]],
 ) -> None:
     """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
-    entry, read = pin_source(entry), 0
-    records, total = read_records(entry), expected_number(entry)
+    source, read = DataSource(entry).pinned(), 0
+    records, total = source.records(), source.expected_number()
     with progress as show, closing(in_order(in_chunks(records), work)) as chunks:
         for results in chunks:
             for use in uses:
@@ -258,9 +256,9 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
                 found.append([])
         return found
 
-    evals = prepared(data.eval_sources, eval_part(data), "eval")
+    evals = prepared(data.eval_sources, Part.to_evaluate(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
-    trains = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
+    trains = prepared(data.train, Part.to_train(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
         return PreparedData(encoder, [*trains, *evals], refusals)
     parts = zip(trains, evals or [[]] * len(trains), strict=True)

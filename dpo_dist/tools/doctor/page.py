@@ -7,7 +7,7 @@ from typing import Any
 
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.streams import printable

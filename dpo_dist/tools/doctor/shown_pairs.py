@@ -9,14 +9,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data import BadRecord, DataConfig, DataSource, ImageProcessor, PreferenceRecord, TokenIds
 from dpo_dist.data.encode import encode_pair
-from dpo_dist.data.example import TokenIds
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
-from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
@@ -70,7 +65,7 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown, room = [], ThumbnailRoom()
     for source in [*config.train, *config.eval]:
-        for record in _choose(pin_source(source), rules, count):
+        for record in _choose(DataSource(source).pinned(), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             note, parts = _parts(record, config, tokenizer, processor)
@@ -79,13 +74,13 @@ def show_pairs(
     return shown
 
 
-def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
+def _choose(source: DataSource, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
     """Return the records at the origins of `rules`, and a sample of the first ones."""
     examples: list[PreferenceRecord] = []
     others: list[PreferenceRecord] = []
     folder = os.path.dirname(source.path.split("*", 1)[0])  # noqa: PTH120  (also of a URL)
     missing = {origin for origin in rules if folder in ("", ".") or origin.startswith(folder)}
-    for number, record in enumerate(read_records(source)):
+    for number, record in enumerate(source.records()):
         missing.discard(str(record.origin))
         if isinstance(record, PreferenceRecord):
             if str(record.origin) in rules:
@@ -106,7 +101,7 @@ def _parts(
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    whole = encode_pair(record, tokenizer, without_limits(config), processor)
+    whole = encode_pair(record, tokenizer, config.without_limits(), processor)
     kept = encode_pair(record, tokenizer, config, processor)
     if isinstance(whole, BadRecord):
         return whole.reason, _plain_parts(record)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint, no_model_error
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.tools.evaluation.extension import EvaluationConfig
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel, locate_model
 
@@ -27,7 +26,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
         reference = replace(reference, mode=ReferenceMode.cached, quantization=bits)
     data = replace(data, train=[]) if data.eval else data
     config = replace(config, data=data, reference=reference)
-    check_has_evaluation_data(config.data, "evaluate models on")
+    config.data.check_has_evaluation_data("evaluate models on")
     run = RunFolder(config.run.path)
     if None in evaluation.models and not run.model.is_dir():
         pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"

@@ -8,10 +8,7 @@ import numpy as np
 
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import PreferenceRecord, prompt_hash, readable, train_part
+from dpo_dist.data import DataSource, Part, PreferenceRecord, SourceConfig, prompt_hash
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DpoDistError, first_line
 
@@ -48,11 +45,11 @@ def count_trained(model: str, prompts: Iterable[int], unit: str, console: Consol
 def _training_prompts(file: Path) -> frozenset[int]:
     data = saved_config(file).data
     held_out = np.array(sorted(_prompts(data.eval)), np.uint64) if data.drop_eval_prompts else None
-    part = train_part(data, held_out)
+    part = Part.to_train(data, held_out)
     return frozenset(filter(part.has, _prompts(data.train)))
 
 
 def _prompts(sources: Iterable[SourceConfig]) -> set[int]:
-    records = (readable(record) for source in sources for record in read_prompts(pin_source(source)))
+    records = (record.readable() for source in sources for record in DataSource(source).pinned().prompts())
     kept = (record for record in records if isinstance(record, PreferenceRecord))
     return {prompt_hash(record.prompt, record.images) for record in kept}

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
+from dpo_dist.data import IMAGE, Example, ImageFile, ImageInput, Mask, TokenIds, UnusableRecordError
 from dpo_dist.data.images import decode_image
-from dpo_dist.data.records import IMAGE, ImageFile, UnusableRecordError
 from dpo_dist.encoded.dataset import PromptImages
 
 Thumbnails = Sequence[str | None]

@@ -13,10 +13,9 @@ import numpy as np
 
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
-from dpo_dist.data.formats import read_prompts, read_records
-from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
+from dpo_dist.data.records import as_fields
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation.console import Console
@@ -65,9 +64,9 @@ def different_prompts(
 ) -> list[PreferenceRecord]:
     """Return the different prompts of `data.train`, as models get them, in order."""
     prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
-    for record in training_records(data, read_prompts, say, lambda: len(prompts) == pairs.limit):
+    for record in training_records(data, DataSource.prompts, say, lambda: len(prompts) == pairs.limit):
         asked = replace(as_user_message(record, data), responses=(), scores=None)
-        key = prompt_key(asked)
+        key = asked.prompt_key()
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
             counts["in_other_parts"] += 1
         elif key in prompts:
@@ -201,7 +200,7 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
         usable = [each for each in row.completions if each.unused is None]
         if pairs.method is PairsMethod.samples:
             scores = [each.score or 0.0 for each in usable]
-            for better, worse in select_pairs(scores, pairs, seed, prompt_key(record), counts):
+            for better, worse in select_pairs(scores, pairs, seed, record.prompt_key(), counts):
                 yield _pair(record, row, usable[better], usable[worse], results)
         elif len(usable) == len(results.models):  # one by the stronger, one by the weaker (arXiv 2507.06187)
             yield _pair(record, row, usable[0], usable[1], results)
@@ -246,7 +245,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             row["responses" if each.unused is None else "unused"].append(listed)
         provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
         images = image_fields(record, results.prompts.run.folder.pairs)
-        yield row | context_fields(record) | {"provenance": provenance} | images
+        yield row | record.context_fields() | {"provenance": provenance} | images
 
 
 def pairs_from_models(run: Run) -> None:
@@ -316,13 +315,15 @@ def pairs_from_scores(
     settings = method | {"sources": plain(data.train), "limit": pairs.limit}
 
     def records() -> Iterator[dict[str, Any]]:
-        for record in training_records(data, read_records, say, lambda: counts["prompts"] == pairs.limit):
+        for record in training_records(
+            data, DataSource.records, say, lambda: counts["prompts"] == pairs.limit
+        ):
             counts["prompts"] += 1
             scores = record.scores
             if scores is None:
                 counts["without_scores"] += 1
                 continue
-            key = text_digest(f"{prompt_key(record)} {record.responses}")
+            key = text_digest(f"{record.prompt_key()} {record.responses}")
             for better, worse in select_pairs(scores, pairs, seed, key, counts):
                 counts["order_changed"] += better > worse
                 ranks = {"ranks": [better + 1, worse + 1], "responses": len(record.responses)}
@@ -342,7 +343,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
     responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
-    read = read_prompts if responds else read_records
+    read = DataSource.prompts if responds else DataSource.records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
         sampling = sampling_for("pairs", config.section_of(SamplingConfig))

@@ -23,11 +23,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import jinja2
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json
-from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, turns_of
+from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.fields import plain
@@ -298,7 +297,7 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
     settings |= {"limit": limit, "seed": seed}
     check_output(folder.pairs_file, settings)
     drawn: Counter[str] = Counter()
-    items = draw_items(training_records(data, read_records, say), limit or _MOST_ITEMS, seed, drawn)
+    items = draw_items(training_records(data, DataSource.records, say), limit or _MOST_ITEMS, seed, drawn)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
     say(pluralize(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:

@@ -18,7 +18,7 @@ from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
 from dpo_dist.config.rules import value_at
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.fields import plain, schema_fields
@@ -117,10 +117,11 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     """
     files.remove_abandoned(folder.parent)  # a start that was killed may have left a whole model
     # Slow to import.
+    from dpo_dist.data import trained_stops  # noqa: PLC0415
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.manifest import write_manifest  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
-    from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
+    from dpo_dist.model.files.stops import write_stops  # noqa: PLC0415
     from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), model, store, "model.adapter")

@@ -6,8 +6,7 @@ from pathlib import Path
 from dpo_dist.config.rules import Rule, check_rules, needs_of, to_unset, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import UNSET, RunConfig
-from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.formats import check_source
+from dpo_dist.data import DataSource, SourceConfig
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
@@ -122,4 +121,4 @@ def check_pairs(config: RunConfig) -> None:
             local_model_folder(name, None, key, accepts_adapter=True)
     check_function(config.section_of(PairsConfig))
     for source in config.data.train:
-        check_source(source)
+        DataSource(source).check()

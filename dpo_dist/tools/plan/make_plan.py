@@ -16,8 +16,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.load import complete_config, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.read.sources import local_files
+from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
@@ -182,7 +181,7 @@ def planned_data(
     sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
-    if not sources or any(local_files(source) is None and not is_url(source.path) for source in sources):
+    if not sources or any(map(_is_on_hub, sources)):
         known = [_by_its_card(source) for source in sources]
         sizes, basis = [entry for entry in known if entry is not None], "by the cards of the data"
         if not sizes or len(sizes) < len(known):
@@ -209,6 +208,10 @@ def planned_data(
             together = max(1, round(sharing * len(dataset) * weight / pairs))
             saved += saved_by_tree(dataset, together) * part / tokens
     return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved)
+
+
+def _is_on_hub(source: SourceConfig) -> bool:
+    return DataSource(source).files() is None and not is_url(source.path)
 
 
 def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:

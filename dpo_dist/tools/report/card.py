@@ -14,7 +14,7 @@ from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields
 from dpo_dist.foundation.streams import printable

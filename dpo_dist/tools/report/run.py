@@ -11,7 +11,7 @@ from dpo_dist.config.load import read_saved
 from dpo_dist.config.metrics import ALL, MARGIN_PERCENTILES, METRICS, results_name
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
+from dpo_dist.data.records import COUNTS_OF_OTHERS
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
@@ -274,7 +274,7 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
     ]
     rows += [
         # Records that the split gives to the other part are not among the `read` ones.
-        (count, read + count if name in (HELD_OUT, LEFT_IN_TRAIN) else counts["kept"], in_words(name), name)
+        (count, read + count if name in COUNTS_OF_OTHERS else counts["kept"], in_words(name), name)
         for name, count in counts.items()
         if isinstance(count, int) and name not in ("read", "kept", "pairs")
     ]

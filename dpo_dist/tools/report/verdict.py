@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_dist.config.losses import balancing_weight
 from dpo_dist.config.metrics import EXCESS, MISMATCH
-from dpo_dist.data.counts import are_mostly_plain, plain_text_count
+from dpo_dist.data import DataCounts
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent, pluralize
@@ -383,9 +383,9 @@ def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
 
 def _data_faults(facts: RunFacts) -> Iterator[str]:
     """Yield what the counts of the start and the doctor have said about many of the records."""
-    training = facts.counts("train")
-    if are_mostly_plain(training):
-        plain = plain_text_count(training, "training records")
+    training = DataCounts.from_numbers(facts.counts("train"))
+    if training.is_mostly_plain:
+        plain = training.plain_in_words("training records")
         yield f"{plain}: data.text_as_messages=true makes each prompt a user's turn"
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         counts = facts.counts(name)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from dpo_dist.batching.pack import joined_inputs
-from dpo_dist.data.example import Example, ImageInput, TokenIds
+from dpo_dist.data import Example, ImageInput, TokenIds
 from dpo_dist.foundation.errors import DeviceMemoryError, first_line
 from dpo_dist.model.architectures import context_length
 from dpo_dist.model.exactness import LONGEST, Agree, Rounding, changes, trial_examples

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpo_dist.data.example import ImageInput, TokenIds
+from dpo_dist.data import ImageInput, TokenIds
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.model.exactness import Agree

@@ -18,17 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.data.records import (
-    Dialogue,
-    Message,
-    Origin,
-    PreferenceRecord,
-    UnusableRecordError,
-    as_fields,
-    context_fields,
-    prompt_key,
-    turns_of,
-)
+from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
+from dpo_dist.data.records import as_fields
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
@@ -343,7 +334,7 @@ class EndpointJudge:
         return verdicts[0] if verdicts and verdicts[0] in _VERDICTS else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
-        fields = {"conversation": question.prompt, **context_fields(question.record), **responses}
+        fields = {"conversation": question.prompt, **question.record.context_fields(), **responses}
         content: Any = json.dumps(fields, ensure_ascii=False)
         if images := question.record.images:  # in the order of their places
             urls = (jpeg_uri(image.read(), _JUDGED_SIDE) for image in images)
@@ -378,7 +369,7 @@ class EndpointJudge:
 
 def _key(question: Question, order: tuple[int, ...]) -> str:
     """Return the key of a request, by which its reply is kept."""
-    return text_digest(json.dumps([prompt_key(question.record), *(question.responses[at] for at in order)]))
+    return text_digest(json.dumps([question.record.prompt_key(), *(question.responses[at] for at in order)]))
 
 
 def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judgement:

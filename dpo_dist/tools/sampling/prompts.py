@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
-from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts, counts_in_one_line, describe_dropped
-from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import BadRecord, PreferenceRecord, prompt_key, readable, turns_of
+from dpo_dist.data import (
+    BadRecord,
+    DataConfig,
+    DataCounts,
+    DataSource,
+    PreferenceRecord,
+    SourceConfig,
+    turns_of,
+)
+from dpo_dist.data.config import TEMPLATE_DATE
+from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.distributed.deepspeed_config import policy_config, unsharded_loading
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
@@ -92,7 +99,9 @@ class Prompts:
     @cached_property
     def digest(self) -> str:
         """The digest of all prompts in their parts."""
-        return files.text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
+        return files.text_digest(
+            json.dumps([[record.prompt_key() for record in part] for part in self.parts])
+        )
 
     def stage(self, name: str, settings: Mapping[str, Any]) -> Parts:
         """Return the parts of a stage; their folder depends on the prompts and on `settings`."""
@@ -237,8 +246,8 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
         yield Run(config, world, console)
 
 
-Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
-"""`read_records` or `read_prompts`."""
+Read: TypeAlias = Callable[[DataSource], Iterator[PreferenceRecord | BadRecord]]
+"""`DataSource.records` or `DataSource.prompts`."""
 _FIRST_RECORDS = 1024
 
 
@@ -257,13 +266,13 @@ def good_records(
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
-        record = readable(record)
+        record = record.readable()
         counts.add(record)
         if isinstance(record, PreferenceRecord):
             yield record
-    check_counts(counts, source.path, data, of_first=of_first)
+    counts.check(source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {pluralize(counts.read, 'record')} kept")
-    for line in describe_dropped(counts.dropped):
+    for line in counts.dropped_lines():
         say(line)
 
 
@@ -273,7 +282,7 @@ def first_records(
     """Return the usable ones of each source's first records; print the counts with `say`."""
     usable: list[PreferenceRecord] = []
     for source in sources:
-        records = read(pin_source(source))
+        records = read(DataSource(source).pinned())
         first = list(islice(records, _FIRST_RECORDS))
         is_more = next(records, None) is not None
         usable += good_records(iter(first), source, data, say, of_first=is_more)

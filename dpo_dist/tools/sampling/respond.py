@@ -12,21 +12,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import FusedLayers, ModelConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.example import ImageInput, TokenIds
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.records import (
-    DIALOGUE_TURN,
+from dpo_dist.data import (
     BadRecord,
+    DataConfig,
     Dialogue,
+    EncodedExample,
+    ImageInput,
+    ImageProcessor,
     Message,
     PreferenceRecord,
     Response,
-    prompt_key,
+    TokenIds,
 )
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
-from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
@@ -130,7 +129,7 @@ class Responder:
 
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
         """Return a prompt and a response as training encodes them, without the limits on their length."""
-        limits = replace(without_limits(self.data), max_prompt_length=self.data.max_prompt_length)
+        limits = replace(self.data.without_limits(), max_prompt_length=self.data.max_prompt_length)
         return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits, self.processor)
 
     def images(self, prompt: EncodedExample) -> tuple[ImageInput, ...]:
@@ -266,7 +265,7 @@ def respond(
         )
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
-        for key, images in ((prompt_key(record), responder.images(prompt)),)
+        for key, images in ((record.prompt_key(), responder.images(prompt)),)
         for own in (sampling.room(len(prompt.prompt_ids), responder.longest),)
         for number in numbers
     ]
@@ -364,9 +363,11 @@ class _Decoder:
         ends = [] if sample.end is None else [sample.end]
         message, same = self._decoded(ids)
         text = message.content
-        if isinstance(self.record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
+        prompt = self.record.prompt
+        next_turn = prompt.start_of_turn(text) if isinstance(prompt, Dialogue) else None
+        if next_turn is not None:
             # The model speaks for the other side too: its response ends before that turn.
-            text, finished, ends = text[: turn.start()], True, []
+            text, finished, ends = text[:next_turn], True, []
             ids = self._encode(text) or []
             same = ids == sample.ids[: len(ids)]
         return Completion(number, text, len(ids), finished, same, dict(message.fields), ids + ends)

@@ -20,8 +20,7 @@ import numpy.typing as npt
 import torch
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.example import Example, TokenIds
-from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data import Example, PreferenceRecord, TokenIds
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -23,26 +24,24 @@ from dpo_dist.batching.sampler import (
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import (
+from dpo_dist.data import (
+    ChatTemplate,
+    DataConfig,
     DataCounts,
-    are_mostly_plain,
-    check_counts,
-    check_split,
-    counts_in_one_line,
+    DataSource,
+    Part,
+    PreferenceRecord,
     named_in_one_line,
-    plain_text_count,
-    read_in_words,
-    reason_remedy,
-    two_forms,
+    source_labels,
+    unread_fields,
 )
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
-from dpo_dist.data.text.render import unread_fields
-from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.encoded.build import encode_records
-from dpo_dist.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
+from dpo_dist.encoded.dataset import (
+    PreferenceDataset,
+    check_fits_loss,
+    check_ids_in_vocabulary,
+    metric_labels,
+)
 from dpo_dist.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.encoded.partners import with_partners
 from dpo_dist.encoded.store import read_counts, read_lengths
@@ -114,7 +113,8 @@ def dry_run(
         config.model, folder, start, config.data.max_length, config.parallelism.sequence_parallel
     )
     router_loss(config.loss.router, causal_lm)
-    check_template_keys(config.data, tokenizer)
+    template = ChatTemplate(tokenizer, config.data.chat_template)
+    template.check_arguments(config.data.template_arguments or ())
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", place), ("model.path", described)]
     if config.run.mirror is not None and is_training:
@@ -155,7 +155,7 @@ def dry_run(
         looked_at[key] = []
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            first = _first_records(source, name, config.data, config.loss, encoder)
+            first = _first_records(DataSource(source).pinned(), name, config.data, config.loss, encoder)
             check_ids_in_vocabulary(first.dataset, tokenizer, model_config.get_text_config().vocab_size)
             lines += [(name, first.text), *first.notes]
             looked_at[key].append(first)
@@ -204,7 +204,7 @@ def _check_steps(
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
     are_whole = all(found.is_whole for found in train)
-    part = train_part(data, _prompts(evaluation) if evaluation else None)
+    part = Part.to_train(data, _prompts(evaluation) if evaluation else None)
     trained = [sum(map(part.has, map(int, _prompts([found])))) for found in train]
     if config.loss.needs_partners:
         # A start looks for partners among the examples that are left, which are not known here.
@@ -214,9 +214,10 @@ def _check_steps(
                 with_partners(found.dataset, data.max_length)
     every = sum(len(found.dataset) for found in train)
     if are_whole and not sum(trained):
-        check_split(DataCounts(changed=Counter({HELD_OUT: every})), data)
+        DataCounts(changed=Counter({part.count_of_others: every})).check_split(data)
     if are_whole and data.eval_share and sum(trained) == every:
-        check_split(DataCounts(changed=Counter({LEFT_IN_TRAIN: every})), data)
+        evaluated = Part.to_evaluate(data)
+        DataCounts(changed=Counter({evaluated.count_of_others: every})).check_split(data)
     spans = []
     for pairs, first, source in zip(trained, train, data.train, strict=True):
         expected = pairs if first.is_whole else first.pairs * pairs / len(first.dataset)
@@ -247,7 +248,7 @@ def _about(sources: Sequence[_FirstRecords]) -> str:
     return "about " if all(first.is_estimated for first in going_on) else "at least "
 
 
-def _prompts(sources: Sequence[_FirstRecords]) -> PromptHashes:
+def _prompts(sources: Sequence[_FirstRecords]) -> npt.NDArray[np.uint64]:
     """Return the `prompt_hash` of each example."""
     return np.concatenate([np.empty(0, np.uint64), *(found.dataset.prompt_hashes for found in sources)])
 
@@ -257,14 +258,13 @@ def _faults(
 ) -> list[tuple[str, str]]:
     """Return each fault of the first records in a few words, with numbers and what to do."""
     faults, every = [], [*train, *evaluation]
-    numbers = DataCounts.total(vars(found.counts) for found in every).numbers()
-    if without_tools := numbers["tools_not_rendered"]:
-        text = f"in {without_tools:,} of {numbers['kept']:,} records"
+    counts = DataCounts.total(vars(first.counts) for first in every)
+    if without_tools := counts.changed["tools_not_rendered"]:
+        text = f"in {without_tools:,} of {counts.kept:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
-    if trains and are_mostly_plain(numbers):
-        text = f"{plain_text_count(numbers)}; {reason_remedy('chat_template_not_applied')}"
-        faults.append(("the chat template is not applied", text))
+    if trains and counts.is_mostly_plain:
+        faults.append(("the chat template is not applied", counts.plain_warning()))
     trained, evaluated = map(_prompts, (train, evaluation))
     shared, are_all = int(np.isin(evaluated, trained).sum()), bool(np.isin(trained, evaluated).all())
     own = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
@@ -300,20 +300,18 @@ def start_in_words(config: RunConfig) -> str:
 
 
 def _first_records(
-    source: SourceConfig,
+    source: DataSource,
     key: str,
     data: DataConfig,
     loss: LossConfig,
     encoder: Encoder,
 ) -> _FirstRecords:
     """Read, encode and check the first records of a source."""
-    source = pin_source(source)
-    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    records = list(itertools.islice(source.records(), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
     table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
-    check_counts(
-        counts,
+    counts.check(
         source.path,
         data,
         key=key,
@@ -331,14 +329,14 @@ def _first_records(
     )
     check_fits_loss(dataset, loss)
     images = pc.sum(pc.greater(pc.list_value_length(table["images"]), 0)).as_py() or 0
-    name = f" ({source.name})" if source.name else ""
+    name = f" ({source.config.name})" if source.config.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
     first, rest = ("the first ", " (the others were not looked at)") if has_more else ("", "")
     parts = [
         f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}",
-        f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
-        read_in_words(counts.read_as),
-        f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
+        f"dropped: {counts.dropped_in_words}" if counts.dropped_in_words else "",
+        counts.forms_in_words,
+        f"changed or unusual: {counts.changed_in_words}" if counts.changed_in_words else "",
         f"{tokens:.0f} tokens per example",
         f"{pluralize(images, 'record')} with images" if images else "",
     ]
@@ -347,9 +345,9 @@ def _first_records(
         itertools.chain.from_iterable(unread_fields(record, encoder.tokenizer, data) for record in read)
     )
     notes = [("  not read", unread)] if unread else []
-    notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
+    notes += [("  warning", warning) for warning in counts.two_forms()]
     pairs = float(counts.pairs)
-    expected = expected_number(source)
+    expected = source.expected_number()
     if has_more:  # as many of each record as here
         pairs *= max(1.0, expected / counts.read)
     text = "; ".join(filter(None, parts))

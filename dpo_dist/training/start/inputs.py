@@ -19,10 +19,7 @@ from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, ReferenceMode, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import describe_counts
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.data import DataConfig, ImageProcessor, Part, SourceConfig, describe_counts
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World, check_shared
 from dpo_dist.encoded.build import Preparation
@@ -138,7 +135,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     config = run.config
     models, encode = _load(run, config.loss.router, trains=trains)
     eval_set = models.eval_set
-    part = train_part(config.data, None if eval_set is None else eval_set.prompt_hashes[:])
+    part = Part.to_train(config.data, None if eval_set is None else eval_set.prompt_hashes[:])
     train_set = encode("train", config.data.train, part)
     if eval_set is not None:
         eval_set = _add_counts(
@@ -268,7 +265,7 @@ def _load(
 
     sources, eval_set = config.data.eval_sources, None
     if sources:
-        eval_set = encode("eval", sources, eval_part(config.data))
+        eval_set = encode("eval", sources, Part.to_evaluate(config.data))
     policy_files, reference_files = files
     inputs = EvaluationInputs(
         policy_files,

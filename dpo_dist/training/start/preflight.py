@@ -23,8 +23,7 @@ from dpo_dist.config.schema import (
     Resume,
     RunConfig,
 )
-from dpo_dist.data.formats import check_source
-from dpo_dist.data.text.template import check_template_file
+from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, Lack, ReferenceModelError
 from dpo_dist.foundation.files import locked
@@ -128,8 +127,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     _check_local_models(model, config.reference)
     # Data.
     for source in [*config.data.train, *config.data.eval]:
-        check_source(source, config.data)
-    check_template_file(config.data.chat_template)
+        DataSource(source).check(config.data)
+    ChatTemplate.check_file(config.data.chat_template)
     # Folders to write.
     if trains:
         _check_run_folder(run)

@@ -9,7 +9,7 @@ import torch
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction, TrainerConfig
-from dpo_dist.data.records import Origin
+from dpo_dist.data import Origin
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import DivergedError

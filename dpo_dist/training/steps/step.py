@@ -27,7 +27,7 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.losses import LossConfig, Weighting
 from dpo_dist.config.metrics import AUC, MISMATCH
-from dpo_dist.data.read.fields import NUMBERS
+from dpo_dist.data import NUMBERS
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch

@@ -11,9 +11,8 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.columns import resolve_source
-from dpo_dist.data.read.sources import local_files, pin_source, source_labels
+from dpo_dist.data.read.sources import DataSource, read_records, source_labels
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.user_code import find_function
@@ -80,7 +79,7 @@ def test_preferences_of_openai_are_read_with_and_without_columns(tmp_path: Path)
 )
 def test_unknown_names_are_errors(tmp_path: Path, columns: Any, names: tuple[str, ...]) -> None:
     source = SourceConfig(path=jsonl(tmp_path, NESTED), columns=columns)
-    for check in (check_source, read_records):
+    for check in (lambda source: DataSource(source).check(), read_records):
         with pytest.raises(ConfigError) as raised:
             check(source)
         assert all(name in str(raised.value) for name in names), raised.value
@@ -178,7 +177,7 @@ def test_the_reader_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("unparsable", "a int instead of an object"),
     ]
     with pytest.raises(ConfigError, match="no attribute"):
-        check_source(SourceConfig(source.path, reader="readers:other"))
+        DataSource(SourceConfig(source.path, reader="readers:other")).check()
 
 
 def test_another_reader_encodes_the_data_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +210,8 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
         assert (record.prompt, record.responses) == ((Message("user", "do\nthis"),), ("yes", "no"))
         assert record.unread == ("images", "system")
         assert record.origin.source == str(tmp_path / "records.jsonl")
-        trained = pin_source(SourceConfig(str(path), name="mine", limit=3))
-        assert (trained.path, trained.limit) == (record.origin.source, 3)
+        trained = DataSource(SourceConfig(str(path), name="mine", limit=3)).pinned()
+        assert (trained.path, trained.config.limit) == (record.origin.source, 3)
     assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
 
 
@@ -282,7 +281,7 @@ def test_a_wrong_entry_is_an_error_at_the_start(
     jsonl(tmp_path, RECORD)
     registry(tmp_path, mine=FILE | entry, other=FILE)
     with pytest.raises(ConfigError) as raised:
-        check_source(SourceConfig(**{"path": str(tmp_path), "name": "mine", **options}))
+        DataSource(SourceConfig(**{"path": str(tmp_path), "name": "mine", **options})).check()
     assert all(word in str(raised.value) for word in words), raised.value
 
 
@@ -323,14 +322,14 @@ def test_the_remedy_is_the_source_with_its_columns(
     file.write_text("\n".join([",".join(header), *[",".join(["1"] * (len(header) - 1) + ["0"])] * 3]))
     source = SourceConfig(str(file))
     with pytest.raises(DataError) as raised:
-        check_source(source, DataConfig(**{key: [source]}))
+        DataSource(source).check(DataConfig(**{key: [source]}))
     word = shlex.split(raised.value.remedy.removeprefix("write ").partition(";")[0])[0]
     assert columns is None or columns in word
     if "COLUMN" not in word:
         [named] = getattr(load_run_config(["model.path=m", "data.train=[x]", word]).data, key)
         assert all(isinstance(record, PreferenceRecord) for record in read_records(named))
     with pytest.raises(DataError, match=f"write the source as .*path: {file}, columns"):
-        check_source(source, DataConfig(train=[source, SourceConfig("another.jsonl")]))
+        DataSource(source).check(DataConfig(train=[source, SourceConfig("another.jsonl")]))
 
 
 def test_the_remedy_for_conversations_inside_of_objects_reads_them(tmp_path: Path) -> None:
@@ -340,7 +339,7 @@ def test_the_remedy_for_conversations_inside_of_objects_reads_them(tmp_path: Pat
     }
     (file := tmp_path / "nested.jsonl").write_text(f"{json.dumps(sides)}\n")
     with pytest.raises(DataError) as raised:
-        check_source(SourceConfig(str(file)), DataConfig(train=[SourceConfig(str(file))]))
+        DataSource(SourceConfig(str(file))).check(DataConfig(train=[SourceConfig(str(file))]))
     word = shlex.split(raised.value.remedy.removeprefix("write ").partition(";")[0])[0]
     [named] = load_run_config(["model.path=m", word]).data.train
     assert all(isinstance(record, PreferenceRecord) for record in read_records(named))
@@ -361,7 +360,7 @@ def test_the_remedy_for_conversations_inside_of_objects_reads_them(tmp_path: Pat
 def test_one_response_with_a_score_needs_the_others_or_a_label(tmp_path: Path, record: Any) -> None:
     source = SourceConfig(jsonl(tmp_path, *[record] * 3))
     with pytest.raises(DataError) as raised:
-        check_source(source, DataConfig(train=[source]))
+        DataSource(source).check(DataConfig(train=[source]))
     remedy = raised.value.remedy
     assert "responses: [{content: TEXT, score: NUMBER}, ...]" in remedy
     assert "reader" in remedy
@@ -399,6 +398,6 @@ def test_a_name_of_a_file_is_not_asked_of_the_hub(
     (tmp_path / "all.jsonl").touch()
     (tmp_path / "below").mkdir()
     with pytest.raises(DataError, match=said):
-        local_files(SourceConfig(path))
+        DataSource(SourceConfig(path)).files()
     for name in ("org/name-v1.5", "org/data.en-de", "org/cleaned.v2", "imdb"):
-        assert local_files(SourceConfig(name)) is None
+        assert DataSource(SourceConfig(name)).files() is None

@@ -12,8 +12,8 @@ import pytest
 from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, TextTemplate
 from dpo_dist.data.config import Truncation as Cut
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.records import train_part
-from dpo_dist.encoded import build
+from dpo_dist.data.read.sources import DataSource
+from dpo_dist.data.records import Part
 from dpo_dist.encoded.build import Preparation
 from tests.support import tiny
 from tests.support.records import GOOD, jsonl
@@ -70,9 +70,9 @@ def file_of(folder: Path, source: SourceConfig, **data: Any) -> str:
     config = DataConfig(**{"train": [source], "cache": str(folder / "cache")} | data)
     tokenizer, processor = tiny.qwen(), cast(ImageProcessor, SimpleNamespace(settings=b"images"))
     tokenizer.chat_template = TEMPLATE
-    part = train_part(config, np.array([7], dtype=np.uint64))
+    part = Part.to_train(config, np.array([7], dtype=np.uint64))
     sources = config.train or [source]
-    with mock.patch.object(build, "pin_source", lambda source: source):
+    with mock.patch.object(DataSource, "pinned", lambda source: source):
         [planned] = Preparation(sources, config, tokenizer, "qwen", part=part, processor=processor).plan()
     return planned.wanted.file.name
 

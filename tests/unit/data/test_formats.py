@@ -17,9 +17,10 @@ import pyarrow.parquet
 import pytest
 
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
-from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
+from dpo_dist.data.formats import parse_prompt, parse_record
 from dpo_dist.data.read import values
 from dpo_dist.data.read.fields import FIELDS, IMAGES_OF_SIDES
+from dpo_dist.data.read.sources import DataSource, read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.encoded.build import encode_records
 from dpo_dist.foundation.errors import DataError
@@ -568,10 +569,10 @@ def test_real_files_have_the_known_faults(
 ) -> None:
     source = SourceConfig(f"{SHARED}/{name}", **options)
     if kept:
-        check_source(source, DataConfig(max_bad_share=1.0))
+        DataSource(source).check(DataConfig(max_bad_share=1.0))
     else:
         with pytest.raises(DataError, match="pair good and bad responses"):
-            check_source(source, DataConfig())
+            DataSource(source).check(DataConfig())
     outcomes = Counter(
         record.reason if isinstance(record, BadRecord) else "kept" for record in read_records(source)
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.records import BadRecord, Message
 from dpo_dist.data.text.render import unread_fields
@@ -203,15 +203,15 @@ def test_a_template_that_leaves_out_parts_of_most_records_is_refused(
 ) -> None:
     config = DataConfig(max_bad_share=share)
     if not is_error:
-        check_counts(counts_of(omitted), "a.jsonl", config)
+        counts_of(omitted).check("a.jsonl", config)
         return
     with pytest.raises(DataError, match=f"in {omitted} of 10 records") as raised:
-        check_counts(counts_of(omitted), "a.jsonl", config)
+        counts_of(omitted).check("a.jsonl", config)
     assert "data.chat_template" in str(raised.value.remedy)
     assert "data.max_bad_share=1" in str(raised.value.remedy)
     # Among the first records only all of them are a clear sign.
     if omitted < 10:
-        check_counts(counts_of(omitted), "a.jsonl", config, of_first=True)
+        counts_of(omitted).check("a.jsonl", config, of_first=True)
 
 
 # Thoughts between other marks than <think>, as templates write them: before a call or an answer.

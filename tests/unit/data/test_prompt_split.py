@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part
+from dpo_dist.data.records import Dialogue, Message, Part, Prompt, prompt_hash
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.foundation.errors import DataError
@@ -34,7 +34,9 @@ def part_of(sources: Sequence[SourceConfig], part: Part, config: DataConfig) -> 
 def split(folder: Path, *sources: SourceConfig, **data: Any) -> tuple[PreferenceDataset, PreferenceDataset]:
     """Return the training and the evaluation data."""
     config = DataConfig(cache=str(folder / "cache"), **{"eval_share": 0.3, "max_bad_share": 0.5, **data})
-    return part_of(sources, train_part(config, None), config), part_of(sources, eval_part(config), config)
+    return part_of(sources, Part.to_train(config, None), config), part_of(
+        sources, Part.to_evaluate(config), config
+    )
 
 
 def hashes(*datasets: PreferenceDataset) -> list[set[int]]:
@@ -108,8 +110,8 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
     eval_ = write(tmp_path, "eval", pairs(range(15, 25), variant=1))
     for is_dropped, expected in ((False, (20, 5, 0)), (True, (15, 0, 5))):
         config = DataConfig(cache=str(tmp_path / "cache"), eval=[eval_], drop_eval_prompts=is_dropped)
-        held_out = part_of([eval_], eval_part(config), config)
-        trained = part_of([train], train_part(config, held_out.prompt_hashes[:]), config)
+        held_out = part_of([eval_], Part.to_evaluate(config), config)
+        trained = part_of([train], Part.to_train(config, held_out.prompt_hashes[:]), config)
         left = trained.counts.get("held_out_for_eval", 0)
         assert (len(trained), count_shared_prompts(held_out, trained), left) == expected
 

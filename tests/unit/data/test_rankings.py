@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.formats import check_source, read_records
+from dpo_dist.data.read.sources import DataSource, read_records
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from tests.support.records import assistant, bad, good, jsonl, user
@@ -55,7 +55,7 @@ def test_the_remedies_for_a_list_without_scores_are_read(
 ) -> None:
     path = jsonl(tmp_path, *[FRUITS | {"ranking": [3, 2, 1]}] * 3)
     with pytest.raises(DataError, match="records cannot be used") as raised:
-        check_source(SourceConfig(path), DataConfig(train=[SourceConfig(path)]))
+        DataSource(SourceConfig(path)).check(DataConfig(train=[SourceConfig(path)]))
     remedy = raised.value.remedy
     [columns] = re.findall(r"columns: \{(\w+): COLUMN\}", remedy)
     code = "[{'content': text, 'score': n} for text, n in zip(record['responses'], record['ranking'])]"

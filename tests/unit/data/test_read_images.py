@@ -15,15 +15,13 @@ from trl.data_utils import prepare_multimodal_messages
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
+from dpo_dist.data.read.sources import read_records
 from dpo_dist.data.records import (
     IMAGE,
     BadRecord,
     PreferenceRecord,
     prompt_hash,
-    prompt_key,
-    readable,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.image_processors import file_of
@@ -359,14 +357,14 @@ def test_plain_text_has_no_place_for_images() -> None:
 
 def test_records_that_differ_in_an_image_only_have_different_keys_and_no_image_changes_no_key() -> None:
     same = [good({**Q, "images": [image]}) for image in (b"one", b"one", b"two")]
-    for key in (prompt_key, lambda record: prompt_hash(record.prompt, record.images)):
+    for key in (PreferenceRecord.prompt_key, lambda record: prompt_hash(record.prompt, record.images)):
         one, again, two = map(key, same)
         assert one == again != two
     first, second = (good({**Q, "images": images}) for images in ([b"a", b"b"], [b"b", b"a"]))
     assert prompt_hash(first.prompt, first.images) != prompt_hash(second.prompt, second.images)
     # Splits and stores of earlier runs of texts stay as they are.
     assert prompt_hash("q") == prompt_hash(good(Q).prompt, ()) == 17061056879570276798
-    assert prompt_key(good(Q)) == "6e0f77ecf567b978258a63e19d646a76"
+    assert good(Q).prompt_key() == "6e0f77ecf567b978258a63e19d646a76"
 
 
 # Files.
@@ -374,7 +372,7 @@ def test_records_that_differ_in_an_image_only_have_different_keys_and_no_image_c
 
 def contents_read(source: SourceConfig | str) -> list[bytes | str]:
     """Return for each record its image's content, or the detail of the reason why it cannot be read."""
-    records = list(map(readable, read_records(source)))
+    records = [record.readable() for record in read_records(source)]
     return [
         content
         for record in records

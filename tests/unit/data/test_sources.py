@@ -16,10 +16,9 @@ import pytest
 import yaml
 
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts, check_split
-from dpo_dist.data.formats import check_source, read_records
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.read.files import write_records
-from dpo_dist.data.read.sources import source_identity, source_labels
+from dpo_dist.data.read.sources import DataSource, read_records, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.remedies import AtRecords
@@ -350,7 +349,7 @@ def test_an_error_lists_labels_that_it_does_not_know_and_its_remedy_reads_them(
     table.class_encode_column("label").to_parquet(file := tmp_path / "a.parquet")
     source = SourceConfig(str(file))
     with pytest.raises(DataError) as raised:
-        check_source(source, DataConfig(train=[source]))
+        DataSource(source).check(DataConfig(train=[source]))
     assert "awful" in raised.value.where
     assert "splendid" in raised.value.where
     reader, code, ignored = re.findall(r"reader: (\w+:\w+).*`(.*)`.*columns: (\{.*?\})", raised.value.remedy)[
@@ -430,7 +429,7 @@ def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, {"a.jsonl": lines("one")}) for name in ("one", "two"))
 
     def identity(path: Path) -> str:
-        return source_identity(SourceConfig(str(path)))
+        return DataSource(SourceConfig(str(path))).content_identity()
 
     assert identity(first) == identity(second)
     pattern = identity(tmp_path / "*" / "a.jsonl")
@@ -459,10 +458,10 @@ def test_a_source_without_a_record_that_can_be_used_is_refused(
     source = SourceConfig(str(write(tmp_path, {"a.jsonl": content}) / "a.jsonl"))
     config = DataConfig(on_bad_record=OnBadRecord(on_bad_record))
     if match is None:
-        check_source(source, config)
+        DataSource(source).check(config)
         return
     with pytest.raises(DataError, match=match):
-        check_source(source, config)
+        DataSource(source).check(config)
 
 
 def counts_of(file: Path) -> DataCounts:
@@ -478,7 +477,7 @@ def test_of_records_dropped_for_one_reason_one_is_named_whatever_their_file_is_c
     name = "2026:12 ; pairs.jsonl"
     file = write(tmp_path, {name: b"{\n" * 2 + lines("q") + NO_SIDE}) / name
     with pytest.raises(DataError, match="3 of 4 records cannot be used") as caught:
-        check_counts(counts_of(file), str(file), DataConfig())
+        counts_of(file).check(str(file), DataConfig())
     assert isinstance(caught.value.where, AtRecords)
     first, last = caught.value.where.records
     assert caught.value.where == f"{first}; {last}"
@@ -498,7 +497,7 @@ def test_the_source_is_written_whole_if_its_columns_are_known(
     file = write(tmp_path, {"a.jsonl": json.dumps(fields).encode()}) / "a.jsonl"
     config = DataConfig(train=[SourceConfig(str(file))])
     with pytest.raises(DataError) as caught:
-        check_counts(counts_of(file), str(file), config, key=key)
+        counts_of(file).check(str(file), config, key=key)
     assert caught.value.where.startswith(f"{file}:1 ")
     written = f"data.train=[{{path: {file}, columns: {{prompt: question, chosen: good, rejected: bad}}}}]"
     assert caught.value.as_dict()["remedy"]["write"] == [written] * is_known
@@ -507,7 +506,7 @@ def test_the_source_is_written_whole_if_its_columns_are_known(
 
 def test_an_error_about_a_whole_source_names_its_key_too() -> None:
     with pytest.raises(DataError, match="no records") as caught:
-        check_counts(DataCounts(), "a.jsonl", DataConfig(), key="data.train[0]")
+        DataCounts().check("a.jsonl", DataConfig(), key="data.train[0]")
     assert caught.value.where == "data.train[0]: a.jsonl"
 
 
@@ -528,7 +527,7 @@ def test_a_split_without_records_on_one_side_says_what_to_change(
     changed: dict[str, int], config: DataConfig, to_do: str, write: list[str]
 ) -> None:
     with pytest.raises(DataError) as caught:
-        check_split(DataCounts(changed=Counter(changed)), config)
+        DataCounts(changed=Counter(changed)).check_split(config)
     assert caught.value.remedy.startswith(to_do)
     assert caught.value.as_dict()["remedy"]["write"] == write
 
@@ -584,7 +583,7 @@ def test_what_this_user_may_not_read_is_not_said_to_be_missing(path: str, closed
         if not (folder / path).is_file() and "*" not in path and closed.endswith(".jsonl"):
             return  # the file is not named
         (folder / closed).chmod(0)
-        error = error_for_other_user(lambda: check_source(SourceConfig(f"{folder}/{path}".rstrip("/"))))
+        error = error_for_other_user(lambda: DataSource(SourceConfig(f"{folder}/{path}".rstrip("/"))).check())
         (folder / closed).chmod(0o755)
     assert "this user may not read" in error
     assert f"{folder}/{closed}".rstrip("/") + ", as user" in error
@@ -597,5 +596,5 @@ def test_a_folder_below_that_may_not_be_read_is_not_left_out(pattern: str) -> No
         for name in ("a/1.jsonl", "b.jsonl"):
             (folder / name).write_text(json.dumps(TEXT))
         (folder / "a").chmod(0)
-        error = error_for_other_user(lambda: check_source(SourceConfig(f"{folder}/{pattern}")))
+        error = error_for_other_user(lambda: DataSource(SourceConfig(f"{folder}/{pattern}")).check())
     assert "this user may not read" in error

@@ -15,9 +15,9 @@ import pytest
 
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.config import DataConfig, Ranked, SourceConfig, Truncation
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Origin
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
-from dpo_dist.encoded import build as build_dataset_module
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -171,9 +171,9 @@ def test_a_limit_reads_its_records_only(tmp_path: Path, encodes: list[str]) -> N
 @pytest.mark.parametrize("put_back", [False, True], ids=["replaced", "replaced and put back"])
 def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: bool) -> None:
     path = Path(jsonl(tmp_path, *GOOD))
-    read = build_dataset_module.raw_records
+    read = DataSource.raw_records
 
-    def overtaken(source: SourceConfig, *_: Any) -> Iterator[Any]:
+    def overtaken(source: DataSource, *_: Any) -> Iterator[Any]:
         path.rename(tmp_path / "aside")
         jsonl(tmp_path, *GOOD[:3])
         records = list(read(source))
@@ -181,7 +181,7 @@ def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             (tmp_path / "aside").rename(path)
         return iter(records)
 
-    monkeypatch.setattr(build_dataset_module, "raw_records", overtaken)
+    monkeypatch.setattr(DataSource, "raw_records", overtaken)
     with pytest.raises(DataError, match="changed while they were read"):
         prepare(tmp_path, str(path))
     assert encoded_folders(tmp_path) == []

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Response
+from dpo_dist.data.text.render import trained_stops
 from dpo_dist.data.text.tokenizer import tokenizer_facts
-from dpo_dist.model.files.stops import trained_stops
 from tests.support.pairs import encode, reason_against, texts
 from tests.support.tiny import _byte_level
 from tests.unit.data.test_templates import ANSWER, DOUBT, QUESTION, TOOL, as_dict, pair, trained_text

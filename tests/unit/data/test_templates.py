@@ -17,10 +17,10 @@ from trl import DPOTrainer
 from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.text.render import trained_stops
 from dpo_dist.data.text.template import pin_clock
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.files.stops import trained_stops
 from tests.support import tiny
 from tests.support.cache import prepare
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of

@@ -26,9 +26,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read import sources
-from dpo_dist.data.read.sources import pin_source, raw_records, source_labels
+from dpo_dist.data.read.sources import DataSource, read_records, source_labels
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation
@@ -93,7 +92,7 @@ def downloads(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> list
 
 def read(path: str, **options: Any) -> dict[str, str]:
     """Return the origin of each prompt."""
-    records = read_records(pin_source(SourceConfig(path, **options)))
+    records = DataSource(SourceConfig(path, **options)).pinned().records()
     return {
         str(record.prompt): str(record.origin) for record in records if isinstance(record, PreferenceRecord)
     }
@@ -174,10 +173,10 @@ def test_a_second_start_lists_only_and_a_change_is_noticed(downloads: list[str],
 
 
 def test_a_change_while_the_records_are_read_is_an_error(memory: MemoryFileSystem, tmp_path: Path) -> None:
-    pinned = pin_source(SourceConfig("memory://b/one.jsonl"))
+    pinned = DataSource(SourceConfig("memory://b/one.jsonl")).pinned()
     memory.pipe("/b/one.jsonl", lines("8", "9"))
     with pytest.raises(DataError, match="changed while"):
-        list(read_records(pinned))
+        list(pinned.records())
 
 
 def test_a_change_after_the_download_is_an_error(
@@ -233,8 +232,8 @@ def encoding(folder: Path, url: str) -> Preparation:
 
 def test_jobs_at_once_share_one_download(downloads: list[str], tmp_path: Path) -> None:
     one = encoding(tmp_path, "memory://b/*.jsonl*")
-    planned, [source] = one.plan(), [pin_source(SourceConfig("memory://b/*.jsonl*"))]
-    first = raw_records(source, planned[0].wanted.copies)
+    planned, [source] = one.plan(), [DataSource(SourceConfig("memory://b/*.jsonl*")).pinned()]
+    first = source.raw_records(planned[0].wanted.copies)
     with ThreadPoolExecutor(1) as pool, locked(planned[0].wanted.copies / "0.lock", "downloads"):
         other = pool.submit(next, first)
         with pytest.raises(TimeoutError):
@@ -332,8 +331,8 @@ def test_a_url_with_a_secret_is_refused_before_it_is_stored(url: str) -> None:
     for use in (
         lambda: load_run_config(["model.path=m", f"data.train=['{url}']"]),
         lambda: load_run_config(["model.path=m", "data.train=[a]", f"data.eval=[{{path: '{url}'}}]"]),
-        lambda: check_source(SourceConfig(url)),
-        lambda: pin_source(SourceConfig(url)),
+        lambda: DataSource(SourceConfig(url)).check(),
+        lambda: DataSource(SourceConfig(url)).pinned(),
         lambda: list(read_records(url)),
     ):
         with pytest.raises(ConfigError, match="cannot be used") as raised:
@@ -379,7 +378,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"pip install 'aiohttp>=.*' 's3fs>="):
-        check_source(SourceConfig(f"{protocol}://host/a.jsonl"))
+        DataSource(SourceConfig(f"{protocol}://host/a.jsonl")).check()
     with pytest.raises(ConfigError, match="not understood"):
         open_file_system("nowhere://a")
 

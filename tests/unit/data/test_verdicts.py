@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.formats import read_prompts, read_records
+from dpo_dist.data.counts import DataCounts
+from dpo_dist.data.read.sources import DataSource, read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.user_code import find_function
@@ -404,7 +404,7 @@ def check(source: SourceConfig) -> None:
     counts = DataCounts()
     for record in read_records(source):
         counts.add(record)
-    check_counts(counts, source.path, DataConfig(train=[source], max_bad_share=0.99))
+    counts.check(source.path, DataConfig(train=[source], max_bad_share=0.99))
 
 
 def checked(source: SourceConfig) -> DataError:
@@ -548,6 +548,6 @@ def test_remedies_for_what_is_not_read_lose_no_response(tmp_path: Path) -> None:
 
 
 def test_a_dropped_verdict_leaves_the_prompt(tmp_path: Path) -> None:
-    [found] = read_prompts(SourceConfig(jsonl(tmp_path, json.loads(json.dumps(AB | {"winner": 1})))))
+    [found] = DataSource(SourceConfig(jsonl(tmp_path, json.loads(json.dumps(AB | {"winner": 1}))))).prompts()
     assert isinstance(found, PreferenceRecord)
     assert found.prompt == "q"

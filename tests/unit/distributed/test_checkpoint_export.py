@@ -37,7 +37,7 @@ from dpo_dist.config.schema import (
     TrainedImageParts,
 )
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.text.template import chosen_template
+from dpo_dist.data.text.template import ChatTemplate
 from dpo_dist.distributed.checkpoint.saver import MANIFEST
 from dpo_dist.distributed.checkpoint.slices import Entries, ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
@@ -565,7 +565,7 @@ def test_with_a_template_of_the_run_the_written_model_has_no_other(
     exported(config, out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert {tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])} == {expected}
-    assert chosen_template(tokenizer, named, with_tools=True) == expected  # the same run continues from it
+    assert ChatTemplate(tokenizer, named).text(with_tools=True) == expected  # the same run continues from it
     assert json.loads((out / "processor_config.json").read_text()) == {"size": 3}
     written = [
         text for file in out.rglob("*") if file.suffix in (".json", ".jinja") for text in [file.read_text()]

@@ -9,9 +9,10 @@ from transformers import GenerationConfig
 
 from dpo_dist.config.schema import ExportConfig, MemberConfig, ModelConfig
 from dpo_dist.data.config import DataConfig
+from dpo_dist.data.text.render import trained_stops
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.files.manifest import write_manifest
-from dpo_dist.model.files.stops import find_stop_ids, stop_notes, trained_stops, write_stops
+from dpo_dist.model.files.stops import find_stop_ids, stop_notes, write_stops
 from dpo_dist.training.export import export_average
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of

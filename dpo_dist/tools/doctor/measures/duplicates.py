@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
 from dpo_dist.tools.doctor.measures.texts import SIGNATURE_NUMBERS, Signature
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES

@@ -10,23 +10,25 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from dpo_dist.data.config import DataConfig, OnBadRecord
-from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.images import ImageProcessor, decode_image
-from dpo_dist.data.records import (
+from dpo_dist.data import (
     BadRecord,
+    ChatTemplate,
+    DataConfig,
+    EncodedExample,
     ImageFile,
+    ImageProcessor,
     Origin,
+    Part,
     PreferenceRecord,
-    Tokenizer,
     UnusableRecordError,
-    eval_part,
+    encode_record,
     prompt_hash,
+    unread_fields,
 )
+from dpo_dist.data.config import OnBadRecord
+from dpo_dist.data.images import decode_image
 from dpo_dist.data.text.escape import any_of
-from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.data.text.render import unread_fields
-from dpo_dist.data.text.template import chosen_template
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
@@ -116,14 +118,14 @@ class Observer:
         processor: ImageProcessor | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
-        self._whole = without_limits(self._config)
+        self._whole = self._config.without_limits()
         self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
         # Where a model reads only text, images do not distinguish prompts.
         self._reads_images = tokenizer is None or processor is not None
-        self._held_out = eval_part(config) if config.eval_share else None
+        self._held_out = Part.to_evaluate(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
-            template = chosen_template(tokenizer, config.chat_template, with_tools=True)
+            template = ChatTemplate(tokenizer, config.chat_template).text(with_tools=True)
             special = tokenizer.all_special_tokens
         self._omits_tools = template is not None and not re.search(r"\btools\b", template)
         self._special = any_of(
@@ -224,7 +226,7 @@ class Observer:
         whole = encoded = encode_record(record, self._config, tokenizer, self._processor)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer, self._processor)
-        if isinstance(whole, EncodedRecord):
+        if not isinstance(whole, BadRecord):
             facts.tokens = _lengths(whole.example, record.labelled_side)
             pictures = zip(facts.images, whole.example.images, strict=True)
             facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
@@ -238,7 +240,7 @@ class Observer:
         if isinstance(encoded, BadRecord):
             facts.dropped, facts.detail = encoded.reason, encoded.detail
             return set()
-        assert isinstance(whole, EncodedRecord)
+        assert not isinstance(whole, BadRecord)
         assert facts.tokens is not None
         example, prompt = encoded.example, len(encoded.example.prompt_ids)
         before, after = facts.tokens, _lengths(example, record.labelled_side)

@@ -22,8 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
+from dpo_dist.data import DataConfig, named_in_one_line
+from dpo_dist.data.counts import reason_remedy
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import GROUPS, speaks_differently, subtract_features
@@ -389,7 +389,7 @@ class ExaminedSource:
         """Yield the findings about this source; those that compare records are in `duplicates`."""
         read, dropped = self.read, sum(found.count for found in self._reasons.values())
         if not self._kept:
-            remedy = reason_remedy(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
+            remedy = reason_remedy(self._dropped[0][0] if self._dropped else None)
             findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
             yield from (replace(finding, remedy=remedy) for finding in findings)
         elif dropped > self._config.max_bad_share * read:

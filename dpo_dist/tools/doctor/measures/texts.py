@@ -18,8 +18,8 @@ import numpy.typing as npt
 import regex
 from datasketch import MinHash
 
+from dpo_dist.data import Dialogue, Message, PreferenceRecord, Response, turns_of
 from dpo_dist.data.read.values import from_json
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response, turns_of
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.types import Fields

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.records import prompt_key, turns_of
+from dpo_dist.data.records import turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.compare.models import held_out, response_logps
@@ -85,7 +85,7 @@ def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[st
     said: list[str] = []
     config = load_run_config([*base, *overrides])
     records, labels = held_out(config.data, config.compare.prompts, said.append)
-    assert {labels[prompt_key(record)] for record in records} <= {"held", "records"}
+    assert {labels[record.prompt_key()] for record in records} <= {"held", "records"}
     first = [turns_of(record.responses[0])[-1].content for record in records]
     return [turns_of(record.prompt)[0].content for record in records], [*said, *first]
 

@@ -18,7 +18,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.records import eval_part, prompt_hash
+from dpo_dist.data.records import Part, prompt_hash
 from dpo_dist.encoded import workers
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
@@ -319,7 +319,7 @@ def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None
     [finding] = of_rule(report, "near_train_eval_leak")
     assert finding.level is Level.warning
     # Equal but for case: a split by hash cannot keep them together.
-    drawn = [eval_part(DataConfig(eval_share=0.3)).has(prompt_hash(one["prompt"])) for one in records]
+    drawn = [Part.to_evaluate(DataConfig(eval_share=0.3)).has(prompt_hash(one["prompt"])) for one in records]
     pairs_of_case = range(len(pairs), len(pairs) + len(near))
     assert finding.count == sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case) > 10
     assert f"of {sum(drawn)} records" in finding.text
