@@ -18,7 +18,6 @@ from dpo_dist.config.mistakes import likely_name
 from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
-    ExportConfig,
     PairsConfig,
     PairsMethod,
     SamplingConfig,
@@ -537,12 +536,6 @@ RULES = (
     *(
         unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
         for key in ("export.merge", "export.weights")
-    ),
-    Rule(
-        "export.tool=alpaca-eval",
-        "AlpacaEval reads answers, so no other key of export has an effect",
-        "remove the other keys of export",
-        lambda c: c.export != ExportConfig(tool=c.export.tool),
     ),
     Rule(
         "export.average!=[]",
