@@ -19,18 +19,27 @@ def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[st
 
     `model` names an adapter's base. Paths are in JSON, in which they may contain commas and equals signs.
     """
-    folder, local, adapter = folder.resolve(), Path(model.path).expanduser().resolve(), is_adapter(folder)
-    base = str(local) if local.is_dir() else model.path
-    facts: dict[str, Any] = {"dtype": _DTYPES[model.dtype]}
-    if not adapter:
-        base, facts = str(folder), {"dtype": read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"}
-    elif model.revision is not None:
-        facts["revision"] = model.revision
+    folder = folder.resolve()
+    adapter = is_adapter(folder)
+    facts: dict[str, Any] = {}
+    if adapter:
+        local = Path(model.path).expanduser().resolve()
+        base = str(local) if local.is_dir() else model.path
+        facts["dtype"] = _DTYPES[model.dtype]
+        if model.revision is not None:
+            facts["revision"] = model.revision
+    else:
+        base = str(folder)
+        facts["dtype"] = read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"
     if tool is ExportTool.vllm:
-        words = [word for name, value in facts.items() for word in (f"--{name}", value)]
-        words += ["--trust-remote-code"] if model.trust_remote_code else []
-        return ["vllm", "serve", base, *words, *(_vllm_adapter(folder) if adapter else ())]
-    words, facts = ["lm-eval", "run", "--model", "hf"], {"pretrained": base, **facts}
+        words = ["vllm", "serve", base]
+        for name, value in facts.items():
+            words += [f"--{name}", value]
+        if model.trust_remote_code:
+            words.append("--trust-remote-code")
+        return words + _vllm_adapter(folder) if adapter else words
+    words = ["lm-eval", "run", "--model", "hf"]
+    facts = {"pretrained": base, **facts}
     if model.trust_remote_code:
         facts["trust_remote_code"] = True
     if adapter:
