@@ -16,7 +16,7 @@ from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import likely_name
-from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ExportConfig, ReferenceMode, RunConfig
+from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
@@ -501,12 +501,6 @@ RULES = (
     *(
         unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
         for key in ("export.merge", "export.weights")
-    ),
-    Rule(
-        "export.tool=alpaca-eval",
-        "AlpacaEval reads answers, so no other key of export has an effect",
-        "remove the other keys of export",
-        lambda c: c.export != ExportConfig(tool=c.export.tool),
     ),
     Rule(
         "export.average!=[]",

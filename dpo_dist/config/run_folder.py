@@ -153,7 +153,6 @@ class RunFolder:
     """Finished parts of the work, by the digest of the settings that define them."""
     comparison_models = PathBelow("comparison/models")
     """Model folders written from checkpoints."""
-    alpaca_answers = PathBelow("comparison/alpaca_eval")
     doctor_report = PathBelow("doctor/doctor.json")
     doctor_page = PathBelow("doctor/doctor.html")
     pairs = PathBelow("pairs")

@@ -351,7 +351,7 @@ Member = Annotated[
     MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
 ]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
-ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm", "alpaca_eval": "alpaca-eval"})
+ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm"})
 
 
 @schema
@@ -382,7 +382,7 @@ class ExportConfig:
     `-merged`; with `export.average`, `<run.dir>/exported/average`."""
     tool: ExportTool | None = key(None)
     """Print the command by which `lm-eval` or `vllm` reads `model/`, or a folder that other keys of `export`
-    name; `alpaca-eval`: write the answers of the comparison in `run.dir` in AlpacaEval's format."""
+    name."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
     uploaded as it is. The files are listed, and sent only with `export.confirm`."""

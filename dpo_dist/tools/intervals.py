@@ -42,7 +42,8 @@ def bootstrap_intervals(
     columns = [column for pair in measured.values() for column in pair]
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
     totals = np.stack([drawn @ table for drawn in resamples(number, seed)])
-    values, counts = totals[:, ::2], totals[:, 1::2]
+    values = totals[:, ::2]
+    counts = totals[:, 1::2]
     prompts_of_metric = np.count_nonzero(table[:, 1::2], axis=0)
     intervals = {}
     for index, name in enumerate(measured):
@@ -74,7 +75,8 @@ def wilson_interval(successes: float, trials: int, standard_errors: float) -> tu
 
     SciPy's function takes whole `successes` only; here a tie can count as half a success.
     """
-    share, squared = successes / trials, standard_errors**2
+    share = successes / trials
+    squared = standard_errors**2
     centre = (share + squared / (2 * trials)) / (1 + squared / trials)
     half = standard_errors / (1 + squared / trials)
     half *= math.sqrt(share * (1 - share) / trials + squared / (4 * trials**2))

@@ -47,13 +47,15 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     lines = [["", "first", "last", "best"]]
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
         for name in MAIN:
-            metric, measured = METRICS[name], [row[prefix + name] for row in rows if prefix + name in row]
+            metric = METRICS[name]
+            measured = [row[prefix + name] for row in rows if prefix + name in row]
             best = summary.get("best", {}).get(prefix + name)
             at_best = f"{metric.form(best['value'])} at step {int(best['step']):,}" if best else ""
             if measured:
                 ends = map(metric.form, (measured[0], measured[-1]))
                 lines.append([f"{part} {metric.title}", *ends, at_best])
-    outcome, saved = RunOutcome(summary["exit"]), summary.get("best_checkpoint")
+    outcome = RunOutcome(summary["exit"])
+    saved = summary.get("best_checkpoint")
     kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
     step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
     spent = list[str]()

@@ -4,8 +4,7 @@ Takes the configuration of the run in `run.dir`; needs one process and no GPU. `
 checkpoint (default: the one in `model/`), or `export.average` models to average. `export.output` names the
 folder, which transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its
 base. `export.push_to=ORG/NAME` lists the files of an upload to the hub; `export.confirm=true` also sends
-them. `export.tool` also prints the command by which lm-eval or vLLM reads the folder, or writes answers for
-AlpacaEval.
+them. `export.tool` also prints the command by which lm-eval or vLLM reads the folder.
 """
 
 import os
@@ -15,13 +14,12 @@ from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.extensions import hook
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ExportTool, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console, console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
 from dpo_dist.foundation.files import MEMO_FOLDER
 from dpo_dist.foundation.text import size
-from dpo_dist.model.files.external import model_command, write_alpaca_answers
+from dpo_dist.model.files.external import model_command
 from dpo_dist.model.files.manifest import check_undamaged
 from dpo_dist.training.start.named_models import find_export_paths
 
@@ -29,10 +27,7 @@ from dpo_dist.training.start.named_models import find_export_paths
 def main(config: RunConfig) -> int:
     """Write the folder, print its path, and upload it if configured; return the exit code."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    console, tool = console_on(sys.stderr, config.console.style), config.export.tool
-    if tool is ExportTool.alpaca_eval:
-        _print_commands(console, tool, write_alpaca_answers(RunFolder(config.run.path)))
-        return ExitCode.completed
+    console = console_on(sys.stderr, config.console.style)
     sources, output = find_export_paths(config)
     with warnings_off():
         # Slow to import: errors above appear at once.
@@ -46,16 +41,14 @@ def main(config: RunConfig) -> int:
             export_model(config, sources[0], output, console, hook("run_card") or (lambda *_, **__: ""))
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
     console.result("exported", written, [f"{'already there' if is_there else 'written'}: {output}"])
+    tool = config.export.tool
     if tool is not None:
-        _print_commands(console, tool, [model_command(tool, output, config.model)])
+        command = model_command(tool, output, config.model)
+        lines = [f"for {tool}:", f"  {shlex.join(command)}"]
+        console.result("commands", {"tool": tool, "commands": [command]}, lines)
     if config.export.push_to is not None:
         _push(output, config.export.push_to, console, is_confirmed=config.export.confirm)
     return ExitCode.completed
-
-
-def _print_commands(console: Console, tool: ExportTool, commands: list[list[str]]) -> None:
-    lines = [f"for {tool}:", *(f"  {shlex.join(words)}" for words in commands)]
-    console.result("commands", {"tool": tool, "commands": commands}, lines)
 
 
 def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool) -> None:

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         foreign = read(options.run)
     except FAILURES as error:
         raise composition_error(error, []) from error
-    text, output = translate_run(foreign).as_file(), options.output
+    text = translate_run(foreign).as_file()
+    output = options.output
     if output is None:
         print_result(text)
         return ExitCode.completed

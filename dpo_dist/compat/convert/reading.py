@@ -53,7 +53,8 @@ class ForeignRun(NamedTuple):
 
 def read(given: str) -> ForeignRun:
     """Read a file, or a command given as one text; raise one of `FAILURES` if no trainer is recognised."""
-    file, name = Path(given), Path(given).name
+    file = Path(given)
+    name = Path(given).name
     if " " in given and not os.path.exists(given):  # noqa: PTH110 (no error: a command is long)
         name = "the command"
         found = _started(given, name)
@@ -136,7 +137,9 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of `--name value ...`, `--name=value` and `name=value`, and the words before them."""
-    texts, files, name = dict[str, list[str]](), list[str](), ""
+    texts = dict[str, list[str]]()
+    files = list[str]()
+    name = ""
     for word in words:
         if word in ("$@", "$*"):  # words of the script's caller
             continue

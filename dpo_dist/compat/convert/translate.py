@@ -132,7 +132,8 @@ class Translation:
         if not fits(target, value):
             self.comment(key, written, f"{target} cannot have this value")
         elif target not in self.values:
-            self.values[target], self.origins[target] = value, (key, written)
+            self.values[target] = value
+            self.origins[target] = (key, written)
         elif self.values[target] != value:
             self.comment(key, written, f"{target} is already {as_written(self.values[target])}")
 
@@ -142,7 +143,8 @@ class Translation:
             self.comment(key, value, reason)
             return
         meaning = _meaning_of("optimizer" if key == "optim" else key, value)
-        advice, targets = meaning.advice, meaning.targets
+        advice = meaning.advice
+        targets = meaning.targets
         if meaning.fitting:  # learning_rate: 1e-6
             self.set(*meaning.fitting[0], key, value)
         elif meaning.written:  # use_dora: true, for which the advice writes model.adapter.variant=dora
@@ -258,10 +260,12 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
             )
             train, tests = ([source for name in names for source in _swift_sources(name)] for names in given)
             return train, tests
-        folder, limit = run.take("dataset_dir", default="data"), run.take("max_samples")
+        folder = run.take("dataset_dir", default="data")
+        limit = run.take("max_samples")
         train, tests = ([{"path": folder, "name": name, "limit": limit} for name in names] for names in given)
         return train, tests
-    train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
+    train = run.take("datasets", default=[])
+    tests = run.take("test_datasets", default=[])
     if isinstance(mixture := run.take("dataset_mixture"), dict):
         if train:
             run.comment("datasets", train, "dataset_mixture overrides it")
@@ -296,7 +300,8 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
 def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
     """Return the sources of a mixture, and the limit or weight of each."""
     shares = run.take("dataset_mixer", default={})
-    flat, sources = as_list(run.take("mixer_list", "dataset_mixer_list")), []
+    flat = as_list(run.take("mixer_list", "dataset_mixer_list"))
+    sources = []
     for name, written in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
         amount = finite_number(written) or 0
         # A number counts records if it is above 1 (in a mapping), or has no decimal point (in a list).
@@ -491,7 +496,8 @@ def _loss_options_of_trl(run: Translation) -> None:
             or run.left.get(option, neutral) == neutral
         ):
             continue
-        here, there = kinds.intersection(kinds_using(key)), kinds & changed
+        here = kinds.intersection(kinds_using(key))
+        there = kinds & changed
         if with_error := kinds & refused:
             reason = f"TRL refuses it with {', '.join(sorted(with_error))}"
         elif not there:
@@ -534,10 +540,8 @@ def _batch(run: Translation) -> list[str]:
         run.comments += [f"{key}{not_needed}" for key in _DEVICE_BATCH_KEYS if run.left.pop(key, None)]
         return []
     pairs, steps = run.facts["batch"]
-    pairs, steps = (
-        run.take(*_DEVICE_BATCH_KEYS[:2], default=pairs),
-        run.take(_DEVICE_BATCH_KEYS[2], default=steps or 0),
-    )
+    pairs = run.take(*_DEVICE_BATCH_KEYS[:2], default=pairs)
+    steps = run.take(_DEVICE_BATCH_KEYS[2], default=steps or 0)
     if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
         return []
     if derives_steps := not steps:
@@ -594,7 +598,8 @@ def _targets(run: Translation) -> None:
 
 def _set_adapter(run: Translation, is_trained: bool) -> None:
     """Set an adapter's rank and alpha; leave them out if an adapter is continued, or none is trained."""
-    values, unread = run.values, "no adapter is trained"
+    values = run.values
+    unread = "no adapter is trained"
     adapter_keys = [key for key in values if key.startswith("model.adapter.")]
     if is_trained and "model.adapter.path" not in values:
         r, alpha = run.facts["adapter"]
@@ -678,7 +683,8 @@ def _numbers(run: Translation) -> None:
 
 def _decay(run: Translation) -> None:
     """Set the share of the steps in which the learning rate decays."""
-    steps, share = finite_number(run.left.get("max_steps")) or 0, 0.0
+    steps = finite_number(run.left.get("max_steps")) or 0
+    share = 0.0
     if "num_decay_steps" not in run.left and run.trainer == "LLaMA-Factory":
         share = (1 - (finite_number(run.left.get("warmup_ratio")) or 0)) * 2 / 3
     elif steps > 0:
@@ -761,12 +767,15 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
 
 def _give_options(run: Translation) -> None:
     """Move loss options into the terms that use them; leave out options that the loss does not use."""
-    values, terms = run.values, run.values.get("loss.terms", [])
+    values = run.values
+    terms = run.values.get("loss.terms", [])
     for key in [key for key in values if key.startswith("loss.options.")]:
-        users, name = kinds_using(key.removeprefix("loss.")), key.rpartition(".")[2]
+        users = kinds_using(key.removeprefix("loss."))
+        name = key.rpartition(".")[2]
         if not terms and values.get("loss.kind", LossKind.sigmoid) in users:
             continue
-        value, own = values.pop(key), [term for term in terms if term["kind"] in users]
+        value = values.pop(key)
+        own = [term for term in terms if term["kind"] in users]
         for term in own:
             term["options"] = term.get("options", {}) | {name: value}
         if not own:
@@ -796,7 +805,8 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
 def _check_loss(run: Translation, method: str) -> None:
     """Raise if the loss is not one of the method's: keys of the run contradict each other."""
     terms = run.values.get("loss.terms") or [{"kind": run.values.get("loss.kind", LossKind.sigmoid)}]
-    expected, kind = _METHODS[method], str(terms[0]["kind"])
+    expected = _METHODS[method]
+    kind = str(terms[0]["kind"])
     if expected and kind not in expected:
         raise ConfigError(
             f"this run of {run.trainer} trains by {method}, and its keys name another loss",

@@ -1,14 +1,11 @@
-"""What other tools read: the commands of lm-eval and vLLM for a model folder, and answers for AlpacaEval."""
+"""The commands by which lm-eval and vLLM read a model folder."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ExportTool, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import read_lines, write_json
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import ADAPTER_CONFIG, CONFIG_FILE, is_adapter, read_model_json
 
@@ -21,18 +18,27 @@ def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[st
 
     `model` names an adapter's base. Paths are in JSON, in which they may contain commas and equals signs.
     """
-    folder, local, adapter = folder.resolve(), Path(model.path).expanduser().resolve(), is_adapter(folder)
-    base = str(local) if local.is_dir() else model.path
-    facts: dict[str, Any] = {"dtype": _DTYPES[model.dtype]}
-    if not adapter:
-        base, facts = str(folder), {"dtype": read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"}
-    elif model.revision is not None:
-        facts["revision"] = model.revision
+    folder = folder.resolve()
+    adapter = is_adapter(folder)
+    facts: dict[str, Any] = {}
+    if adapter:
+        local = Path(model.path).expanduser().resolve()
+        base = str(local) if local.is_dir() else model.path
+        facts["dtype"] = _DTYPES[model.dtype]
+        if model.revision is not None:
+            facts["revision"] = model.revision
+    else:
+        base = str(folder)
+        facts["dtype"] = read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"
     if tool is ExportTool.vllm:
-        words = [word for name, value in facts.items() for word in (f"--{name}", value)]
-        words += ["--trust-remote-code"] if model.trust_remote_code else []
-        return ["vllm", "serve", base, *words, *(_vllm_adapter(folder) if adapter else ())]
-    words, facts = ["lm-eval", "run", "--model", "hf"], {"pretrained": base, **facts}
+        words = ["vllm", "serve", base]
+        for name, value in facts.items():
+            words += [f"--{name}", value]
+        if model.trust_remote_code:
+            words.append("--trust-remote-code")
+        return words + _vllm_adapter(folder) if adapter else words
+    words = ["lm-eval", "run", "--model", "hf"]
+    facts = {"pretrained": base, **facts}
     if model.trust_remote_code:
         facts["trust_remote_code"] = True
     if adapter:
@@ -60,26 +66,3 @@ def _vllm_adapter(folder: Path) -> list[str]:
     words = ["--tokenizer", str(folder), "--generation-config", str(folder), "--enable-lora"]
     words += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank))]
     return [*words, "--lora-modules", json.dumps({"name": folder.name, "path": str(folder)})]
-
-
-def write_alpaca_answers(run: RunFolder) -> list[list[str]]:
-    """Write each model's answers of a comparison for AlpacaEval; return the commands that read them."""
-    outputs: dict[str, list[dict[str, str]]] = {}
-    for row in read_lines(run.comparison_answers):
-        for name, response in row["responses"].items():
-            answer = {"instruction": row["prompt"], "output": response["text"], "generator": name}
-            outputs.setdefault(name, []).append(answer)
-    if not outputs:
-        words = ["dpo-dist", "compare", f"compare.models=[base=BASE,{run}]", "data.eval=[PROMPTS]"]
-        raise ConfigError(
-            "this run has no answers for AlpacaEval",
-            where="export.tool",
-            got=f"no {run.comparison_answers}",
-            remedy=f"run {shlex.join([*words, f'run.dir={run}'])}",
-        )
-    files = {name: run.alpaca_answers / f"{name}.json" for name in outputs}
-    for name, file in files.items():
-        write_json(file, outputs[name])
-    base, *others = map(str, files.values())
-    command = ["alpaca_eval", "evaluate", "--reference_outputs", base, "--model_outputs"]
-    return [[*command, other] for other in others]

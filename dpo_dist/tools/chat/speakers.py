@@ -74,7 +74,8 @@ class Speaker:
         generation_config counts, or else 512, and less where the model's context ends before. Raises
         ConfigError if the conversation with the answer does not fit.
         """
-        responder, causal_lm = self.responder, self.causal_lm
+        responder = self.responder
+        causal_lm = self.causal_lm
         usual = causal_lm.generation_config.max_new_tokens or 512
         limit = Sampling(max_new_tokens or usual, is_default=max_new_tokens is None)
         asked = [*self.messages, Message("user", IMAGE * len(images) + question)]
@@ -115,11 +116,13 @@ class Speaker:
         if tokens + len(answer) == responder.longest and int(answer[-1]) not in responder.stop_ids:
             say(f"{self.name}: cut at the end of the model's {responder.longest} tokens; /new starts again")
         text = str(responder.tokenizer.decode(answer, skip_special_tokens=True))
-        self.messages, self.images = [*asked, Message("assistant", text)], [*seen]
+        self.messages = [*asked, Message("assistant", text)]
+        self.images = [*seen]
 
     def forget(self) -> None:
         """Start a new conversation."""
-        self.messages, self.images = [], []
+        self.messages = []
+        self.images = []
 
 
 def open_images(paths: str, speakers: Sequence[Speaker], say: Callable[[str], None]) -> list[ImageFile]:

@@ -17,7 +17,8 @@ from dpo_dist.tools.compare.start import check_comparison
 
 def main(config: RunConfig) -> int:
     """Write the comparison of `compare.models`; return the exit code."""
-    models, folder = check_comparison(config), RunFolder(config.run.path)
+    models = check_comparison(config)
+    folder = RunFolder(config.run.path)
     with open_console(folder.rank_log, config.console.style) as console:
         from dpo_dist.tools.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
         from dpo_dist.tools.compare.page import comparison_table, write_comparison_page  # noqa: PLC0415

@@ -83,7 +83,9 @@ def held_out(
 
     A hash of the prompt decides which are chosen. They keep the order of the data, and their first response.
     """
-    labels, sources, part = dict[str, str](), data.eval_sources, Part.to_evaluate(data)
+    labels = dict[str, str]()
+    sources = data.eval_sources
+    part = Part.to_evaluate(data)
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
@@ -199,7 +201,8 @@ class ComparedModel:
 
         A model with the same tokens may divide an image into more or fewer; a response may have some, too.
         """
-        responder, found = self.responder, list[tuple[ImageInput, ...] | None]()
+        responder = self.responder
+        found = list[tuple[ImageInput, ...] | None]()
         for record, row in zip(self.prompts.parts[index], rows, strict=True):
             own = usable_prompt(record, responder, None) if record.images and row.completions else ""
             images = () if isinstance(own, str) else responder.images(own)
@@ -215,7 +218,8 @@ class ComparedModel:
 
     def rows(self, index: int) -> Iterator[tuple[str | None, _Row]]:
         """Yield by prompt why the model cannot be asked (or None), and its response for `answers.jsonl`."""
-        logps, base = self.logps.read(index), self.base_logps
+        logps = self.logps.read(index)
+        base = self.base_logps
         base_rows = [{"logp": None}] * len(logps) if base is None else base.read(index)
         for row, logp, base_logp in zip(self.responses.read(index), logps, base_rows, strict=True):
             completions = Completions.from_row(row)
@@ -353,7 +357,8 @@ def _rows(
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
                 counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
-            scores, key = judgement.get("scores", [None] * len(speakers)), record.prompt_key()
+            scores = judgement.get("scores", [None] * len(speakers))
+            key = record.prompt_key()
             answer: _Row = {
                 "prompt_id": key[:16],
                 "prompt": prompt_text(record.prompt),
@@ -394,7 +399,9 @@ def _write(
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
     run = speakers[0].prompts.run
-    folder, console, counts = run.folder, run.console, Counter[str]()
+    folder = run.folder
+    console = run.console
+    counts = Counter[str]()
     sampling = asdict(sampling_for("compare", run.config.section_of(SamplingConfig)))
     names = [speaker.name for speaker in speakers]
     files.remove_abandoned(folder.comparison)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from markupsafe import Markup
@@ -49,7 +49,7 @@ def write_comparison_page(folder: RunFolder, results: _Row) -> None:
     rates = _rates(results)
     prompts = [_prompt(row, results) for row in files.read_lines(folder.comparison_answers) if row]
     items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
-    labels = Counter(label for shown in prompts[: len(items)] for label in shown.labels)
+    labels = Counter(chain.from_iterable(prompt.labels for prompt in prompts[: len(items)]))
     styles: list[list[object]] = []
     for model in results["models"]:
         style, ends = model["style"], model["style_intervals"]
@@ -68,14 +68,15 @@ def write_comparison_page(folder: RunFolder, results: _Row) -> None:
         for model in results["models"]
     ]
     # The base's own row does not count: it always has a KL of 0.
-    kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
+    columns = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
     # A plot of quality against KL; the base, whose KL is 0, is a horizontal line.
     measure, qualities = _qualities(results)
-    points = [
-        Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
-        for model in results["models"][1:]
-        if (model["kl"] or 0) > 0 and (quality := qualities.get(model["name"]))
-    ]
+    points = []
+    for model in results["models"][1:]:
+        name = model["name"]
+        if name in qualities and (model["kl"] or 0) > 0:
+            quality, ends = qualities[name]
+            points.append(Point(name, model["kl"], quality, model["kl_interval"], ends))
     line = (qualities[base][0], base) if base in qualities else None
     html = page(
         "compare.jinja",
@@ -83,7 +84,7 @@ def write_comparison_page(folder: RunFolder, results: _Row) -> None:
         ["compare.js"],
         results=results,
         headline=headline(results),
-        overview=([head[at] for at in kept], [[row[at] for at in kept] for row in rows]),
+        overview=([head[at] for at in columns], [[row[at] for at in columns] for row in rows]),
         picture=scatter(points, f"KL to {base}, nats per response", measure, line),
         differences=_differences(results, rates),
         style_of_responses=(["model", *map(_title, _STYLE)], styles),
@@ -99,27 +100,37 @@ def comparison_table(results: _Row) -> list[str]:
 
     All win rates are on the page only.
     """
-    base, rates = results["base"], _rates(results)
+    base = results["base"]
+    rates = _rates(results)
     has_scores = any(model["score"] is not None for model in results["models"])
     titles = ["model", "tokens", "finished", "refusals", f"KL to {base} (estimate)"]
-    titles += ["score"] if has_scores else []
-    titles += [f"wins over {base}"] if rates else []
+    if has_scores:
+        titles.append("score")
+    if rates:
+        titles.append(f"wins over {base}")
     rows = [titles]
     for model in results["models"]:
-        style, rate = model["style"], rates.get((model["name"], base))
-        cells = [model["name"], f"{style['length']:.0f}", percent_of(style["finished"], results["prompts"])]
-        cells += [
+        style = model["style"]
+        cells = [
+            model["name"],
+            f"{style['length']:.0f}",
+            percent_of(style["finished"], results["prompts"]),
             percent_of(style["refusals"], results["prompts"]),
             with_interval(model["kl"], model["kl_interval"], ".2f"),
         ]
-        cells += [with_interval(model["score"], model["score_interval"], ".3f")] if has_scores else []
-        cells += [with_interval(*rate, ".3f") if rate else ""] if rates else []
+        if has_scores:
+            cells.append(with_interval(model["score"], model["score_interval"], ".3f"))
+        if rates:
+            rate = rates.get((model["name"], base))
+            cells.append(with_interval(*rate, ".3f") if rate else "")
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {pluralize(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
     lines += headline(results)
-    if left := sum(results["not_judged"].values()):
-        lines.append(f"note: not counted, because the judge gave no verdict: {pluralize(left, 'comparison')}")
+    not_judged = sum(results["not_judged"].values())
+    if not_judged:
+        comparisons = pluralize(not_judged, "comparison")
+        lines.append(f"note: not counted, because the judge gave no verdict: {comparisons}")
     return lines
 
 
@@ -150,15 +161,20 @@ def _ranking_sentences(results: _Row) -> list[str]:
     sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
     if best == results["base"] and measure != "score":
         sentences = [f"No model wins over {best} on more than half of the prompts."]
-    if unended := ", ".join(name for name in qualities if name not in ranked):
-        sentences.append(f"Not ranked, because no response ends: {unended}.")
+    not_ranked = [name for name in qualities if name not in ranked]
+    if not_ranked:
+        sentences.append(f"Not ranked, because no response ends: {', '.join(not_ranked)}.")
     rates = _rates(results)
     others = [name for name in ranked if name != best]
-    as_good = ", ".join(
-        name for name in others if _side(rates.get((name, best), (_HALF, None))[1], _HALF) >= 0
-    )
-    if others:
-        sentences.append(f"Not clearly worse: {as_good}." if as_good else "All others are clearly worse.")
+    as_good = []
+    for name in others:
+        _, ends = rates.get((name, best), (_HALF, None))
+        if _side(ends, _HALF) >= 0:
+            as_good.append(name)
+    if as_good:
+        sentences.append(f"Not clearly worse: {', '.join(as_good)}.")
+    elif others:
+        sentences.append("All others are clearly worse.")
     return sentences
 
 
@@ -177,7 +193,9 @@ def _rates(results: _Row) -> Rates:
 
 def _side(ends: Interval, value: float) -> int:
     """Return 1 for an interval above the value, -1 below; 0 if it contains the value, or is not known."""
-    return 0 if not ends else (ends[0] > value) - (ends[1] < value)
+    if not ends:
+        return 0
+    return (ends[0] > value) - (ends[1] < value)
 
 
 def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
@@ -186,8 +204,11 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     The measure is the score or, without scores, the win rate over the base (one half for the base itself).
     """
     models, base = results["models"], results["base"]
-    scored = [model for model in models if model["score"] is not None]
-    scores = {model["name"]: (model["score"], model["score_interval"]) for model in scored}
+    scores = {
+        model["name"]: (model["score"], model["score_interval"])
+        for model in models
+        if model["score"] is not None
+    }
     if scores:
         return "score", scores
     rates = {model: rate for (model, other), rate in _rates(results).items() if other == base}
@@ -209,22 +230,27 @@ def _differences(results: _Row, rates: Rates) -> _Table:
     metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in by_pair.values())]
     rows: list[list[object]] = []
     for first, second in pairs:
-        row, rate = by_pair.get((first, second), {}), rates.get((second, first))
+        row = by_pair.get((first, second), {})
+        rate = rates.get((second, first))
         win = Markup("")
         if rate is not None:
             kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
             win = Markup('<span class="{}">{}</span>').format(kind, _rate(rate))
         cells = [win] if rates else []
         for metric in metrics:
-            value, ends, scale = row.get(metric), row.get(f"{metric}_interval"), _scale(metric)
+            value = row.get(metric)
+            ends = row.get(f"{metric}_interval")
+            scale = _scale(metric)
             cell = Markup("") if value is None else Markup("{:+.3g}").format(scale * value)
             if ends:
-                cell += Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(*(scale * end for end in ends))
-            cells.append(
-                Markup('<span class="{}">{}</span>').format("clear" if _side(ends, 0) else "open", cell)
-            )
+                low, high = ends
+                cell += Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(scale * low, scale * high)
+            kind = "clear" if _side(ends, 0) else "open"
+            cells.append(Markup('<span class="{}">{}</span>').format(kind, cell))
         rows.append([part("macros.jinja", "named", second, f"minus {first}"), *cells])
-    titles = [*(["win rate"] if rates else []), *map(_title, metrics)]
+    titles = list(map(_title, metrics))
+    if rates:
+        titles.insert(0, "win rate")
     return ["models", *titles], rows if titles else []
 
 
@@ -238,17 +264,21 @@ def _prompt(row: _Row, results: _Row) -> ShownPrompt:
     for verdict in row.get("verdicts") or ():
         if verdict["first"] == base and verdict["credit"] in _VERDICTS:
             labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
-    shown, most, base_score = [], 0.0, row["responses"][base]["score"]
+    responses = []
+    most = 0.0
+    base_score = row["responses"][base]["score"]
     for name in (base, *others):
         response = row["responses"][name]
         notes = [end_notes(response["tokens"], response["finished"])]
-        if response["score"] is not None:
-            notes.append(f"score {number(response['score'])}")
-            most = max(most, 0.0 if base_score is None else abs(response["score"] - base_score))
+        score = response["score"]
+        if score is not None:
+            notes.append(f"score {number(score)}")
+        if score is not None and base_score is not None:
+            most = max(most, abs(score - base_score))
         if name != base and None not in (response["logp"], response["base_logp"]):
             notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
-        shown.append(ShownResponse(name, response["text"], "; ".join(notes)))
+        responses.append(ShownResponse(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
-        shown.append(response_in_data(row, " in the data"))
+        responses.append(response_in_data(row, " in the data"))
     images = row.get("images", ())
-    return ShownPrompt(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most, images)
+    return ShownPrompt(row["prompt"], responses, base, "; ".join(labels), labels, 0.0 - most, images)

@@ -25,7 +25,9 @@ _SHARES = {_RATE, "finished", "refusals", "empty"}
 DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
 _NO_STYLE = ("kl", "kl_per_token", "score")
-WON, TIED, LOST = 1.0, 0.5, 0.0
+WON = 1.0
+TIED = 0.5
+LOST = 0.0
 _OUTCOMES = {WON: "wins", TIED: "ties", LOST: "losses", None: "not_judged"}
 
 
@@ -43,16 +45,19 @@ def judge_texts(
     sees each different text, or pair of texts, once, and no empty text. A score or credit is null without a
     usable verdict. Credits are in the order of `itertools.combinations`, counts are the judge's.
     """
-    asked = []
+    questions_by_prompt = []
     for record, responses in zip(records, texts, strict=True):
         groups = [tuple(dict.fromkeys(filter(str.strip, responses)))]
         if in_pairs:
             pairs = dict.fromkeys(itertools.combinations(responses, 2))
             groups = [pair for pair in pairs if without_judge(*pair) is None]
-        asked.append([Question(record, group) for group in groups if group])
-    judgements, rows = iter(judge.judge(list(itertools.chain(*asked)))), []
-    for responses, questions in zip(texts, asked, strict=True):
-        scores, verdicts, counts = dict[str, float | None](), dict[_Key, float | None](), Counter[str]()
+        questions_by_prompt.append([Question(record, group) for group in groups if group])
+    judgements = iter(judge.judge(list(itertools.chain(*questions_by_prompt))))
+    rows = []
+    for responses, questions in zip(texts, questions_by_prompt, strict=True):
+        scores = dict[str, float | None]()
+        verdicts = dict[_Key, float | None]()
+        counts = Counter[str]()
         for question in questions:
             judgement = next(judgements)
             counts += judgement.counts
@@ -60,12 +65,16 @@ def judge_texts(
                 verdicts[question.responses] = judgement.scores[0]
             else:
                 scores = dict(zip(question.responses, judgement.scores, strict=True))
-        first_credits = [
-            verdicts.get((first, second), credit((first, scores.get(first)), (second, scores.get(second))))
-            for first, second in itertools.combinations(responses, 2)
-        ]
-        row = {"scores": [scores.get(text) for text in responses], "credits": first_credits}
-        rows.append({**row, "counts": dict(sorted((+counts).items()))})
+        first_credits = []
+        for pair in itertools.combinations(responses, 2):
+            by_scores = credit(*((text, scores.get(text)) for text in pair))
+            first_credits.append(verdicts.get(pair, by_scores))
+        row = {
+            "scores": [scores.get(text) for text in responses],
+            "credits": first_credits,
+            "counts": dict(sorted((+counts).items())),
+        }
+        rows.append(row)
     return rows
 
 
@@ -74,15 +83,18 @@ def without_judge(first: str, second: str) -> float | None:
     has_first, has_second = bool(first.strip()), bool(second.strip())
     if first == second or not (has_first or has_second):
         return TIED
-    return None if has_first and has_second else WON if has_first else LOST
+    if has_first and has_second:
+        return None
+    return WON if has_first else LOST
 
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
     """Return the first response's credit, from both texts and scores; None if a needed score is missing."""
-    (text, score), (other_text, other_score) = first, second
-    decided = without_judge(text, other_text)
-    if decided is not None or score is None or other_score is None:
-        return decided
+    text, score = first
+    other_text, other_score = second
+    credit_of_texts = without_judge(text, other_text)
+    if credit_of_texts is not None or score is None or other_score is None:
+        return credit_of_texts
     if score == other_score:
         return TIED
     return WON if score > other_score else LOST
@@ -100,52 +112,64 @@ def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
             for metric, value in _measure_response(row["responses"][model]).items():
                 values[model, metric].append(value)
         for verdict in row.get("verdicts") or ():
-            pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
+            pair = (verdict["first"], verdict["second"])
+            credit = verdict["credit"]
             outcomes[pair][_OUTCOMES[credit]] += 1
             values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
-    columns = {key: np.array(measured, dtype=np.float64).T for key, measured in values.items()}
-    # Empty responses, which the judge does not see, get the lowest score of all.
-    scores = [columns[model, "score"] for model in models if (model, "score") in columns]
-    lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
-    if lowest is not None:
-        for model in models:
-            model_scores, has_score = columns[model, "score"]
-            is_empty = (columns[model, "empty"][0] > 0) & (has_score == 0)
-            model_scores[is_empty], has_score[is_empty] = lowest, 1.0
+    columns = {key: np.array(column, dtype=np.float64).T for key, column in values.items()}
+    lowest = _score_empty_responses(columns, models) if prompts else None
     pairs = list(itertools.combinations(models, 2))
     means = _means(columns, pairs, prompts)
+    wins = []
+    not_judged = {}
+    for (first, second), counts in outcomes.items():
+        if (first, second, _RATE) in means:
+            rate, interval = means[first, second, _RATE]
+            row = {"first": first, "second": second, **{name: counts[name] for name in _OUTCOMES.values()}}
+            wins.append({**row, "rate": rate, "interval": interval})
+        if counts["not_judged"]:
+            not_judged[f"{first} and {second}"] = counts["not_judged"]
+    differences = []
+    for pair in pairs:
+        metrics = [metric for metric in DIFFERENCES if (*pair, metric) in means]
+        differences.append({"first": pair[0], "second": pair[1], **_estimates(pair, metrics, means)})
     return {
         "prompts": prompts,
         "models": [_model(name, means) for name in models],
-        "wins": [
-            {"first": pair[0], "second": pair[1]}
-            | {name: counts[name] for name in _OUTCOMES.values()}
-            | dict(zip(("rate", "interval"), means[*pair, _RATE], strict=True))
-            for pair, counts in outcomes.items()
-            if (*pair, _RATE) in means
-        ],
-        "differences": [
-            {"first": pair[0], "second": pair[1]}
-            | _estimates(pair, [metric for metric in DIFFERENCES if (*pair, metric) in means], means)
-            for pair in pairs
-        ],
+        "wins": wins,
+        "differences": differences,
         "empty_score": lowest,
-        "not_judged": {
-            f"{first} and {second}": counts["not_judged"]
-            for (first, second), counts in outcomes.items()
-            if counts["not_judged"]
-        },
+        "not_judged": not_judged,
     }
+
+
+def _score_empty_responses(columns: Mapping[_Key, Column], models: Sequence[str]) -> float | None:
+    """Give the lowest score of all to empty responses, which the judge does not see; return it."""
+    lowest = None
+    for model in models:
+        scores, has_score = columns[model, "score"]
+        if has_score.any():
+            least = float(scores[has_score > 0].min())
+            lowest = least if lowest is None else min(lowest, least)
+    if lowest is not None:
+        for model in models:
+            scores, has_score = columns[model, "score"]
+            is_empty = (columns[model, "empty"][0] > 0) & (has_score == 0)
+            scores[is_empty] = lowest
+            has_score[is_empty] = 1.0
+    return lowest
 
 
 def _measure_response(response: _Row) -> dict[str, tuple[float, float]]:
     facts = text_facts(response["text"], response["tokens"], response["finished"])
-    logp, base = response["logp"], response["base_logp"]
-    ratio = None if logp is None or base is None else logp - base
-    single = {**vars(facts), "kl": ratio, "score": response["score"]}
-    del single["language"]
-    terms = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
-    return terms | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
+    measures = {**vars(facts), "kl": None, "score": response["score"]}
+    del measures["language"]
+    ratio_per_token = (0.0, 0.0)
+    if response["logp"] is not None and response["base_logp"] is not None:
+        measures["kl"] = response["logp"] - response["base_logp"]
+        ratio_per_token = (measures["kl"], float(response["logp_tokens"]))
+    terms = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in measures.items()}
+    return {**terms, "kl_per_token": ratio_per_token}
 
 
 def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
@@ -157,26 +181,35 @@ def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], pro
     differences: dict[_Key, Column] = {}
     for first, second in pairs:
         for metric in DIFFERENCES:
-            (value, has_value), (other, has_other) = columns[first, metric], columns[second, metric]
+            value, has_value = columns[first, metric]
+            other, has_other = columns[second, metric]
             has_both = has_value * has_other
             differences[first, second, metric] = np.stack([(other - value) * has_both, has_both])
-    measured = {key: (table[0], table[1]) for each in (columns, differences) for key, table in each.items()}
-    lowest = {key: -1.0 if key in differences else 0.0 for key in measured if key[-1] in _SHARES}
-    ends = bootstrap_intervals(measured, np.arange(prompts, dtype=np.uint64), lowest=lowest)
-    return {
-        key: (float(values.sum() / counts.sum()), list(ends[key]) if key in ends else None)
-        for key, (values, counts) in measured.items()
-        if counts.sum()
-    }
+    measures = {key: (table[0], table[1]) for key, table in {**columns, **differences}.items()}
+    lowest = {key: -1.0 if key in differences else 0.0 for key in measures if key[-1] in _SHARES}
+    ends = bootstrap_intervals(measures, np.arange(prompts, dtype=np.uint64), lowest=lowest)
+    means = {}
+    for key, (values, counts) in measures.items():
+        if counts.sum():
+            interval = list(ends[key]) if key in ends else None
+            means[key] = (float(values.sum() / counts.sum()), interval)
+    return means
 
 
 def _model(name: str, means: Means) -> _Row:
-    style = {key[1]: mean for key, mean in means.items() if key[:-1] == (name,) and key[1] not in _NO_STYLE}
+    style = {}
+    style_intervals = {}
+    for key, (value, ends) in means.items():
+        is_style = key[:-1] == (name,) and key[1] not in _NO_STYLE
+        if is_style:
+            style[key[1]] = value
+        if is_style and ends is not None:
+            style_intervals[key[1]] = ends
     return {
         "name": name,
         **_estimates((name,), _NO_STYLE, means),
-        "style": {metric: value for metric, (value, _) in style.items()},
-        "style_intervals": {metric: ends for metric, (_, ends) in style.items() if ends is not None},
+        "style": style,
+        "style_intervals": style_intervals,
     }
 
 

@@ -79,7 +79,8 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     data = config.data
     prepared = None if config.model.path == UNSET else prepare(data, config.model, config.loss, progress)
     encoder = None if prepared is None else prepared.encoder
-    tokenizer, processor = (None, None) if encoder is None else (encoder.tokenizer, encoder.processor)
+    tokenizer = None if encoder is None else encoder.tokenizer
+    processor = None if encoder is None else encoder.processor
 
     def show(source: str) -> AbstractContextManager[Callable[..., None]]:
         return progress(f"examining {source}", "record")
@@ -98,10 +99,13 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
                 source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             for error in prepared.refusals:
-                text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
+                text = f"training would stop: {error.message}"
+                if error.got:
+                    text += f" ({error.got})"
                 where = error.where.records if isinstance(error.where, AtRecords) else (error.where,)
-                refused = Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
-                findings.append(refused)
+                findings.append(
+                    Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
+                )
         diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.section_of(DoctorConfig).texts:
@@ -121,7 +125,8 @@ def examine(
 
     Without a tokenizer tokens are not counted. The result does not depend on the number of processes.
     """
-    observer, prompts = Observer(config, tokenizer, benchmark, processor), EvaluationPrompts()
+    observer = Observer(config, tokenizer, benchmark, processor)
+    prompts = EvaluationPrompts()
     reports: list[dict[str, Any]] = []
     findings: list[Finding] = []
     # Training records are compared with the prompts of evaluation data while they are read.
@@ -131,13 +136,14 @@ def examine(
             _for_each_chunk(entry, find, [prompts.add], progress(f"evaluation prompts of {label}"))
     comparison = Comparison(config, prompts)
     for entry, label, is_eval in _with_labels(config):
-        source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
+        is_encoded = tokenizer is not None
+        source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=is_encoded)
         comparison.add_source(label, is_eval=is_eval)
         _for_each_chunk(entry, observer.observe, [source.add, comparison.add], progress(label))
         findings += source.findings()
         reports.append(source.report())
-    across, compared = comparison.result()
-    return Diagnosis(reports, across, most_serious_first([*findings, *compared]))
+    across, findings_across = comparison.result()
+    return Diagnosis(reports, across, most_serious_first([*findings, *findings_across]))
 
 
 def _for_each_chunk(
@@ -147,14 +153,15 @@ def _for_each_chunk(
     progress: AbstractContextManager[Callable[..., None]],
 ) -> None:
     """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
-    source, read = DataSource(entry).pinned(), 0
-    records, total = source.records(), source.expected_number()
-    with progress as show, closing(in_order(in_chunks(records), work)) as chunks:
+    source = DataSource(entry).pinned()
+    count = 0
+    total = source.expected_number()
+    with progress as show, closing(in_order(in_chunks(source.records()), work)) as chunks:
         for results in chunks:
             for use in uses:
                 use(results)
-            read += len(results)
-            show(read, total if read <= total else None)
+            count += len(results)
+            show(count, total if count <= total else None)
 
 
 def _label_balance(
@@ -164,29 +171,33 @@ def _label_balance(
 
     A source counts by its weight.
     """
-    drawn = list(zip(train, sources, strict=False))  # sources of evaluation data come after these
-    good, bad = (
-        sum(source.weight * report["labels"][label] for source, report in drawn) for label in ("good", "bad")
-    )
-    present = loss.desirable_weight, loss.undesirable_weight
-    weights = present[0] * good, present[1] * bad
-    if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
-        most, numbers = "good" if good > bad else "bad", (round(max(good, bad)), round(good + bad))
-        remedy = "add responses of the other label"
-        if good and bad:
-            remedy = f"set {balancing_weight(good, bad, *present)}"
-        for finding in DOCTOR_RULES["label_balance"].count(*numbers, None, detail=most):
-            yield replace(finding, remedy=remedy)
+    good = bad = 0.0
+    for source, report in zip(train, sources, strict=False):  # sources of evaluation data come after these
+        good += source.weight * report["labels"]["good"]
+        bad += source.weight * report["labels"]["bad"]
+    ratio = loss.desirable_weight * good / max(loss.undesirable_weight * bad, 1e-9)
+    if good + bad == 0 or 1 <= ratio <= 4 / 3:
+        return
+    remedy = "add responses of the other label"
+    if good and bad:
+        remedy = f"set {balancing_weight(good, bad, loss.desirable_weight, loss.undesirable_weight)}"
+    most = "good" if good > bad else "bad"
+    rule = DOCTOR_RULES["label_balance"]
+    for finding in rule.count(round(max(good, bad)), round(good + bad), None, detail=most):
+        yield replace(finding, remedy=remedy)
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics (made unique), and whether it is for evaluation."""
-    seen, train_labels = Counter[str](), source_labels(config.train)
+    counts = Counter[str]()
+    train_labels = source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source, name in zip(sources, source_labels(sources), strict=True):
             label = f"{name} (eval)" if is_eval and name in train_labels else name
-            seen[label] += 1
-            yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
+            counts[label] += 1
+            if counts[label] > 1:
+                label = f"{label} ({counts[label]})"
+            yield source, label, is_eval
 
 
 _BINS_AT_ONCE = 1024
@@ -204,7 +215,8 @@ def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool =
     computed = tokens = 0
     for start in range(0, len(order), examples * _BINS_AT_ONCE):
         block = order[start : start + examples * _BINS_AT_ONCE]
-        responses, counts = dataset.response_indices(block), dataset.response_counts(block)
+        responses = dataset.response_indices(block)
+        counts = dataset.response_counts(block)
         sizes = dataset.sizes(block, responses, counts, _TOKENS_ONLY)
         shared = shares_in_bins(sizes, _TOKENS_ONLY, np.arange(len(block)) // examples).tokens
         computed += int((sizes.tokens - shared).sum())
@@ -228,33 +240,37 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
 
     folder = description_folder(model.path, model.revision, needs_weights=False)
     encoder = load_encoder(folder, start_folder(model), model)
-    tokenizer, processor, digest = encoder.tokenizer, encoder.processor, encoder.digest
+    tokenizer = encoder.tokenizer
+    processor = encoder.processor
+    digest = encoder.digest
     vocab_size = load_config(folder, model).get_text_config().vocab_size
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
         def encode(used: DataConfig) -> tuple[EncodedSource, ...]:
             def show(path: str) -> AbstractContextManager[Callable[..., None]]:
-                return progress(f"encoding {path}" + (f" ({side} part)" if data.eval_share else ""), "record")
+                title = f"encoding {path} ({side} part)" if data.eval_share else f"encoding {path}"
+                return progress(title, "record")
 
             return Preparation(sources, used, tokenizer, digest, show, part, processor).whole()
 
         try:
-            if encoded := encode(data):
+            encoded = encode(data)
+            if encoded:
                 dataset = open_dataset(encoded, data, processor)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
                 check_fits_loss(dataset, loss)
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        found = list[list[PreferenceDataset]]()
+        datasets = list[list[PreferenceDataset]]()
         any_share = replace(data, max_bad_share=1.0, template=TextTemplate.literal)
         for source in encoded:
             try:
-                found.append([open_dataset([source], any_share, processor)])
+                datasets.append([open_dataset([source], any_share, processor)])
             except DataError:  # no record can be used
-                found.append([])
-        return found
+                datasets.append([])
+        return datasets
 
     evals = prepared(data.eval_sources, Part.to_evaluate(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]

@@ -63,7 +63,8 @@ def show_pairs(
         origins = (origin for example in finding.examples for origin in example.split(", "))
         for origin in itertools.islice(origins, _EXAMPLES_PER_FINDING):
             rules.setdefault(origin, []).append(finding.rule)
-    shown, room = [], ThumbnailRoom()
+    shown = []
+    room = ThumbnailRoom()
     for source in [*config.train, *config.eval]:
         for record in _choose(DataSource(source).pinned(), rules, count):
             origin = str(record.origin)
@@ -107,10 +108,12 @@ def _parts(
         return whole.reason, _plain_parts(record)
     note = ""
     if isinstance(kept, BadRecord):
-        note, kept = kept.reason, whole
+        note = kept.reason
+        kept = whole
     prompt = whole.prompt_ids
     # Tokens in front, such as BOS, stay: those after them are cut.
-    missing, front = len(prompt) - len(kept.prompt_ids), 0
+    missing = len(prompt) - len(kept.prompt_ids)
+    front = 0
     while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
         front += 1
     # The limits never cut an image, so what is cut has none.
@@ -142,7 +145,9 @@ def _segments(
     """Yield runs of tokens of one kind; a long part ends after its first tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # an added token of white space is ordinary text
-    tokens, stop, before = ids[:_MAX_TOKENS].tolist(), 0, ""
+    tokens = ids[:_MAX_TOKENS].tolist()
+    stop = 0
+    before = ""
     kinds = []
     for place, token in enumerate(tokens):
         use = "trained" if is_trained[place] else ""

@@ -85,8 +85,10 @@ def check_origin(
     """Check that a checkpoint's run started from `model` with its adapter."""
     if not entry.is_checkpoint:
         return
-    folder, digest = Path(entry.path), inputs.policy_files.digest
-    model_digest, adapter = checkpoint_state(folder)["model"], model.adapter
+    folder = Path(entry.path)
+    digest = inputs.policy_files.digest
+    model_digest = checkpoint_state(folder)["model"]
+    adapter = model.adapter
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, identity)
     if model_digest != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))
@@ -100,11 +102,14 @@ def check_origin(
 
 
 def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objective: Objective) -> Results:
-    config, world, console = run.config, run.world, run.console
+    config = run.config
+    world = run.world
+    console = run.console
     run.say(f"evaluating {entry.path}")
     model, running, commit = load_evaluated(run, entry, inputs)
     ((dataset, every),) = inputs.datasets_to_score
-    prefixes, backend = config.trainer.prefix_tree, model.model.backend
+    prefixes = config.trainer.prefix_tree
+    backend = model.model.backend
     costs = compute_costs(inputs.flops, prefixes=prefixes, backend=backend, device=world.device)
     costs = replace(costs, arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
@@ -115,7 +120,8 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         hashes = map(int, dataset.prompt_hashes[:])
         trained = {"prompts_also_in_train": count_trained(entry.path, hashes, config.loss.unit, console)}
         dataset_with_count = replace(dataset, counts=dataset.counts | trained)
-        reference, seed = config.reference.path or config.model.path, config.trainer.seed
+        reference = config.reference.path or config.model.path
+        seed = config.trainer.seed
         results = write_evaluation(
             name,
             entry.path,
@@ -161,9 +167,14 @@ def load_evaluated(
     Collective. `model.revision` applies to `model.path` only. `model.quantization` applies to `model.path`
     and to the base of an adapter.
     """
-    config, world = run.config, run.world
-    base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
-    folder, commit, key = base, None, "model.path"
+    config = run.config
+    world = run.world
+    base = inputs.policy_files.folder
+    bits = config.model.quantization
+    running = RunningMeans()
+    folder = base
+    commit = None
+    key = "model.path"
     finish: Callable[[PackedCausalLM], None] | None = None
     if entry.is_checkpoint:
         state = open_checkpoint(Path(entry.path), world).state
@@ -185,11 +196,9 @@ def load_evaluated(
                 run.warn(warning)
             finish = partial(load_adapter, folder=named)
         else:
-            folder, key, bits = (
-                named,
-                EVALUATION_MODEL_KEY,
-                bits if named.resolve() == base.resolve() else None,
-            )
+            folder = named
+            key = EVALUATION_MODEL_KEY
+            bits = bits if named.resolve() == base.resolve() else None
             world.on_main(
                 partial(
                     check_same_vocabulary,

@@ -56,11 +56,12 @@ def contrasts(
         good, bad = (np.bincount(places, weights * side, len(different)) for side in (is_good, ~is_good))
         if not (good.any() and bad.any()):
             return math.nan, math.nan
-        won = good @ (np.cumsum(bad) - bad / 2) / (good.sum() * bad.sum())
-        return float(good @ different / good.sum() - bad @ different / bad.sum()), float(won)
+        margin = good @ different / good.sum() - bad @ different / bad.sum()
+        auc = good @ (np.cumsum(bad) - bad / 2) / (good.sum() * bad.sum())
+        return float(margin), float(auc)
 
-    estimates = measure(np.ones(len(rewards)))
-    if not np.isfinite([*estimates, *different]).all():
+    margin, auc = measure(np.ones(len(rewards)))
+    if not np.isfinite([margin, auc, *different]).all():
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
     fewest_prompts = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
@@ -68,12 +69,13 @@ def contrasts(
     auc_interval: tuple[float, float] | None = None
     if fewest_prompts >= FEWEST_PROMPTS:
         draws = resamples(int(clusters.max()) + 1, seed)
-        table = [measure(drawn[clusters].astype(float)) for drawn in draws]
+        table = [measure(draw[clusters].astype(float)) for draw in draws]
         ends = np.quantile(table, ENDS, axis=0)
         if np.isfinite(ends).all():  # else some resample lacks a label
-            (low, worst), (high, best) = ends.tolist()
-            margin_interval, auc_interval = (low, high), with_width(worst, best, fewest_prompts, 0.0)
-    return {"rewards/margins": (estimates[0], margin_interval), AUC: (estimates[1], auc_interval)}
+            (low_margin, low_auc), (high_margin, high_auc) = ends.tolist()
+            margin_interval = (low_margin, high_margin)
+            auc_interval = with_width(low_auc, high_auc, fewest_prompts, 0.0)
+    return {"rewards/margins": (margin, margin_interval), AUC: (auc, auc_interval)}
 
 
 def results(
@@ -90,17 +92,18 @@ def results(
     of each metric that is a mean over pairs or tokens. `means` are the exact metrics of `plan`; `labels` say
     for each source's label whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
-    by_name = {ALL: _group_results(values, prompts, plan, seed)}
-    divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
-    by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
+    of_all = _group_results(values, prompts, plan, seed)
+    of_sources = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
+    of_all |= {f"eval_{name}": value for name, value in means.items() if name not in of_sources}
+    by_name = {ALL: of_all}
     for label, members in labels.items():
-        selected = PairValues.from_columns({name: column[members] for name, column in values.by_name.items()})
+        columns = {name: column[members] for name, column in values.by_name.items()}
+        row = _group_results(PairValues.from_columns(columns), prompts[members], plan, seed)
         suffix = f"/{label}" if plan.labels else ""
-        by_name[results_name(label)] = _group_results(selected, prompts[members], plan, seed) | {
-            f"eval_{metric}": means[metric + suffix]
-            for metric in plan.pair_metric_names
-            if metric + suffix in means
-        }
+        for metric in plan.pair_metric_names:
+            if metric + suffix in means:
+                row[f"eval_{metric}"] = means[metric + suffix]
+        by_name[results_name(label)] = row
     return by_name
 
 
@@ -108,33 +111,38 @@ def _group_results(
     values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
 ) -> dict[str, Any]:
     """Return those results of some pairs that follow from the values of single pairs."""
-    every, members = measure_pairs(values.columns), length_members(values.columns)
-    measured: dict[str, tuple[Column, Column]] = {}
+    measures = measure_pairs(values.columns)
+    members = length_members(values.columns)
+    columns: dict[str, tuple[Column, Column]] = {}
     for name, (metric, group) in plan.rows.items():
-        if metric in every and (not group or group in members):
-            value, count = (each.double() for each in every[metric])
+        if metric in measures and (not group or group in members):
+            value, count = (each.double() for each in measures[metric])
             inside = members[group] if group else count > 0
             # Values outside the group become 0, so that one that is not finite spoils its own group only.
-            measured[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
-    lowest = {name: 0.0 for name in measured if name.startswith(_SHARES)}
-    intervals = bootstrap_intervals(measured, prompts, seed, lowest)
-    row: dict[str, Any] = {
-        f"eval_{name}": float(column.sum() / counts.sum())
-        for name, (column, counts) in measured.items()
-        if counts.sum()
-    }
-    row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
+            columns[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
+    lowest = {name: 0.0 for name in columns if name.startswith(_SHARES)}
+    intervals = bootstrap_intervals(columns, prompts, seed, lowest)
+    row: dict[str, Any] = {}
+    for name, (column, counts) in columns.items():
+        if counts.sum():
+            row[f"eval_{name}"] = float(column.sum() / counts.sum())
+    row["eval_pairs"] = len(values)
+    row["eval_prompts"] = len(np.unique(prompts))
     row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if plan.loss.is_unpaired:
         records = labelled_columns(values)
-        rewards, is_good = records["reward"].astype(float), records["label"]
-        groups = {"": np.ones_like(is_good)} | {name: each.numpy() for name, each in members.items()}
+        rewards = records["reward"].astype(float)
+        is_good = records["label"]
+        groups = {"": np.ones_like(is_good), **{name: each.numpy() for name, each in members.items()}}
         for group, within in groups.items():
-            compared = contrasts(rewards[within], is_good[within], prompts[within], seed)
-            for metric, (estimate, ends) in compared.items():
-                row[f"eval_{metric}{group}"] = estimate
-                row["intervals"] |= {f"eval_{metric}{group}": list(ends)} if ends else {}
-        row |= {"eval_good": int(is_good.sum()), "eval_bad": int((~is_good).sum())}
+            estimates = contrasts(rewards[within], is_good[within], prompts[within], seed)
+            for metric, (estimate, ends) in estimates.items():
+                key = f"eval_{metric}{group}"
+                row[key] = estimate
+                if ends:
+                    row["intervals"][key] = list(ends)
+        row["eval_good"] = int(is_good.sum())
+        row["eval_bad"] = int((~is_good).sum())
     if plan.loss.compares_pairs and len(values):
         row |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
     return row
@@ -142,13 +150,14 @@ def _group_results(
 
 def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
     """Return the columns of labelled records: values of the one response, and whether it is good."""
-    is_good, named = values.tokens_chosen > 0, values.by_name
-    names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
-    sides = {
-        title: np.where(is_good, named[f"{name}_chosen"], named[f"{name}_rejected"])
-        for name, title in names.items()
-    }
-    return sides | {"label": is_good, **values.custom}
+    is_good = values.tokens_chosen > 0
+    titles = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
+    columns = {}
+    for name, title in titles.items():
+        chosen = values.by_name[f"{name}_chosen"]
+        rejected = values.by_name[f"{name}_rejected"]
+        columns[title] = np.where(is_good, chosen, rejected)
+    return {**columns, "label": is_good, **values.custom}
 
 
 def write_scores(
@@ -160,11 +169,15 @@ def write_scores(
     of both sides. Values that do not exist, such as a reference's if there is none, are null.
     """
     labels = np.repeat(dataset.source_labels, dataset.source_pairs).tolist()
-    named = {name.replace("reference_", "reference_logp_"): each for name, each in values.by_name.items()}
-    columns = {
-        name: column.astype(int) if name.startswith("tokens") else column
-        for name, column in (labelled_columns(values) if is_unpaired else named).items()
-    }
+    if is_unpaired:
+        columns = labelled_columns(values)
+    else:
+        columns = {
+            name.replace("reference_", "reference_logp_"): column for name, column in values.by_name.items()
+        }
+    for name in columns:
+        if name.startswith("tokens"):
+            columns[name] = columns[name].astype(int)
     with files.staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
             origin = dataset.origin(index)
@@ -185,13 +198,16 @@ def write_worst(
 
     For labelled records: good ones with the lowest, and bad ones with the highest rewards.
     """
-    lines, order = [], np.argsort(values.margin, kind="stable")
-    worst, sides = order[:_WORST], [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
+    lines = []
+    order = np.argsort(values.margin, kind="stable")
+    worst = order[:_WORST]
+    sides = [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
     if is_unpaired:
         worst = np.concatenate([order[side][: _WORST // 2] for side in sides])
     for index in worst.tolist():
         if values.margin[index] < 0:
-            example, origin = dataset.example(index), without_secrets(str(dataset.origin(index)))
+            example = dataset.example(index)
+            origin = without_secrets(str(dataset.origin(index)))
             row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
             texts = {"chosen": example.responses[0], "rejected": example.responses[-1]}
             if is_unpaired:
@@ -200,7 +216,8 @@ def write_worst(
             prompt, images = shown_prompt(example, dataset.images)
             for name, ids in {"prompt": prompt, **texts}.items():
                 row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-            row |= {"images": images} if images else {}
+            if images:
+                row["images"] = images
             lines.append(json.dumps(row) + "\n")
     files.write_text(file, "".join(lines))
 
@@ -235,7 +252,7 @@ def write_evaluation(
         MetricPlan(loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
         seed,
     )
-    evaluated = {
+    description = {
         "model": model,
         "revision": revision,
         "reference": reference if loss.needs_reference else None,
@@ -244,13 +261,14 @@ def write_evaluation(
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    named, newest = run.named_evaluation(name), run.evaluation
-    for written in (named.path, newest.path):
-        files.remove_abandoned(written)
-    files.write_json(named.evaluated, evaluated)
-    write_scores(named.scores, values, dataset, is_unpaired=loss.is_unpaired)
-    files.write_json(named.results, by_name)
-    for file, target in zip(named.files, newest.files, strict=True):
+    folder = run.named_evaluation(name)
+    newest = run.evaluation
+    for path in (folder.path, newest.path):
+        files.remove_abandoned(path)
+    files.write_json(folder.evaluated, description)
+    write_scores(folder.scores, values, dataset, is_unpaired=loss.is_unpaired)
+    files.write_json(folder.results, by_name)
+    for file, target in zip(folder.files, newest.files, strict=True):
         with files.staged_file(target) as temporary:
             shutil.copyfile(file, temporary)
     return by_name

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +63,8 @@ class Axis:
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
         """Return an axis for these finite values, with some room at both ends."""
-        shown = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
-        low, high = min(shown), max(shown)
+        values = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
+        low, high = min(values), max(values)
         if is_log:
             room = (high / low) ** _PADDING if high > low else 2.0
             return cls(low / room, high * room, start, end, is_log=True)
@@ -73,10 +73,12 @@ class Axis:
 
     def place(self, value: float) -> float:
         """Return the coordinate of a value, in tenths; a logarithmic axis needs a positive value."""
-        low, high, at = self.low, self.high, value
+        low = self.low
+        high = self.high
         if self.is_log:
-            low, high, at = map(math.log10, (low, high, at))
-        return round(self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start), 1)
+            low, high, value = map(math.log10, (low, high, value))
+        share = (value - low) / ((high - low) or 1.0)
+        return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self, *, whole: bool = False) -> list[float]:
         """Return about five round values within the axis; `whole`: integers only."""
@@ -111,8 +113,10 @@ class Line:
     def __init__(
         self, label: str, role: _Role, steps: ArrayLike, values: ArrayLike, *, log: bool = False
     ) -> None:
-        self.label, self.role = label, role
-        self.steps, self.values = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+        self.label = label
+        self.role = role
+        self.steps = np.array(steps, dtype=np.float64)
+        self.values = np.array(values, dtype=np.float64)
         self.values[~(np.abs(self.values) < _LARGEST) | ((self.values <= 0) & log)] = math.nan
 
     def smoothed(self) -> "Line":
@@ -126,7 +130,8 @@ class Line:
             sums = np.cumsum(np.pad(values, (half + 1, half)))
             return np.asarray(sums[2 * half + 1 :] - sums[: -2 * half - 1])
 
-        means, counts = np.where(is_known, self.values, 0.0), window(is_known.astype(np.float64))
+        means = np.where(is_known, self.values, 0.0)
+        counts = window(is_known.astype(np.float64))
         for _ in range(2):
             means = np.where(is_known, window(means) / np.where(is_known, counts, 1.0), 0.0)
         return Line(self.label, "smooth", self.steps, np.where(is_known, means, math.nan))
@@ -138,12 +143,13 @@ class Line:
         """
         if len(self.steps) <= most:
             return self.steps
-        kept = {0, len(self.steps) - 1}
+        extremes = {0, len(self.steps) - 1}
         for indices in np.array_split(np.arange(len(self.steps)), max(1, most // 2)):
             values = self.values[indices]
             if np.isfinite(values).any():
-                kept |= {int(indices[np.nanargmin(values)]), int(indices[np.nanargmax(values)])}
-        return self.steps[sorted(kept)]
+                extremes.add(int(indices[np.nanargmin(values)]))
+                extremes.add(int(indices[np.nanargmax(values)]))
+        return self.steps[sorted(extremes)]
 
 
 def chart(
@@ -160,104 +166,121 @@ def chart(
     A long line is drawn with about 400 points, with its smallest and largest values among them. `names`: the
     labels of a legend that several charts share; the items below the chart then have no labels.
     """
-    whole = [line for line in lines if line.steps.size]
-    if not whole:
+    lines = [line for line in lines if line.steps.size]
+    if not lines:
         return Markup("")
-    with_raw = {line.label for line in whole if line.role == "raw"}
-    shapes = [line for line in whole if line.role != "smooth" or line.label not in with_raw]
-    kept = np.unique(np.concatenate([line.extremes(_MOST_POINTS // len(shapes)) for line in shapes]))
-    drawn = []
-    for line in whole:
-        is_kept = np.isin(line.steps, kept)
-        drawn.append(Line(line.label, line.role, line.steps[is_kept], line.values[is_kept]))
-    low, high = float(kept[0]), float(kept[-1])
+    with_raw = {line.label for line in lines if line.role == "raw"}
+    shapes = [line for line in lines if line.role != "smooth" or line.label not in with_raw]
+    steps = np.unique(np.concatenate([line.extremes(_MOST_POINTS // len(shapes)) for line in shapes]))
+    drawing = []
+    for line in lines:
+        is_point = np.isin(line.steps, steps)
+        drawing.append(Line(line.label, line.role, line.steps[is_point], line.values[is_point]))
+    low = float(steps[0])
+    high = float(steps[-1])
     across = Axis(low, high if high > low else low + 1, 50, 364)
-    up = _value_axis(drawn, 184, 8, is_log=log)
+    up = _value_axis(drawing, 184, 8, is_log=log)
+    labels = names or list(dict.fromkeys(line.label for line in drawing))
+    points = []
+    paths = []
+    for line in drawing:
+        values = [None if math.isnan(value) else float(f"{value:.6g}") for value in line.values]
+        points.append([line.steps.tolist(), values])
+        paths += _paths(line, drawing, labels, across, up)
     data = {
         "over": over,
         "shared": bool(names),
         "box": [across.start, across.end, up.end, up.start],
         "xAxis": [across.low, across.high],
         "yAxis": [up.low, up.high, up.is_log],
-        "lines": [
-            [line.steps.tolist(), [None if math.isnan(v) else float(f"{v:.6g}") for v in line.values]]
-            for line in drawn
-        ],
+        "lines": points,
     }
-    labels = names or list(dict.fromkeys(line.label for line in drawn))
     figure = {
-        **{"title": title, "unit": unit, "over": over, "across": across, "up": up, "place": number(high)},
+        "title": title,
+        "unit": unit,
+        "over": over,
+        "across": across,
+        "up": up,
+        "place": number(high),
         "json": json.dumps(data, separators=(",", ":")),
-        "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
-        "legend": _legend(drawn, labels, high, over, is_shared=bool(names)),
+        "paths": paths,
+        "legend": _legend(drawing, labels, high, over, is_shared=bool(names)),
         "is_shared": bool(names),
     }
     return part("svg.jinja", "chart", figure)
 
 
 def _value_axis(lines: Sequence[Line], start: float, end: float, *, is_log: bool) -> Axis:
-    values = (value for line in lines for value in line.values.tolist() if math.isfinite(value))
-    return Axis.around(values, start, end, is_log=is_log)
+    values = chain.from_iterable(line.values.tolist() for line in lines)
+    return Axis.around(filter(math.isfinite, values), start, end, is_log=is_log)
 
 
 def _paths(
-    line: Line, drawn: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
+    line: Line, lines: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
 ) -> list[tuple[str, str]]:
     """Return CSS classes and path data of a line, which gaps interrupt."""
-    runs: list[list[str]] = [[]]
-    for at, value in zip(line.steps.tolist(), line.values.tolist(), strict=True):
+    dots = ""
+    path = ""
+    is_after_gap = True
+    for step, value in zip(line.steps.tolist(), line.values.tolist(), strict=True):
         if math.isnan(value):
-            runs.append([])
-        else:
-            runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
-    dots = "".join(f"M{point}h0" for run in runs for point in run)
+            is_after_gap = True
+            continue
+        point = f"{across.place(step):g} {up.place(value):g}"
+        dots += f"M{point}h0"
+        path += f"M{point}h0" if is_after_gap else f"L{point}"
+        is_after_gap = False
     color = color_classes(labels, line.label)
     if line.role == "spike":
         return [(f"spike {color}", dots)]
-    is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
-    style = f"{line.role} {'light ' if is_light else ''}{color}"
-    path = "".join(f"M{run[0]}h0" + "".join(f"L{point}" for point in run[1:]) for run in runs if run)
+    style = f"{line.role} {color}"
+    if line.role == "raw" and (line.label, "smooth") in {(each.label, each.role) for each in lines}:
+        style = f"raw light {color}"
     if line.role == "evaluation":
         return [(style, path), (f"mark {color}", dots), ("hole", dots)]
-    shown = [(style, path), (f"dot {style}", dots)]
-    return shown if len(line.steps) <= _FEW_POINTS and line.role != "noise" else shown[:1]
+    if line.role == "noise" or len(line.steps) > _FEW_POINTS:
+        return [(style, path)]
+    return [(style, path), (f"dot {style}", dots)]
 
 
 def color_classes(labels: Sequence[str], label: str) -> str:
     """Return the CSS classes of a label's colour; after six labels the colours repeat with dashed lines."""
-    number = labels.index(label)
-    return f"c{number % len(COLORS)}" + (" again" if number // len(COLORS) % 2 else "")
+    repeats, color = divmod(labels.index(label), len(COLORS))
+    return f"c{color} again" if repeats % 2 else f"c{color}"
 
 
 def _legend(
-    drawn: Sequence[Line], labels: Sequence[str], end: float, over: str, *, is_shared: bool
+    lines: Sequence[Line], labels: Sequence[str], end: float, over: str, *, is_shared: bool
 ) -> list[Mapping[str, Any]]:
     """Return an item for each label's curve and one for its evaluations, with the last values.
 
     Under a shared legend, a label with evaluations has the item of its evaluations only.
     """
-    items: dict[tuple[str, bool], list[int]] = {}
-    for index, line in enumerate(drawn):
-        items.setdefault((line.label, line.role == "evaluation"), []).append(index)
+    indices_of_items: dict[tuple[str, bool], list[int]] = {}
+    for index, line in enumerate(lines):
+        indices_of_items.setdefault((line.label, line.role == "evaluation"), []).append(index)
     joint = " \u00b7 " if is_shared else " \u00b7 mean "
-    return [
-        {
+    items = list[Mapping[str, Any]]()
+    for (label, is_evaluation), indices in indices_of_items.items():
+        if is_shared and not is_evaluation and (label, True) in indices_of_items:
+            continue
+        item = {
             "color": color_classes(labels, label),
             "lines": indices,
             "mark": "ring" if is_evaluation else "stroke",
             "label": label,
-            "note": " (evaluation)" if is_evaluation and (label, False) in items else "",
-            "last": joint.join(_last_value(drawn[index], end, over) for index in indices),
+            "note": " (evaluation)" if is_evaluation and (label, False) in indices_of_items else "",
+            "last": joint.join(_last_value(lines[index], end, over) for index in indices),
         }
-        for (label, is_evaluation), indices in items.items()
-        if is_evaluation or not is_shared or (label, True) not in items
-    ]
+        items.append(item)
+    return items
 
 
 def _last_value(line: Line, end: float, over: str) -> str:
-    step, value = float(line.steps[-1]), float(line.values[-1])
-    shown = "no value" if math.isnan(value) else number(value)
-    return shown if step == end else f"{shown} at {over} {number(step)}"
+    step = float(line.steps[-1])
+    value = float(line.values[-1])
+    text = "no value" if math.isnan(value) else number(value)
+    return text if step == end else f"{text} at {over} {number(step)}"
 
 
 @dataclass(frozen=True)
@@ -275,8 +298,8 @@ class Panel:
     @property
     def keys(self) -> tuple[str, ...]:
         """The names of the panel's metrics."""
-        named = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
-        return named or (self.title,)
+        metrics = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+        return metrics or (self.title,)
 
     def label(self, key: str) -> str:
         """Return the label of a metric's lines."""
@@ -305,15 +328,10 @@ PANELS = (
 
 def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     """Return all charts of a run that have a value; `noise`: how far rounding alone moves each metric."""
-    figures = (
-        chart(
-            panel.title,
-            list(panel_lines(panel, rows, noise)),
-            find_metric(panel.keys[0]).unit,
-            log=panel.is_log,
-        )
-        for panel in _panels(rows)
-    )
+    figures = []
+    for panel in _panels(rows):
+        lines = list(panel_lines(panel, rows, noise))
+        figures.append(chart(panel.title, lines, find_metric(panel.keys[0]).unit, log=panel.is_log))
     return list(filter(None, figures))
 
 
@@ -331,28 +349,30 @@ def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) ->
 
     Metrics whose names start with one of `apart` have a chart for each kind of loss.
     """
-    figures, names = [], list(dict.fromkeys(run.label for run in runs))
+    figures = []
+    names = list(dict.fromkeys(run.label for run in runs))
     for panel in _panels(list(chain(*(run.rows for run in runs)))):
         for key in panel.keys:
             title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
-            parts: dict[str, list[Line]] = {}
+            lines_of_charts: dict[str, list[Line]] = {}
             for run in runs:
-                part_title = f"{title}, {run.kind}" if key.startswith(apart) else title
-                lines = parts.setdefault(part_title, [])
-                found = _metric_lines(panel, key, run.label, run.rows)
-                shown = {line.role == "evaluation": line for line in found}  # the mean replaces the raw line
-                for is_evaluation, line in shown.items():
-                    line.role = "evaluation" if is_evaluation else "smooth"
+                chart_title = f"{title}, {run.kind}" if key.startswith(apart) else title
+                lines = lines_of_charts.setdefault(chart_title, [])
+                for line in _metric_lines(panel, key, run.label, run.rows):
+                    if line.role == "smooth":
+                        lines.pop()  # the raw line before it, in whose place it is drawn
                     lines.append(line)
-            figures += [
-                chart(name, lines, find_metric(key).unit, log=panel.is_log, over=over, names=names)
-                for name, lines in parts.items()
-            ]
+                for line in lines:
+                    if line.role == "raw":
+                        line.role = "smooth"
+            for name, lines in lines_of_charts.items():
+                unit = find_metric(key).unit
+                figures.append(chart(name, lines, unit, log=panel.is_log, over=over, names=names))
     return list(filter(None, figures))
 
 
 def _panels(rows: Rows) -> list[Panel]:
-    names = {key.removeprefix(PREFIX): None for row in rows for key in row}
+    names = dict.fromkeys(key.removeprefix(PREFIX) for key in chain(*rows))
     custom = [Panel(name) for name in names if name.startswith(CUSTOM) and name.count("/") == 1]
     return [*PANELS, *custom]
 
@@ -366,11 +386,17 @@ def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterato
     for key in panel.keys:
         yield from _metric_lines(panel, key, panel.label(key), rows)
     if panel.keys == ("loss",):
-        counts = accumulate((row.get("loss_spikes", 0.0) for row in steps), max, initial=0.0)
-        pairs = zip(steps, counts, strict=False)
-        if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:
+        spikes = []
+        most = 0.0
+        for row in steps:
+            count = row.get("loss_spikes", 0.0)
+            if count > most:
+                spikes.append(row)
+                most = count
+        if spikes:
             yield _line(panel, "spike", "spike", spikes, "loss")
-    if (level := noise.get(panel.keys[0])) and any(panel.keys[0] in row for row in steps):
+    level = noise.get(panel.keys[0])
+    if level and any(panel.keys[0] in row for row in steps):
         yield Line("noise of rounding", "noise", [row["step"] for row in steps], [level] * len(steps))
 
 
@@ -379,10 +405,13 @@ def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Li
     steps = [row for row in rows if "loss" in row]
     if any(key in row for row in steps):
         raw = _line(panel, label, "raw", steps, key)
+        yield raw
         mean = raw.smoothed() if panel.is_smoothed else raw
-        yield from [mean] if mean is raw else [raw, mean]
-    if evaluated := [row for row in rows if PREFIX + key in row]:
-        yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
+        if mean is not raw:
+            yield mean
+    evaluations = [row for row in rows if PREFIX + key in row]
+    if evaluations:
+        yield _line(panel, label, "evaluation", evaluations, PREFIX + key)
 
 
 def _line(panel: Panel, label: str, role: _Role, rows: Rows, key: str) -> Line:
@@ -421,8 +450,11 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
         axes.minorticks_off()
         labels = list(dict.fromkeys(line.label for line in lines))
         for line in lines:
-            name = None if line.role == "smooth" else line.label
-            name = f"{line.label} (evaluation)" if line.role == "evaluation" else name
+            name: str | None = line.label
+            if line.role == "smooth":
+                name = None
+            elif line.role == "evaluation":
+                name = f"{line.label} (evaluation)"
             color = COLORS[labels.index(line.label)]
             axes.plot(line.steps, line.values, color=color, label=name, **_STYLES[line.role])
         if lines:
@@ -449,11 +481,15 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
     """
     if not points:
         return Markup("")
-    widths = [end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0]
-    across = Axis.around(widths, 58, 704, is_log=True)
-    heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
-    heights += [level[0]] if level else []
-    up = Axis.around(heights, 304, 14)
+    x_values = []
+    y_values = []
+    for point in points:
+        x_values += [point.x, *(point.x_ends or ())]
+        y_values += [point.y, *(point.y_ends or ())]
+    if level:
+        y_values.append(level[0])
+    across = Axis.around((x for x in x_values if x > 0), 58, 704, is_log=True)
+    up = Axis.around(y_values, 304, 14)
     return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
 
 
@@ -464,7 +500,7 @@ def distribution(
 
     `counts`: how often there is each value, once by default.
     """
-    shown, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
+    bins, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
     percentiles = np.percentile(values, PERCENTILES, weights=counts, method="inverted_cdf")
     return {
         "count": len(values) if counts is None else int(counts.sum()),
@@ -473,7 +509,7 @@ def distribution(
         "largest": float(np.max(values)),
         "percentiles": dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
         "edges": edges.tolist(),
-        "counts": shown.tolist(),
+        "counts": bins.tolist(),
     }
 
 
@@ -482,28 +518,43 @@ def histogram(values: Mapping[str, Any], title: str, limit: float | None = None)
 
     The smallest and the largest value get a label, and percentiles where there is room. A line marks `limit`.
     """
-    width, bottom, room = 360, 92, 44
-    edges, percentiles = values["edges"], values["percentiles"]
+    width = 360
+    bottom = 92
+    room = 44
+    edges = values["edges"]
+    percentiles = values["percentiles"]
     shape: Callable[[float], float] = math.log1p if edges[0] >= 0 else float
     axis = Axis(shape(edges[0]), shape(edges[-1]), 0, width)
-    largest, bars = max(values["counts"]) or 1, []
+    largest = max(values["counts"]) or 1
+    bars = []
     for (low, high), count in zip(pairwise(edges), values["counts"], strict=True):
         if count:
-            x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
+            x = axis.place(shape(low))
+            height = round(max(1.0, count / largest * bottom), 1)
             bar_width = round(min(max(1.0, axis.place(shape(high)) - x - 0.5), _WIDEST_BAR), 1)
             label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
             bars.append((x, round(bottom - height, 1), bar_width, height, label))
     ticks: list[tuple[float, str, str]] = []
-    for value in (values["smallest"], values["largest"], *(percentiles[each] for each in (50, 95, 25))):
+    for value in (values["smallest"], values["largest"], percentiles[50], percentiles[95], percentiles[25]):
         x = axis.place(shape(value))
-        if all(abs(x - other) > room for other, *_ in ticks):
-            anchor = "end" if x > width - room / 2 else "middle"
-            anchor = "start" if x < room / 2 else anchor
-            ticks.append((x, number(value, 3), anchor))
-    is_marked = limit is not None and edges[0] <= limit <= edges[-1]
+        if any(abs(x - other) <= room for other, *_ in ticks):
+            continue
+        anchor = "middle"
+        if x < room / 2:
+            anchor = "start"
+        elif x > width - room / 2:
+            anchor = "end"
+        ticks.append((x, number(value, 3), anchor))
+    mark = None
+    if limit is not None and edges[0] <= limit <= edges[-1]:
+        mark = (axis.place(shape(limit)), number(limit, 3))
     plot = {
-        **{"width": width, "height": bottom + 18, "bottom": bottom},
-        **{"title": title, "bars": bars, "ticks": ticks},
-        "limit": (axis.place(shape(limit or 0)), number(limit or 0, 3)) if is_marked else None,
+        "width": width,
+        "height": bottom + 18,
+        "bottom": bottom,
+        "title": title,
+        "bars": bars,
+        "ticks": ticks,
+        "limit": mark,
     }
     return part("svg.jinja", "histogram", plot)

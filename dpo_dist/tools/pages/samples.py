@@ -74,7 +74,9 @@ def mark_differences(text: str, other: str) -> tuple[list[MarkedPiece], float]:
     new = end = 0
     for kind, start, stop, _, _ in matcher.get_opcodes():
         if start < stop:
-            begin, before, end = words[start].start(), end, words[stop - 1].end()
+            begin = words[start].start()
+            before = end
+            end = words[stop - 1].end()
             new += (stop - start) * (kind != "equal")
             pieces += [(text[before:begin], False), (text[begin:end], kind != "equal")]
     pieces.append((text[end:], False))
@@ -87,7 +89,9 @@ def prompt_items(prompts: Iterable[ShownPrompt], room: int) -> tuple[list[Markup
     Thumbnails have their own room.
     """
     items: list[Markup] = []
-    left, waiting, images = room, iter(prompts), ThumbnailRoom()
+    left = room
+    waiting = iter(prompts)
+    images = ThumbnailRoom()
     for whole in waiting:
         shown = replace(whole, images=images.fitting(whole.images))
         item = part("macros.jinja", "prompt", _cut(shown), len(items) < _OPEN)
@@ -110,7 +114,8 @@ def _column(response: ShownResponse, other: str | None, against: str) -> ShownRe
     text = (response.text or "")[:_LONGEST_TEXT]
     if not text.strip():
         return response
-    notes, pieces = [response.notes], [(text, False)]
+    notes = [response.notes]
+    pieces = [(text, False)]
     if other is not None:
         pieces, share = mark_differences(text, other)
         differs = f"{percent(share)} of its words not in {against}"
@@ -126,15 +131,21 @@ def end_notes(tokens: int | None, is_finished: bool | None) -> str:
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
 
 
-REPEATED, DISTINCT, LONGER = 0.5, 0.5, 2.0
-_MOST_ROWS, _MOST_WORST, _MOST_SHOWN = 200, 6, 10
+REPEATED = 0.5
+DISTINCT = 0.5
+LONGER = 2.0
+_MOST_ROWS = 200
+_MOST_WORST = 6
+_MOST_SHOWN = 10
 _MEASURED_CHARACTERS = 2000
 _SECTION_BYTES = 900_000
 
 
 def faults(row: _Row) -> list[str]:
     """Return the reasons to look at a policy's response; the first is the worst."""
-    text, tokens, reference_tokens = row["policy"], row["policy_tokens"], row["reference_tokens"]
+    text = row["policy"]
+    tokens = row["policy_tokens"]
+    reference_tokens = row["reference_tokens"]
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
     ratio = tokens / reference_tokens if tokens and reference_tokens else 1.0
     reasons = {
@@ -221,14 +232,17 @@ def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs in an evaluation's file of worst pairs, as HTML."""
     shown = []
     for row in read_lines(file):
-        sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
-        names, measured = list[str](sides), f"margin {number(margin, 3)}"
+        sides = [side for side in ("chosen", "rejected") if side in row]
+        margin = row["margin"]
+        names = list[str](sides)
+        measured = f"margin {number(margin, 3)}"
         if len(sides) == 1:  # a labelled response
             is_good = sides == ["chosen"]
             names = ["good" if is_good else "bad"]
             measured = f"reward {number(margin if is_good else -margin, 3)}"
         responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
-        why, images = f"{row['origin']}: {measured}", row.get("images", ())
+        why = f"{row['origin']}: {measured}"
+        images = row.get("images", ())
         shown.append(ShownPrompt(row["prompt"], responses, "chosen", why, images=images))
     return prompt_items(shown, _SECTION_BYTES)[0]
 

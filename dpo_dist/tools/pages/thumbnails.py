@@ -29,7 +29,8 @@ def jpeg_uri(content: bytes, most: int) -> str:
 
     Raises UnusableRecordError.
     """
-    image, stream = decode_image(content), io.BytesIO()
+    image = decode_image(content)
+    stream = io.BytesIO()
     image.thumbnail((most, most))
     image.save(stream, "JPEG", quality=90)
     return _JPEG + base64.b64encode(stream.getvalue()).decode()
@@ -50,7 +51,8 @@ class ThumbnailRoom:
     """The room for thumbnails in a section of a page."""
 
     def __init__(self) -> None:
-        self._number, self._bytes = _MOST_THUMBNAILS, _THUMBNAIL_BYTES
+        self._number = _MOST_THUMBNAILS
+        self._bytes = _THUMBNAIL_BYTES
 
     def fitting(self, images: Thumbnails) -> Thumbnails:
         """Return those of a prompt's thumbnails that fit, None in place of others."""
@@ -59,7 +61,8 @@ class ThumbnailRoom:
             fits = image and image.startswith(_JPEG) and self._number > 0 and len(image) <= self._bytes
             shown.append(image if fits else None)
             if image and fits:
-                self._number, self._bytes = self._number - 1, self._bytes - len(image)
+                self._number = self._number - 1
+                self._bytes = self._bytes - len(image)
         return shown
 
 
@@ -68,9 +71,11 @@ def shown_tokens(ids: TokenIds, images: Sequence[ImageInput], placeholder_id: in
 
     bool [tokens]
     """
-    shown, places = np.ones(len(ids), dtype=np.bool_), np.flatnonzero(ids == placeholder_id)
+    shown = np.ones(len(ids), dtype=np.bool_)
+    places = np.flatnonzero(ids == placeholder_id)
     for image in images:
-        first, last = places[0], places[image.tokens - 1]
+        first = places[0]
+        last = places[image.tokens - 1]
         shown[first + 1 : last + 1] = False
         places = places[image.tokens :]
     return shown

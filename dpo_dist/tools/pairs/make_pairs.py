@@ -63,18 +63,21 @@ def different_prompts(
     data: DataConfig, pairs: PairsConfig, say: Callable[[str], None]
 ) -> list[PreferenceRecord]:
     """Return the different prompts of `data.train`, as models get them, in order."""
-    prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
+    prompts = dict[str, PreferenceRecord]()
+    counts = Counter[str]()
     for record in training_records(data, DataSource.prompts, say, lambda: len(prompts) == pairs.limit):
-        asked = replace(as_user_message(record, data), responses=(), scores=None)
-        key = asked.prompt_key()
+        prompt = replace(as_user_message(record, data), responses=(), scores=None)
+        key = prompt.prompt_key()
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
             counts["in_other_parts"] += 1
         elif key in prompts:
             counts["repeated"] += 1
         else:
-            prompts[key] = asked
-    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {pluralize(len(prompts), 'different one')}{skipped}")
+            prompts[key] = prompt
+    line = f"prompts: {pluralize(len(prompts), 'different one')}"
+    for name, number in sorted(counts.items()):
+        line += f", {number:,} {name.replace('_', ' ')}"
+    say(line)
     return list(prompts.values())
 
 
@@ -87,14 +90,19 @@ def select_pairs(
     `seed` and `key` alone decide the random choice of `best_random`. `counts` gets tied pairs, and the reason
     if there is no pair.
     """
-    every = list(itertools.combinations(range(len(scores)), 2))
-    counts["tied_pairs"] += sum(scores[i] == scores[j] for i, j in every)
-    ordered = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in every]
-    possible = [pair for pair in ordered if scores[pair[0]] - scores[pair[1]] > rule.margin]
+    possible = []
+    for first, second in itertools.combinations(range(len(scores)), 2):
+        counts["tied_pairs"] += scores[first] == scores[second]
+        better, worse = (first, second) if scores[first] > scores[second] else (second, first)
+        if scores[better] - scores[worse] > rule.margin:
+            possible.append((better, worse))
     if not possible:
-        reason = "all_tied" if len(set(scores)) == 1 else "below_margin"
         if len(scores) < 2:
             reason = "too_few_responses"
+        elif len(set(scores)) == 1:
+            reason = "all_tied"
+        else:
+            reason = "below_margin"
         counts[f"prompts_{reason}"] += 1
         return []
     best = scores.index(max(scores))
@@ -116,20 +124,25 @@ def _text(completion: Completion) -> str:
 
 def joined_completions(by_model: Sequence[Completions], pairs: PairsConfig) -> Completions:
     """Return a prompt's completions by all models; `unused` says why one cannot be in a pair."""
-    completions, seen = list[Completion](), set[str]()
+    completions = list[Completion]()
+    dropped = None
+    texts = set[str]()
     for model, row in enumerate(by_model):
+        if dropped is None:
+            dropped = row.dropped
         for completion in row.completions:
-            unused, text = None, _text(completion)
+            unused = None
+            text = _text(completion)
             if not completion.finished and pairs.unfinished is DropOrKeep.drop:
                 unused = "unfinished"
             elif not completion.content.strip():
                 unused = "empty"
-            elif text in seen:
+            elif text in texts:
                 unused = "identical"
             else:
-                seen.add(text)
+                texts.add(text)
             completions.append(replace(completion, model=model, unused=unused, ids=[]))
-    return Completions(completions, next((row.dropped for row in by_model if row.dropped is not None), None))
+    return Completions(completions, dropped)
 
 
 def score(
@@ -142,24 +155,25 @@ def score(
     """
     if judge is None:
         return list(rows)
-    asked = [[completion for completion in row.completions if completion.unused is None] for row in rows]
-    questions = [
-        Question(record, tuple(completion.content for completion in usable))
-        for record, usable in zip(records, asked, strict=True)
-        if usable
-    ]
+    usable = [[completion for completion in row.completions if completion.unused is None] for row in rows]
+    questions = []
+    for record, completions in zip(records, usable, strict=True):
+        if completions:
+            questions.append(Question(record, tuple(completion.content for completion in completions)))
     judgements = iter(judge.judge(questions))
-    scored = []
-    for row, usable in zip(rows, asked, strict=True):
-        judgement = next(judgements) if usable else Judgement([])
-        scores = dict(zip(map(_text, usable), judgement.scores, strict=True))
+    rows_with_scores = []
+    for row, usable_of_row in zip(rows, usable, strict=True):
+        judgement = next(judgements) if usable_of_row else Judgement([])
+        scores = dict(zip(map(_text, usable_of_row), judgement.scores, strict=True))
         completions = []
         for completion in row.completions:
             value = scores.get(_text(completion))
-            unused = completion.unused or ("without_score" if value is None else None)
+            unused = completion.unused
+            if value is None and unused is None:
+                unused = "without_score"
             completions.append(replace(completion, score=value, unused=unused))
-        scored.append(replace(row, completions=completions, counts=dict(+judgement.counts)))
-    return scored
+        rows_with_scores.append(replace(row, completions=completions, counts=dict(+judgement.counts)))
+    return rows_with_scores
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,9 @@ class PairResults:
 
 def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; fill `results.counts`."""
-    counts, pairs, seed = results.counts, results.pairs, results.prompts.run.config.trainer.seed
+    counts = results.counts
+    pairs = results.pairs
+    seed = results.prompts.run.config.trainer.seed
     for record, row in results.rows():
         counts["prompts"] += 1
         counts["samples"] += len(row.completions)
@@ -194,10 +210,13 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
         if row.dropped is not None:
             counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
             continue
-        counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # used or not
-        unused = (each.unused for each in row.completions)
-        counts.update(f"samples_{reason}" for reason in unused if reason not in (None, "unfinished"))
-        usable = [each for each in row.completions if each.unused is None]
+        usable = []
+        for completion in row.completions:
+            counts["samples_unfinished"] += not completion.finished  # used or not
+            if completion.unused is None:
+                usable.append(completion)
+            elif completion.unused != "unfinished":
+                counts[f"samples_{completion.unused}"] += 1
         if pairs.method is PairsMethod.samples:
             scores = [each.score or 0.0 for each in usable]
             for better, worse in select_pairs(scores, pairs, seed, record.prompt_key(), counts):
@@ -214,15 +233,18 @@ def _pair(
     scores: tuple[float, float] | None = None
     provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
     for side, completion in (("chosen", chosen), ("rejected", rejected)):
-        model = results.models[completion.model].provenance()
-        facts = {"number": completion.number, "tokens": completion.tokens, "finished": completion.finished}
-        provenance[side] = {"model": model, **facts}
+        provenance[side] = {
+            "model": results.models[completion.model].provenance(),
+            "number": completion.number,
+            "tokens": completion.tokens,
+            "finished": completion.finished,
+        }
     provenance |= results.facts
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
-        provenance |= {"judge_counts": row.counts} | _selection(results.pairs)
+        provenance |= {"judge_counts": row.counts, **_selection(results.pairs)}
     images = image_fields(record, results.prompts.run.folder.pairs)
-    return pair_fields(record, (chosen.response, rejected.response), scores, provenance) | images
+    return {**pair_fields(record, (chosen.response, rejected.response), scores, provenance), **images}
 
 
 def _selection(pairs: PairsConfig) -> dict[str, Any]:
@@ -231,32 +253,36 @@ def _selection(pairs: PairsConfig) -> dict[str, Any]:
 
 def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which dpo_dist also reads as input."""
-    has_scores = results.pairs.method is PairsMethod.samples
-    names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
+    names = ["number", "tokens", "finished", "same_ids"]
+    if results.pairs.method is PairsMethod.samples:
+        names.append("score")
     for record, completions in results.rows():
-        row: dict[str, Any] = {"responses": [], "unused": []}
         is_dialogue = isinstance(record.prompt, Dialogue)
+        row: dict[str, Any] = {}
         if not is_dialogue:
-            row = {"prompt": as_fields(record.prompt, ())[0]} | row
+            row["prompt"] = as_fields(record.prompt, ())[0]
+        row["responses"] = []
+        row["unused"] = []
         for each in completions.completions:
-            text = as_fields(record.prompt, (each.content,))[1] if is_dialogue else each.content
-            facts = {name: getattr(each, name) for name in names}
-            listed = {"content": text, **each.fields, **facts, "model": results.models[each.model].name}
-            row["responses" if each.unused is None else "unused"].append(listed)
+            response = {
+                "content": as_fields(record.prompt, (each.content,))[1] if is_dialogue else each.content,
+                **each.fields,
+                **{name: getattr(each, name) for name in names},
+                "model": results.models[each.model].name,
+            }
+            row["responses" if each.unused is None else "unused"].append(response)
         provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
         images = image_fields(record, results.prompts.run.folder.pairs)
-        yield row | record.context_fields() | {"provenance": provenance} | images
+        yield {**row, **record.context_fields(), "provenance": provenance, **images}
 
 
 def pairs_from_models(run: Run) -> None:
     """Ask `pairs.models` the prompts of `data.train`, and write pairs of their responses. Collective."""
-    config, world, console, folder, pairs = (
-        run.config,
-        run.world,
-        run.console,
-        run.folder,
-        run.config.section_of(PairsConfig),
-    )
+    config = run.config
+    world = run.world
+    console = run.console
+    folder = run.folder
+    pairs = config.section_of(PairsConfig)
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
     prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PART_PROMPTS)))
@@ -271,9 +297,10 @@ def pairs_from_models(run: Run) -> None:
         "models": [model.provenance() for model in models],
         "samples": count,
         "unfinished": str(pairs.unfinished),
-        **(_selection(pairs) if judge else {}),
-        "judge": judge_facts,
     }
+    if judge:
+        settings |= _selection(pairs)
+    settings["judge"] = judge_facts
     world.on_main(lambda: check_output(folder.pairs_file, settings))
 
     responses = []
@@ -293,7 +320,9 @@ def pairs_from_models(run: Run) -> None:
     inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": judge_facts}
     client = None if judge is None else judge.client
     completions = prompts.finish("scores", prompts.stage("scores", inputs), scored, client)
-    facts = {"sampling": asdict(sampling)} | ({"judge": judge_facts} if judge else {})
+    facts: dict[str, Any] = {"sampling": asdict(sampling)}
+    if judge:
+        facts["judge"] = judge_facts
     results = PairResults(prompts, models, completions, facts)
 
     def write() -> None:
@@ -312,7 +341,7 @@ def pairs_from_scores(
     """Write the pairs of all scored records of `data.train`, in order, to `file`."""
     counts: Counter[str] = Counter()
     method = {"method": str(pairs.method), **_selection(pairs), "seed": seed}
-    settings = method | {"sources": plain(data.train), "limit": pairs.limit}
+    settings = {**method, "sources": plain(data.train), "limit": pairs.limit}
 
     def records() -> Iterator[dict[str, Any]]:
         for record in training_records(
@@ -326,11 +355,15 @@ def pairs_from_scores(
             key = text_digest(f"{record.prompt_key()} {record.responses}")
             for better, worse in select_pairs(scores, pairs, seed, key, counts):
                 counts["order_changed"] += better > worse
-                ranks = {"ranks": [better + 1, worse + 1], "responses": len(record.responses)}
-                provenance = {"source": str(record.origin), **method, **ranks}
+                provenance = {
+                    "source": str(record.origin),
+                    **method,
+                    "ranks": [better + 1, worse + 1],
+                    "responses": len(record.responses),
+                }
                 responses = record.responses[better], record.responses[worse]
                 fields = pair_fields(record, responses, (scores[better], scores[worse]), provenance)
-                yield fields | image_fields(record, file.parent)
+                yield {**fields, **image_fields(record, file.parent)}
 
     check_output(file, settings)
     write_results(file, records(), settings, counts, say)
@@ -338,10 +371,12 @@ def pairs_from_scores(
 
 def dry_run_pairs(config: RunConfig) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
-    pairs, folder = config.section_of(PairsConfig), RunFolder(config.run.path)
+    pairs = config.section_of(PairsConfig)
+    folder = RunFolder(config.run.path)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
-    lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
+    exists = " (exists)" if file.exists() else ""
+    lines = [f"{pairs.method}: {file}{exists}"]
     responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
     read = DataSource.prompts if responds else DataSource.records
     records = first_records(config.data.train, read, config.data, lines.append)
@@ -349,18 +384,19 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
         sampling = sampling_for("pairs", config.section_of(SamplingConfig))
         for name in responding_models(pairs, config.model.path):
             check_model(name, config, sampling, records, lines.append, _MODELS)
-    if (
-        pairs.method is PairsMethod.samples
-        and (judge := open_judge(pairs, config.model, Path(config.reference.store))) is not None
-    ):
-        judge.check()
-        lines.append(f"judge: {judge}")
+    if pairs.method is PairsMethod.samples:
+        judge = open_judge(pairs, config.model, Path(config.reference.store))
+        if judge is not None:
+            judge.check()
+            lines.append(f"judge: {judge}")
     return CheckReport([("", line) for line in lines])
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
-    folder, pairs, seed = RunFolder(config.run.path), config.section_of(PairsConfig), config.trainer.seed
+    folder = RunFolder(config.run.path)
+    pairs = config.section_of(PairsConfig)
+    seed = config.trainer.seed
     # Without a lock two starts would write the same parts.
     lock = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
     match pairs.method:

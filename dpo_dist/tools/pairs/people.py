@@ -105,7 +105,9 @@ class Labelling:
     """The items of a session, and each annotator's latest judgements, which are also in the open log."""
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
-        self.items, self._log, self._seed = items, log, seed
+        self.items = items
+        self._log = log
+        self._seed = seed
         self.judgements: dict[tuple[str, str], Annotation] = {}
         self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
@@ -131,7 +133,8 @@ class Labelling:
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
         """Write a judgement to disk, then to `judgements`; `choice` is one of `CHOICES`."""
-        left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
+        left = self.left(annotator, item)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         judgement = Annotation(item, annotator, verdict, left, now)
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
@@ -185,7 +188,8 @@ class LabelServer(ThreadingMixIn, WSGIServer):
     daemon_threads = False  # else the log could be closed in the middle of a request
 
     def __init__(self, labelling: Labelling):
-        self._labelling, self._lock = labelling, threading.Lock()
+        self._labelling = labelling
+        self._lock = threading.Lock()
         self.path = f"/{secrets.token_urlsafe(24)}/"
         page = resources.files("dpo_dist.tools.pairs").joinpath("label.html").read_text("utf-8")
         self._page = jinja2.Environment(autoescape=True).from_string(page)
@@ -228,7 +232,8 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         else:
             is_whole = len(received) == length
         fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
-        annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
+        annotator = fields.get("annotator", "").strip()
+        item = fields.get("item", "")
         is_verdict = annotator and item in self._labelling.items and fields.get("choice") in CHOICES
         if not is_whole or (sent and not is_verdict):
             start("400 Bad Request", [("Content-Type", "text/plain; charset=utf-8")])
@@ -272,7 +277,8 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
     for each in judgements:
         if each.verdict != SKIP:
             given[each.annotator][each.item] = each
-    annotators, between = {}, []
+    annotators = {}
+    between = []
     for name, by_item in sorted(given.items()):
         lefts = [each.verdict == _SIDES[each.left] for each in by_item.values() if each.verdict != TIE]
         annotators[name] = {"judged": len(by_item), "left_share": statistics.fmean(lefts) if lefts else None}
@@ -315,7 +321,8 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
             say(f"{foreign:,} earlier judgements are not used: their comparisons are not drawn now")
         with LabelServer(labelling) as server:
             _serve(server, console)
-    judgements, counts = list(labelling.judgements.values()), Counter[str]()
+    judgements = list(labelling.judgements.values())
+    counts = Counter[str]()
     decided = list(_pairs(items, judgements, counts, folder.pairs))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
     write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})
@@ -327,7 +334,8 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
 
 def _serve(server: LabelServer, console: Console) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
-    port, before = server.server_port, signal.signal(signal.SIGTERM, signal.default_int_handler)
+    port = server.server_port
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # The address gives access to the data, so it must not get into a log file.
         console.show(f"open http://{HOST}:{port}{server.path}")

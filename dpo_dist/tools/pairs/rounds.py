@@ -52,7 +52,8 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     if not file.exists() or not folder.round(1).round_result.exists():
         files.write_text(file, to_yaml(config))
         return
-    before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
+    before = from_yaml(file.read_text(encoding="utf-8"))
+    now = from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before.identity, now.identity)
     keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
     for key in {*keys, *SAMPLING_KEYS}:
@@ -125,7 +126,8 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), model, store, "model.adapter")
-    dtype, code = TORCH_DTYPES[model.dtype], model.trust_remote_code
+    dtype = TORCH_DTYPES[model.dtype]
+    code = model.trust_remote_code
     with writing_errors(folder), files.staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
         copy_tokenizer(source.tokenizer_folder, temporary)
@@ -136,7 +138,10 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
     """Return a samples file's counts, mean score, and largest difference of scores within a prompt."""
-    prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
+    prompts = 0
+    unscored = 0
+    widest = 0.0
+    scores = list[float]()
     for row in files.read_lines(file):
         given = [response.get("score") for response in (*row["responses"], *row["unused"])]
         if known := [score for score in given if score is not None]:
@@ -163,13 +168,16 @@ class _Rounds:
 
         They end early if a training is preempted, or if samples give no pair.
         """
-        config, folder, results = self.config, self.folder, list[RoundResult]()
+        config = self.config
+        folder = self.folder
+        results = list[RoundResult]()
         count = config.section_of(PairsConfig).rounds
         with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
             check_settings(config, folder)
             os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # groups the rounds' trainings
             for number in range(1, count + 2):
-                file, code = folder.round(number).round_result, int(ExitCode.completed)
+                file = folder.round(number).round_result
+                code = int(ExitCode.completed)
                 if file.exists():
                     result = json.loads(file.read_text(encoding="utf-8"))
                 else:
@@ -188,7 +196,8 @@ class _Rounds:
                     break
         rows = [["policy", "mean score", "pairs", "accuracy"]]  # of each policy, also the first
         for result in results:
-            samples, accuracy = result["samples"], (result["training"] or {}).get("accuracy")
+            samples = result["samples"]
+            accuracy = (result["training"] or {}).get("accuracy")
             policy = f"after round {result['number'] - 1}" if result["number"] > 1 else "at the start"
             forms = {"{:.4f}": samples["mean_score"], "{:,}": samples["pairs"], "{:.3f}": accuracy}
             cells = ("-" if value is None else form.format(value) for form, value in forms.items())
@@ -201,7 +210,8 @@ class _Rounds:
 
     def _sample(self, number: int) -> dict[str, Any]:
         """Sample, score and pair in round `number`; return `samples` for the round's result."""
-        folder, pairs = self.folder.round(number), self.config.section_of(PairsConfig)
+        folder = self.folder.round(number)
+        pairs = self.config.section_of(PairsConfig)
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.path)),
@@ -284,7 +294,9 @@ class _Rounds:
         if number == 1:
             return self.config
         config = self.config
-        first, reference, mode = config.model, config.reference, config.reference.mode
+        first = config.model
+        reference = config.reference
+        mode = config.reference.mode
         if config.section_of(PairsConfig).reference is RoundReference.previous:
             reference = replace(reference, path=None)
         elif reference.path is None and mode is not ReferenceMode.none:

@@ -17,7 +17,8 @@ from dpo_dist.training.start.named_models import locate_model
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
     """Return the models that respond: `pairs.models` (a run means its trained model), else the policy."""
-    names, key = pairs.models, "pairs.models"
+    names = pairs.models
+    key = "pairs.models"
     runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
     return [locate_model(name, key) if name in runs else name for name in names] or [policy]
 

@@ -87,7 +87,8 @@ class Data(NamedTuple):
 
 def choose_machine(plan: PlanConfig, dtype: Dtype) -> Machine:
     """Return the GPUs that `plan` names, else this machine's, else H100s."""
-    here, kind = torch.cuda.device_count(), plan.gpu or "h100-80g"
+    here = torch.cuda.device_count()
+    kind = plan.gpu or "h100-80g"
     gib, half, single, bandwidth = _GPUS[kind]
     if plan.gpu is None and here:
         peak = matmul_peak(torch.device("cuda"), TORCH_DTYPES[dtype])
@@ -153,7 +154,8 @@ class Estimate:
     @property
     def sending(self) -> float:
         """Seconds in which GPUs exchange weights and gradients."""
-        parallelism, is_wide = self.config.parallelism, self.config.parallelism.reduce_in_float32
+        parallelism = self.config.parallelism
+        is_wide = self.config.parallelism.reduce_in_float32
         if is_wide is None:
             is_wide = self.machine.gpus > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.number) * self.trained)
@@ -167,7 +169,9 @@ class Estimate:
     @property
     def on_host(self) -> float:
         """Seconds in which GPUs wait for their hosts: for copies and for CPU Adam."""
-        parallelism, gpus, seconds = self.config.parallelism, self.machine.gpus, 0.0
+        parallelism = self.config.parallelism
+        gpus = self.machine.gpus
+        seconds = 0.0
         if parallelism.offload_parameters is not Offload.none:  # copied for forward, and again for backward
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
@@ -179,7 +183,8 @@ class Estimate:
     @property
     def sampling(self) -> float:
         """Seconds to generate samples under ZeRO-3, which gathers all weights; counted as 0 otherwise."""
-        samples, every = self.config.section_of(SamplesConfig), self.config.trainer.eval_every
+        samples = self.config.section_of(SamplesConfig)
+        every = self.config.trainer.eval_every
         tokens = sampling_for("train", self.config.section_of(SamplingConfig)).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
@@ -193,7 +198,8 @@ class Estimate:
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
         """Return the seconds of `epochs` by phase, at this share of the GPU's datasheet FLOP/s."""
         # `ddp` in bf16 sends its gradients after backward; other kinds send while they compute.
-        is_bf16, kind = self.config.model.dtype is Dtype.bf16, self.config.parallelism.kind
+        is_bf16 = self.config.model.dtype is Dtype.bf16
+        kind = self.config.parallelism.kind
         together = sum if is_bf16 and kind is ParallelismKind.ddp else max
         training = together((max(self.computing / reached, self.launching), self.sending)) + self.dequantizing
         phases = {"training": epochs * (training + self.on_host)}
@@ -207,11 +213,9 @@ class Estimate:
 
     def hours(self) -> dict[str, list[float]]:
         """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
-        trainer, price, epochs = (
-            self.config.trainer,
-            self.config.section_of(PlanConfig).price,
-            self.config.trainer.epochs,
-        )
+        trainer = self.config.trainer
+        price = self.config.section_of(PlanConfig).price
+        epochs = self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
         once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))
@@ -231,13 +235,17 @@ class Estimate:
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
     """Return the estimate of training `causal_lm`, the policy on the meta device."""
-    gpus, model, text = machine.gpus, config.model, causal_lm.config.get_text_config()
-    prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
+    gpus = machine.gpus
+    model = config.model
+    text = causal_lm.config.get_text_config()
+    prompt = PROMPT_SHARE * data.tokens
+    response = data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     computed = (1 - data.saved) * data.tokens
     of_pair = round(computed), round(data.targets), round(attended), round(data.image_tokens)
     work = data.pairs * step_flops(causal_lm).step(*of_pair)
-    useful, again = work / (gpus * machine.flops), recomputed_share(model)
+    useful = work / (gpus * machine.flops)
+    again = recomputed_share(model)
     useful *= _EXPERTS if visited_experts(text) else 1.0
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
@@ -246,7 +254,8 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
-    without, tokens = footprint(plain, causal_lm, gpus), micro_batch
+    without = footprint(plain, causal_lm, gpus)
+    tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config.trainer, without, machine))
     # A pair above the budget has a micro-batch of its own.
@@ -256,7 +265,8 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     if (kind := model.quantization) is not None:
         moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # bytes for a weight
         dequantized = moved * quantized_weights(causal_lm)
-    steps, layers = math.ceil(data.pairs / config.trainer.global_batch_pairs), int(text.num_hidden_layers)
+    steps = math.ceil(data.pairs / config.trainer.global_batch_pairs)
+    layers = int(text.num_hidden_layers)
     return Estimate(
         config,
         data,

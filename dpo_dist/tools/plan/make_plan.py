@@ -38,7 +38,8 @@ from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes,
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
-_TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
+_TOKENS = 700.0
+_PAIRS = 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _ALTERNATIVES: list[_Setting] = [
@@ -59,10 +60,8 @@ class Plan(NamedTuple):
 
 def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
-    machine, causal_lm = (
-        choose_machine(config.section_of(PlanConfig), config.model.dtype),
-        _without_weights(config.model),
-    )
+    machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
+    causal_lm = _without_weights(config.model)
     is_packed = recorded_arrangement(causal_lm.config.get_text_config().model_type) is Arrangement.packed
     shares = config.trainer.prefix_tree and is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
@@ -70,7 +69,8 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
         config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
     )
     found = estimate(config, data, machine, causal_lm)
-    parts, used = found.needs.parts, found.needs.total_bytes(found.micro_batch)
+    parts = found.needs.parts
+    used = found.needs.total_bytes(found.micro_batch)
     activations = used - sum(parts.values())
     rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
@@ -132,7 +132,9 @@ def _verdict(found: Estimate) -> str:
 
 def _hours(found: Estimate) -> list[str]:
     """Return the lines about the time of each phase, and about its bottleneck."""
-    data, trainer, hours = found.data, found.config.trainer, found.hours()
+    data = found.data
+    trainer = found.config.trainer
+    hours = found.hours()
     fast, slow = (found.seconds(reached) for reached in MFU_RANGE)
     times = [[name, _span(fast[name], slow[name])] for name in fast]
     times.append(["in all, at 38 to 27 % of the datasheet's operations", _span(*hours["epoch_seconds"])])
@@ -183,10 +185,13 @@ def planned_data(
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
     if not sources or any(map(_is_on_hub, sources)):
         known = [_by_its_card(source) for source in sources]
-        sizes, basis = [entry for entry in known if entry is not None], "by the cards of the data"
+        sizes = [entry for entry in known if entry is not None]
+        basis = "by the cards of the data"
         if not sizes or len(sizes) < len(known):
-            sizes, basis = [(_PAIRS, _TOKENS)], "assumed"
-        whole, tokens = sum(pairs for pairs, _ in sizes), sum(pairs * each for pairs, each in sizes)
+            sizes = [(_PAIRS, _TOKENS)]
+            basis = "assumed"
+        whole = sum(pairs for pairs, _ in sizes)
+        tokens = sum(pairs * each for pairs, each in sizes)
         pairs = plan.pairs or round(whole * (1 - data.eval_share))
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)

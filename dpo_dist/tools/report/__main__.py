@@ -18,7 +18,8 @@ from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tabl
 
 def _runs(paths: Sequence[str]) -> list[RunFolder]:
     """Return the run directories; of several paths, as of `output/*`, say which are without a run."""
-    runs, others = list[RunFolder](), list[str]()
+    runs = list[RunFolder]()
+    others = list[str]()
     for path in paths:
         try:
             runs.append(existing_run(Path(path).expanduser()))

@@ -65,12 +65,15 @@ def model_card(
         finalize=plain_line, undefined=StrictUndefined, trim_blocks=True, autoescape=True
     )
     environment.filters |= {"code": code, "plain": Markup}
-    adapter, name = config.model.adapter, _model_name(config.model.path)
+    adapter = config.model.adapter
+    name = _model_name(config.model.path)
     link = Markup(f"[{plain_line(name)}](https://huggingface.co/{name})")  # noqa: S704
+    unit = config.loss.unit
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
-    unit = config.loss.unit
-    repeated = f"{pluralize(pairs, unit)} ({seen:,} with repetitions)"
+    pairs_in_words = pluralize(seen, unit)
+    if seen > pairs:
+        pairs_in_words = f"{pluralize(pairs, unit)} ({seen:,} with repetitions)"
     head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
     # The settings of the run; paths are shortened to their last part.
     values = {key: value for key, value in settings(config).items() if key not in _PATHS}
@@ -90,7 +93,7 @@ def model_card(
         quantized=config.model.quantization,
         start=None if adapter is None or adapter.path is None else _model_name(adapter.path),
         unit=unit,
-        pairs=pluralize(seen, unit) if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
+        pairs=Markup(pairs_in_words),  # noqa: S704  (digits)
         steps=pluralize(summary["steps"], "step"),
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
         best=summary.get("best_checkpoint") if "model_step" in summary else None,
@@ -115,16 +118,22 @@ def hub_name(path: str) -> str | None:
     if not folder.is_dir():
         return path if _HUB_MODEL.fullmatch(path) else None
     for part in folder.resolve().parts:
-        if match := _SNAPSHOT.fullmatch(part):
-            return f"{match[1]}/{match[2]}" if match[1] else match[2]
+        match = _SNAPSHOT.fullmatch(part)
+        if match:
+            organisation, name = match.groups()
+            return f"{organisation}/{name}" if organisation else name
     return None
 
 
 def _model_name(path: str) -> str:
     """Return a model's hub name or folder name; for a run's model, the name of the run directory."""
+    name = hub_name(path)
+    if name is not None:
+        return name
     folder = Path(path).expanduser().resolve()
     run = RunFolder(folder.parent)
-    return hub_name(path) or (run.path.name if folder == run.model and run.config.is_file() else folder.name)
+    is_of_run = folder == run.model and run.config.is_file()
+    return run.path.name if is_of_run else folder.name
 
 
 def _hub_dataset(source: SourceConfig) -> str | None:
@@ -133,15 +142,19 @@ def _hub_dataset(source: SourceConfig) -> str | None:
 
 
 def _metadata(model: ModelConfig, data: DataConfig, loss: LossConfig) -> ModelCardData:
-    base, is_adapter = hub_name(model.path), model.adapter is not None
-    datasets = [name for source in data.train if (name := _hub_dataset(source)) is not None]
+    base = hub_name(model.path)
+    is_adapter = model.adapter is not None
+    datasets = filter(None, map(_hub_dataset, data.train))
     kind = "dpo" if LossKind.sigmoid in loss.kinds else str(loss.kinds[0])
+    tags = ["dpo-dist", "preference-optimization", kind]
+    if is_adapter:
+        tags.append("lora")
     metadata = ModelCardData(
         base_model=base,
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["dpo-dist", "preference-optimization", kind, *(["lora"] if is_adapter else [])],
+        tags=tags,
     )
     if base is not None:
         metadata["base_model_relation"] = "adapter" if is_adapter else "finetune"
@@ -156,8 +169,8 @@ def _data(data: DataConfig, summary: _Row) -> Iterator[list[object]]:
             hub = _hub_dataset(source)
             link = Markup(f"[{plain_line(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
             label = code(counts["label"]) if hub is None else link
-            numbers = [f"{counts[key]:,}" for key in ("read", "kept")]
-            yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]
+            read, kept, pairs = (f"{counts[key]:,}" for key in ("read", "kept", "pairs"))
+            yield [part, label, read, kept, dropped, pairs]
 
 
 def run_card(
@@ -175,7 +188,9 @@ def run_card(
     `rows`: of log_history.json, up to the model's step. `summary`: with `exit`, without `verdict`. `loader`:
     the model's auto class. `is_evaluated`: whether the last evaluation of training scored this model.
     """
-    folder, evaluation, card = RunFolder(config.run.path), {}, ""
+    folder = RunFolder(config.run.path)
+    evaluation = {}
+    card = ""
     with warn_on_bug("the model card", warn):
         run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results

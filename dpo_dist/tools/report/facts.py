@@ -33,7 +33,8 @@ class Accuracy(NamedTuple):
     @property
     def noise(self) -> float:
         """Three standard errors, with one right and one wrong pair added: few right pairs prove little."""
-        share, compared = (self.value * self.pairs + 1) / (self.pairs + 2), self.pairs * self.weight
+        share = (self.value * self.pairs + 1) / (self.pairs + 2)
+        compared = self.pairs * self.weight
         return 3 * math.sqrt(share * (1 - share) / compared) if compared else math.inf
 
     @property
@@ -56,7 +57,9 @@ class RunFacts:
     """
 
     def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
-        self.rows, self.summary, self.data_findings = rows, summary, findings
+        self.rows = rows
+        self.summary = summary
+        self.data_findings = findings
         self.kinds = kinds_in(summary.get("settings") or {})
         self.unit = loss_unit(self.kinds)
         self.accuracy_key = ACCURACIES[self.unit == "record"]
@@ -79,7 +82,8 @@ class RunFacts:
 
     def margin_nats(self) -> float | None:
         """Return the last margin in nats; if margins do not start at 0, the change over training steps."""
-        beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
+        beta = self.setting("loss.beta")
+        end = last(self.last_rows, MARGIN)
         has_reference = any(kind not in KINDS or KINDS[LossKind(kind)].needs_reference for kind in self.kinds)
         if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
             start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
@@ -106,7 +110,8 @@ class RunFacts:
         Both are from the last evaluation, else medians over the last quarter of the steps. Without a
         reference, the evaluation before the first step replaces it, or else the first row of a step.
         """
-        key, rows = "logps/chosen_per_token", self.evaluations[-1:] or self.recent_rows()
+        key = "logps/chosen_per_token"
+        rows = self.evaluations[-1:] or self.recent_rows()
         falls = self.falls(rows)
         ends = [value for _, value in values(rows, key)]
         if not ends:
@@ -169,7 +174,9 @@ class RunFacts:
         For a margin it is two standard errors of the mean over the last row's pairs.
         """
         drift = (self.summary.get("reference") or {}).get("drift") or {}
-        rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")
+        rms = drift.get("rms_response_drift")
+        beta = self.setting("loss.beta")
+        pairs = last(rows, "pairs")
         if not rms or not beta or not pairs or self.setting("loss.reference_free"):
             return {}
         good = self.label_share("eval" if rows is self.evaluations else "train")
@@ -192,7 +199,9 @@ def pooled(
     rows: Iterable[MetricsRow], key: str, fewest_pairs: float, share: float = 1.0
 ) -> list[tuple[float, float]]:
     """Return means of `key` over successive groups of rows with enough pairs, each with its last step."""
-    means, total, pairs = [], 0.0, 0.0
+    means = []
+    total = 0.0
+    pairs = 0.0
     for row in rows:
         if finite(row, key) is None:
             continue

@@ -30,11 +30,13 @@ class RunRecorder(PlainRecorder):
 
     def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Write a metrics row and send it to the trackers; warn if its samples look wrong."""
-        alarm, is_new = None, False
+        alarm = None
+        is_new = False
         if "eval_samples/prompts" in row:
             with warn_on_bug("the comparison of samples with earlier ones", self.run.warn):
                 before = self.metrics.sample.evaluations
-                alarm, is_new = sample_alarm([*before, row]), sample_alarm(before) is None
+                alarm = sample_alarm([*before, row])
+                is_new = sample_alarm(before) is None
             row = {**row, "eval_samples/alarms": float(alarm is not None)}
         super().row(row, margins)
         if alarm is not None and is_new:
@@ -44,10 +46,14 @@ class RunRecorder(PlainRecorder):
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
         with warn_on_bug("the last evaluation's folder", self.run.warn):
-            model, dataset = str(self.run.folder.model), inputs.eval_set
+            model = str(self.run.folder.model)
+            dataset = inputs.eval_set
             assert dataset is not None, "evaluations have data"
-            config, folder, loss = self.run.config, self.run.folder, self.run.config.loss
-            reference, seed = config.reference.path or config.model.path, config.trainer.seed
+            config = self.run.config
+            folder = self.run.folder
+            loss = self.run.config.loss
+            reference = config.reference.path or config.model.path
+            seed = config.trainer.seed
             write_evaluation(
                 LAST_EVALUATION,
                 model,
@@ -60,12 +66,15 @@ class RunRecorder(PlainRecorder):
                 seed=seed,
             )
             if not loss.is_one_sided:
-                file, is_unpaired = folder.named_evaluation(LAST_EVALUATION).worst, loss.is_unpaired
+                file = folder.named_evaluation(LAST_EVALUATION).worst
+                is_unpaired = loss.is_unpaired
                 write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
-        run, rows, folder = self.run, self.metrics.rows, self.run.folder
+        run = self.run
+        rows = self.metrics.rows
+        folder = self.run.folder
         final_summary = {**summary, "exit": outcome.value}
         lines: list[str] = []
         with warn_on_bug("the verdict", run.warn):

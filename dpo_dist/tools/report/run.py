@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from dpo_dist.config.load import read_saved
 from dpo_dist.config.metrics import ALL, MARGIN_PERCENTILES, METRICS, results_name
@@ -68,7 +69,8 @@ class PageFacts:
         self.config: Fields = without_secrets(config)
         self.doctor = _fields(folder.doctor_report)
         self.environment = _fields(folder.environment)
-        self.state, summary = _fields(folder.state), _fields(folder.summary)
+        self.state = _fields(folder.state)
+        summary = _fields(folder.summary)
         rows = read_latest_rows(folder) if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
@@ -105,15 +107,18 @@ def write_page(
 ) -> Path:
     """Write the report page of a run directory, or `output`; return its path. `rows`: as in `PageFacts`."""
     facts = PageFacts(folder, rows)
-    environment, run = facts.environment, facts.run
+    environment = facts.environment
+    run = facts.run
     spent = facts.section("work").get("seconds", {})
     works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
     parts = {"train": "Training data", "eval": "Evaluation data"}
+    is_running = "exit" not in facts.summary
+    is_running = "exit" not in facts.summary
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
         "verdict": verdict_for_page(facts),
-        "last_step": run.rows[-1]["step"] if run.rows and not facts.summary.get("exit") else None,
+        "last_step": run.rows[-1]["step"] if run.rows and is_running else None,
         "tiles": list(_tiles(facts)),
         "samples": samples_section(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
@@ -129,13 +134,13 @@ def write_page(
         "config": list(flat(facts.config)),
         "environment": list(flat(environment)),
     }
-    about_order = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
-    sections = {**_SECTIONS, "accuracy": about_order}
-    content |= {"accuracy_title": about_order, "unit": run.unit}
+    accuracy_title = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
+    sections = {**_SECTIONS, "accuracy": accuracy_title}
+    content |= {"accuracy_title": accuracy_title, "unit": run.unit}
     links = [(name, title) for name, title in sections.items() if content[name]]
     scripts = ["charts.js"] if content["curves"] else []
     path = output or folder.report
-    name, is_running = folder.path.resolve().name, "exit" not in facts.summary
+    name = folder.path.resolve().name
     files.write_text(path, page("run.jinja", name, scripts, reloads=is_running, links=links, **content))
     return path
 
@@ -149,15 +154,18 @@ def _about(facts: PageFacts) -> Iterator[str]:
     terms = facts.setting("loss.terms")
     loss = " + ".join(term["kind"] for term in terms) if terms else facts.setting("loss.kind")
     beta = facts.section("settings").get("loss.beta")
-    yield f"loss {loss}" + (f" with beta {number(beta, 3)}" if beta is not None else "")
+    with_beta = "" if beta is None else f" with beta {number(beta, 3)}"
+    yield f"loss {loss}{with_beta}"
     yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
     unit = facts.run.unit
     for name, noun in (("train", "training"), ("eval", "evaluation")):
-        if pairs := facts.run.counts(name).get("pairs"):
-            labels = facts.run.counts(name).get("labels")
+        counts = facts.run.counts(name)
+        if counts.get("pairs"):
+            labels = counts.get("labels")
             label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield pluralize(pairs, f"{noun} {unit}") + label_counts
-    steps, batch = facts.summary.get("steps"), facts.setting("trainer.global_batch_pairs")
+            yield pluralize(counts["pairs"], f"{noun} {unit}") + label_counts
+    steps = facts.summary.get("steps")
+    batch = facts.setting("trainer.global_batch_pairs")
     if steps and batch:
         yield f"{pluralize(steps, 'step')} of {pluralize(batch, unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
@@ -169,66 +177,76 @@ def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
     stored: Fields = facts.summary.get("verdict") or {}
     if not stored:
         return {}
+    sentence = stored["sentence"]
     findings = []
+    level = "good"
     for finding in stored["findings"]:
         # The verdict's sentence already has the facts of the worst finding.
-        fact = "" if finding["text"] in stored["sentence"] else finding["text"]
+        fact = "" if finding["text"] in sentence else finding["text"]
         rule = RUN_RULES.get(finding["rule"])  # None: of another version
-        headline, advice = rule.text if rule else finding["rule"], finding["remedy"]
-        findings.append({"headline": headline, "fact": fact, "advice": advice})
-    rules = [RUN_RULES.get(finding["rule"]) for finding in stored["findings"]]
-    level = "good" if all(rule and rule.level is Level.note for rule in rules) else "warning"
+        headline = rule.text if rule else finding["rule"]
+        findings.append({"headline": headline, "fact": fact, "advice": finding["remedy"]})
+        if rule is None or rule.level is not Level.note:
+            level = "warning"
     if facts.summary.get("exit") == RunOutcome.diverged:
         level = "error"
-    return {"level": level, "sentence": stored["sentence"], "findings": findings}
+    return {"level": level, "sentence": sentence, "findings": findings}
 
 
 def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     """Yield label, value and remark of each main result that was measured."""
-    summary, final, best = facts.summary, facts.section("final"), facts.section("best")
-    ends, unit = facts.intervals(ALL), facts.run.unit
-    remarks = {
-        key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
-        for key in (f"eval_{facts.run.accuracy_key}", f"eval_{MARGIN}", "eval_loss")
-    }
-    for key in remarks.keys() & best.keys():
-        remarks[key].append(f"best {number(best[key]['value'])} at step {number(best[key]['step'])}")
+    summary = facts.summary
+    final = facts.section("final")
+    best = facts.section("best")
+    ends = facts.intervals(ALL)
+    unit = facts.run.unit
+    evaluations = []
+    for name in sorted((facts.run.accuracy_key, MARGIN, "loss")):
+        key = f"eval_{name}"
+        remarks = []
+        if key in ends:
+            low, high = ends[key]
+            remarks.append(f"95 %: {number(low)} to {number(high)}")
+        if key in best:
+            remarks.append(f"best {number(best[key]['value'])} at step {number(best[key]['step'])}")
+        evaluations.append((f"eval {METRICS[name].title}", final.get(key), number, "; ".join(remarks)))
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
-    pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
-    seen = "" if pairs is None else f"{number(pairs)} {unit}s"
+    pairs = summary.get("pairs_seen")
+    pairs_of_steps = "" if pairs is None else f"{number(pairs)} {unit}s"
+    finished_share = last(facts.run.evaluations, "samples/finished")
     seconds = facts.section("work").get("device_seconds")
-    saved = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
-    chosen_by = f"step; {saved['metric']} {number(saved['value'])}"
-    chosen_by += ", the model" if "model_step" in summary else ""
-    shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
+    checkpoint = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
+    metric = f"step; {checkpoint['metric']} {number(checkpoint['value'])}"
+    if "model_step" in summary:
+        metric += ", the model"
+    tiles: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
-        *(
-            (f"eval {METRICS[key.removeprefix('eval_')].title}", final.get(key), number, "; ".join(remark))
-            for key, remark in sorted(remarks.items())
-        ),
-        ("best checkpoint", saved["step"], number, chosen_by),
-        ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
-        ("steps", summary.get("steps"), number, seen),
+        *evaluations,
+        ("best checkpoint", checkpoint["step"], number, metric),
+        ("sampled responses that end", finished_share, percent, "by themselves, at the last evaluation"),
+        ("steps", summary.get("steps"), number, pairs_of_steps),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
         (f"{unit}s per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
         ("time of all processes", seconds, duration, "all work of all starts"),
     )
-    for label, value, form, small in shown:
+    for label, value, form, remark in tiles:
         if value is not None:
-            yield label, form(value), small
+            yield label, form(value), remark
 
 
 def _by_source(facts: PageFacts) -> _Table | None:
     """Return the table of accuracy and margin, of evaluation and training: all pairs, then each source."""
-    accuracy, title, unit = facts.run.accuracy_key, facts.run.accuracy_title, facts.run.unit
-    whole = {
-        prefix + key: value
-        for prefix, rows in (("", facts.run.steps), ("eval_", facts.run.evaluations))
-        for key in (accuracy, MARGIN)
-        if (value := last(rows, key)) is not None
-    }
-    rows = [(f"all {unit}s", ALL, whole)]
+    accuracy = facts.run.accuracy_key
+    title = facts.run.accuracy_title
+    unit = facts.run.unit
+    over_all = dict[str, float]()
+    for prefix, steps in (("", facts.run.steps), ("eval_", facts.run.evaluations)):
+        for key in (accuracy, MARGIN):
+            value = last(steps, key)
+            if value is not None:
+                over_all[prefix + key] = value
+    rows = [(f"all {unit}s", ALL, over_all)]
     rows += [(label, results_name(label), row) for label, row in sorted(facts.by_source.items())]
     titles = {
         f"eval_{accuracy}": f"evaluation {title}",
@@ -239,10 +257,12 @@ def _by_source(facts: PageFacts) -> _Table | None:
     keys = [key for key in titles if any(key in row for _, _, row in rows)]
     lines: list[list[object]] = []
     for label, results, row in rows:
-        ends, pairs = facts.intervals(results), (facts.evaluation.get(results) or {}).get("eval_pairs")
+        ends = facts.intervals(results)
+        pairs = (facts.evaluation.get(results) or {}).get("eval_pairs")
         remarks = [pluralize(pairs, f"evaluation {unit}")] if pairs else []
         low, high = ends.get(f"eval_{accuracy}", (1, 1))
-        remarks += ["not better than guessing"] if low <= 1 / 2 <= high else []
+        if low <= 1 / 2 <= high:
+            remarks.append("not better than guessing")
         name = part("macros.jinja", "named", label, ", ".join(remarks))
         lines.append([name, *(number_above_interval(row.get(key), ends.get(key)) for key in keys)])
     return (["source", *(titles[key] for key in keys)], lines) if keys else None
@@ -267,32 +287,25 @@ def _margins(facts: PageFacts, folder: RunFolder) -> Mapping[str, Any] | None:
 
 def _records(title: str, counts: Fields) -> Mapping[str, Any]:
     """Return a dataset's numbers of read, kept, dropped and changed records, for the page."""
-    read, dropped = counts["read"], counts.get("dropped") or {}
+    read = counts["read"]
+    dropped = counts.get("dropped") or {}
     rows = [
-        (count, read, f"dropped: {in_words(name)}", f"dropped.{name}")
+        _counted(count, read, f"dropped: {in_words(name)}", f"dropped.{name}")
         for name, count in sorted(dropped.items(), key=lambda item: -item[1])
+        if count
     ]
-    rows += [
-        # Records that the split gives to the other part are not among the `read` ones.
-        (count, read + count if name in COUNTS_OF_OTHERS else counts["kept"], in_words(name), name)
-        for name, count in counts.items()
-        if isinstance(count, int) and name not in ("read", "kept", "pairs")
+    for name, count in counts.items():
+        if count and isinstance(count, int) and name not in ("read", "kept", "pairs"):
+            # Records that the split gives to the other part are not among the `read` ones.
+            total = read + count if name in COUNTS_OF_OTHERS else counts["kept"]
+            rows.append(_counted(count, total, in_words(name), name))
+    sources = [
+        (each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"])
+        for each in counts.get("sources") or []
     ]
-    return {
-        "title": title,
-        "pairs": None,
-        "examples": [],
-        **counts,
-        "rows": [
-            (
-                f"{count:,}" + (f" ({percent(count / total)})" if count <= total else ""),
-                part("macros.jinja", "named", words, part("macros.jinja", "code", name)),
-            )
-            for count, total, words, name in rows
-            if count
-        ],
-        "sources": [
-            (each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"])
-            for each in counts.get("sources") or []
-        ],
-    }
+    return {"title": title, "pairs": None, "examples": [], **counts, "rows": rows, "sources": sources}
+
+
+def _counted(count: int, total: int, words: str, name: str) -> tuple[str, Markup]:
+    share = f" ({percent(count / total)})" if count <= total else ""
+    return f"{count:,}{share}", part("macros.jinja", "named", words, part("macros.jinja", "code", name))

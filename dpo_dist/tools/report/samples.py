@@ -245,10 +245,13 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     the policy cannot replace the reference, the reference is loaded and freed again: call this before
     the policy is loaded.
     """
-    config, settings, tokenizer = run.config, run.config.section_of(SamplesConfig), inputs.tokenizer
+    config = run.config
+    settings = run.config.section_of(SamplesConfig)
+    tokenizer = inputs.tokenizer
     if settings.prompts == 0 or inputs.eval_set is None:
         return None
-    model_folder, seed = inputs.policy_files.folder, config.trainer.seed
+    model_folder = inputs.policy_files.folder
+    seed = config.trainer.seed
     try:
         stop_ids = find_stop_ids(tokenizer, config.data, model_folder, "model.path")
     except ConfigError as error:
@@ -327,7 +330,8 @@ def choose_prompts(
         if tokens == 0 or not room:
             continue
         [example] = dataset.with_inputs([dataset.example(index, (0,))])
-        chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
+        chosen_ids = example.responses[0].tolist()
+        prompt_ids = np.asarray(example.prompt_ids)
         shown, images = shown_prompt(example, dataset.images)
         while chosen_ids and chosen_ids[-1] in stop_ids:
             chosen_ids.pop()

@@ -34,8 +34,41 @@ from dpo_dist.tools.report.facts import (
 )
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite, is_collapsed, logps_by_side
 
-_FIRST_PAIRS = 200
-"""Fewest pairs for the mean loss at the start."""
+# Tuned numbers: what is compared, with what. These were chosen; the rules were tried on the runs of the entry
+# "The verdict's first line on spoiled and healthy runs" in benchmarks/log.md (2026-11-23).
+_FIRST_PAIRS = 200  # fewest pairs for the mean loss at the start
+_LARGE_BETA = 1.0  # beta, from which on it can be too large
+_VANISHED = 0.01  # loss, of that before training
+_STAYED = 0.01  # how far a loss that stays may be from its start, as a share of it
+_RISEN = 1.2  # loss, and z, of what they were before
+_RISEN_EARLY = 2.0  # median loss of the first quarter of the steps, of the first loss
+_FALLEN_NATS = 1.0  # fall of chosen log-probs per token in the first quarter, and at the end
+_LARGE_MISMATCH = 3.0  # z at the end, in 1 / beta
+_CHANGED_NATS = 2.0  # margin, from which on a policy has changed
+_FEWEST_JUDGED = 30  # fewest evaluated pairs, beside which a training loss does not count
+_LEARNT = 0.6  # accuracy of a policy that has learnt something
+_EQUAL_LOSS = 0.99  # loss, of that before training, with which it has not fallen
+_GUESS = 0.6  # log-prob per token of chosen responses, of that of a guess among all tokens
+_GUESS_OF_LETTERS = 0.95  # the same at the start, with a vocabulary below `_LEAST_VOCABULARY`
+_SHARED_PROMPTS = 0.01  # evaluation pairs whose prompt is in the training data
+_TOO_GOOD = 0.05  # evaluation accuracy above that of training, if more than by chance
+_FAR_ABOVE = 0.1  # training accuracy above that of evaluation, if more than by chance
+_LOSS_ROSE = 0.05  # evaluation loss above its lowest, as a share of its start, if more than by chance
+_AT_ONCE = 0.95  # accuracy within the first tenth of the steps
+_LENGTHS_DIFFER = 1.3  # mean length of one side, of the other's, beside `_AT_ONCE`
+_LENGTHS_TELL = 2.0  # the same, alone
+_CUT_RESPONSES = 0.05  # kept records whose response is cut
+_DISAGREES = 0.2  # records of which the reference prefers the other response by far
+_ONE_LABEL = 0.9  # responses with the more frequent label
+_FELL_NATS = 0.1  # fall of chosen log-probs per token, which is worth a remark
+_LONGER = 1.5  # sampled responses, of the reference's
+_LESS_DISTINCT = 0.7  # distinct 3-grams of samples, of the reference's
+_MORE_SAMPLES = 0.1  # rise of a share of samples, if more than 2.5 standard errors
+_LOOP = 0.5  # words of a sample in its longest repeated passage
+# These are from the runs of the entry "Chosen responses that fall" (2026-11-26).
+_BOTH_FALL = 0.5  # pairs both of whose log-probs fell
+_FORGOTTEN_NATS = (0.5, 1.0)  # fall of chosen log-probs, at least and at most asked for
+
 _QUANTITIES = {
     "logps/chosen": "log-prob of chosen responses",
     "logps/rejected": "log-prob of rejected responses",
@@ -56,7 +89,8 @@ _MOST_FINDINGS = 5
 
 def _diverged(facts: RunFacts) -> Iterator[str]:
     yield from lost_weights(facts)
-    if bad := facts.summary.get("bad_steps", 0):
+    bad = facts.summary.get("bad_steps")
+    if bad:
         yield (
             f"{pluralize(bad, 'step')} of {facts.total_steps:,} taught nothing, because loss or gradient was "
             "not finite"
@@ -75,7 +109,8 @@ def lost_weights(facts: RunFacts) -> Iterator[str]:
     while collapsed and not is_collapsed(collapsed[-1]):
         collapsed.pop()
     if collapsed:
-        row, before = collapsed[-1], rows[: -len(collapsed)]
+        row = collapsed[-1]
+        before = rows[: -len(collapsed)]
         side, logp = next(iter(logps_by_side(row).items()))
         yield (
             f"the policy has collapsed: from step {row['step']:.0f} on the gradient is 0, and {side} "
@@ -93,7 +128,8 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
     before = RunFacts(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
-    if symptom := next(_signs_of_rate(before), None):
+    symptom = next(_signs_of_rate(before), None)
+    if symptom:
         cause = f"the learning rate is too high: {symptom}"
     elif "loss" not in row:
         cause = f"the evaluation data have {facts.unit}s for which the policy computes no finite value"
@@ -118,114 +154,137 @@ def _nothing_trained(facts: RunFacts) -> Iterator[str]:
 
 
 def _beta_wrong(facts: RunFacts) -> Iterator[str]:
-    beta, nats = facts.setting("loss.beta"), facts.margin_nats()
-    start, recent = first(facts.steps, "loss"), facts.recent("loss")
+    beta = facts.setting("loss.beta")
+    nats = facts.margin_nats()
+    start = first(facts.steps, "loss")
+    recent = facts.recent("loss")
     if nats is None or start is None or not recent or facts.setting("loss.kind") not in _LOGISTIC:
         return
     change = "the log-prob of chosen minus rejected changed by"
-    untrained, end = max(start, math.log(2)), median(recent)
+    untrained = max(start, math.log(2))
+    end = median(recent)
     losses = f"{start:.2g} -> {end:.2g}"
-    if beta >= 1 and end <= 0.01 * untrained:
+    is_large = beta >= _LARGE_BETA
+    if is_large and end <= _VANISHED * untrained:
         # The margin is read where the loss has almost vanished: in later steps a few pairs still raise it.
-        at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= 0.01 * untrained)
+        at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= _VANISHED * untrained)
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
         if abs(then) <= 5:
             yield (
                 f"loss.beta={digits(beta)} is too large: the loss has almost vanished ({losses}) from step "
                 f"{facts.steps[at - 1]['step']:.0f} on, when {change} {then:.2g} nats only"
             )
-    elif beta >= 1 and end > 1.2 * untrained and abs(nats) <= 10:
+    elif is_large and end > _RISEN * untrained and abs(nats) <= 10:
         yield (
             f"loss.beta={digits(beta)} is too large: the loss of wrong pairs grew ({losses}) although "
             f"{change} {nats:.2g} nats only"
         )
-    elif nats >= 2 and (stayed := _loss_that_stayed(facts)):
-        yield (
-            f"loss.beta={digits(beta)} is too small: the loss stays at {stayed} although {change} {nats:.2g} "
-            "nats"
-        )
+    elif nats >= _CHANGED_NATS:
+        constant_loss = _loss_that_stayed(facts)
+        if constant_loss:
+            yield (
+                f"loss.beta={digits(beta)} is too small: the loss stays at {constant_loss} although {change} "
+                f"{nats:.2g} nats"
+            )
 
 
 def _loss_that_stayed(facts: RunFacts) -> str | None:
     """Return "first loss -> mean loss in the last quarter of the steps" if they are alike, or None."""
     name = "loss" if first(facts.steps, EXCESS) is None else EXCESS  # soft labels keep the loss above 0
-    recent, start = facts.recent(name), first(facts.steps, name)
-    if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
+    recent = facts.recent(name)
+    start = first(facts.steps, name)
+    if not recent or start is None or abs(fmean(recent) - start) > _STAYED * abs(start):
         return None
     return f"{start:.4g} -> {fmean(recent):.4g}"
 
 
 def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
-    if signs := "; ".join(_signs_of_rate(facts)):
-        yield f"{signs}, with optim.lr={digits(facts.setting('optim.lr'))}"
+    signs = list(_signs_of_rate(facts))
+    if signs:
+        yield f"{'; '.join(signs)}, with optim.lr={digits(facts.setting('optim.lr'))}"
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
     """Yield a clause for each sign of a high rate; medians judge the end, so spikes do not count."""
-    steps, falls = facts.total_steps, facts.falls(facts.steps)
-    losses, recent_losses = pooled(facts.steps, "loss", _FIRST_PAIRS), facts.recent("loss")
+    steps = facts.total_steps
+    falls = facts.falls(facts.steps)
+    losses = pooled(facts.steps, "loss", _FIRST_PAIRS)
+    recent_losses = facts.recent("loss")
     # If the policy starts as the reference, its first loss has no noise. Later the decaying rate heals the
     # loss, so only the first quarter shows the fault.
     early = [loss for step, loss in values(facts.steps, "loss") if step <= steps / 4]
     pairs = sum(row.get("pairs", 0) for row in facts.recent_rows())
     start = losses[0][1] if losses and recent_losses and pairs >= FEWEST_PAIRS else 0.0
-    if start > 0 and median(recent_losses) > 1.2 * start:
+    if start > 0 and median(recent_losses) > _RISEN * start:
         yield f"the loss rose from {start:.3g} to {median(recent_losses):.3g}"
-    elif len(early) >= 3 and falls and median(early) > 2 * early[0] > 0:
+    elif len(early) >= 3 and falls and median(early) > _RISEN_EARLY * early[0] > 0:
         yield f"the loss rose from {early[0]:.3g} to {median(early):.3g} in the first quarter of the steps"
     if falls is None:  # without a reference: relative to the first rows, which have other responses
         logps = pooled(facts.steps, "logps/chosen_per_token", FEWEST_PAIRS)
         falls = [(step, logps[0][1] - logp) for step, logp in logps]
-    far = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
+    early_falls = [(step, fall) for step, fall in falls if step <= steps / 4]
     recent = [fall for step, fall in falls if step > 0.75 * steps]
-    if far and recent and median(recent) > 1:
-        yield (
-            f"the log-prob of chosen responses fell by {far[1]:.2g} nats per token by step {far[0]:.0f} "
-            f"of {steps:,}"
-        )
-    beta, ratios = facts.setting("loss.beta"), values(facts.steps, MISMATCH)
-    before, end = (
-        [ratio for step, ratio in ratios if low < step / steps <= low + 0.25] for low in (0.5, 0.75)
-    )
-    if beta and before and end and beta * fmean(end) > 3 and fmean(end) > 1.2 * fmean(before):
-        yield (
-            f"the log-ratio of mismatched responses (z) is {digits(fmean(end))} nats at the end and still "
-            f"grows, {digits(beta * fmean(end))} times 1 / loss.beta: the policy makes any response likelier"
-        )
+    if recent and median(recent) > _FALLEN_NATS:
+        for step, fall in early_falls:
+            if fall > _FALLEN_NATS:
+                yield (
+                    f"the log-prob of chosen responses fell by {fall:.2g} nats per token by step {step:.0f} "
+                    f"of {steps:,}"
+                )
+                break
+    beta = facts.setting("loss.beta")
+    ratios = values(facts.steps, MISMATCH)
+    before = [ratio for step, ratio in ratios if 0.5 < step / steps <= 0.75]
+    end = [ratio for step, ratio in ratios if 0.75 < step / steps <= 1]
+    if beta and before and end:
+        mismatch = fmean(end)
+        if beta * mismatch > _LARGE_MISMATCH and mismatch > _RISEN * fmean(before):
+            yield (
+                f"the log-ratio of mismatched responses (z) is {digits(mismatch)} nats at the end and still "
+                f"grows, {digits(beta * mismatch)} times 1 / loss.beta: the policy makes any response "
+                "likelier"
+            )
 
 
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
-    accuracy, training, name = facts.accuracy(), facts.training_accuracy(), facts.accuracy_title
+    accuracy = facts.accuracy()
+    training = facts.training_accuracy()
+    name = facts.accuracy_title
     if not _should_have_learnt(facts) or accuracy is None or training is None or not accuracy.is_chance:
         return
     clause = (
         f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
         f"noise of one half ({accuracy.noise:.3f}); training {name} {digits(training.value)}"
     )
-    if accuracy.pairs >= 30 and max(accuracy.value, training.value) < 0.6:
+    is_judged = accuracy.pairs >= _FEWEST_JUDGED
+    if is_judged and max(accuracy.value, training.value) < _LEARNT:
         yield clause
         return
     # A training loss falls, too, where a policy learns its pairs by heart: it counts beside few pairs only.
-    evaluated = [loss for _, loss in values(evaluation_rows(facts.rows), "loss")]
-    recent, start = facts.recent("loss"), first(facts.steps, "loss")
-    if len(evaluated) < 2 or start is None or not recent:
+    losses = [loss for _, loss in values(evaluation_rows(facts.rows), "loss")]
+    recent = facts.recent("loss")
+    start = first(facts.steps, "loss")
+    if len(losses) < 2 or start is None or not recent:
         return
-    if evaluated[-1] >= 0.99 * evaluated[0] and (accuracy.pairs >= 30 or fmean(recent) >= 0.99 * start):
+    if losses[-1] >= _EQUAL_LOSS * losses[0] and (is_judged or fmean(recent) >= _EQUAL_LOSS * start):
         yield (
-            f"{clause}; evaluation loss {evaluated[0]:.3g} -> {evaluated[-1]:.3g}, training loss "
+            f"{clause}; evaluation loss {losses[0]:.3g} -> {losses[-1]:.3g}, training loss "
             f"{start:.3g} -> {fmean(recent):.3g}"
         )
 
 
 def _untrained_base(facts: RunFacts) -> Iterator[str]:
     """Yield a clause if chosen responses stay about as unlikely as a guess among all tokens makes them."""
-    logps, vocabulary = facts.chosen_logps(), facts.summary.get("vocabulary")
+    logps = facts.chosen_logps()
+    vocabulary = facts.summary.get("vocabulary")
     if not vocabulary or not logps or not _should_have_learnt(facts):
         return
+    start, end = logps
     guess = -math.log(vocabulary)
-    if logps[0] < (0.6 if vocabulary >= _LEAST_VOCABULARY else 0.95) * guess and logps[1] < 0.6 * guess:
+    share = _GUESS if vocabulary >= _LEAST_VOCABULARY else _GUESS_OF_LETTERS
+    if start < share * guess and end < _GUESS * guess:
         yield (
-            f"chosen responses have {logps[0]:.2f} nats per token at first and {logps[1]:.2f} at the end; "
+            f"chosen responses have {start:.2f} nats per token at first and {end:.2f} at the end; "
             f"a guess among {vocabulary:,} tokens has {guess:.2f}: no sampled response can be a text"
         )
 
@@ -233,14 +292,17 @@ def _untrained_base(facts: RunFacts) -> Iterator[str]:
 def _hardly_moved(facts: RunFacts) -> Iterator[str]:
     if not _should_have_learnt(facts):
         return
-    margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
+    margin = last(facts.last_rows, MARGIN)
+    noise = facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
         yield f"{facts.part} margin {digits(margin)} is within the noise of rounding ({digits(noise)})"
-    losses, nats = _loss_that_stayed(facts), facts.margin_nats()
+    constant_loss = _loss_that_stayed(facts)
+    nats = facts.margin_nats()
     # A loss with a large constant part, as of sppo_hard with a small beta, hardly changes while margins grow.
-    if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
+    has_changed = nats is not None and nats >= _CHANGED_NATS
+    if constant_loss and len(values(facts.steps, "loss")) >= 3 and not has_changed:
         yield (
-            f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
+            f"the training loss stayed at its start, {constant_loss}, in {facts.total_steps:,} steps with "
             f"optim.lr={digits(facts.setting('optim.lr'))}"
         )
 
@@ -252,10 +314,12 @@ def _should_have_learnt(facts: RunFacts) -> bool:
 
 
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
-    training, name = facts.training_accuracy(), facts.accuracy_title
+    training = facts.training_accuracy()
+    training_value = digits(training.value if training else None)
+    name = facts.accuracy_title
     if training is not None and training.is_below_half:
         yield (
-            f"training {facts.accuracy_title} is {training.value:.3f} on {training.pairs:,} {facts.unit}s: "
+            f"training {name} is {training.value:.3f} on {training.pairs:,} {facts.unit}s: "
             "the loss teaches the opposite of the labels"
         )
         return
@@ -264,25 +328,27 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
     for source, share in facts.sources("eval").items():
         accuracy = facts.evaluation_accuracy(source, share)
         if accuracy is not None and accuracy.is_below_half:
+            labels = "its" if source else "training or evaluation"
             yield (
                 f"evaluation {name} is {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s"
                 f"{source.replace('/', ' of ', 1)}, clearly below one half, while training {name} is "
-                f"{digits(training.value if training else None)}: "
-                f"{'its' if source else 'training or evaluation'} labels look swapped"
+                f"{training_value}: {labels} labels look swapped"
             )
             return
+    # Every quarter is judged: in later ones a policy may tell the sources apart, or know the pairs by heart.
+    # If it does not start as the reference, it has preferences before it learns: then only the last quarter
+    # is judged.
+    ends = (0.25, 0.5, 0.75, 1.0) if facts.falls(facts.steps) else (1.0,)
     for source, share in facts.sources("train").items():
-        # Every quarter is judged: in later ones a policy may tell the sources apart, or know the pairs by
-        # heart. If it does not start as the reference, it has preferences before it learns: then only the
-        # last quarter is judged.
-        ends = (0.25, 0.5, 0.75, 1.0) if facts.falls(facts.steps) else (1.0,)
-        quarters = (facts.training_accuracy(source, share, end) for end in ends)
-        below = [part for part in quarters if source and part is not None and part.is_below_half]
-        if below:
+        if not source:
+            continue
+        quarters = filter(None, (facts.training_accuracy(source, share, end) for end in ends))
+        worst = min((quarter for quarter in quarters if quarter.is_below_half), default=None)
+        if worst is not None:
             yield (
                 f"in a quarter of the steps training {name} of source {source[1:]} is "
-                f"{min(below).value:.3f} on {min(below).pairs:,} {facts.unit}s, clearly below one half, "
-                f"while that of all sources is {digits(training.value if training else None)} at the end: "
+                f"{worst.value:.3f} on {worst.pairs:,} {facts.unit}s, clearly below one half, "
+                f"while that of all sources is {training_value} at the end: "
                 "the labels of this source look swapped"
             )
             return
@@ -290,8 +356,9 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
 
 def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
     counts = facts.counts("eval")
-    count, pairs = counts.get("prompts_also_in_train", 0), counts.get("pairs", 0)
-    if pairs and count > 0.01 * pairs:
+    count = counts.get("prompts_also_in_train", 0)
+    pairs = counts.get("pairs", 0)
+    if count > _SHARED_PROMPTS * pairs > 0:
         yield (
             f"{count:,} of {pairs:,} evaluation {facts.unit}s ({percent(count / pairs)}) have a prompt "
             "that is also in the training data: the evaluation measures memory"
@@ -300,7 +367,7 @@ def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
 
 def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
     for training, accuracy, noise in _accuracies(facts):
-        if accuracy.value - training.value > max(0.05, noise):
+        if accuracy.value - training.value > max(_TOO_GOOD, noise):
             yield (
                 f"evaluation {facts.accuracy_title} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s "
                 f"is above training {facts.accuracy_title} {digits(training.value)}: the "
@@ -310,7 +377,8 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
 
 def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
     """Yield training and evaluation accuracy with their difference by chance, if known after enough steps."""
-    training, accuracy = facts.training_accuracy(), facts.accuracy()
+    training = facts.training_accuracy()
+    accuracy = facts.accuracy()
     is_long = facts.total_steps >= FEWEST_STEPS
     if facts.evaluations and is_long and training is not None and accuracy is not None:
         yield training, accuracy, math.hypot(training.noise, accuracy.noise)
@@ -321,24 +389,25 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
     # In later epochs a run may know its data by heart.
     unseen = [row for row in facts.steps if row.get("epoch", 0) <= 1]
     for source, share in facts.sources("train").items():
-        source_phrase = f" of {source[1:]}" if source else ""
+        of_source = f" of {source[1:]}" if source else ""
         means = pooled(unseen, facts.accuracy_key + source, FEWEST_PAIRS, share)
-        at_once = next(((step, value) for step, value in means if step <= within and value >= 0.95), None)
-        by_length = _leak_by_length(facts, source, 1.3)
-        if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):
-            step, value = at_once
-            name = f"{facts.accuracy_title}{source_phrase}"
-            yield f"{name} is {value:.3f} at step {step:.0f} already, {evidence}"
+        high = [(step, value) for step, value in means if step <= within and value >= _AT_ONCE]
+        by_length = _leak_by_length(facts, source, _LENGTHS_DIFFER)
+        evidence = by_length or _leak_by_form(facts, source)
+        if high and evidence:
+            step, value = high[0]
+            yield f"{facts.accuracy_title}{of_source} is {value:.3f} at step {step:.0f} already, {evidence}"
             return
-        if means and by_length and _leak_by_length(facts, source, 2.0):
-            yield f"the label{source_phrase} shows {by_length}"
+        if means and by_length and _leak_by_length(facts, source, _LENGTHS_TELL):
+            yield f"the label{of_source} shows {by_length}"
             return
 
 
 def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
     """Return a clause if the mean lengths of the two sides differ by at least this ratio."""
     rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
-    chosen, rejected = mean(rows, f"tokens/chosen{source}"), mean(rows, f"tokens/rejected{source}")
+    chosen = mean(rows, f"tokens/chosen{source}")
+    rejected = mean(rows, f"tokens/rejected{source}")
     if not chosen or not rejected or max(chosen / rejected, rejected / chosen) < ratio:
         return None
     return f"by length: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f}"
@@ -349,32 +418,35 @@ def _leak_by_form(facts: RunFacts, source: str) -> str | None:
     for finding in facts.data_findings:
         is_leak = finding.get("rule") in _LEAKS and finding.get("level") != Level.note
         if is_leak and (not source or finding.get("source") == source[1:]):
+            clause = f"by form: the doctor found {finding['rule']}"
             share = finding.get("share")
-            guessed = (
-                "" if share is None else f", which alone guesses {percent(share)} of the {facts.unit}s right"
-            )
-            return f"by form: the doctor found {finding['rule']}{guessed}"
+            if share is not None:
+                clause += f", which alone guesses {percent(share)} of the {facts.unit}s right"
+            return clause
     return None
 
 
 def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
     # The last evaluation loss is above the lowest earlier one, step 0 included.
-    losses, recent = values(evaluation_rows(facts.rows), "loss"), facts.recent("loss")
+    losses = values(evaluation_rows(facts.rows), "loss")
+    recent = facts.recent("loss")
     if facts.total_steps >= FEWEST_STEPS and len(losses) >= 2 and recent:
         step, lowest = min(losses[:-1], key=lambda point: point[1])
         # Without a training loss before that step, the evaluation's own loss replaces it.
         earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
-        before, after = earlier[-1] if earlier else lowest, fmean(recent)
-        end, pairs = losses[-1][1], facts.evaluated_pairs
+        before = earlier[-1] if earlier else lowest
+        after = fmean(recent)
+        end = losses[-1][1]
+        pairs = facts.evaluated_pairs
         noise = 3 * abs(end) / math.sqrt(pairs) if pairs else math.inf
-        if after < before and end - lowest > max(0.05 * abs(losses[0][1]), noise):
+        if after < before and end - lowest > max(_LOSS_ROSE * abs(losses[0][1]), noise):
             since = f"at step {step:.0f}" if step else "at the start"
             yield (
                 f"evaluation loss rose from {lowest:.3g} {since} to {end:.3g}, while training loss fell from "
                 f"{before:.3g} to {after:.3g}"
             )
     for training, accuracy, noise in _accuracies(facts):
-        if training.value - accuracy.value > max(0.1, noise):
+        if training.value - accuracy.value > max(_FAR_ABOVE, noise):
             yield (
                 f"training {facts.accuracy_title} {training.value:.3f} is far above evaluation "
                 f"{facts.accuracy_title} {accuracy.value:.3f} on {pluralize(accuracy.pairs, facts.unit)}"
@@ -389,11 +461,12 @@ def _data_faults(facts: RunFacts) -> Iterator[str]:
         yield f"{plain}: data.text_as_messages=true makes each prompt a user's turn"
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         counts = facts.counts(name)
-        count, kept = counts.get("response_truncated", 0), counts.get("kept", 0)
-        if kept and count > 0.05 * kept:
+        count = counts.get("response_truncated", 0)
+        records = counts.get("kept", 0)
+        if count > _CUT_RESPONSES * records > 0:
             yield (
-                f"{count:,} of {kept:,} {noun} records ({percent(count / kept)}) have a response whose end "
-                "data.max_length cuts, and the policy does not learn to end: raise it, or set "
+                f"{count:,} of {records:,} {noun} records ({percent(count / records)}) have a response whose "
+                "end data.max_length cuts, and the policy does not learn to end: raise it, or set "
                 "data.truncation=keep_end or drop"
             )
             break
@@ -402,7 +475,8 @@ def _data_faults(facts: RunFacts) -> Iterator[str]:
         yield f"the doctor found errors: {', '.join(dict.fromkeys(errors))}"
     disagrees = [each for each in facts.data_findings if each.get("rule") == "reference_disagrees"]
     for finding in disagrees[:1]:
-        if (share := finding.get("share") or 0.0) > 0.2:
+        share = finding.get("share") or 0.0
+        if share > _DISAGREES:
             yield (
                 f"the reference prefers the rejected response by far in {percent(share)} of "
                 f"{finding.get('source') or 'the data'}: labels may be swapped"
@@ -418,13 +492,16 @@ def _label_missing(facts: RunFacts) -> Iterator[str]:
 
 def _one_label(facts: RunFacts) -> Iterator[str]:
     labels = facts.counts("train").get("labels") or {}
-    weights = {facts.setting(f"loss.{name}_weight") or 1.0 for name in ("desirable", "undesirable")}
-    most = max(labels, key=labels.__getitem__, default="")
-    if most and all(labels.values()) and labels[most] > 0.9 * sum(labels.values()) and len(weights) == 1:
-        given = (labels["good"], labels["bad"], *weights, *weights)
+    weight = facts.setting("loss.desirable_weight") or 1.0
+    if not labels or not all(labels.values()) or weight != (facts.setting("loss.undesirable_weight") or 1.0):
+        return
+    most = max(labels, key=labels.__getitem__)
+    share = labels[most] / sum(labels.values())
+    if share > _ONE_LABEL:
+        balanced = balancing_weight(labels["good"], labels["bad"], weight, weight)
         yield (
-            f"{percent(labels[most] / sum(labels.values()))} of the training responses are {most}, and both "
-            f"labels have the same weight; {balancing_weight(*given)} balances them"
+            f"{percent(share)} of the training responses are {most}, and both "
+            f"labels have the same weight; {balanced} balances them"
         )
 
 
@@ -432,12 +509,13 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
     start, end = facts.chosen_logps() or (0.0, 0.0)
     # In published healthy runs of a 7B model the log-probs fell from about -1 by 0.06 to 0.95 of that.
     # Responses that are almost certain after an SFT stage break sooner.
-    if start - end < min(max(-start, 0.5), 1.0):
+    least, most = _FORGOTTEN_NATS
+    if start - end < min(max(-start, least), most):
         return
     share = last(facts.last_rows, "rewards/both_fall") or 0.0
     if facts.unit == "record":
         yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
-    elif share >= 0.5 and "apo_down" not in facts.kinds:
+    elif share >= _BOTH_FALL and "apo_down" not in facts.kinds:
         yield (
             f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
             f"responses did in {percent(share)} of the pairs, at an accuracy of "
@@ -446,9 +524,12 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
 
 
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
-    if symptoms := ", ".join(_worse_samples(facts)):
-        is_known = any(key.startswith(_REFERENCE) for row in facts.evaluations for key in row)
-        yield f"{symptoms} compared with {'the reference' if is_known else 'the first samples'}"
+    symptoms = list(_worse_samples(facts))
+    if symptoms:
+        keys = itertools.chain.from_iterable(facts.evaluations)
+        has_reference = any(key.startswith(_REFERENCE) for key in keys)
+        others = "the reference" if has_reference else "the first samples"
+        yield f"{', '.join(symptoms)} compared with {others}"
 
 
 def _worse_samples(facts: RunFacts) -> Iterator[str]:
@@ -457,61 +538,69 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
 
     def ends(name: str) -> tuple[float, float] | None:
         """Return a metric of the reference's responses (else of the first samples) and of the last ones."""
-        start, end = last(rows, _REFERENCE + name), last(rows, f"samples/{name}")
-        start = first(rows, f"samples/{name}") if start is None else start
+        start = last(rows, _REFERENCE + name)
+        if start is None:
+            start = first(rows, f"samples/{name}")
+        end = last(rows, f"samples/{name}")
         return None if start is None or end is None else (start, end)
 
-    if lengths := ends("length"):
+    lengths = ends("length")
+    if lengths:
         start, end = lengths
         # Lengths of few responses differ by chance; from 36 prompts on, 1.5 times is enough.
-        least = start * max(1.5, 1 + 3 / math.sqrt(prompts))
+        least = start * max(_LONGER, 1 + 3 / math.sqrt(prompts))
         if start and end >= least and end > (last(rows, "tokens/chosen") or 0.0):
             yield f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)"
-    if (distinct := ends("distinct_3")) and distinct[0] > 0 and distinct[1] <= 0.7 * distinct[0]:
-        yield "they repeat themselves (distinct 3-grams {} -> {})".format(*map(percent, distinct))
+    distinct = ends("distinct_3")
+    if distinct:
+        start, end = distinct
+        if start > 0 and end <= _LESS_DISTINCT * start:
+            yield f"they repeat themselves (distinct 3-grams {percent(start)} -> {percent(end)})"
     for metric, meaning in (
         ("finished", "do not end by themselves"),
         ("empty", "are empty"),
         ("refusals", "are refusals"),
         ("language_changed", "are in another language than the chosen response"),
     ):
-        if shares := ends(metric):
+        shares = ends(metric)
+        if shares:
             start, end = (1 - value if metric == "finished" else value for value in shares)
             both = (start + end) / 2
             # In healthy runs, too, half of the samples may not end: only a rise far above chance counts.
-            if end - start >= max(0.1, 2.5 * math.sqrt(2 * both * (1 - both) / prompts)):
+            if end - start >= max(_MORE_SAMPLES, 2.5 * math.sqrt(2 * both * (1 - both) / prompts)):
                 yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
 
 def _samples_loop(facts: RunFacts) -> Iterator[str]:
-    repeated, start = (last(facts.evaluations, name + "longest_repeat") for name in ("samples/", _REFERENCE))
-    if repeated is not None and repeated >= 0.5 and facts.total_steps >= FEWEST_STEPS:
-        yield (
-            f"the longest passage that a sampled response repeats has {percent(repeated)} of its words"
-            + (f", and {percent(start)} in the reference's responses" if start is not None else "")
-        )
+    share = last(facts.evaluations, "samples/longest_repeat")
+    if share is None or share < _LOOP or facts.total_steps < FEWEST_STEPS:
+        return
+    clause = f"the longest passage that a sampled response repeats has {percent(share)} of its words"
+    start = last(facts.evaluations, _REFERENCE + "longest_repeat")
+    if start is not None:
+        clause += f", and {percent(start)} in the reference's responses"
+    yield clause
 
 
 def _displacement(facts: RunFacts) -> Iterator[str]:
-    share, logps, falls = (
-        last(facts.last_rows, "rewards/both_fall"),
-        facts.chosen_logps(),
-        facts.falls(facts.last_rows),
-    )
     if facts.unit == "record":
-        if falls and falls[-1][1] >= 0.1:
+        falls = facts.falls(facts.last_rows)
+        if falls and falls[-1][1] >= _FELL_NATS:
             yield (
                 f"good responses lost {falls[-1][1]:.2g} nats per token against the reference, although the "
                 f"loss rewards them ({facts.part} reward {digits(last(facts.last_rows, 'rewards/chosen'))})"
             )
-    elif share is not None and share >= 0.5 and logps and "apo_down" not in facts.kinds:
-        start, end = logps  # apo_down lowers both by design
-        if start - end >= 0.1:
-            yield (
-                f"chosen responses became less likely, {start:.2f} -> {end:.2f} nats per token, "
-                f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, "
-                "and harmful only if probability moves to texts that are neither"
-            )
+        return
+    share = last(facts.last_rows, "rewards/both_fall")
+    start, end = facts.chosen_logps() or (0.0, 0.0)
+    if share is None or share < _BOTH_FALL or "apo_down" in facts.kinds:  # apo_down lowers both by design
+        return
+    if start - end >= _FELL_NATS:
+        yield (
+            f"chosen responses became less likely, {start:.2f} -> {end:.2f} nats per token, "
+            f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, "
+            "and harmful only if probability moves to texts that are neither"
+        )
 
 
 @dataclass(frozen=True)
@@ -570,13 +659,10 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """Return the verdict for a screen, at most six lines; the sentence's own finding is not repeated."""
-        return [
-            f"verdict: {self.sentence}",
-            *(
-                f"  try: {fault.remedy}" if fault is self.worst else f"  - {fault.with_remedy}"
-                for fault in self.findings
-            ),
-        ]
+        lines = [f"verdict: {self.sentence}"]
+        for fault in self.findings:
+            lines.append(f"  try: {fault.remedy}" if fault is self.worst else f"  - {fault.with_remedy}")
+        return lines
 
 
 def verdict(
@@ -587,11 +673,13 @@ def verdict(
     `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
     facts = RunFacts(rows, summary, data_findings)
-    by_rule = {name: finding for name in RUN_RULES if (finding := _finding(name, facts)) is not None}
+    all_findings = list(filter(None, (_finding(name, facts) for name in RUN_RULES)))
     is_lost = next(lost_weights(facts), None) is not None  # else the run only skipped some steps
-    causes = [name for name in by_rule if name != "diverged" or is_lost]
-    explained = {other for name in causes for other in RUN_RULES[name].explains}
-    findings = [finding for name, finding in by_rule.items() if name not in explained]
+    consequences = set[str]()
+    for finding in all_findings:
+        if finding.rule != "diverged" or is_lost:
+            consequences.update(RUN_RULES[finding.rule].explains)
+    findings = [finding for finding in all_findings if finding.rule not in consequences]
     worst = next((finding for finding in findings if finding.level is not Level.note), None)
     sentence = f"{RUN_RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
@@ -624,7 +712,8 @@ def _success(facts: RunFacts) -> str:
         unknown.append("nothing was sampled")
     if accuracy is not None and accuracy.is_chance and facts.total_steps >= FEWEST_STEPS:
         unknown.append(f"the {facts.accuracy_title} is within its noise of a guess, {accuracy.noise:.3f}")
-    result += f" ({'; '.join(unknown)})" if unknown else ""
+    if unknown:
+        result += f" ({'; '.join(unknown)})"
     if accuracy is None or last(facts.last_rows, facts.accuracy_key) is None:
         return f"{result}: {fall}"
     pairs = f" on {pluralize(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""

@@ -145,7 +145,9 @@ class _Check:
         *,
         is_synchronised: bool,
     ):
-        self._causal_lm, self._device, self._filler = causal_lm, device, filler
+        self._causal_lm = causal_lm
+        self._device = device
+        self._filler = filler
         self._agree = agree
         self._is_synchronised = is_synchronised
         *others, last = trial_examples(causal_lm, context_length(causal_lm.config) or LONGEST, images)

@@ -114,7 +114,8 @@ class RefusedError(Exception):
     def __init__(self, status: str, code: Any = None, param: Any = None):
         words = [fact[:_WORD] for fact in (status, code, param) if isinstance(fact, str) and fact]
         super().__init__(", ".join(words))
-        self.code, self.param = str(code), str(param)
+        self.code = str(code)
+        self.param = str(param)
 
 
 class Client:
@@ -127,7 +128,10 @@ class Client:
             raise ConfigError(
                 "an endpoint needs the package openai", where=url_key, remedy=install_extra("judge")
             ) from None
-        self._openai, self.url, self._url_key, self.name = openai, url, url_key, name
+        self._openai = openai
+        self.url = url
+        self._url_key = url_key
+        self.name = name
         key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
         timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
         asks_proxies = _ON_THIS_MACHINE.fullmatch(urlsplit(url).hostname or "") is None
@@ -149,7 +153,8 @@ class Client:
             max_retries=RETRIES,
             http_client=connections,
         )
-        self._parallel, self._names = parallel, ""
+        self._parallel = parallel
+        self._names = ""
         self._file: Path | None = None
         self._show: Callable[[int, int], None] = lambda *_: None
         self._answered = self._asked = 0
@@ -207,7 +212,8 @@ class Client:
         `times`: how many requests are expected for each one until the end of the block.
         """
         before = self._file, self._show
-        self._file, self._show = file, lambda answered, asked: show(answered, round(asked * times))
+        self._file = file
+        self._show = lambda answered, asked: show(answered, round(asked * times))
         try:
             yield
         finally:
@@ -228,7 +234,8 @@ class Client:
                     key, reply = json.loads(line)
                     kept[key] = reply
         replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
-        self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
+        self._asked = self._asked + len(keys)
+        self._answered = self._answered + len(replies)
         self._show(self._answered, self._asked)
         missing = [key for key in keys if key not in replies]
 

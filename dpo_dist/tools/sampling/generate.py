@@ -268,8 +268,10 @@ def generate_together(
     """
     if not requests:
         return []
-    world, synchronised = stops.world, engine.is_synchronised
-    samples, is_broken = dict[int, Sample](), False
+    world = stops.world
+    synchronised = engine.is_synchronised
+    samples = dict[int, Sample]()
+    is_broken = False
     with engine.ready_to_generate(without_adapter=without_adapter) as causal_lm:
         mixes_lengths = may_mix_lengths(
             causal_lm,
@@ -290,7 +292,8 @@ def generate_together(
             if number >= len(share) and not synchronised:
                 continue
             indices = share[number] if number < len(share) else []
-            chosen, settings = [requests[index] for index in indices], sampling
+            chosen = [requests[index] for index in indices]
+            settings = sampling
             if not chosen:  # a rank without work takes part in the forwards of the others
                 settings = Sampling(max_new_tokens=1, temperature=0)
             if synchronised:

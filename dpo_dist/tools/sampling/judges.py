@@ -35,7 +35,9 @@ from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts
 
 log = logging.getLogger(__name__)
 
-_FUNCTION, _REWARD_MODEL, _URL = "pairs.function", "pairs.reward_model", "pairs.endpoint.url"
+_FUNCTION = "pairs.function"
+_REWARD_MODEL = "pairs.reward_model"
+_URL = "pairs.endpoint.url"
 _CPU = torch.device("cpu")
 
 
@@ -55,7 +57,8 @@ class Question:
     @property
     def prompt_with_images(self) -> Any:
         """The prompt with the file of each image, as bytes, in the `image` of its part."""
-        prompt, images = self.prompt, iter(self.record.images)
+        prompt = self.prompt
+        images = iter(self.record.images)
         for turn in prompt if self.record.images else ():
             for part in turn["content"] if isinstance(turn["content"], list) else ():
                 if part["type"] == "image":
@@ -175,7 +178,8 @@ class RewardModel:
 
     @cached_property
     def _model(self) -> Any:
-        whole, kind = replace(self.config, quantization=None), AutoModelForSequenceClassification
+        whole = replace(self.config, quantization=None)
+        kind = AutoModelForSequenceClassification
         model_config = load_config(self._folder, whole, _REWARD_MODEL)
         model = load_weights(self._folder, model_config, whole, self.device, key=_REWARD_MODEL, kind=kind)
         return model.to(self.device).eval()
@@ -215,7 +219,9 @@ class RewardModel:
         Return None if the template rejects the conversation, or if the tokenizer cannot encode it.
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
-        prompt, chat, messages = record.prompt, facts.chat, turns_of(record.prompt, "user")
+        prompt = record.prompt
+        chat = facts.chat
+        messages = turns_of(record.prompt, "user")
         if chat is None:
             text = "\n\n".join(turn.content for turn in messages)
             text = prompt.text if isinstance(prompt, Dialogue) else text
@@ -284,7 +290,8 @@ class EndpointJudge:
     """Asks an endpoint for verdicts, several at a time."""
 
     def __init__(self, config: EndpointConfig):
-        self._config, self._options = config, _OPTIONS
+        self._config = config
+        self._options = _OPTIONS
         address = str(config.url), _URL, str(config.model)
         self.client = Client(*address, TIMEOUT_SECONDS, PARALLEL_REQUESTS)
 
@@ -347,7 +354,8 @@ class EndpointJudge:
 
     def _ask(self, messages: list[Any]) -> str:
         """Return the assistant's text; the temperature is 0 if the endpoint accepts that."""
-        body, options = {"model": self.client.name, "messages": messages}, self._options
+        body = {"model": self.client.name, "messages": messages}
+        options = self._options
         try:
             reply = self.client.send(
                 lambda openai: openai.chat.completions.with_raw_response.create(**body, **options),

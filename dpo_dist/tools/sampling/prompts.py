@@ -120,7 +120,9 @@ class Prompts:
         `client`: that of a server which `work` asks. Its requests are the progress, and its replies are kept
         until their part is finished.
         """
-        world, console, flag = self.run.world, self.run.console, parts.folder / _FAILED
+        world = self.run.world
+        console = self.run.console
+        flag = parts.folder / _FAILED
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
         share = unfinished[world.rank :: world.size]
@@ -184,8 +186,11 @@ class Prompts:
 
     def _served(self, source: ModelSource, records: Sequence[PreferenceRecord]) -> Server:
         """Return the server on every rank, checked by some of the prompts that it is asked; collective."""
-        config, world, console = self.run.config, self.run.world, self.run.console
-        endpoint, model = config.section_of(SamplingConfig).endpoint, config.model
+        config = self.run.config
+        world = self.run.world
+        console = self.run.console
+        endpoint = config.section_of(SamplingConfig).endpoint
+        model = config.model
         responder = open_responder(source, model, config.data)
 
         def ready() -> None:
@@ -220,11 +225,9 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
 
 def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
     """Return the judge and its description on every rank, None twice without a judge; collective."""
-    pairs, model, store = (
-        run.config.section_of(PairsConfig),
-        run.config.model,
-        Path(run.config.reference.store),
-    )
+    pairs = run.config.section_of(PairsConfig)
+    model = run.config.model
+    store = Path(run.config.reference.store)
     judge = run.world.together(lambda: open_judge(pairs, model, store, run.world.device))
     with run.console.heartbeat("looking for the judge"):
         return judge, None if judge is None else run.world.on_main(judge.describe)
@@ -308,7 +311,9 @@ def check_model(
     A server that should generate by it, under `name` (default: the path), gets a harmless request, unless
     the model is served only later, by `sampling.endpoint.reload`.
     """
-    model, data, endpoint = config.model, config.data, config.section_of(SamplingConfig).endpoint
+    model = config.model
+    data = config.data
+    endpoint = config.section_of(SamplingConfig).endpoint
     source = find_files(path, model, key, description_folder)
     responder = open_responder(replace(source, name=name or path), model, data)
     if endpoint.url is not None and endpoint.reload is None:

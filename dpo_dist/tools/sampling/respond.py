@@ -80,11 +80,13 @@ def find_files(
     `description_folder`, which downloads no weights.
     """
     revision = model.revision if name == model.path else None
-    folder, adapter = find(name, revision, key, accepts_adapter=True), None
+    folder = find(name, revision, key, accepts_adapter=True)
+    adapter = None
     if is_adapter(folder):
         adapter = folder
         adapter_config: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
-        base, commit = str(adapter_config.get("base_model_name_or_path")), adapter_config.get("revision")
+        base = str(adapter_config.get("base_model_name_or_path"))
+        commit = adapter_config.get("revision")
         folder = find(base, None if Path(base).expanduser().is_dir() else commit, key)
     return ModelSource(name, key, folder, adapter, revision, "")
 
@@ -104,7 +106,8 @@ def check_model_files(source: ModelSource, store: Path | None) -> None:
 def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSource:
     """Return the same as `find_files`, with the digest of the files, which `store` caches."""
     source = find_files(name, model, key)
-    folder, adapter = source.folder, source.adapter
+    folder = source.folder
+    adapter = source.adapter
     files = digest_model(folder, store, remote_code=model.trust_remote_code, adapter=adapter)
     parts = [files.digest, tokenizer_digest(source.tokenizer_folder)]
     parts += [] if model.images is None else [tokenizer_digest(folder, with_images=True)]
@@ -146,13 +149,12 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
     Raises ConfigError, also if `model.images` is set and the model reads none.
     """
     encoder = load_encoder(source.folder, source.adapter, model)
-    tokenizer, processor = encoder.tokenizer, encoder.processor
+    tokenizer = encoder.tokenizer
+    processor = encoder.processor
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
     model_config = load_config(source.folder, model)
-    longest, vocabulary = (
-        context_length(model_config),
-        getattr(model_config.get_text_config(), "vocab_size", None),
-    )
+    longest = context_length(model_config)
+    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None)
     return Responder(source, tokenizer, data, stop_ids, longest, processor, vocabulary)
 
 
@@ -166,7 +168,8 @@ def open_generator(
     source: ModelSource, model: ModelConfig, data: DataConfig, device: torch.device
 ) -> tuple[Responder, Generate]:
     """Load a whole model onto `device`; return its responder and the function that generates."""
-    responder, causal_lm = open_responder(source, model, data), load_source(source, model, device)
+    responder = open_responder(source, model, data)
+    causal_lm = load_source(source, model, device)
     return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
 
 
@@ -359,7 +362,8 @@ class _Decoder:
 
     def completion(self, sample: Sample, number: int) -> Completion:
         """Return a sample as a completion, which says whether training would encode the same tokens."""
-        ids, finished = sample.ids, sample.is_finished
+        ids = sample.ids
+        finished = sample.is_finished
         ends = [] if sample.end is None else [sample.end]
         message, same = self._decoded(ids)
         text = message.content
@@ -367,7 +371,9 @@ class _Decoder:
         next_turn = prompt.start_of_turn(text) if isinstance(prompt, Dialogue) else None
         if next_turn is not None:
             # The model speaks for the other side too: its response ends before that turn.
-            text, finished, ends = text[:next_turn], True, []
+            text = text[:next_turn]
+            finished = True
+            ends = []
             ids = self._encode(text) or []
             same = ids == sample.ids[: len(ids)]
         return Completion(number, text, len(ids), finished, same, dict(message.fields), ids + ends)

@@ -75,7 +75,8 @@ class Server:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample | None]:
         """Return a sample for each request, in order; None where the server refuses the prompt."""
         keys = [f"{each.key} {'' if self.takes_ids else each.number}" for each in requests]
-        counts, prompts = Counter(keys), dict(zip(keys, requests, strict=True))
+        counts = Counter(keys)
+        prompts = dict(zip(keys, requests, strict=True))
 
         def answer(key: str) -> list[tuple[list[int], int | None]]:
             most = replace(sampling, max_new_tokens=prompts[key].new_tokens(sampling))
@@ -105,7 +106,8 @@ class Server:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
         read = reply.usage.prompt_tokens if reply.usage else None
         # Reported tokens are tokens of the model, as many as their log-probs and not too many.
-        most, end = sampling.max_new_tokens, self.responder.vocabulary
+        most = sampling.max_new_tokens
+        end = self.responder.vocabulary
         for choice in reply.choices:
             ids = choice.token_ids or []
             logps = (choice.logprobs and choice.logprobs.token_logprobs) or []
@@ -118,7 +120,8 @@ class Server:
         return [self._completed(prompt_ids, choice, read) for choice in reply.choices]
 
     def _completed(self, prompt_ids: TokenIds, choice: Choice, read: int | None) -> _Completed:
-        stop_ids, ids = self.responder.stop_ids, choice.token_ids
+        stop_ids = self.responder.stop_ids
+        ids = choice.token_ids
         text = choice.text or ""
         if ids is None:  # tokenized after the prompt, on which the first token may depend
             ids = self._encoded(self._as_text(prompt_ids) + text)
@@ -138,7 +141,8 @@ class Server:
 
     def _as_text(self, prompt_ids: TokenIds) -> str:
         """Return the text that the server will tokenize to these ids; raise RefusedError without one."""
-        tokenizer, ids = self.responder.tokenizer, prompt_ids.tolist()
+        tokenizer = self.responder.tokenizer
+        ids = prompt_ids.tolist()
         text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for written in (text, text.removeprefix(str(tokenizer.bos_token))):
             if self._encoded(written) == ids:
@@ -171,7 +175,8 @@ def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
 
 def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
     """Run `sampling.endpoint.reload`, and wait until the server answers."""
-    folder, deadline = str((source.adapter or source.folder).absolute()), time.monotonic() + RELOAD_SECONDS
+    folder = str((source.adapter or source.folder).absolute())
+    deadline = time.monotonic() + RELOAD_SECONDS
     try:
         words = [word.replace("{model}", folder) for word in shlex.split(str(endpoint.reload))]
         subprocess.run(words, check=True, timeout=RELOAD_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
@@ -211,7 +216,8 @@ def check_served(
     replies = server.client.ask(prompts, answer, server.probe)
     answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
     _check_tokens(server, answered)
-    examples, theirs = [], list[float]()
+    examples = []
+    theirs = list[float]()
     for ids, reply in answered:
         ends = [] if reply.sample.end is None else [reply.sample.end]
         tokens = (reply.sample.ids + ends)[: len(reply.logps)]

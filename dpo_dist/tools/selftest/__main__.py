@@ -81,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del os.environ[name]  # else processes that are started here would join the world of this one
     for number in stop_signals():
         signal.signal(number, raise_terminated)
-    began, checks = time.monotonic(), list[Check]()
-    code, verdict = ExitCode.findings, "stopped before all checks were done"
+    began = time.monotonic()
+    checks = list[Check]()
+    code = ExitCode.findings
+    verdict = "stopped before all checks were done"
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     content: dict[str, Any] = {"date": now, "host": socket.gethostname()}
     try:
@@ -110,7 +112,8 @@ def _verdict(checks: Sequence[Check]) -> tuple[ExitCode, str]:
         return ExitCode.findings, f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}"
     if not any("allowed" in check.values and check.outcome == "passed" for check in checks):
         return ExitCode.findings, "no two ways of training could be compared"
-    gpus, on = torch.cuda.device_count(), "these GPUs"
+    gpus = torch.cuda.device_count()
+    on = "these GPUs"
     if gpus < 2:
         on = "this GPU; sharding over several was not tried"
     if not gpus:

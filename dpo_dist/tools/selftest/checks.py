@@ -34,7 +34,8 @@ from dpo_dist.training.start.preflight import checked_console
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
-STEPS, COMPARED_METRICS = 4, ("loss", "grad_norm")  # for runs that are compared
+STEPS = 4
+COMPARED_METRICS = ("loss", "grad_norm")  # for runs that are compared
 RunRows = list[dict[str, Any]]
 
 
@@ -116,7 +117,8 @@ def train_rows(
 
     The run directory is deleted; a preempted run keeps it without the metrics, for the run that resumes it.
     """
-    run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
+    run = RunFolder(folder / "run")
+    program = ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
         program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
     usual = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
@@ -140,7 +142,8 @@ def train_without_overlap(words: Sequence[str]) -> int:
     from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
 
     deepspeed_config.OVERLAPS = False
-    config, stop = load_run_config(words, verb="train"), StopRequest()
+    config = load_run_config(words, verb="train")
+    stop = StopRequest()
     with stop.listening(), checked_console(config, trains=True) as console:
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
@@ -169,7 +172,8 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> Fau
             raise
     if process.returncode == code:
         return None
-    lines, lacks = [line.strip() for line in screen.splitlines() if line.strip()], None
+    lines = [line.strip() for line in screen.splitlines() if line.strip()]
+    lacks = None
     # Why it ended: a signal, which the launcher gives as 128 + its number; an error; or else the last line.
     numbers = (-process.returncode, process.returncode - 128)
     if ended_by := [each.name for each in signal.Signals if each in numbers]:
@@ -239,7 +243,8 @@ def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
     gathered, error_of_sum = json.loads(out.read_text())
     speeds = ", ".join(f"{size} MB: {speed:.3g} GB/s" for size, speed in gathered.items())
     yield Check("all-gather of bf16", "measured", speeds, gathered)
-    seen, values = f"within {error_of_sum:.1e} of float64", {"difference": error_of_sum}
+    seen = f"within {error_of_sum:.1e} of float64"
+    values = {"difference": error_of_sum}
     yield Check("sums over GPUs in float32", "passed" if error_of_sum < 1e-6 else "failed", seen, values)
 
 
@@ -251,10 +256,13 @@ def exchange(out: Path) -> int:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", timeout=timedelta(seconds=HANGS_SECONDS))
-    rank, ranks, gathered = dist.get_rank(), dist.get_world_size(), {}
+    rank = dist.get_rank()
+    ranks = dist.get_world_size()
+    gathered = {}
     for megabytes in _GATHERED:
         part = torch.ones(megabytes * 10**6 // 2 // ranks, dtype=torch.bfloat16, device=device)
-        whole, began = part.new_empty(len(part) * ranks), 0.0
+        whole = part.new_empty(len(part) * ranks)
+        began = 0.0
         for repetition in range(-2, 10):  # the first ones connect the processes, and are not timed
             if repetition == 0:
                 torch.cuda.synchronize()
@@ -263,7 +271,8 @@ def exchange(out: Path) -> int:
         torch.cuda.synchronize()
         gathered[megabytes] = 10 * (whole.nbytes - part.nbytes) / (time.monotonic() - began) / 1e9
     parts = [torch.randn(10**6, generator=torch.Generator().manual_seed(seed)) for seed in range(ranks)]
-    total, exact = parts[rank].to(device), torch.stack(parts).double().sum(0)
+    total = parts[rank].to(device)
+    exact = torch.stack(parts).double().sum(0)
     dist.all_reduce(total)
     if rank == 0:
         out.write_text(json.dumps([gathered, float((total.cpu() - exact).norm() / exact.norm())]))
@@ -284,7 +293,8 @@ def check_attention(device: Any) -> Iterator[Check]:
     chosen = choose_backend(AttentionBackend.auto, Dtype.bf16, device)
     yield Check("attention chosen by auto", "measured", chosen)
     for backend in list(AttentionBackend)[1:-1]:  # not SDPA, with which the others are compared
-        name, faults = f"attention by {backend}", list[str]()
+        name = f"attention by {backend}"
+        faults = list[str]()
         try:
             choose_backend(backend, Dtype.bf16, device)
         except DpoDistError as error:
@@ -339,9 +349,11 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
     for way, changed in ways.items():
         keys = {"model.dtype": "fp32", "model.fused": "none"}
         keys |= dict(key.split("=") for key in changed.split())
-        words, name = [*usual, *map("=".join, keys.items())], f"steps of {way}"
+        words = [*usual, *map("=".join, keys.items())]
+        name = f"steps of {way}"
         number = {_ON_ONE: 1, _ON_HALF: gpus // 2}.get(way, gpus)
-        rows, fault = RunRows(), None
+        rows = RunRows()
+        fault = None
         if way == _ON_HALF:
             stopped = [*words, "trainer.stop_after_steps=2"]
             rows, fault = train_rows(folder, name, stopped, gpus, range(1, 3), ExitCode.preempted)
@@ -359,12 +371,16 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
             for key in COMPARED_METRICS
         ]
         difference = max(abs(number / other - 1) for number, other in pairs)
-        outcome, seen = "passed", f"within {difference:.1e} of {first[0]}"
+        outcome = "passed"
+        seen = f"within {difference:.1e} of {first[0]}"
         if difference > allowed:
-            outcome, seen = "failed", f"{seen}, where {allowed:g} is allowed"
+            outcome = "failed"
+            seen = f"{seen}, where {allowed:g} is allowed"
         values = {"difference": difference, "allowed": allowed}
         if is_first:
-            outcome, seen, values = "measured", "the others are compared with it", {}
+            outcome = "measured"
+            seen = "the others are compared with it"
+            values = {}
         yield Check(name, outcome, seen, values)
 
 
@@ -380,7 +396,8 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
         if gpus > 1:
             ways[WITHOUT_OVERLAP] = ["model.fused=none"]
         for name, changed in ways.items():
-            check, way = f"speed of {shape}, {name}", [*words, *changed]
+            check = f"speed of {shape}, {name}"
+            way = [*words, *changed]
             rows, fault = train_rows(folder, check, way, gpus, range(1, 7))
             if fault:
                 yield fault.check(check, is_large=True)

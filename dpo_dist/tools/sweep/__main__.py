@@ -43,7 +43,8 @@ def main(points: Points) -> int:
 
             with locked(folder.lock, "searches here", "wait until it ends, or set another run.name"):
                 search = Search(points, folder, console)
-                is_stopped, found = search.run(search.waiting()), search.found()
+                is_stopped = search.run(search.waiting())
+                found = search.found()
             pool: Pool = search
         else:
             job, jobs = _place_in_array()
@@ -52,7 +53,8 @@ def main(points: Points) -> int:
             share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
             console.say(f"sweep: {len(points):,} points{share}, {len(mine) - len(left):,} finished")
             pool = Pool(points, folder, console, first.section_of(SweepConfig))
-            is_stopped, found = pool.run(iter(left)), {}
+            is_stopped = pool.run(iter(left))
+            found = {}
         results = sweep_results(pool.points, pool.ends, folder, found)
         lines = [*sweep_lines(results, pool.points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
@@ -111,13 +113,15 @@ def check(points: Points) -> CheckReport:
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.dry_run import dry_run, start_in_words  # noqa: PLC0415  (slow)
 
-    loaded, facts = dict[str, CheckReport](), list[tuple[str, str]]()
+    loaded = dict[str, CheckReport]()
+    facts = list[tuple[str, str]]()
     for words, config in points.items():
         loads = config.model, config.data, config.reference, config.loss, config.metrics, config.parallelism
         key = repr(loads)
         if key not in loaded:
             loaded[key] = dry_run(config, plan=plan_in_brief)
-        run, common = RunFolder(config.run.path), next(iter(loaded.values()))
+        run = RunFolder(config.run.path)
+        common = next(iter(loaded.values()))
         facts.append((" ".join(words), f"{run} ({start_in_words(config)})"))
         facts += (fact for fact in loaded[key].facts if fact not in common.facts and fact[0] != "run.dir")
     return common._replace(facts=[*facts, *common.facts])

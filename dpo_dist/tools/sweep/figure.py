@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import log10
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +21,8 @@ SEED = "trainer.seed"
 _WIDE = 10.0  # two values with a larger ratio are on a logarithmic axis
 _PANEL_WIDTH, _PANEL_HEIGHT = 380, 252
 _LINE_HEIGHT = 16  # of the legend
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 364.0, 28.0, 204.0
+_LEFT, _RIGHT = 50.0, 364.0
+_TOP, _BOTTOM = 28.0, 204.0
 _BARS = 0.7  # the part of the space of a value that its bars take
 _APART = 5.0  # coordinates between the points of two lines at one value: else bars of the spread hide others
 
@@ -45,15 +46,20 @@ class Figure:
     series: Mapping[str, Sequence[Mean]]
 
     @property
+    def means(self) -> Iterator[Mean]:
+        """The means of all series."""
+        return chain.from_iterable(self.series.values())
+
+    @property
     def values(self) -> list[Any]:
         """The swept values, numbers in order."""
-        values = list(dict.fromkeys(each.value for means in self.series.values() for each in means))
+        values = list(dict.fromkeys(mean.value for mean in self.means))
         return sorted(values) if self.has_numbers else values
 
     @property
     def has_numbers(self) -> bool:
         """Whether the swept values are numbers: else they have bars."""
-        return all(_is_number(each.value) for means in self.series.values() for each in means)
+        return all(_is_number(mean.value) for mean in self.means)
 
     @property
     def is_log(self) -> bool:
@@ -69,9 +75,8 @@ class Figure:
     @property
     def ends(self) -> Iterator[float]:
         """The ends of all bars of the spread; of columns also 0."""
-        for means in self.series.values():
-            for each in means:
-                yield from (each.mean - each.spread, each.mean + each.spread)
+        for each in self.means:
+            yield from (each.mean - each.spread, each.mean + each.spread)
         if not self.has_numbers:
             yield 0.0
 
@@ -99,25 +104,28 @@ def figures(points: Sequence[Mapping[str, Any]]) -> list[Figure]:
     Of the swept keys the one with most values is the horizontal axis, numbers first. Losses, rewards and
     margins have no figure if the losses of the points differ.
     """
-    done = [point for point in points if point.get("metrics")]
-    keys = list(dict.fromkeys(key for point in done for key in point["settings"] if key != SEED))
-    values = {
-        key: {_text(point["settings"].get(key)): point["settings"].get(key) for point in done} for key in keys
-    }
-    several = [key for key in keys if len(values[key]) > 1]
-    if not several:
+    points = [point for point in points if point.get("metrics")]
+    values = dict[str, dict[str, Any]]()
+    for key in dict.fromkeys(chain.from_iterable(point["settings"] for point in points)):
+        of_points = [point["settings"].get(key) for point in points]
+        by_text = {_text(value): value for value in of_points}
+        if key != SEED and len(by_text) > 1:
+            values[key] = by_text
+    if not values:
         return []
 
     def rank(key: str) -> tuple[bool, int]:
         return all(map(_is_number, values[key].values())), len(values[key])
 
-    over = max(several, key=rank)
-    others = [key for key in several if key != over]
-    has_losses = any(key.partition(".")[0] == "loss" for key in several)
-    compared = [name for name in MAIN if not (has_losses and name.startswith(LOSS_METRICS))]
-    names = [prefix + name for name in compared for prefix in (PREFIX, "")]
-    drawn = [Figure(name, over, _series(done, name, over, others)) for name in names]
-    return [figure for figure in drawn if figure.series]
+    over = max(values, key=rank)
+    others = [key for key in values if key != over]
+    losses_differ = any(key.partition(".")[0] == "loss" for key in values)
+    names = []
+    for name in MAIN:
+        if not (losses_differ and name.startswith(LOSS_METRICS)):
+            names += [PREFIX + name, name]
+    of_metrics = [Figure(name, over, _series(points, name, over, others)) for name in names]
+    return [figure for figure in of_metrics if figure.series]
 
 
 def _text(value: object) -> str:
@@ -128,31 +136,34 @@ def _series(
     points: Sequence[Mapping[str, Any]], metric: str, over: str, others: Sequence[str]
 ) -> dict[str, list[Mean]]:
     """Return the means over seeds by the label of the other settings, in the order of the points."""
-    measured = dict[str, dict[str, tuple[Any, list[float]]]]()
+    by_label = dict[str, dict[str, tuple[Any, list[float]]]]()
     for point in points:
-        if (value := point["metrics"].get(metric)) is None:
-            continue
         settings = point["settings"]
+        result = point["metrics"].get(metric)
+        if result is None:
+            continue
         label = ", ".join(f"{key.rpartition('.')[2]} {_text(settings.get(key))}" for key in others)
-        swept = settings.get(over)
-        measured.setdefault(label, {}).setdefault(_text(swept), (swept, []))[1].append(value)
+        value = settings.get(over)
+        _, results = by_label.setdefault(label, {}).setdefault(_text(value), (value, []))
+        results.append(result)
     series = dict[str, list[Mean]]()
-    for label, by_value in measured.items():
-        means = [
-            Mean(swept, fmean(found), stdev(found) if len(found) > 1 else 0.0, len(found))
-            for swept, found in by_value.values()
-        ]
+    for label, by_value in by_label.items():
+        means = []
+        for value, results in by_value.values():
+            spread = stdev(results) if len(results) > 1 else 0.0
+            means.append(Mean(value, fmean(results), spread, len(results)))
         has_numbers = all(_is_number(each.value) for each in means)
         series[label] = sorted(means, key=lambda each: each.value) if has_numbers else means
     return series
 
 
-def _drawn(figure: Figure) -> dict[str, Any]:
+def _drawing(figure: Figure) -> dict[str, Any]:
     """Return what the template draws of a figure, in tenths of its coordinates."""
     values = figure.values
     up = Axis.around(figure.ends, _BOTTOM, _TOP)
     if not figure.has_numbers:
-        up = Axis(min(0.0, up.low if min(figure.ends) < 0 else 0.0), up.high, _BOTTOM, _TOP)
+        low = min(0.0, up.low) if min(figure.ends) < 0 else 0.0
+        up = Axis(low, up.high, _BOTTOM, _TOP)
         places = {each: _LEFT + (_RIGHT - _LEFT) * (at + 0.5) / len(values) for at, each in enumerate(values)}
         marks = [(round(place, 1), _text(each)) for each, place in places.items()]
         width = _BARS * (_RIGHT - _LEFT) / len(values) / len(figure.series)
@@ -167,27 +178,32 @@ def _drawn(figure: Figure) -> dict[str, Any]:
     series = []
     for at, (label, means) in enumerate(figure.series.items()):
         shift = (at + 0.5 - len(figure.series) / 2) * (width or _APART)
-        points = [
-            {
+        points = []
+        for each in means:
+            title = f"{figure.over} {_text(each.value)}"
+            if label:
+                title += f", {label}"
+            text = f"{title}: {number(each.mean)}"
+            if each.seeds > 1:
+                text += f" ± {number(each.spread)}, {each.seeds} seeds"
+            point = {
                 "x": round(places[each.value] + shift, 1),
                 "y": up.place(each.mean),
                 "low": up.place(each.mean - each.spread),
                 "high": up.place(each.mean + each.spread),
                 "has_spread": each.seeds > 1,
-                "text": f"{figure.over} {_text(each.value)}{', ' * bool(label)}{label}: {number(each.mean)}"
-                + (f" ± {number(each.spread)}, {each.seeds} seeds" if each.seeds > 1 else ""),
+                "text": text,
             }
-            for each in means
-        ]
-        series.append(
-            {
-                "label": label,
-                "color": color_classes(list(figure.series), label),
-                "hex": COLORS[at % len(COLORS)],
-                "points": points,
-                "width": width,
-            }
-        )
+            points.append(point)
+        line = {
+            "label": label,
+            "color": color_classes(list(figure.series), label),
+            "hex": COLORS[at % len(COLORS)],
+            "points": points,
+            "width": width,
+        }
+        series.append(line)
+    lines_of_legend = len(series) if len(series) > 1 else 0
     return {
         "title": figure.title,
         "unit": find_metric(figure.metric.removeprefix(PREFIX)).unit,
@@ -199,24 +215,25 @@ def _drawn(figure: Figure) -> dict[str, Any]:
         "right": _RIGHT,
         "bottom": _BOTTOM,
         "zero": up.place(max(up.low, 0.0)),
-        "height": _PANEL_HEIGHT + _LINE_HEIGHT * len(figure.series) * (len(figure.series) > 1),
+        "height": _PANEL_HEIGHT + _LINE_HEIGHT * lines_of_legend,
     }
 
 
-def figure_charts(shown: Sequence[Figure]) -> list[Markup]:
+def figure_charts(panels: Sequence[Figure]) -> list[Markup]:
     """Return a chart for each figure, for a page."""
-    return [part("svg.jinja", "spread", [_drawn(figure)], _PANEL_WIDTH) for figure in shown]
+    return [part("svg.jinja", "spread", [_drawing(figure)], _PANEL_WIDTH) for figure in panels]
 
 
-def write_figure(shown: Sequence[Figure], svg: Path, png: Path) -> None:
+def write_figure(panels: Sequence[Figure], svg: Path, png: Path) -> None:
     """Write the figures beside each other as SVG, and as PNG, each whole or not at all."""
-    write_text(svg, str(part("svg.jinja", "spread", list(map(_drawn, shown)), _PANEL_WIDTH)).strip() + "\n")
+    image = part("svg.jinja", "spread", list(map(_drawing, panels)), _PANEL_WIDTH)
+    write_text(svg, str(image).strip() + "\n")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (slow)
     from matplotlib.figure import Figure as Canvas  # noqa: PLC0415
     from matplotlib.transforms import offset_copy  # noqa: PLC0415
 
-    canvas = Canvas(figsize=(5 * len(shown), 4), dpi=200, layout="constrained")
-    for axes, figure in zip(canvas.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+    canvas = Canvas(figsize=(5 * len(panels), 4), dpi=200, layout="constrained")
+    for axes, figure in zip(canvas.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         values = figure.values
         width = _BARS / len(figure.series)
         for at, (label, means) in enumerate(figure.series.items()):
@@ -228,9 +245,17 @@ def write_figure(shown: Sequence[Figure], svg: Path, png: Path) -> None:
                 line = "--" if at // len(COLORS) % 2 else "-"
                 places = [each.value for each in means]
                 shift = (at + 0.5 - len(figure.series) / 2) * _APART
-                moved = offset_copy(axes.transData, canvas, x=shift, units="points")
-                style = {"color": color, "marker": "o", "linestyle": line, "capsize": 3, "transform": moved}
-                axes.errorbar(places, heights, spreads, label=name, **style)
+                axes.errorbar(
+                    places,
+                    heights,
+                    spreads,
+                    label=name,
+                    color=color,
+                    marker="o",
+                    linestyle=line,
+                    capsize=3,
+                    transform=offset_copy(axes.transData, canvas, x=shift, units="points"),
+                )
             else:
                 shift = (at + 0.5) * width - _BARS / 2
                 places = [values.index(each.value) + shift for each in means]

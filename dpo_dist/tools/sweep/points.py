@@ -73,42 +73,47 @@ def load_points(
         ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
-    cache, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
+    cache = dict[str, Any]()
+    all_mistakes = list[DpoDistError](mistakes)
+    folders = group_folders(own_folder)
     command = partial(Command, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
-    given = {word: override for word in words for override in parse_overrides([word])[0]}
-    fixed = [word for word in words if word not in given or not given[word].is_sweep_override()]
-    values, swept = _values(command(fixed)), {override.key_or_group for override in given.values()}
-    words = [*words, *(word for word in _swept_in_files(values) if word.partition("=")[0] not in swept)]
+    fixed = list[str]()
+    keys = set[str]()
+    for word in words:
+        overrides, _ = parse_overrides([word])  # one; none of a word that is no override
+        keys.update(override.key_or_group for override in overrides)
+        if not any(override.is_sweep_override() for override in overrides):
+            fixed.append(word)
+    values = _values(command(fixed))
+    words = [*words, *(word for word in _swept_in_files(values) if word.partition("=")[0] not in keys)]
     points = Points() if OmegaConf.select(values, "sweep.trials") is None else SearchSpace()
     dimensions = _dimensions(words, folders, all_mistakes, searches=isinstance(points, SearchSpace))
-    choices = [
-        [f"{found.key}={text}" for text in found.texts] if (found := dimensions.get(word)) else [word]
-        for word in words
-    ]
+    choices = []
+    for word in words:
+        dimension = dimensions.get(word)
+        choices.append([f"{dimension.key}={text}" for text in dimension.texts] if dimension else [word])
     refused = dict[tuple[str, ...], ConfigError]()
-    names = dict[str | None, tuple[str, ...]]()
-    for point in product(*choices):
-        swept_words = tuple(word for word in point if word not in words)
+    point_of_run = dict[str | None, tuple[str, ...]]()
+    for choice in product(*choices):
+        point = tuple(word for word in choice if word not in words)
         try:
-            config = load_command(command(point), "sweep")
+            config = load_command(command(choice), "sweep")
         except ConfigError as error:
-            refused[swept_words] = error
+            refused[point] = error
             continue
-        if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
-            if config.run.dir != str(config.identity.default_dir):
-                remedy = Remedy.to_write("run.dir=null", verb="add")
-                remedy += ": each point has a folder of its own below run.root"
-                message = "run.dir is given, so all points would be one run"
-                all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
-                break
-            all_mistakes.append(
-                ConfigError(
-                    f"this point is the same run as {' '.join(same)}",
-                    where=" ".join(swept_words),
-                    remedy="sweep only keys that define the result of a run",
-                )
-            )
-        points[swept_words] = config
+        same = point_of_run.setdefault(config.run.dir, point)
+        is_repeated = same != point or point in points
+        if is_repeated and config.run.dir != str(config.identity.default_dir):
+            remedy = Remedy.to_write("run.dir=null", verb="add")
+            remedy += ": each point has a folder of its own below run.root"
+            message = "run.dir is given, so all points would be one run"
+            all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
+            break
+        if is_repeated:
+            message = f"this point is the same run as {' '.join(same)}"
+            remedy = Remedy("sweep only keys that define the result of a run")
+            all_mistakes.append(ConfigError(message, where=" ".join(point), remedy=remedy))
+        points[point] = config
     all_mistakes += _at_some_points(refused, points)
     if () in points:
         remedy = Remedy("write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train")
@@ -131,14 +136,15 @@ def _values(command: Command) -> Any:
 def _swept_in_files(values: Any) -> Iterator[str]:
     """Yield an override for each key for which a file has several values."""
     for key in run_keys():
-        if isinstance(value := OmegaConf.select(values, key), str) and _SWEEP_IN_FILE.fullmatch(value):
+        value = OmegaConf.select(values, key)
+        if isinstance(value, str) and _SWEEP_IN_FILE.fullmatch(value):
             yield f"{key}={value}"
 
 
 def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iterator[ConfigError]:
     """Yield an error if a search compares losses of different kinds or scales."""
     by = next((str(config.section_of(SweepConfig).by) for config in points.values()), "")
-    keys = [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]
+    keys = [each.key for each in dimensions if each.key.partition(".")[0] == "loss"]
     if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
         remedy = Remedy.to_set(f"sweep.by=eval_{ACCURACIES[0]}") + f", or give {', '.join(keys)} one value"
         message = "this metric cannot be compared between the losses of this search"
@@ -153,14 +159,20 @@ def _dimensions(
     Raises:
         ConfigError: they cannot be listed, or in a search sampled; also the mistakes found `before`.
     """
-    dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
+    dimensions = dict[str, Dimension]()
+    counts = dict[str, float]()
+    mistakes = list[ConfigError]()
     for override in parse_overrides(words)[0]:
-        key, word = override.key_or_group, str(override.input_line)
-        message, remedy, got = "", Remedy(""), ""
+        key = override.key_or_group
+        word = str(override.input_line)
+        message = ""
+        remedy = Remedy("")
+        got = ""
         where: Place = Typed(word)
         if override.is_interval_sweep() and not searches:
             message = "an interval has no points to train"
-            where, got = Place(f"{key}, sweep.trials"), f"{word.partition('=')[2]}, null"
+            where = Place(f"{key}, sweep.trials")
+            got = f"{word.partition('=')[2]}, null"
             remedy = Remedy.to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
             remedy += f" for a search, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif override.is_sweep_override():
@@ -169,34 +181,37 @@ def _dimensions(
             except (ArithmeticError, ValueError, HydraException):
                 message = "this range has no values"
                 remedy = Remedy("write range(3), range(0,9,3) or interval(0,1)")
-                if isinstance(interval := override.value(), IntervalSweep):
+                sweep = override.value()
+                if isinstance(sweep, IntervalSweep):
                     message = "this interval cannot be sampled"
-                    remedy = _samplable(key, word.partition("=")[2], interval)
+                    remedy = _samplable(key, word.partition("=")[2], sweep)
         elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
             remedy = Remedy.to_write(f"{key}={','.join(names_chosen(override))}")
         if message:
             mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
     raise_all([*mistakes, *before] if mistakes else ())
-    if (count := prod(counts.values())) > _MOST_POINTS:
+    count = prod(counts.values())
+    if count > _MOST_POINTS:
+        remedy = Remedy("sweep fewer values, or divide them among several sweeps")
+        if searches:
+            remedy = Remedy("write interval(LOW,HIGH) for a long range, or search fewer values")
         raise ConfigError(
             f"a sweep has at most {_MOST_POINTS:,} points",
             where=COMMAND_LINE,
             got=f"{' '.join(word for word, values in counts.items() if values > 1)}: {count:,.0f}",
-            remedy="write interval(LOW,HIGH) for a long range, or search fewer values"
-            if searches
-            else "sweep fewer values, or divide them among several sweeps",
+            remedy=remedy,
         )
     return dimensions
 
 
-def _samplable(key: str, written: str, interval: IntervalSweep) -> Remedy:
+def _samplable(key: str, text: str, interval: IntervalSweep) -> Remedy:
     """Return the remedy for an interval that cannot be sampled."""
     low, high = float(interval.start or 0), float(interval.end or 0)
     if interval.tags - {"log"}:
         return Remedy("the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)")
     if low > high:
-        turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", written.replace(" ", ""))
+        turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", text.replace(" ", ""))
         return Remedy.to_write_one_of([f"{key}={turned}"], lead="the smaller number comes first: write")
     low = high / 100 if high > 0 else 1e-7
     word = f"{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))"
@@ -209,7 +224,8 @@ def _dimension(override: Override) -> tuple[float, Dimension]:
     Raises:
         ArithmeticError, ValueError, HydraException: there are no values.
     """
-    key, sweep = override.get_key_element(), override.value()
+    key = override.get_key_element()
+    sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         low, high = float(sweep.start or 0), float(sweep.end or 0)
         if low > high or sweep.tags - {"log"} or (sweep.tags and low <= 0):
@@ -223,31 +239,36 @@ def _dimension(override: Override) -> tuple[float, Dimension]:
         start, stop, step = (Decimal(each or 0) for each in (sweep.start, sweep.stop, sweep.step))
         count = float(((stop - start) / step).to_integral_value(ROUND_CEILING))
     texts = list(override.sweep_string_iterator()) if count <= _MOST_POINTS else []
-    if (count := count or len(texts)) <= 0:
+    count = count or len(texts)
+    if count <= 0:
         raise ValueError
     return count, Dimension(key, texts)
 
 
 def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
     """Return whether a list is given to a key that takes one value."""
-    key, values, known = override.key_or_group, override.value(), preset_names(override.key_or_group, folders)
+    key = override.key_or_group
+    values = override.value()
+    presets = preset_names(key, folders)
     if key not in run_keys() or not isinstance(values, list) or not values or fits(key, values):
         return False
-    return all(str(value) in known if known else fits(key, value) for value in values)
+    return all(str(value) in presets if presets else fits(key, value) for value in values)
 
 
 def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[DpoDistError]:
     """Return the points' mistakes, each once; if only some points have one, its error names their values."""
-    found = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
+    by_mistake = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
     for words, error in refused.items():
         for part in error.parts or (error,):
-            found.setdefault((part.message, part.where), {})[words] = part
+            by_mistake.setdefault((part.message, part.where), {})[words] = part
     mistakes = list[DpoDistError]()
-    for (message, where), broken in found.items():
+    for (message, where), broken in by_mistake.items():
         mistake = next(iter(broken.values()))
-        kept = {word for words in (*points, *refused) if words not in broken for word in words}
-        if kept and not isinstance(where, Typed):
-            alone = [word for word in dict.fromkeys(chain.from_iterable(broken)) if word not in kept]
+        others = [words for words in (*points, *refused) if words not in broken]
+        words_of_others = set(chain.from_iterable(others))
+        if words_of_others and not isinstance(where, Typed):
+            words_of_broken = dict.fromkeys(chain.from_iterable(broken))
+            alone = [word for word in words_of_broken if word not in words_of_others]
             values = first_few(alone or [" ".join(words) for words in broken])
             what = values if alone else "one of these values"
             remedy = f"take {what} out of this sweep; in a command of its own {mistake.remedy}"

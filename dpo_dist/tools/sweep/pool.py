@@ -121,12 +121,16 @@ class Pool:
     def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig) -> None:
         import torch  # noqa: PLC0415  (imported by now)
 
-        self.points, self._folder, self._console = points, folder, console
-        self.codes, self.ends = dict[Words, int](), dict[Words, tuple[str, str]]()
+        self.points = points
+        self._folder = folder
+        self._console = console
+        self.codes = dict[Words, int]()
+        self.ends = dict[Words, tuple[str, str]]()
         self._count = settings.trials or len(points)
         self._running = dict[Any, _Process]()  # by a descriptor that is ready when the process has ended
         self._received: list[int] = []
-        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        count = torch.cuda.device_count()
         gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
         parallel = settings.parallel or count or 1
         if count % parallel:
@@ -137,7 +141,8 @@ class Pool:
                 remedy=f"set it to a divisor of {count}",
             )
         self._free = [gpus[place::parallel] for place in range(parallel)]
-        self._launcher, python = settings.launcher, shlex.quote(sys.executable)
+        self._launcher = settings.launcher
+        python = shlex.quote(sys.executable)
         if self._launcher is None and count > parallel:
             self._launcher = f"{python} -m dpo_dist launch"
         elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -149,7 +154,8 @@ class Pool:
         The next point is asked for when GPUs are free for it.
         """
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
-        has_more, due = True, time.monotonic() + _PROGRESS_SECONDS
+        has_more = True
+        due = time.monotonic() + _PROGRESS_SECONDS
         while (has_more and not self._received) or self._running:
             while self._free and not self._received and (words := next(waiting, None)) is not None:
                 self._start(words)
@@ -165,7 +171,8 @@ class Pool:
         for number, handler in before.items():
             signal.signal(number, handler)
         for words in filter(lambda words: is_finished(self.points[words]), list(self.ends)):
-            self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
+            self.codes[words] = ExitCode.completed
+            self.ends[words] = (_ending(ExitCode.completed), "")
         return bool(self._received)
 
     def is_hopeless(self, words: Words) -> bool:  # noqa: ARG002

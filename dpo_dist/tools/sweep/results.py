@@ -1,6 +1,6 @@
 """Collect the results of a sweep: outcomes and final metrics of its points, as JSON and as lines."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ def sweep_results(
 ) -> dict[str, Any]:
     """Write sweep.json, and return its content; `ends` has the points that this start has run."""
     rows = [_point(words, config, ends.get(words, ("", "")), folder) for words, config in points.items()]
-    results = {"points": rows, **({"search": search} if search else {})}
+    results: dict[str, Any] = {"points": rows}
+    if search:
+        results["search"] = search
     write_json(folder.sweep, results)
     return results
 
@@ -38,53 +40,78 @@ def sweep_results(
 def _point(words: tuple[str, ...], config: RunConfig, end: End, folder: RunFolder) -> dict[str, Any]:
     run = RunFolder(config.run.path)
     facts = PageFacts(run)
-    recorded = facts.state.get("outcome", _NOT_TRAINED)
-    unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
-    outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
-    row: dict[str, Any] = {"settings": point_settings(words, config)}
-    row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.point_screen(run))}
+    outcome, error = end
+    if not outcome:
+        outcome = facts.state.get("outcome", _NOT_TRAINED)
+        if outcome in (RunOutcome.started, RunOutcome.exported):
+            outcome = "not finished"
+    row = {
+        "settings": point_settings(words, config),
+        "run_dir": str(run),
+        "outcome": outcome,
+        "screen": str(folder.point_screen(run)),
+    }
     if outcome == RunOutcome.completed:
-        final, intervals = facts.section("final"), facts.intervals(ALL)
-        names = [PREFIX + name for name in MAIN if PREFIX + name in final] or MAIN
-        row["metrics"] = {name: final[name] for name in names if name in final}
-        row["intervals"] = {name: intervals[name] for name in row["metrics"] if name in intervals}
+        final = facts.section("final")
+        metrics = _values_of(final, [PREFIX + name for name in MAIN]) or _values_of(final, MAIN)
+        row["metrics"] = metrics
+        row["intervals"] = _values_of(facts.intervals(ALL), metrics)
     elif error:
         row["error"] = error
     return row
 
 
+def _values_of(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row}
+
+
 def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have started; return its table, and lines about the others."""
     search = results.get("search")
-    folders = {words: RunFolder(config.run.path) for words, config in points.items()}
-    begun = {run: words for words, run in folders.items() if run.state.is_file()}
-    settings = [dict(word.lstrip("+").split("=", 1) for word in words) for words in begun.values()]
-    drawn = [] if search else figures(results["points"])
+    runs = list[RunFolder]()
+    settings = list[dict[str, str]]()
+    for words, config in points.items():
+        run = RunFolder(config.run.path)
+        if run.state.is_file():
+            runs.append(run)
+            settings.append(dict(word.lstrip("+").split("=", 1) for word in words))
     charts = [_search_chart(search)] if search else []
+    plots = [] if search else figures(results["points"])
+    has_page = len(runs) > 1
     lines = list[str]()
-    if len(begun) > 1:
-        lines = ["", *compare_runs(list(begun), page, charts, figure_charts(drawn), settings), ""]
-    files = page.with_name(f"{_FIGURE}.svg"), page.with_name(f"{_FIGURE}.png")
-    if drawn:
-        write_figure(drawn, *files)
+    if has_page:
+        lines = ["", *compare_runs(runs, page, charts, figure_charts(plots), settings), ""]
     for row, point in zip(results["points"], points, strict=True):
-        words = " ".join(word.lstrip("+") for word in point)
+        text = " ".join(word.lstrip("+") for word in point) + f": {row['outcome']}"
         if "error" in row:
-            lines.append(f"{words}: {row['outcome']}: {row['error']} ({row['screen']})")
+            lines.append(f"{text}: {row['error']} ({row['screen']})")
         elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
-            lines.append(f"{words}: {row['outcome']}")
+            lines.append(text)
     if search and search["best"]:
-        words = " ".join(f"{key}={value}" for key, value in search["best"]["settings"].items())
-        ties = list(search["values"].values()).count(search["best"]["value"])
-        tied = f", one of {ties} trials with this value" if ties > 1 else ""
-        lines.append(f"best    {words}: {search['by']} {number(search['best']['value'])}{tied}")
-    lines += [f"figure  {files[0]}, {files[1].name}"] if drawn else []
-    return [*lines, f"report  {page}"] if len(begun) > 1 else lines
+        lines.append(_best_trial(search))
+    if plots:
+        svg = page.with_name(f"{_FIGURE}.svg")
+        png = svg.with_suffix(".png")
+        write_figure(plots, svg, png)
+        lines.append(f"figure  {svg}, {png.name}")
+    if has_page:
+        lines.append(f"report  {page}")
+    return lines
+
+
+def _best_trial(search: Mapping[str, Any]) -> str:
+    best = search["best"]
+    settings = " ".join(f"{key}={value}" for key, value in best["settings"].items())
+    line = f"best    {settings}: {search['by']} {number(best['value'])}"
+    ties = list(search["values"].values()).count(best["value"])
+    return f"{line}, one of {ties} trials with this value" if ties > 1 else line
 
 
 def _search_chart(search: Mapping[str, Any]) -> Markup:
     """Return a chart of the values of a search's completed trials."""
-    trials, values = list(search["values"]), list(search["values"].values())
-    best = accumulate(values, min if search["is_lowest_best"] else max)
-    lines = [Line("best so far", "smooth", trials, list(best)), Line("trial", "evaluation", trials, values)]
-    return chart(f"Search: {find_metric(search['by'].removeprefix(PREFIX)).title}", lines, over="trial")
+    trials = list(search["values"])
+    values = list(search["values"].values())
+    best = list(accumulate(values, min if search["is_lowest_best"] else max))
+    lines = [Line("best so far", "smooth", trials, best), Line("trial", "evaluation", trials, values)]
+    title = find_metric(search["by"].removeprefix(PREFIX)).title
+    return chart(f"Search: {title}", lines, over="trial")

@@ -56,12 +56,16 @@ class Search(Pool):
     def __init__(self, space: SearchSpace, folder: RunFolder, console: Console) -> None:
         first = next(iter(space.values()))
         super().__init__({}, folder, console, first.section_of(SweepConfig))
-        self._space, self._by, self._seed = space, first.section_of(SweepConfig).by or "", first.trainer.seed
+        self._space = space
+        self._by = first.section_of(SweepConfig).by or ""
+        self._seed = first.trainer.seed
         self._is_low = best_direction(self._by) is Direction.lowest
-        journal, defining = folder.study.resolve(), (space.dimensions, self._by, first.identity.digest)
+        journal = folder.study.resolve()
+        defining = (space.dimensions, self._by, first.identity.digest)
         # What a killed start may leave, and optuna cannot read: its lock, and a part of a line.
         Path(f"{journal}.lock").unlink(missing_ok=True)
-        if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
+        lines = journal.read_bytes() if journal.exists() else b"\n"
+        if not lines.endswith(b"\n"):
             os.truncate(journal, lines.rfind(b"\n") + 1)
         try:
             self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
@@ -79,11 +83,14 @@ class Search(Pool):
             direction="minimize" if self._is_low else "maximize",
             load_if_exists=True,
         )
-        self._open, self._hopeless = dict[Words, list[Trial]](), set[Words]()
+        self._open = dict[Words, list[Trial]]()
+        self._hopeless = set[Words]()
         for trial in self._trials():
-            if outcome := trial.user_attrs.get(_OUTCOME):
+            outcome = trial.user_attrs.get(_OUTCOME)
+            if outcome:
                 words = self._words(trial)
-                self.points[words], self.ends[words] = space.load(words), (outcome, "")
+                self.points[words] = space.load(words)
+                self.ends[words] = (outcome, "")
         console.say(f"search: {pluralize(self._count, 'trial')} by {self._by}, {len(self.ends):,} finished")
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -108,11 +115,12 @@ class Search(Pool):
 
     def waiting(self) -> Iterator[Words]:
         """Yield the points of open trials, then of new ones, without those whose results are known."""
-        study, find_id = self._study.study_name, self._storage.get_trial_id_from_study_id_trial_number
+        study = self._study.study_name
+        find_id = self._storage.get_trial_id_from_study_id_trial_number
         study_id = self._storage.get_study_id_from_name(study)
-        begun = [find_id(study_id, trial.number) for trial in self._trials(TrialState.RUNNING)]
-        while begun or len(self._trials()) < self._count:
-            trial = Trial(self._study, begun.pop(0)) if begun else self._study.ask()
+        open_ids = [find_id(study_id, trial.number) for trial in self._trials(TrialState.RUNNING)]
+        while open_ids or len(self._trials()) < self._count:
+            trial = Trial(self._study, open_ids.pop(0)) if open_ids else self._study.ask()
             words = self._words(trial)
             same = self._open.setdefault(words, [])
             same.append(trial)
@@ -127,16 +135,21 @@ class Search(Pool):
     def _report(self, words: Words) -> dict[int, float]:
         """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
         rows = stored_rows(RunFolder(self.points[words].run.path))
-        known = {int(row["step"]): finite(row, self._by) for row in rows if row["step"] > 0}
-        values = {step: value for step, value in known.items() if value is not None}
+        values = dict[int, float]()
+        for row in rows:
+            value = finite(row, self._by)
+            if row["step"] > 0 and value is not None:
+                values[int(row["step"])] = value
         trial = self._open[words][0]
-        for step in values.keys() - self._trials()[trial.number].intermediate_values.keys():
+        reports = self._trials()[trial.number].intermediate_values
+        for step in values.keys() - reports.keys():
             trial.report(values[step], step)
         return values
 
     def is_hopeless(self, words: Words) -> bool:
         """Return whether a point's evaluations are bad, at the first time that they are."""
-        trial, values = self._open[words][0], self._report(words)
+        trial = self._open[words][0]
+        values = self._report(words)
         if words in self._hopeless or not trial.should_prune():
             return False
         self._hopeless.add(words)
@@ -147,9 +160,12 @@ class Search(Pool):
 
     def ended(self, words: Words) -> None:
         """Tell optuna how a point has ended, if it is done."""
-        values, outcome, state = self._report(words), _PRUNED, TrialState.PRUNED
+        values = self._report(words)
+        outcome = _PRUNED
+        state = TrialState.PRUNED
         if is_finished(self.points[words]):
-            outcome, state = RunOutcome.completed, TrialState.COMPLETE
+            outcome = RunOutcome.completed
+            state = TrialState.COMPLETE
             if not values:
                 raise ConfigError(
                     "the evaluations of these runs do not have this metric",
@@ -162,22 +178,32 @@ class Search(Pool):
         elif words not in self._hopeless:
             return
         if outcome != RunOutcome.diverged:
-            self.codes[words], self.ends[words] = ExitCode.completed, (outcome, "")
+            self.codes[words] = ExitCode.completed
+            self.ends[words] = (outcome, "")
         for trial in self._open.pop(words):
             trial.set_user_attr(_OUTCOME, str(outcome))
             self._study.tell(trial, values[max(values)] if state is TrialState.COMPLETE else None, state)
 
     def found(self) -> dict[str, Any]:
         """Return what sweep.json has about the search: also the value of each completed trial."""
-        ends = {TrialState.COMPLETE: str(RunOutcome.completed)}  # also of trials that somebody else has added
-        outcomes = Counter(
-            each.user_attrs.get(_OUTCOME, ends.get(each.state, "open")) for each in self._trials()
-        )
-        found = {"study": self._study.study_name, "by": self._by, "is_lowest_best": self._is_low}
-        found |= {"trials": dict(sorted(outcomes.items())), "values": {}, "best": None}
-        if done := self._trials(TrialState.COMPLETE):
-            found["values"] = {trial.number + 1: trial.value for trial in done}
+        outcomes = Counter[str]()
+        values = {}
+        for trial in self._trials():
+            outcome = trial.user_attrs.get(_OUTCOME)
+            if trial.state is TrialState.COMPLETE:
+                values[trial.number + 1] = trial.value
+                outcome = outcome or str(RunOutcome.completed)  # of a trial that somebody else has added
+            outcomes[outcome or "open"] += 1
+        best = None
+        if values:
             words = self._words(self._study.best_trial)
             settings = point_settings(words, self._space.load(words))
-            found["best"] = {"settings": settings, "value": self._study.best_value}
-        return found
+            best = {"settings": settings, "value": self._study.best_value}
+        return {
+            "study": self._study.study_name,
+            "by": self._by,
+            "is_lowest_best": self._is_low,
+            "trials": dict(sorted(outcomes.items())),
+            "values": values,
+            "best": best,
+        }

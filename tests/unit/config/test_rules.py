@@ -106,7 +106,6 @@ REFUSED = [
     (f"{AVERAGE} export.checkpoint=best", "export.checkpoint"),
     ("export.average=[a]", "export.average"),
     (f"{AVERAGE} export.merge=true model.adapter.r=2", "export.merge"),
-    ("export.tool=alpaca-eval export.output=out", "export.tool"),
     (f"{AVERAGE} export.weights=ema trainer.ema_decay=0.9", "export.weights"),
     ("reference=none loss.terms=[{kind:sft},{kind:sigmoid}]", "reference.mode"),
     ("loss=simpo reference.mode=cached", "reference.mode"),

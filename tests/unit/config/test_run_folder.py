@@ -34,7 +34,6 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
         *("samples", "samples/reference.jsonl"),
         *("comparison", "comparison/answers.jsonl", "comparison/comparison.json"),
         *("comparison/comparison.html", "comparison/parts", "comparison/models"),
-        "comparison/alpaca_eval",
         *("evaluation/evaluation.json", "evaluation/scores.jsonl"),
         *("evaluation/evaluated.json", "evaluation/training/evaluation.json"),
         *("doctor/doctor.json", "doctor/doctor.html"),

@@ -1,4 +1,4 @@
-"""What `export.tool` gives to lm-eval, vLLM and AlpacaEval, read by their own parsers, if installed."""
+"""What `export.tool` gives to lm-eval and vLLM, read by their own parsers, if installed."""
 
 import json
 import os
@@ -8,13 +8,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from dpo_dist.tools.external import model_command
 from peft import LoraConfig
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ExportTool, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.files.external import model_command, write_alpaca_answers
-from tests.support import comparison_files as files
 from tests.support.tiny_model import write_model
 
 VLLM = Path(os.environ.get("DPO_DIST_VLLM", "/none"), "bin", "python")
@@ -136,34 +134,3 @@ def test_vllm_parses_the_commands(tmp_path: Path) -> None:
     assert (found["model_tag"], found["revision"], found["rank"]) == ("org/base", "abc", 16)
     assert found["tokenizer"] == found["generation_config"] == str(trained)
     assert found["adapters"] == [["step, 10", str(trained)]]
-
-
-def test_alpaca_eval_reads_the_answers_of_a_comparison(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    texts = [('say "hé"\nplease', "5"), ("7", "a\u2028b")]
-    rows = [
-        files.row(number, {"base": files.answer(first), "a/step-000010": files.answer(second)})
-        for number, (first, second) in enumerate(texts)
-    ]
-    files.write_comparison(tmp_path, {}, rows)
-    [words] = write_alpaca_answers(run)
-    written = {name: Path(option(words, f"--{name}_outputs")) for name in ("reference", "model")}
-    assert words[:2] == ["alpaca_eval", "evaluate"]
-    for side, (name, file) in enumerate(zip(("base", "a/step-000010"), written.values(), strict=True)):
-        wanted = [
-            {"instruction": f"Question {number}?", "output": both[side], "generator": name}
-            for number, both in enumerate(texts)
-        ]
-        assert json.loads(file.read_text(encoding="utf-8")) == wanted
-    loaders = pytest.importorskip("alpaca_eval.utils")
-    for side, file in enumerate(written.values()):
-        read = loaders.load_or_convert_to_dataframe(str(file))
-        assert list(read["output"]) == [both[side] for both in texts]
-        assert list(read["instruction"]) == ["Question 0?", "Question 1?"]
-
-
-def test_without_a_comparison_its_command_is_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no answers for AlpacaEval") as missing:
-        write_alpaca_answers(RunFolder(tmp_path / "my run"))
-    assert "dpo-dist compare 'compare.models=[base=BASE," in missing.value.remedy
-    assert not (tmp_path / "my run").exists()

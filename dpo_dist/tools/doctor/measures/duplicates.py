@@ -50,7 +50,8 @@ class _Sought:
     """
 
     def __init__(self, limit: int = LIMIT):
-        self._limit, self._end = limit, _KEYS
+        self._limit = limit
+        self._end = _KEYS
         self.indexes: dict[int, int] = {}  # the first record with each key
         self.matches: dict[int, int] = {}  # the first record after it that is similar, by key
         self._waiting: dict[int, Signature] = {}  # those without a match
@@ -70,28 +71,32 @@ class _Sought:
         for band in bands:
             self._buckets[band] = self._buckets.get(band, ()) + (key,)  # noqa: RUF005  (shares the first tuple)
         if len(self.indexes) > self._limit:
-            ordered = sorted(self.indexes)
-            self._end = ordered[len(ordered) // 2]
-            for dropped in ordered[len(ordered) // 2 :]:
+            keys = sorted(self.indexes)
+            half = len(keys) // 2
+            self._end = keys[half]
+            for dropped in keys[half:]:
                 self._forget(dropped)
                 del self.indexes[dropped]
                 self.matches.pop(dropped, None)
 
     def match(self, index: int, signature: Signature, bands: Sequence[int]) -> None:
         """Note a record as the match of the signatures that are similar to its own on all sides."""
-        keys = list({key for band in bands for key in self._buckets.get(band, ())})
-        if keys:
-            shares = (np.stack([self._waiting[key] for key in keys]) == signature).mean(axis=2)
-            for at in np.flatnonzero((shares >= SIMILARITY).all(axis=1)):
-                self.matches[keys[at]] = index
-                self._forget(keys[at])
+        keys = list(set().union(*(self._buckets.get(band, ()) for band in bands)))
+        if not keys:
+            return
+        signatures = np.stack([self._waiting[key] for key in keys])
+        similarities = (signatures == signature).mean(axis=2)
+        for at in np.flatnonzero((similarities >= SIMILARITY).all(axis=1)):
+            self.matches[keys[at]] = index
+            self._forget(keys[at])
 
     def _forget(self, key: int) -> None:
         if key in self._waiting:
             [(_, bands)] = _with_bands(self._waiting.pop(key)[None])
             for band in bands:
-                if rest := tuple(other for other in self._buckets.pop(band, ()) if other != key):
-                    self._buckets[band] = rest
+                others = tuple(other for other in self._buckets.pop(band, ()) if other != key)
+                if others:
+                    self._buckets[band] = others
 
 
 class NearCopies(_Sought):
@@ -149,11 +154,11 @@ def equal_records(keys: TextKeys) -> Partners:
 
 def first_equal(keys: TextKeys, sought: TextKeys) -> Indexes:
     """Return the place of the first of the keys that equals each sought one; -1: none does."""
-    known, firsts = np.unique(keys, return_index=True)
-    if not len(known):
+    different, firsts = np.unique(keys, return_index=True)
+    if not len(different):
         return np.full(len(sought), -1, dtype=np.int32)
-    at = np.searchsorted(known[:-1], sought)  # what is above all is compared with the last
-    return np.where(known[at] == sought, firsts.astype(np.int32)[at], np.int32(-1))
+    at = np.searchsorted(different[:-1], sought)  # what is above all is compared with the last
+    return np.where(different[at] == sought, firsts.astype(np.int32)[at], np.int32(-1))
 
 
 def contradictions(preferences: TextKeys, of_record: Indexes, count: int) -> Partners:
@@ -165,7 +170,8 @@ def contradictions(preferences: TextKeys, of_record: Indexes, count: int) -> Par
     ordered = np.sort(preferences)
     opposed = ordered[:-1][ordered[:-1] ^ ordered[1:] == 1]
     is_opposed = first_equal(opposed, preferences & ~np.uint64(1)) >= 0
-    preferences, of_record = preferences[is_opposed], of_record[is_opposed]
+    preferences = preferences[is_opposed]
+    of_record = of_record[is_opposed]
     partners = np.full(count, -1, dtype=np.int32)
     partners[of_record] = of_record[first_equal(preferences, preferences ^ np.uint64(1))]
     return partners
@@ -192,11 +198,15 @@ class Comparison:
         near_copies: NearCopies | None = None,
     ):
         self._drops_eval_prompts = config.drop_eval_prompts
-        self._prompts, self._near_copies = prompts or EvaluationPrompts(), near_copies or NearCopies()
-        self._labels, self._source_is_eval = list[str](), False
+        self._prompts = prompts or EvaluationPrompts()
+        self._near_copies = near_copies or NearCopies()
+        self._labels = list[str]()
+        self._source_is_eval = False
         self._files: dict[str, int] = {}
-        self._source, self._is_eval = array("H"), array("B")
-        self._file, self._line = array("I"), array("I")
+        self._source = array("H")
+        self._is_eval = array("B")
+        self._file = array("I")
+        self._line = array("I")
         self._keys = {name: array("Q") for name in ("record", "prompt", "numbers", "hash", "preferences")}
         self._of_preference = array("i")  # the record of each preference
         self._hits: array[int] = array("i")
@@ -209,7 +219,8 @@ class Comparison:
 
     def add(self, records: Sequence[RecordFacts]) -> None:
         """Add the facts about the next records of the source."""
-        start, records = len(self._source), [record for record in records if record.is_readable]
+        start = len(self._source)
+        records = [record for record in records if record.is_readable]
         if not records:
             return
         self._source.extend([len(self._labels) - 1] * len(records))
@@ -224,27 +235,30 @@ class Comparison:
             self._of_preference.extend([index] * len(record.preferences))
             if record.benchmark is not None:
                 self._hits.append(index)
-                self._items += [record.benchmark] * (len(self._items) < MAX_EXAMPLES)
+                if len(self._items) < MAX_EXAMPLES:
+                    self._items.append(record.benchmark)
         signatures = np.stack([record.signatures for record in records])
         self._near_copies.add([record.record for record in records], signatures)
-        trained = np.flatnonzero(np.frombuffer(self._is_eval, np.uint8)[start:] == 0)
-        self._prompts.compare((start + trained).tolist(), signatures[trained, 0])
+        training = np.flatnonzero(np.frombuffer(self._is_eval, np.uint8)[start:] == 0)
+        self._prompts.compare((start + training).tolist(), signatures[training, 0])
 
     def result(self) -> tuple[dict[str, Any], list[Finding]]:
         """Return the section `across` of doctor.json, and the findings; called once, after all records."""
         count = len(self._source)
         copies = equal_records(self._column("record"))
-        opposed = contradictions(
-            self._column("preferences"), np.frombuffer(self._of_preference, np.int32), count
-        )
-        prompts, numbers, near_copies = self._column("prompt"), self._column("numbers"), self._near_copies
+        of_preference = np.frombuffer(self._of_preference, np.int32)
+        opposed = contradictions(self._column("preferences"), of_preference, count)
+        prompts = self._column("prompt")
+        numbers = self._column("numbers")
+        near_copies = self._near_copies
         leaked, near_leaked, of_leaks = self._leaks(self._column("hash"), prompts)
         only_near = _without(near_leaked, leaked)
         near = np.full(count, -1, dtype=np.int32)
         for key, later in near_copies.matches.items():
             near[near_copies.indexes[key]] = later
         repeated = equal_records(prompts)
-        other_responses, of_near = _without(repeated, copies), None
+        other_responses = _without(repeated, copies)
+        of_near = None
         if near_copies.is_sample:  # it is not known which other records are near copies
             of_near = _Sample(count - _count(copies), len(near_copies.indexes))
         else:
@@ -252,6 +266,7 @@ class Comparison:
         hits = np.full(count, -1, dtype=np.int32)
         hits[self._hits] = self._hits
         near_only = self._within_a_part(_without(near, opposed))
+        near_numbers = _other_numbers(near_only, numbers, of_near)
         overlaps = [
             f"{self._origin(index)}, {item}" for index, item in zip(self._hits, self._items, strict=False)
         ]
@@ -266,9 +281,7 @@ class Comparison:
         }
         findings = [
             *self._partner_findings("duplicates", copies),
-            *self._partner_findings(
-                "near_duplicates", near_only, (), _other_numbers(near_only, numbers, of_near), of_near
-            ),
+            *self._partner_findings("near_duplicates", near_only, (), near_numbers, of_near),
             *self._partner_findings("contradictions", opposed),
             *self._partner_findings("repeated_prompts", other_responses),
             *self._leak_findings("train_eval_leak", leaked, numbers),
@@ -284,14 +297,16 @@ class Comparison:
     def _leaks(self, hashes: TextKeys, prompts: TextKeys) -> tuple[Partners, Partners, _Sample | None]:
         """Return the evaluation records whose prompt equals, and nearly equals, that of a training record."""
         leaked, near = np.full((2, len(hashes)), -1, dtype=np.int32)
-        evaluated = np.flatnonzero(self._evaluated)
-        shared = np.flatnonzero((first_equal(hashes[evaluated], hashes) >= 0) & ~self._evaluated)
-        found = first_equal(hashes[shared], hashes[evaluated])
-        leaked[evaluated[found >= 0]] = shared[found[found >= 0]]
-        known, partners = self._prompts.result()
-        at = first_equal(known, prompts[evaluated])
-        near[evaluated[at >= 0]] = partners[at[at >= 0]]
-        sample = _Sample(len(evaluated), _count(at)) if self._prompts.is_sample and _count(at) else None
+        evaluation = np.flatnonzero(self._evaluated)
+        shared = np.flatnonzero((first_equal(hashes[evaluation], hashes) >= 0) & ~self._evaluated)
+        at = first_equal(hashes[shared], hashes[evaluation])
+        leaked[evaluation[at >= 0]] = shared[at[at >= 0]]
+        keys, partners = self._prompts.result()
+        at = first_equal(keys, prompts[evaluation])
+        near[evaluation[at >= 0]] = partners[at[at >= 0]]
+        sample = None
+        if self._prompts.is_sample and _count(at):
+            sample = _Sample(len(evaluation), _count(at))
         return leaked, near, sample
 
     @property
@@ -305,7 +320,8 @@ class Comparison:
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
         detail = removed if is_dropped else _other_numbers(partners, numbers, sample)
-        total, examples = int(self._evaluated.sum()), self._origins(partners)
+        total = int(self._evaluated.sum())
+        examples = self._origins(partners)
         for finding in _findings(rule, partners, total, None, examples, detail, sample):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
@@ -322,14 +338,16 @@ class Comparison:
         examples = examples or self._origins(partners)
         sources = np.frombuffer(self._source, np.uint16)
         counts = np.bincount(sources[partners >= 0]).tolist()
-        found = {at: _estimate(count, sample) for at, count in enumerate(counts) if count}
-        total, label = len(sources), None
-        if len(found) == 1:
-            [at] = found
-            total, label = int((sources == at).sum()), self._labels[at]
+        by_source = {at: _estimate(count, sample) for at, count in enumerate(counts) if count}
+        total = len(sources)
+        label = None
+        if len(by_source) == 1:
+            [at] = by_source
+            total = int((sources == at).sum())
+            label = self._labels[at]
         else:
-            by_source = ", ".join(f"{count} in {self._labels[at]}" for at, count in found.items())
-            detail = "; ".join(filter(None, (by_source, detail)))
+            counts_in_words = ", ".join(f"{count} in {self._labels[at]}" for at, count in by_source.items())
+            detail = "; ".join(filter(None, (counts_in_words, detail)))
         yield from _findings(rule, partners, total, label, examples, detail, sample)
 
     def _within_a_part(self, partners: Partners) -> Partners:
@@ -338,8 +356,8 @@ class Comparison:
         return np.where(is_eval == is_eval[partners], partners, -1)
 
     def _origins(self, partners: Partners) -> list[str]:
-        shown = np.flatnonzero(partners >= 0)[:MAX_EXAMPLES].tolist()
-        return [f"{self._origin(index)}, {self._origin(int(partners[index]))}" for index in shown]
+        examples = np.flatnonzero(partners >= 0)[:MAX_EXAMPLES].tolist()
+        return [f"{self._origin(index)}, {self._origin(int(partners[index]))}" for index in examples]
 
     def _origin(self, index: int) -> str:
         return f"{list(self._files)[self._file[index]]}:{self._line[index]}"
@@ -374,8 +392,8 @@ def _estimate(count: int, sample: _Sample | None) -> int:
 
 def _other_numbers(partners: Partners, numbers: TextKeys, sample: _Sample | None) -> str:
     """Return how many of the records have other numbers in the prompt than their partner."""
-    found = np.flatnonzero(partners >= 0)
-    count = _estimate(int((numbers[found] != numbers[partners[found]]).sum()), sample)
+    records = np.flatnonzero(partners >= 0)
+    count = _estimate(int((numbers[records] != numbers[partners[records]]).sum()), sample)
     return f"{count} of them with other numbers in the prompt" if count else ""
 
 

@@ -22,7 +22,9 @@ from dpo_dist.tools.pages.charts import distribution
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) by chance alone.
-_FAR_NATS, _FAR_DEVIATIONS, _TOKEN_DEVIATION = 0.5, 3.0, 1.5
+_FAR_NATS = 0.5
+_FAR_DEVIATIONS = 3.0
+_TOKEN_DEVIATION = 1.5
 _BINS = 40
 Datasets = Sequence[PreferenceDataset]
 Places = npt.NDArray[np.int64]
@@ -45,12 +47,21 @@ def compare_with_store(
     for dataset in itertools.chain(*datasets):
         pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
     # The overrides that `precompute` needs to store this reference's log-probs.
-    mode, words = reference.mode, [] if loss.needs_reference else ["loss=sigmoid"]
-    words += [] if mode is ReferenceMode.cached else ["reference=cached"]
-    if mode is ReferenceMode.adapter and model.quantization is not None:
+    words = list[str]()
+    if not loss.needs_reference:
+        words.append("loss=sigmoid")
+    if reference.mode is not ReferenceMode.cached:
+        words.append("reference=cached")
+    if reference.mode is ReferenceMode.adapter and model.quantization is not None:
         words.append(f"reference.quantization={model.quantization}")
-    use: dict[str, Any] = {"folder": str(Path(reference.store)), "pairs": pairs, "stored": 0}
-    use |= {"numerics": [], "margins": {}, "filled_with": " ".join(words)}
+    use: dict[str, Any] = {
+        "folder": str(Path(reference.store)),
+        "pairs": pairs,
+        "stored": 0,
+        "numerics": [],
+        "margins": {},
+        "filled_with": " ".join(words),
+    }
     stores = find_stored(model, reference)
     findings: list[Finding] = []
     if not stores:
@@ -65,7 +76,9 @@ def compare_with_store(
             origin = partial(_origin, source_datasets, places)
             margins, source["margins"], disagreements = margin_findings(table, origin, source["label"])
             findings += disagreements
-            low, high = np.percentile(margins, (0.5, 99.5)) + (np.ptp(margins) == 0) * np.array([-0.5, 0.5])
+            low, high = np.percentile(margins, (0.5, 99.5))
+            if np.ptp(margins) == 0:
+                low, high = low - 0.5, high + 0.5
             use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
             use["stored"] += len(places)
     return use, findings
@@ -79,26 +92,28 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> list[LogpSto
     not created.
     """
     root = Path(reference.store)
-    stored = read_fingerprints(root)
-    if not stored:
+    fingerprints = read_fingerprints(root)
+    if not fingerprints:
         return []
     # Imports DeepSpeed, which takes seconds.
     from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
 
-    path, revision, key = policy.path, policy.revision, "model.path"
-    adapter = start_folder(policy)
     if reference.path is not None:
-        path, revision, key, adapter = reference.path, None, "reference.path", None
-    folder = description_folder(path, revision, key, needs_weights=False)
+        folder = description_folder(reference.path, None, "reference.path", needs_weights=False)
+        adapter = None
+    else:
+        folder = description_folder(policy.path, policy.revision, "model.path", needs_weights=False)
+        adapter = start_folder(policy)
     model = digest_model(folder, root, remote_code=policy.trust_remote_code, adapter=adapter)
     bits = reference.quantization or ""
-    matching = [
-        each
-        for each in stored
-        if each.reference == model.digest and each.profile.get("quantization", "").split(" ")[0] == bits
-    ]
+    matching = []
+    for fingerprint in fingerprints:
+        is_same_model = fingerprint.reference == model.digest
+        if is_same_model and fingerprint.profile.get("quantization", "").split(" ")[0] == bits:
+            matching.append(fingerprint)
     matching.sort(key=lambda each: (each.profile.get("dtype") != policy.dtype.value, each.name))
-    return [store for each in matching if len(store := LogpStore(root, each))]
+    stores = [LogpStore(root, fingerprint) for fingerprint in matching]
+    return [store for store in stores if len(store)]
 
 
 def stored_pairs(stores: Sequence[LogpStore], datasets: Datasets) -> tuple[npt.NDArray[np.float64], Places]:
@@ -116,7 +131,8 @@ def stored_pairs(stores: Sequence[LogpStore], datasets: Datasets) -> tuple[npt.N
             for index, within in zip(examples, responses, strict=True):
                 values = list(itertools.islice(logps, len(within)))
                 masks = dataset.masks(index) or (slice(None),) * len(values)
-                chosen, rejected = _loss_logps(values[0], masks[0]), _loss_logps(values[-1], masks[-1])
+                chosen = _loss_logps(values[0], masks[0])
+                rejected = _loss_logps(values[-1], masks[-1])
                 if len(values) > 1 and len(chosen) and len(rejected):
                     sums = (float(part.sum(dtype=np.float64)) for part in (chosen, rejected))
                     numbers.extend((*sums, len(chosen), len(rejected)))
@@ -130,12 +146,12 @@ def _origin(datasets: Datasets, places: Places, pair: int) -> str:
 
 
 def _find(stores: Sequence[LogpStore], keys: Keys) -> list[StoredLogps | None]:
-    found: list[StoredLogps | None] = [None] * len(keys)
+    logps: list[StoredLogps | None] = [None] * len(keys)
     for store in stores:
-        missing = [number for number, values in enumerate(found) if values is None]
+        missing = [number for number, values in enumerate(logps) if values is None]
         for number, values in zip(missing, store.find(keys[missing]), strict=True):
-            found[number] = values
-    return found
+            logps[number] = values
+    return logps
 
 
 def _loss_logps(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
@@ -167,5 +183,6 @@ def margin_findings(
         "reference_solved": float((margins >= far).mean()),
     }
     extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
-    rule, examples = DOCTOR_RULES["reference_disagrees"], list(map(origin, extreme[:MAX_EXAMPLES].tolist()))
+    rule = DOCTOR_RULES["reference_disagrees"]
+    examples = list(map(origin, extreme[:MAX_EXAMPLES].tolist()))
     return margins, facts, list(rule.count(len(disagreeing), len(margins), source, examples, records="pairs"))

@@ -119,7 +119,9 @@ class Observer:
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._whole = self._config.without_limits()
-        self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
+        self._tokenizer = tokenizer
+        self._benchmark = benchmark
+        self._processor = processor
         # Where a model reads only text, images do not distinguish prompts.
         self._reads_images = tokenizer is None or processor is not None
         self._held_out = Part.to_evaluate(config) if config.eval_share else None
@@ -139,30 +141,31 @@ class Observer:
 
         These are all prompts of a source that `is_eval`, else those that `data.eval_share` draws.
         """
-        found: list[tuple[int, Signature] | None] = [None] * len(records)
+        prompts: list[tuple[int, Signature] | None] = [None] * len(records)
         for at, record in enumerate(records):
             if isinstance(record, PreferenceRecord):
-                read = self._images(record)
+                images = self._images(record)
                 with suppress(UnusableRecordError):  # of an image: `observe` counts it
-                    if is_eval or self._is_held_out(prompt_hash(record.prompt, read)):
-                        texts, digests = plain_texts(record), [image.digest.hex() for image in read]
+                    if is_eval or self._is_held_out(prompt_hash(record.prompt, images)):
+                        texts = plain_texts(record)
+                        digests = [image.digest.hex() for image in images]
                         key = text_key(_same_prompt(texts, digests))
-                        found[at] = key, signature(texts.prompt, "".join(digests))
-        return found
+                        prompts[at] = key, signature(texts.prompt, "".join(digests))
+        return prompts
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
-        found = []
+        facts = []
         for record in records:
             try:
                 if isinstance(record, PreferenceRecord):
-                    found.append(self._facts(record))
+                    facts.append(self._facts(record))
                     continue
                 bad = record
             except UnusableRecordError as fault:  # of an image
                 bad = fault.as_bad_record(record.origin)
-            found.append(RecordFacts(bad.origin, bad.reason, bad.detail))
-        return found
+            facts.append(RecordFacts(bad.origin, bad.reason, bad.detail))
+        return facts
 
     def _images(self, record: PreferenceRecord) -> Sequence[ImageFile]:
         return record.images if self._reads_images else ()
@@ -171,39 +174,42 @@ class Observer:
         return self._held_out is not None and self._held_out.has(prompt)
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        read = self._images(record)
-        number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
-        texts, images = plain_texts(record), list[ImageFacts]()
-        for file in read:
+        files = self._images(record)
+        hash_of_prompt = prompt_hash(record.prompt, files)
+        digests = [file.digest.hex() for file in files]
+        texts = plain_texts(record)
+        images = list[ImageFacts]()
+        for file in files:
             width, height = decode_image(file.read()).size
             images.append(ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height))
-        prompt, responses, same = texts.prompt, texts.responses, _same_prompt(texts, digests)
-        side, pair = record.labelled_side, None
-        key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
+        prompt = texts.prompt
+        responses = texts.responses
+        side = record.labelled_side
+        same_prompt = _same_prompt(texts, digests)
+        prompt_key = text_key(same_prompt)
+        parts = [same_prompt, *map(str.strip, responses)]
+        if side is not None:
+            parts.append(side)
+        record_key = text_key(*parts)
+        pair = None
         if side is not None or len(responses) > 1:
-            asked = next((text for role, text in texts.turns[::-1] if role == "user"), texts.turns[-1][1])
-            first, second, third = (
-                _CODE.sub("", text)[:_HEAD] for text in (asked, responses[0], responses[-1])
-            )
-            form = measure_features(responses[0]) if side else differences(responses[0], responses[-1])
-            calls = [bool(calls_in(record.responses[at])) for at in (0, -1)]
-            is_call = calls[0] if side else calls[0] != calls[1]
-            pair = PairFacts(whole, key, form, (first, second, third), side, is_call, record.origin)
+            pair = _pair_facts(record, texts, prompt_key, record_key)
+        unread = record.unread
+        if self._tokenizer is not None:
+            unread = unread_fields(record, self._tokenizer, self._config)
         facts = RecordFacts(
             record.origin,
             is_readable=True,
-            is_held_out=self._is_held_out(number),
+            is_held_out=self._is_held_out(hash_of_prompt),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
-            unread=record.unread
-            if self._tokenizer is None
-            else unread_fields(record, self._tokenizer, self._config),
+            unread=unread,
             images=tuple(images),
-            prompt=key,
-            record=whole,
+            prompt=prompt_key,
+            record=record_key,
             numbers=text_key(*_NUMBER.findall(prompt)),
-            hash=number,
-            preferences=tuple(_preferences(record, responses, key)),
+            hash=hash_of_prompt,
+            preferences=tuple(_preferences(record, responses, prompt_key)),
             signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
@@ -218,7 +224,8 @@ class Observer:
             names.add("tools_not_rendered")
         if self._tokenizer is not None:
             names |= self._encode(record, facts, self._tokenizer)
-        facts.names = tuple(sorted(names | {RULE_BY_KIND[name] for name in names if name in RULE_BY_KIND}))
+        rules = {RULE_BY_KIND[name] for name in names if name in RULE_BY_KIND}
+        facts.names = tuple(sorted(names | rules))
         return facts
 
     def _encode(self, record: PreferenceRecord, facts: RecordFacts, tokenizer: Tokenizer) -> set[str]:
@@ -233,38 +240,63 @@ class Observer:
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = whole if isinstance(encoded, BadRecord) else encoded
-            counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.example.masks]
-            other = 0 if facts.pair.side else counts[-1] if counts else 0
-            if counts and counts[0] != other:
-                facts.pair.differences["tokens"] = float(counts[0] - other)
+            if not isinstance(best, BadRecord):
+                counts = [int(mask.sum()) for mask in best.example.masks]
+                other = 0 if facts.pair.side else counts[-1]
+                if counts[0] != other:
+                    facts.pair.differences["tokens"] = float(counts[0] - other)
         if isinstance(encoded, BadRecord):
-            facts.dropped, facts.detail = encoded.reason, encoded.detail
+            facts.dropped = encoded.reason
+            facts.detail = encoded.detail
             return set()
         assert not isinstance(whole, BadRecord)
         assert facts.tokens is not None
-        example, prompt = encoded.example, len(encoded.example.prompt_ids)
-        before, after = facts.tokens, _lengths(example, record.labelled_side)
+        example = encoded.example
+        prompt = len(encoded.example.prompt_ids)
+        before = facts.tokens
+        after = _lengths(example, record.labelled_side)
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(encoded.outcome.changed)
-        responses = list(map(len, example.responses))
-        used = list(itertools.chain(*encoded.ranks))
+        lengths = list(map(len, example.responses))
+        members = list(itertools.chain(*encoded.ranks))
         facts.sums = {
             "pairs": len(encoded.ranks),
-            "tokens": prompt * len(responses) + sum(responses),
-            "unique_tokens": prompt + sum(responses),
-            "response_tokens": sum(responses[index] for index in used),
-            "trained_tokens": sum(int(example.masks[index].sum()) for index in used),
+            "tokens": prompt * len(lengths) + sum(lengths),
+            "unique_tokens": prompt + sum(lengths),
+            "response_tokens": sum(lengths[index] for index in members),
+            "trained_tokens": sum(int(example.masks[index].sum()) for index in members),
         }
-        start, special = whole.example.prompt_ids[:2], set(tokenizer.all_special_ids)
-        ends = [ids[-2:].tolist() for ids in whole.example.responses]
-        bos, names = tokenizer.bos_token_id, set(facts.changed)
+        start = whole.example.prompt_ids[:2]
+        bos = tokenizer.bos_token_id
+        names = set(facts.changed)
         if bos is not None and start.tolist() == [bos, bos]:
             names.add("doubled_bos")
-        if any(len(end) == 2 and end[0] == end[1] and end[1] in special for end in ends):
-            names.add("doubled_end")
+        special = set(tokenizer.all_special_ids)
+        for ids in whole.example.responses:
+            if len(ids) > 1 and ids[-1] == ids[-2] and int(ids[-1]) in special:
+                names.add("doubled_end")
         if min(map(len, whole.example.responses)) <= 2:  # the last token ends the turn
             names.add("one_token_response")
         return names
+
+
+def _pair_facts(record: PreferenceRecord, texts: Texts, prompt_key: int, record_key: int) -> PairFacts:
+    first = texts.responses[0]
+    last = texts.responses[-1]
+    starts_with_call = bool(calls_in(record.responses[0]))
+    if record.labelled_side is not None:
+        form = measure_features(first)
+        is_call = starts_with_call
+    else:
+        form = differences(first, last)
+        is_call = starts_with_call != bool(calls_in(record.responses[-1]))
+    request = next((text for role, text in texts.turns[::-1] if role == "user"), texts.turns[-1][1])
+    heads = _head(request), _head(first), _head(last)
+    return PairFacts(record_key, prompt_key, form, heads, record.labelled_side, is_call, record.origin)
+
+
+def _head(text: str) -> str:
+    return _CODE.sub("", text)[:_HEAD]
 
 
 def _lengths(encoded: EncodedExample, side: str | None) -> Lengths:
@@ -299,8 +331,8 @@ def _preferences(record: PreferenceRecord, responses: tuple[str, ...], prompt: i
     Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
-    if side := record.labelled_side:
-        yield text_key(f"{prompt} {keys[0]}") & ~1 | (side == "chosen")
+    if record.labelled_side is not None:
+        yield text_key(f"{prompt} {keys[0]}") & ~1 | (record.labelled_side == "chosen")
     scores = record.scores or tuple(range(len(keys), 0, -1))
     once = [index for index, key in enumerate(keys) if keys.count(key) == 1]
     for better, worse in islice(combinations(once, 2), _MAX_PREFERENCES):

@@ -78,6 +78,11 @@ class LeakTest:
         fields = {name: value for name, value in vars(self).items() if name != "direction"}
         return fields | {"detail": self.detail}
 
+    @property
+    def differing_pairs(self) -> int:
+        """The number of pairs whose sides differ in the feature."""
+        return round(self.differs * self.pairs)
+
     def exceeds(self, threshold: float) -> bool:
         """Return whether the accuracy is above the threshold, and its interval above chance."""
         return self.accuracy > threshold and self.low > 0.5
@@ -87,7 +92,8 @@ class LeakTest:
         """Share of the pairs with a form that have it on the same side; 0 if few have it, or by chance."""
         if self.differs < _MIN_DIFFERS:
             return 0.0
-        share, prompts = 0.5 + (self.accuracy - 0.5) / self.differs, self.differing_prompts
+        share = 0.5 + (self.accuracy - 0.5) / self.differs
+        prompts = self.differing_prompts
         low, _high = wilson_interval(share * prompts, prompts, _STANDARD_ERRORS_FOR_FORMS)
         return share if low > 0.5 else 0.0
 
@@ -109,20 +115,23 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
         words = "last words" if name.startswith("last word") else "first words"
         columns[GROUPS.get(name, words)].append(column)
     tests: list[LeakTest] = []
-    for group, members in columns.items():
-        kept = tested = members
+    for group, features in columns.items():
+        members = features
+        single = features  # those that have a test of their own
         if group in _WORDS:
-            block = table[:, members]
-            counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
-            known = [at for at in range(len(members)) if counts[at] >= _MIN_WORD_PAIRS]
-            frequent = [at for at in known if counts[at] >= _MIN_DIFFERS * block.shape[0]]
+            block = table[:, features]
+            counts = block.getnnz(axis=0)
+            sums = np.abs(np.asarray(block.sum(axis=0)).ravel())
+            usual = [at for at in range(len(features)) if counts[at] >= _MIN_WORD_PAIRS]
+            frequent = [at for at in usual if counts[at] >= _MIN_DIFFERS * block.shape[0]]
             frequent.sort(key=lambda at: -_interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
-            kept, tested = [members[at] for at in known], [members[at] for at in frequent[:1]]
+            single = [features[at] for at in frequent[:1]]
+            members = [features[at] for at in usual]
         if group not in _WORDS or different >= _FEWEST_PROMPTS_FOR_GROUPS:
             names = vectorizer.feature_names_
-            tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
-        if len(kept) > 1 and different >= _FEWEST_PROMPTS_FOR_GROUPS:
-            tests.append(_test(table[:, kept], prompts, group, group))
+            tests += [_test(table[:, [column]], prompts, names[column], group) for column in single]
+        if len(members) > 1 and different >= _FEWEST_PROMPTS_FOR_GROUPS:
+            tests.append(_test(table[:, members], prompts, group, group))
     return sorted(tests, key=lambda test: -test.accuracy)
 
 
@@ -136,7 +145,8 @@ def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
     prompts.
     """
-    block, direction = sparse.csr_matrix(block), 0
+    block = sparse.csr_matrix(block)
+    direction = 0
     if block.shape[1] == 1:
         block = block.sign()
         direction = int(np.sign(block.sum()))
@@ -172,50 +182,55 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
         groups[test.group].append(test)
     explained = 0.0
     for length in groups.pop("length", ()):
-        if length.exceeds(DOCTOR_RULES["length_bias"].threshold):
+        rule = DOCTOR_RULES["length_bias"]
+        if length.exceeds(rule.threshold):
             explained = length.accuracy + _ADDS
             side = "fewer" if length.direction < 0 else "more"
-            detail = (
-                f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
-            )
-            yield from DOCTOR_RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
+            share = percent(length.accuracy)
+            detail = f"the one with {side} {length.feature} is chosen in {share} of the pairs"
+            yield from rule.value(length.accuracy, length.pairs, source, detail)
     for group, members in groups.items():
-        rule, test = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"], members[0]
+        rule = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"]
+        test = members[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
-            single = next((member for member in members if member.direction), None)
-            hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
             detail = (
                 f"from {group} alone, the chosen response is guessed in {percent(test.accuracy)} "
-                f"[{percent(test.low)}, {percent(test.high)}] of held-out pairs{hint}"
+                f"[{percent(test.low)}, {percent(test.high)}] of held-out pairs"
             )
+            single = next((member for member in members if member.direction), None)
+            if single:
+                detail += f" ({single.feature}, {single.detail}, {percent(single.accuracy)})"
             yield from rule.value(test.accuracy, test.pairs, source, detail)
     yield from _one_sided_forms(tests, source)
 
 
 def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the finding about features that may be rare, but are almost always on the same side."""
-    rule, leak = DOCTOR_RULES["one_sided_form"], DOCTOR_RULES["label_leak"].threshold
-    forms = [
-        test
-        for test in tests
-        if test.direction
-        and test.group not in _INTENDED
-        and not test.exceeds(leak)
-        and test.one_sided_share > rule.threshold
-    ]
-    forms.sort(key=lambda test: -round(test.differs * test.pairs))
+    rule = DOCTOR_RULES["one_sided_form"]
+    leak = DOCTOR_RULES["label_leak"].threshold
+    forms = []
+    for test in tests:
+        is_group = not test.direction
+        if is_group or test.group in _INTENDED or test.exceeds(leak):
+            continue
+        if test.one_sided_share > rule.threshold:
+            forms.append(test)
+    if not forms:
+        return
+    forms.sort(key=lambda test: -test.differing_pairs)
     details = [
         f"{test.feature} ({test.detail} in {percent(test.one_sided_share)} of the "
-        f"{round(test.differs * test.pairs)} pairs that differ in it)"
+        f"{test.differing_pairs} pairs that differ in it)"
         for test in forms[:_SHOWN_FORMS]
     ]
-    details += [f"and {len(forms) - _SHOWN_FORMS} more"] if len(forms) > _SHOWN_FORMS else []
-    if forms:
-        largest = max(test.one_sided_share for test in forms)
-        yield from rule.value(largest, forms[0].pairs, source, "; ".join(details))
+    if len(forms) > _SHOWN_FORMS:
+        details.append(f"and {len(forms) - _SHOWN_FORMS} more")
+    largest = max(test.one_sided_share for test in forms)
+    yield from rule.value(largest, forms[0].pairs, source, "; ".join(details))
 
 
-_SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000
+_SAMPLED_PAIRS = 20_000
+_SAMPLED_LANGUAGES = 2_000
 _MIN_LANGUAGES = 20
 _MOST_FIELDS = 1000
 _SHOWN_BINS = 32
@@ -230,7 +245,7 @@ def _spread(lengths: Mapping[int, int]) -> dict[str, Any] | None:
 
 
 @dataclass
-class _Found:
+class _Counted:
     """The number of records with a name or reason, the origins of the first ones, and the first detail."""
 
     count: int = 0
@@ -250,13 +265,19 @@ class ExaminedSource:
     """Counts the facts about the records of one source; a readable one has a prompt and responses."""
 
     def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool, is_encoded: bool):
-        self.label, self.path, self.is_eval = label, path, is_eval
-        self._config, self._is_encoded = config, is_encoded
+        self.label = label
+        self.path = path
+        self.is_eval = is_eval
+        self._config = config
+        self._is_encoded = is_encoded
         self.read = self._readable = self._kept = self._held_out = 0
         self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next one to drop comes first
-        self._names, self._reasons = defaultdict[str, _Found](_Found), defaultdict[str, _Found](_Found)
+        self._names = defaultdict[str, _Counted](_Counted)
+        self._reasons = defaultdict[str, _Counted](_Counted)
         self._labels = {"good": 0, "bad": 0}  # of kept records
-        self._sums, self._changed, self._unread = Counter[str](), Counter[str](), Counter[str]()
+        self._sums = Counter[str]()
+        self._changed = Counter[str]()
+        self._unread = Counter[str]()
         # For each of `SIDES`, how many records have each length.
         self._characters, self._tokens, self._cuts = ([Counter[int]() for _ in SIDES] for _ in range(3))
         self._images = {name: array("Q") for name in ("key", "pixels", "tokens")}  # tokens: 1 more; 0: none
@@ -286,10 +307,10 @@ class ExaminedSource:
         self._readable += 1
         for name in record.names:
             self._names[name].add(record)
-        for counted, lengths in ((self._characters, record.characters), (self._tokens, record.tokens or ())):
-            for counts, length in zip(counted, lengths, strict=False):
-                if length >= 0:
-                    counts[length] += 1
+        lengths = (*record.characters, *(record.tokens or ()))
+        for counts, length in zip((*self._characters, *self._tokens), lengths, strict=False):
+            if length >= 0:
+                counts[length] += 1
         if record.dropped is None:
             self._kept += 1
             self._held_out += record.is_held_out
@@ -307,7 +328,7 @@ class ExaminedSource:
         return [pair for *_, pair in sorted(self._sample, reverse=True)]
 
     @cached_property
-    def _dropped(self) -> list[tuple[str, _Found]]:
+    def _dropped(self) -> list[tuple[str, _Counted]]:
         """The reasons with their records, the most frequent first."""
         return sorted(self._reasons.items(), key=lambda item: -item[1].count)
 
@@ -332,34 +353,33 @@ class ExaminedSource:
 
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
-        sums, sides = self._sums, dict[str, dict[str, Any]]()
-        measured = zip(SIDES, self._characters, self._tokens, self._cuts, strict=True)
-        for side, characters, lengths, cuts in measured:
+        sums = self._sums
+        sides = dict[str, dict[str, Any]]()
+        for side, characters, lengths, cuts in zip(
+            SIDES, self._characters, self._tokens, self._cuts, strict=True
+        ):
             if characters:
-                sides[side] = {"characters": _spread(characters), "tokens": _spread(lengths)}
-                cut_tokens = sum(tokens * records for tokens, records in cuts.items())
-                sides[side] |= {"cut": cuts.total(), "cut_tokens": cut_tokens}
+                sides[side] = {
+                    "characters": _spread(characters),
+                    "tokens": _spread(lengths),
+                    "cut": cuts.total(),
+                    "cut_tokens": sum(tokens * records for tokens, records in cuts.items()),
+                }
         prefix: dict[str, float] | None = None
-        if tokens := sums["tokens"]:
+        shares = dict[str, float]()
+        tokens = sums["tokens"]
+        if tokens:
             unique = sums["unique_tokens"]
-            prefix = {"tokens": tokens, "unique_tokens": unique}
-            prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
-        images: dict[str, Any] | None = None
-        if self._images_of_records:
-            keys, pixels, placeholders = (np.array(column) for column in self._images.values())
-            order = np.lexsort((placeholders > 0, keys))  # an image of a dropped record has no tokens
-            last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
-            encoded = last[placeholders[last] > 0]
-            images = {
-                "records": self._images_of_records.total(),
-                "images": sum(count * records for count, records in self._images_of_records.items()),
-                "different": len(last),
-                "in_a_record": _spread(self._images_of_records),
-                "pixels": _spread(Counter(pixels[last].tolist())),
-                "tokens": _spread(Counter((placeholders[encoded] - np.uint64(1)).tolist())),
+            prefix = {
+                "tokens": tokens,
+                "unique_tokens": unique,
+                "share": 1 - unique / tokens,
+                "expected_gain": tokens / unique,
             }
+            shares["trained_tokens"] = sums["trained_tokens"] / sums["response_tokens"]
+        for name in sorted(self._names.keys() - DOCTOR_RULES.keys() - RULE_BY_KIND.keys()):
+            shares[name] = self._names[name].count / self._readable
         languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
-        shown = {name for name in self._names if name not in DOCTOR_RULES and name not in RULE_BY_KIND}
         return {
             "label": self.label,
             "path": self.path,
@@ -370,24 +390,39 @@ class ExaminedSource:
             "held_out": self._held_out if self._config.eval_share else None,
             "labels": self._labels,
             "dropped": {
-                reason: {"count": found.count, "examples": found.origins} for reason, found in self._dropped
+                reason: {"count": records.count, "examples": records.origins}
+                for reason, records in self._dropped
             },
             "changed": dict(sorted(self._changed.items())),
             "sides": sides,
             "prefix": prefix,
-            "images": images,
-            "shares": {
-                **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
-                **{name: self._names[name].count / self._readable for name in sorted(shown)},
-            },
+            "images": self._image_facts(),
+            "shares": shares,
             "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
             "leaks": [test.as_dict() for test in self.leaks],
         }
 
+    def _image_facts(self) -> dict[str, Any] | None:
+        if not self._images_of_records:
+            return None
+        keys, pixels, placeholders = (np.array(column) for column in self._images.values())
+        order = np.lexsort((placeholders > 0, keys))  # an image of a dropped record has no tokens
+        last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
+        encoded = last[placeholders[last] > 0]
+        return {
+            "records": self._images_of_records.total(),
+            "images": sum(count * records for count, records in self._images_of_records.items()),
+            "different": len(last),
+            "in_a_record": _spread(self._images_of_records),
+            "pixels": _spread(Counter(pixels[last].tolist())),
+            "tokens": _spread(Counter((placeholders[encoded] - np.uint64(1)).tolist())),
+        }
+
     def findings(self) -> Iterator[Finding]:
         """Yield the findings about this source; those that compare records are in `duplicates`."""
-        read, dropped = self.read, sum(found.count for found in self._reasons.values())
+        read = self.read
+        dropped = sum(records.count for records in self._reasons.values())
         if not self._kept:
             remedy = reason_remedy(self._dropped[0][0] if self._dropped else None)
             findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
@@ -395,39 +430,39 @@ class ExaminedSource:
         elif dropped > self._config.max_bad_share * read:
             detail = f"{dropped} of {read} records"
             yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
-        for reason, found in self._dropped:
-            detail = f"{reason} ({found.detail})" if found.detail else reason
-            for finding in DOCTOR_RULES["dropped"].count(
-                found.count, read, self.label, found.origins, detail
-            ):
+        for reason, records in self._dropped:
+            detail = f"{reason} ({records.detail})" if records.detail else reason
+            rule = DOCTOR_RULES["dropped"]
+            for finding in rule.count(records.count, read, self.label, records.origins, detail):
                 yield replace(finding, remedy=reason_remedy(reason))
         for name in DOCTOR_RULES:
-            found, kinds = self._names.get(name, _Found()), KINDS_BY_RULE.get(name, ())
-            detail = ", ".join(
-                f"{kind.replace('_', ' ')} in {self._names[kind].count}"
-                for kind in kinds
-                if kind in self._names
-            )
-            detail = named_in_one_line(self._unread) if name == "columns_not_read" else detail
-            is_part = name == "chat_template_not_applied" and found.count < self._kept
-            yield from DOCTOR_RULES["two_forms" if is_part else name].count(
-                found.count, self._readable, self.label, found.origins, detail
-            )
+            records = self._names.get(name, _Counted())
+            kinds = [kind for kind in KINDS_BY_RULE.get(name, ()) if kind in self._names]
+            detail = ", ".join(f"{kind.replace('_', ' ')} in {self._names[kind].count}" for kind in kinds)
+            if name == "columns_not_read":
+                detail = named_in_one_line(self._unread)
+            is_part = name == "chat_template_not_applied" and records.count < self._kept
+            rule = DOCTOR_RULES["two_forms" if is_part else name]
+            yield from rule.count(records.count, self._readable, self.label, records.origins, detail)
         yield from leak_findings(self.leaks, self.label)
-        known = [pair for _, *pair in self._languages if None not in pair]
-        if len(known) >= _MIN_LANGUAGES:
-            differing = sum(chosen != rejected for chosen, rejected in known)
-            yield from DOCTOR_RULES["language_differs"].count(
-                differing, len(known), self.label, records="sampled records"
-            )
-        answers = [
-            (pair.origin, speaks_differently(pair.heads, languages))
-            for pair, languages in zip(self._pairs, self._languages, strict=False)
-            if pair.side != "rejected"
-        ]
-        clear = [(origin, differs) for origin, differs in answers if differs is not None]
-        if len(clear) >= _MIN_LANGUAGES:
-            elsewhere = [origin for origin, differs in clear if differs]
-            yield from DOCTOR_RULES["prompt_language_differs"].count(
-                len(elsewhere), len(clear), self.label, elsewhere, records="sampled records"
-            )
+        yield from self._language_findings()
+
+    def _language_findings(self) -> Iterator[Finding]:
+        languages_of_pairs = [pair for _, *pair in self._languages if None not in pair]
+        pairs = len(languages_of_pairs)
+        if pairs >= _MIN_LANGUAGES:
+            rule = DOCTOR_RULES["language_differs"]
+            differing = sum(chosen != rejected for chosen, rejected in languages_of_pairs)
+            yield from rule.count(differing, pairs, self.label, records="sampled records")
+        answers = 0
+        origins = []
+        for pair, languages in zip(self._pairs, self._languages, strict=False):
+            if pair.side == "rejected":
+                continue
+            differs = speaks_differently(pair.heads, languages)
+            answers += differs is not None
+            if differs:
+                origins.append(pair.origin)
+        if answers >= _MIN_LANGUAGES:
+            rule = DOCTOR_RULES["prompt_language_differs"]
+            yield from rule.count(len(origins), answers, self.label, origins, records="sampled records")

@@ -41,7 +41,8 @@ _THOUGHT_TAG = re.compile(
     r"|(?P<end>[<\[]/(?:\w+:)?(?:think|thinking|thought|reasoning)[>\]])",
     re.IGNORECASE | re.MULTILINE,
 )
-_LOOP, _FEWEST_LOOP_WORDS = 0.5, 20
+_LOOP = 0.5
+_FEWEST_LOOP_WORDS = 20
 """Share of a response's words in its longest passage that occurs twice, from which on it is a loop. Of 5,000
 responses of public datasets those that loop have 0.6 and more, all others below 0.45."""
 # Roles that often have several turns in a row.
@@ -156,13 +157,15 @@ _SCRIPTS = {
     for name in ("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai", "Hangul")
 }
 _SCRIPTS["Chinese, Japanese"] = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
-_FEWEST_LETTERS, _MAIN_SCRIPT = 8, 0.8
+_FEWEST_LETTERS = 8
+_MAIN_SCRIPT = 0.8
 
 
 def main_script(text: str) -> str | None:
     """Return the script of at least 80 % of a text's letters; None if there is none, or too few letters."""
     counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
-    (name, most), letters = max(counts.items(), key=itemgetter(1)), sum(counts.values())
+    name, most = max(counts.items(), key=itemgetter(1))
+    letters = sum(counts.values())
     return name if letters >= _FEWEST_LETTERS and most >= _MAIN_SCRIPT * letters else None
 
 
@@ -184,7 +187,8 @@ def speaks_differently(texts: Sequence[str], languages: Sequence[str | None]) ->
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     """Yield the names of rules, kinds and properties that are true of a record's texts."""
     roles, contents = zip(*texts.turns, strict=True)
-    is_dialogue, responses = isinstance(record.prompt, Dialogue), texts.responses
+    is_dialogue = isinstance(record.prompt, Dialogue)
+    responses = texts.responses
     following = pairwise((*roles, "assistant") if is_dialogue else roles)
     asked = contents[-1].strip()
     whole = "\n".join(text for role, text in texts.turns if role != "system").strip()
@@ -288,7 +292,8 @@ def taught_turns(record: PreferenceRecord) -> tuple[Message, ...]:
 
 _HEAD_CHARACTERS = 400
 _EDGE_CHARACTERS = 100
-_SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
+_SPACES = (" ", "\u3000", "\u00a0")
+_LINE_ENDS = ("\n", "\r")
 _ODD = "[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 Feature = Callable[[str, str], float]
 """Measures a response; the second argument is the response without white space around it."""
