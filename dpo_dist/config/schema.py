@@ -179,7 +179,9 @@ class ModelConfig:
     revision: str | None = key(None)
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = key(Dtype.bf16)
-    """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."""
+    """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`. `fp16` scales the
+    loss: from 65,536, halved after an overflow, doubled after 1,000 updates without one; models with
+    activations above 65,504 are refused."""
     attention: AttentionBackend = key(AttentionBackend.auto, free=True, verbs="train precompute")
     """Attention kernel; `auto`: the fastest."""
     gradient_checkpointing: Literal["none", "full"] | Every = key(
@@ -249,9 +251,12 @@ class OptimConfig:
     """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the
-    `quantization` extra); `muon`: Muon for matrices, AdamW for embeddings, output layer, stacked experts,
-    biases and norms, with the same `lr` and `weight_decay` (arXiv 2502.16982). Master weights are float32."""
+    """`adamw`; `adamw_8bit`: states of 2 bytes a weight in place of 8 (bitsandbytes, the `quantization`
+    extra); `muon`: Muon for matrices (arXiv 2502.16982). `adamw_8bit` takes no offload, and a run resumes
+    with it on as many processes and the same parallelism only. `muon` leaves embeddings, output layer,
+    stacked experts, biases and norms to AdamW, with the same `lr` and `weight_decay`; it needs `zero2` or
+    `ddp`, and computes in bf16: runs on other numbers of processes differ by more rounding. Master weights
+    are float32."""
     lr: float = key(1e-6, gt=0, le=1)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
@@ -318,7 +323,8 @@ class TrainerConfig:
     deterministic: bool = key(False, free=True, verbs="train precompute")
     """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
-    """Decay of the moving average (EMA) of the trained weights, for `export.weights=ema`; null: none."""
+    """Decay of the moving average (EMA) of the trained weights, for `export.weights=ema`; null: none. After n
+    steps the start still has the share `ema_decay`^n in it: with 0.999 61 % after 500 steps."""
     prefix_tree: bool = key(True, free=True, verbs="train precompute")
     """Compute tokens with which several responses of a micro-batch begin once (docs/scaling.md); false: share
     only the prompt of each pair."""
