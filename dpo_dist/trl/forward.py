@@ -186,14 +186,16 @@ class PackedForward:
             fallback.say(f"computed by TRL's own forward, with padding: batches with {what}")
             return own()
         assert labels is not None
-        ids, mask, reference = inputs["input_ids"], inputs["attention_mask"], self._asked(model)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        reference = self._asked(model)
         if reference is None:
             return self._computed(model, fallback, CountedRows.from_padded(ids, mask, labels), own)
         # The store has all tokens of a response, whatever the loss counts.
         whole = _whole_responses(ids, mask, labels)
         rows = CountedRows.from_padded(ids, mask, whole)
         keys = response_keys(rows.examples)
-        if (stored := reference.find(keys)) is not None:
+        stored = reference.find(model, keys)
+        if stored is not None:
             parts = [torch.from_numpy(part.copy()).to(ids.device) for part in stored]
             log_probs = rows.in_rows(parts) if parts else ids.new_zeros(rows.places.shape, dtype=torch.float)
             outputs = FusedCausalLMOutput(log_probs=log_probs)
@@ -210,11 +212,11 @@ class PackedForward:
         return outputs
 
     def _asked(self, model: PreTrainedModel) -> KeptReference | None:
-        """Return the reference's log-probs if this call asks the reference, and they may be kept."""
+        """Return the reference's log-probs if this call asks the reference."""
         if self._reference is None or torch.is_grad_enabled():
             return None
         is_asked = self.is_reference or adapters_in_use(model) in (frozenset(), {REFERENCE_ADAPTER})
-        return self._reference if is_asked and self._reference.may_keep(model) else None
+        return self._reference if is_asked else None
 
     def _computed(
         self, model: PreTrainedModel, fallback: Fallback, rows: CountedRows, own: Callable[[], Any]
@@ -327,6 +329,10 @@ def why_padded(models: Sequence[PreTrainedModel], adapters: Iterable[Any], train
         return "the adapter writes virtual tokens before each row"
     if trainer.aux_loss_enabled:
         return "the loss of routers counts the tokens of padded rows"
+    if trainer.args.neftune_noise_alpha:
+        return "neftune_noise_alpha adds noise to embeddings"
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        return "FSDP 1 hides the weights of layers; write fsdp_config={'version': 2}"
     if trainer.args.torch_compile:
         return "torch_compile compiles a forward for rows of one shape"
     return next(filter(None, map(_why_unpackable, models)), "")
@@ -341,8 +347,16 @@ def _why_unpackable(model: PreTrainedModel) -> str:
         return f"{kind} cannot be packed"
     if rope_limit(text) is not None:
         return "position embeddings depend on the longest sequence"
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+    if any(map(_is_random, model.modules())):
         return "dropout is on"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model's layers are on several devices"
     return ""
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Return whether a module drops or shakes values in training."""
+    if isinstance(module, nn.Dropout):  # only these are switched off by TRL
+        return module.p > 0
+    shares = [value for name, value in vars(module).items() if "dropout" in name or "jitter" in name]
+    return any(isinstance(share, float) and share > 0 for share in shares)

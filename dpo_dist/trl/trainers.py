@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,23 +14,29 @@ from dpo_dist.trl.forward import REFERENCE_ADAPTER, Fallback, PackedForward, why
 from dpo_dist.trl.older_names import trainer_arguments
 from dpo_dist.trl.reference import KeptReference
 
+_one_at_a_time = threading.RLock()
+"""While a trainer is made, a function of TRL's module is another one, for the thread that makes it."""
+
 
 @contextlib.contextmanager
 def _after_each_head(place: Callable[[Any], None], kind: type) -> Iterator[None]:
     """Inside the block, call `place` with each model on which the trainer that TRL makes puts its head."""
     base = next(base for base in kind.__mro__ if base in (trl.DPOTrainer, trl.KTOTrainer))
     module = sys.modules[base.__module__]
-    own = vars(module)["add_fused_lm_head"]
+    thread = threading.get_ident()
+    with _one_at_a_time:
+        own = vars(module)["add_fused_lm_head"]
 
-    def add(model: Any, *arguments: Any, **options: Any) -> None:
-        own(model, *arguments, **options)
-        place(model)
+        def add(model: Any, *arguments: Any, **options: Any) -> None:
+            own(model, *arguments, **options)
+            if threading.get_ident() == thread:
+                place(model)
 
-    vars(module)["add_fused_lm_head"] = add
-    try:
-        yield
-    finally:
-        vars(module)["add_fused_lm_head"] = own
+        vars(module)["add_fused_lm_head"] = add
+        try:
+            yield
+        finally:
+            vars(module)["add_fused_lm_head"] = own
 
 
 class _Guest:

@@ -1,5 +1,6 @@
 """TRL's trainers by our import on two processes: losses and weights are TRL's, also of sharded ones."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -13,14 +14,19 @@ from tests.support.warm import ENVIRONMENT, context, reserve_port, start_parent
 from tests.unit.trl.conftest import PAIRS
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
+ZERO = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+SIZES = dict.fromkeys(
+    ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto"
+)
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
+    "zero3": {"deepspeed": {"zero_optimization": ZERO, "zero_allow_untested_optimizer": True, **SIZES}},
     "fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP},
 }
 
 
 def train(variables: dict[str, str], folder: Path, options: dict[str, Any]) -> None:
-    """Train by TRL, by our import, and again by our import with the store of the run before."""
+    """Train by TRL, by our import, with the store of the run before, and with that store on one rank only."""
     log = os.open(folder / f"rank-{variables['RANK']}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -28,13 +34,22 @@ def train(variables: dict[str, str], folder: Path, options: dict[str, Any]) -> N
     os.environ.update(variables)
     os.chdir(folder)
     import trl
+    from accelerate import PartialState
     from datasets import Dataset
+    from torch.nn.modules.module import register_module_forward_hook
     from transformers import AutoTokenizer
 
     from dpo_dist import trl as guest
 
+    class Apart(guest.DPOTrainer):  # type: ignore[misc]
+        reference_store = "output/reference" if variables["RANK"] == "0" else "output/elsewhere"
+
+    place = {"use_cpu": True, "ddp_backend": "gloo"}
+    if "deepspeed" in options:  # on a CPU, Accelerate takes gloo for DeepSpeed if it is told to
+        PartialState.__init__ = functools.partialmethod(PartialState.__init__, backend="gloo")
+        place = {}
     results = []
-    for home in (trl, guest, guest):
+    for kind in (trl.DPOTrainer, guest.DPOTrainer, guest.DPOTrainer, Apart):
         args = guest.DPOConfig(
             f"out-{len(results)}",
             per_device_train_batch_size=2,
@@ -45,26 +60,24 @@ def train(variables: dict[str, str], folder: Path, options: dict[str, Any]) -> N
             lr_scheduler_type="constant",
             report_to="none",
             save_strategy="no",
-            use_cpu=True,
             bf16=False,
             disable_tqdm=True,
-            ddp_backend="gloo",
+            **place,
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained("model")
-        trainer = home.DPOTrainer(
-            "model", args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
-        )
+        trainer = kind("model", args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
         forwards = 0
 
-        def count(*_: Any, **__: Any) -> None:
-            nonlocal forwards
-            forwards += 1
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model).base_model
 
-        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
-        reference.base_model.register_forward_pre_hook(count)
-        trainer.train()
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        def count(module: Any, *_: Any, reference: Any = reference) -> None:
+            nonlocal forwards
+            forwards += module is reference
+
+        with register_module_forward_hook(count):
+            trainer.train()
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3: on rank 0
         sums = {name: float(weight.double().square().sum()) for name, weight in weights.items()}
         names = ("loss", "grad_norm", "entropy", "logps/chosen")
         rows = [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
@@ -79,7 +92,9 @@ def test_losses_and_weights_are_those_of_trl(engine: str, tmp_path: Path) -> Non
     port, processes = reserve_port(), []
     for rank in map(str, range(2)):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if engine != "zero3":
+            place["ACCELERATE_USE_CPU"] = "true"
         if engine == "fsdp2":
             place |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         variables = {**environment(), **ENVIRONMENT, **place}
@@ -93,7 +108,7 @@ def test_losses_and_weights_are_those_of_trl(engine: str, tmp_path: Path) -> Non
             process.kill()
     said = [(tmp_path / f"rank-{rank}.log").read_text() for rank in range(2)]
     assert [process.exitcode for process in processes] == [0, 0], said[0][-3000:]
-    assert said[0].count("rows are packed") == 2
+    assert said[0].count("rows are packed") == 3
     assert "rows are packed" not in said[1]
     assert "TRL's own forward" not in said[0] + said[1]
     for rank in range(2):
@@ -102,4 +117,5 @@ def test_losses_and_weights_are_those_of_trl(engine: str, tmp_path: Path) -> Non
             for row, wanted in zip(result["rows"], theirs["rows"], strict=True):
                 assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
             assert result["weights"] == pytest.approx(theirs["weights"], rel=1e-5, abs=1e-6)
-        assert [result["forwards"] for result in ours] == [4, 0], "the second run asks no reference"
+        forwards = [result["forwards"] for result in ours]
+        assert forwards == [4, 0, 4], "the second run asks no reference; the last one does on all ranks"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpo_dist import api
@@ -25,14 +26,14 @@ def asked(folder: Path, data: Any, **case: Any) -> tuple[Any, int]:
     model = trainer.ref_model
     forwards = 0
 
-    def count(_module: Any, _arguments: Any, options: Any) -> None:
+    def count(module: Any, _arguments: Any, options: Any, _outputs: Any) -> None:
         nonlocal forwards
         is_asked = model is not None or adapters_in_use(part) in (frozenset(), {"ref"})
-        forwards += is_asked and "packed" in options
+        forwards += module is part.base_model and is_asked and "packed" in options
 
     part = getattr(trainer.model, "get_base_model", lambda: trainer.model)() if model is None else model
-    part.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    trainer.train()
+    with register_module_forward_hook(count, with_kwargs=True):
+        trainer.train()
     return trainer, forwards
 
 
@@ -69,11 +70,18 @@ def edited(model: Any) -> Any:
     return model
 
 
+def turned(model: Any) -> Any:
+    """A model with other frequencies of positions, which no file of weights has."""
+    model.model.rotary_emb.inv_freq.mul_(1.5)
+    return model
+
+
 def test_another_reference_or_precision_has_entries_of_its_own(folder: Path, pairs: Any) -> None:
     changes: list[dict[str, Any]] = [
         {},
         {"ref_model": load(folder)},
         {"ref_model": edited(load(folder / "reference"))},
+        {"ref_model": turned(load(folder / "reference"))},
         {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.bfloat16)},
         {"bf16": True},
     ]
@@ -93,6 +101,28 @@ def test_a_synced_reference_is_not_kept(folder: Path, pairs: Any, caplog: pytest
     assert forwards == EPOCH + 2
     assert not STORE.exists()
     assert "the reference's log-probs are computed in each step" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["a hook", "a forward"])
+def test_a_reference_that_a_scripts_code_changes_is_not_kept(
+    place: str, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def steer(layer: Any) -> None:
+        own = layer.forward
+        if place == "a hook":
+            layer.register_forward_hook(lambda _module, _inputs, hidden: hidden + 0.1)
+        else:
+            layer.forward = lambda *arguments, **options: own(*arguments, **options) + 0.1
+
+    trained = []
+    for home in (trl, guest):
+        reference = load(folder / "reference")
+        steer(reference.model.layers[0])
+        trained.append(trainer_of(home, folder, pairs, ref_model=reference))
+        trained[-1].train()
+    assert_same(trained[1], trained[0])
+    assert caplog.text.count("and not kept: its layers call tests, which is no package with a version") == 1
+    assert not STORE.exists()
 
 
 def test_a_reference_that_is_edited_is_asked_from_then_on(folder: Path, pairs: Any) -> None:

@@ -4,7 +4,9 @@ import copy
 import inspect
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from dpo_dist import trl as guest
 from dpo_dist.trl import older_names, trainers
+from dpo_dist.trl.forward import why_padded
 
 STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
@@ -187,6 +190,51 @@ def test_dropout_is_computed_by_trl(
     assert caplog.text.count("computed by TRL's own forward, with padding: dropout is on") == 1
 
 
+def test_attention_that_drops_is_computed_by_trl(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL switches off modules of dropout only."""
+    trained = []
+    for home in (trl, guest):
+        trainer = trainer_of(home, folder, pairs, max_steps=2, gradient_checkpointing=False)
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        options = {"args": arguments(max_steps=2), "train_dataset": pairs, "ref_model": trainer.ref_model}
+        again = home.DPOTrainer(trainer.model, processing_class=trainer.processing_class, **options)
+        torch.manual_seed(0)
+        again.train()
+        trained.append(again)
+    assert_same(trained[1], trained[0], exact=0, weights=0)
+    assert caplog.text.count("computed by TRL's own forward, with padding: dropout is on") == 1
+
+
+def test_noise_of_embeddings_is_computed_by_trl(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = [
+        trainer_of(home, folder, pairs, adapter="new", neftune_noise_alpha=5, max_steps=2)
+        for home in (trl, guest)
+    ]
+    for trainer in trained:
+        torch.manual_seed(0)
+        trainer.train()
+    assert_same(trained[1], trained[0], exact=0, weights=0)
+    assert caplog.text.count("with padding: neftune_noise_alpha adds noise") == 1
+
+
+def test_fsdp_1_is_computed_by_trl(folder: Path) -> None:
+    """It runs on accelerators only."""
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(torch_compile=False, neftune_noise_alpha=None),
+        aux_loss_enabled=False,
+        is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(is_fsdp2=False),
+    )
+    assert "FSDP 1" in why_padded([load(folder)], [], trainer)
+    trainer.accelerator.is_fsdp2 = True
+    assert not why_padded([load(folder)], [], trainer)
+
+
 def test_the_loss_of_routers_is_computed_by_trl(
     folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,17 +256,34 @@ def test_the_loss_of_routers_is_computed_by_trl(
     assert caplog.text.count("with padding: the loss of routers") == 1
 
 
+def swap_rows(model: Any) -> None:
+    """An edit after which sums over bits are what they were."""
+    weight = next(model.parameters()).data
+    weight[[7, 8]] = weight[[8, 7]]
+    weight[:, [3, 4]] = weight[:, [4, 3]]
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "a product": lambda model: next(model.parameters()).data.mul_(1.5),
+    "weights that change places": swap_rows,
+    "frequencies of positions": lambda model: model.model.rotary_emb.inv_freq.mul_(1.5),
+    "layers that change places": lambda model: model.model.layers.insert(0, model.model.layers.pop(1)),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
 def test_a_callback_that_edits_the_reference_is_followed(
-    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+    name: str, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Edit(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            next(self.reference.parameters()).data.mul_(1.5)
+            EDITS[name](self.reference)
 
     trained = []
     for home in (trl, guest):
         edit = Edit()
-        trained.append(trainer_of(home, folder, pairs, callbacks=[edit]))
+        case = {"callbacks": [edit], "per_device_train_batch_size": 8, "learning_rate": 0.01}
+        trained.append(trainer_of(home, folder, pairs, **case))
         edit.reference = trained[-1].ref_model
         trained[-1].train()
     assert_same(trained[1], trained[0])
@@ -262,6 +327,27 @@ def test_another_trainer_on_the_same_model_is_not_packed(folder: Path, pairs: An
     )
     again.train()
     assert again.state.log_history[0]["loss"] > 0
+
+
+def test_a_trainer_of_trl_that_another_thread_makes_is_trls(folder: Path, pairs: Any) -> None:
+    made = []
+
+    class Make(TrainerCallback):
+        def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            thread = threading.Thread(target=lambda: made.append(trainer_of(trl, folder, pairs)))
+            thread.start()
+            thread.join()
+
+    trainer_of(guest, folder, pairs, callbacks=[Make()])
+    model = load(folder)
+    with pytest.raises(ValueError, match="cannot be the same object"):
+        guest.DPOTrainer(model, model, args=arguments(), train_dataset=pairs)
+    made.append(trainer_of(trl, folder, pairs))
+    assert len(made) == 2
+    for trainer in made:
+        assert type(trainer) is trl.DPOTrainer
+        for model in (trainer.model, trainer.ref_model):
+            assert model.forward.__func__.__code__.co_filename == trl.trainer.utils.__file__
 
 
 def test_what_of_trl_is_relied_on() -> None:
