@@ -145,52 +145,6 @@ class RunFolder:
         """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
 
-    comparison = PathBelow("comparison")
-    comparison_answers = PathBelow("comparison/answers.jsonl")
-    comparison_results = PathBelow("comparison/comparison.json")
-    comparison_page = PathBelow("comparison/comparison.html")
-    comparison_parts = PathBelow("comparison/parts")
-    """Finished parts of the work, by the digest of the settings that define them."""
-    comparison_models = PathBelow("comparison/models")
-    """Model folders written from checkpoints."""
-    doctor_report = PathBelow("doctor/doctor.json")
-    doctor_page = PathBelow("doctor/doctor.html")
-    pairs = PathBelow("pairs")
-    pairs_file = PathBelow("pairs/pairs.jsonl")
-    pairs_samples = PathBelow("pairs/samples.jsonl")
-    pairs_parts = PathBelow("pairs/parts")
-    """Finished parts of the work, by the digest of the settings that define them."""
-    pairs_judgements = PathBelow("pairs/judgements.jsonl")
-    pairs_agreement = PathBelow("pairs/agreement.json")
-    rounds = PathBelow("rounds")
-    rounds_config = PathBelow("rounds/config.yaml")
-    """The configuration that the rounds share."""
-    rounds_summary = PathBelow("rounds/rounds.json")
-
-    def round(self, number: int) -> "RunFolder":
-        """Return the folder of a round, which is the run directory of its sampling."""
-        return RunFolder(self.rounds / str(number))
-
-    round_result = PathBelow("round.json")
-    """The finished stages of a round, in its folder."""
-
-    @property
-    def training(self) -> "RunFolder":
-        """The run directory of a round's training, in the round's folder."""
-        return RunFolder(self.path / "train")
-
-    sweep = PathBelow("sweep.json")
-    """The results of a sweep, in its folder."""
-    study = PathBelow("study.journal")
-    """The trials of a search, which optuna reads; in the sweep's folder."""
-
-    def point_screen(self, run: "RunFolder") -> Path:
-        """Return the file with what a point of the sweep in this folder would print on the screen."""
-        return self.logs / f"{run.path.name}.log"
-
-    policy = PathBelow("policy")
-    """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
-
 
 def check_writable(folder: Path, key: str = "run.dir") -> None:
     """Raise ConfigError if a folder, which `key` names, cannot be made or written; create nothing."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.text import number
+from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.page import write_comparison_page
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.pages.charts import Line, chart
 from dpo_dist.tools.pages.render import page
@@ -133,7 +134,7 @@ def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool
         1, {name: answer(HOSTILE, finished=False) for name in names}, prompt=HOSTILE, source=HOSTILE
     )
     file = write_comparison(tmp_path, content, rows)
-    write_comparison_page(RunFolder(tmp_path), content)
+    write_comparison_page(ComparisonFolder(tmp_path), content)
     watched = opened(browser, file, width, java_script_enabled=has_script)
     page = watched.page
     prompts = page.locator(".prompt:visible")
@@ -212,8 +213,8 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
 
 def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
     config = RunConfig(run=FolderConfig(str(tmp_path)))
-    write_doctor_page(RunFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
-    file = RunFolder(config.run.path).doctor_page
+    write_doctor_page(DoctorFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
+    file = DoctorFolder(config.run.path).doctor_page
     watched = opened(browser, file, 390, color_scheme="dark")
     page = watched.page
     hidden = page.locator(".texts", has_text="javascript:alert(3)")

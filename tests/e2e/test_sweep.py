@@ -10,6 +10,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.files import locked
+from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import load_points
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
@@ -114,7 +115,7 @@ def test_a_search_survives_kills_and_stops_a_bad_point(assets: Path, tmp_path: P
     file.write_text("optim.lr: tag(log, interval(1e-5,1e-3))\n")
     common += ["trainer.save_every=4", "trainer.keep_last=30"]
     command = [*common, str(file), f"run.root={root}", "sweep.by=eval_loss"]
-    folder = RunFolder(root / "sweep-run")
+    folder = SweepFolder(root / "sweep-run")
     assert "check passed" in run_verb("sweep", [*command, "sweep.trials=8", "--check"]).output
 
     def begun() -> list[Path]:

@@ -25,6 +25,7 @@ from dpo_dist.foundation.text import (
     size,
     without_secrets,
 )
+from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.pairs.rounds import check_settings
 
 
@@ -158,7 +159,7 @@ def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
     given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
     config = load_run_config([*given, f"tracking.project={secret}"])
-    folder = RunFolder(config.run.path)
+    folder = PairsFolder(config.run.path)
     check_settings(config, folder)
     write_command("pairs", config, folder.path / "stage", "python")
     folder.round(1).round_result.parent.mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from dpo_dist.config.load import saved_config
-from dpo_dist.config.run_folder import RunFolder, is_checkpoint
+from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import UNSET, Dtype, ImagesConfig, ModelConfig, RunConfig
 from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
@@ -21,6 +21,7 @@ from dpo_dist.model.files.manifest import check_base
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError, can_mix_lengths, image_inputs
 from dpo_dist.tools.sampling.respond import (
     ModelSource,
@@ -181,7 +182,7 @@ def open_speakers(
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
     """Load a model; one in a run's folder gets that run's configuration."""
     folder = Path(location).expanduser()
-    above = map(RunFolder, folder.absolute().parents[:2])
+    above = map(ComparisonFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
     config = RunConfig() if run is None else saved_config(run.config)
     products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}

@@ -7,18 +7,18 @@ after the finished parts. docs/evaluate.md explains the files.
 """
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import check_comparison
 
 
 def main(config: RunConfig) -> int:
     """Write the comparison of `compare.models`; return the exit code."""
     models = check_comparison(config)
-    folder = RunFolder(config.run.path)
+    folder = ComparisonFolder(config.run.path)
     with open_console(folder.rank_log, config.console.style) as console:
         from dpo_dist.tools.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
         from dpo_dist.tools.compare.page import comparison_table, write_comparison_page  # noqa: PLC0415

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.run_folder import check_writable
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import (
     DataConfig,
@@ -39,6 +39,7 @@ from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.files.folder import hub_commit
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
+from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
@@ -267,7 +268,7 @@ def compare_models(
     config: RunConfig, models: Sequence[NamedModel], console: Console
 ) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
-    folder = RunFolder(config.run.path)
+    folder = ComparisonFolder(config.run.path)
     # Without a lock two starts would write the same parts.
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, lock) as run:
@@ -399,7 +400,7 @@ def _write(
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
     run = speakers[0].prompts.run
-    folder = run.folder
+    folder = ComparisonFolder(run.folder.path)
     console = run.console
     counts = Counter[str]()
     sampling = asdict(sampling_for("compare", run.config.section_of(SamplingConfig)))
@@ -443,7 +444,7 @@ def _write(
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
-    check_writable(RunFolder(config.run.path).path)
+    check_writable(config.run.path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, DataSource.prompts, config.data, lines.append)
     sampling = sampling_for("compare", config.section_of(SamplingConfig))

@@ -8,9 +8,9 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo_dist.config.metrics import METRICS
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, percent_of, pluralize, without_secrets
+from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.pages.render import number_above_interval, page, part
@@ -43,7 +43,7 @@ _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
 """What the other model did against the base, by the base's credit."""
 
 
-def write_comparison_page(folder: RunFolder, results: _Row) -> None:
+def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
     results = without_secrets(results)
     rates = _rates(results)

@@ -12,13 +12,14 @@ import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
-from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.run_folder import check_writable
 from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.model.files.folder import check_tokenizer_files, local_model_folder
 from dpo_dist.tools.doctor.extension import DoctorConfig
+from dpo_dist.tools.doctor.folder import DoctorFolder
 
 
 def main(config: RunConfig) -> int:
@@ -43,7 +44,7 @@ def main(config: RunConfig) -> int:
     from dpo_dist.tools.doctor import page as pages  # noqa: PLC0415
     from dpo_dist.tools.doctor.examine import diagnose  # noqa: PLC0415
 
-    folder = RunFolder(config.run.path)
+    folder = DoctorFolder(config.run.path)
     check_writable(folder.path)
     diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
     exit_code = (

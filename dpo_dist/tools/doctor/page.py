@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import dpo_dist
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data import DataConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.fields import plain
@@ -14,6 +13,7 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, number, percent, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
 from dpo_dist.tools.doctor.extension import DoctorConfig
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.findings import Finding, Level
 from dpo_dist.tools.pages.charts import histogram
@@ -29,7 +29,7 @@ _SHOWN_EXAMPLES = 3
 _LEAST_SAVED = 0.01
 
 
-def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:
+def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: int) -> None:
     """Write doctor.json, without texts of records except single words that reveal a label."""
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -45,7 +45,7 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
 
 
 def write_doctor_page(
-    folder: RunFolder, diagnosis: Diagnosis, data: DataConfig, doctor: DoctorConfig
+    folder: DoctorFolder, diagnosis: Diagnosis, data: DataConfig, doctor: DoctorConfig
 ) -> None:
     """Write doctor.html."""
     settings = [("model", str(diagnosis.model or "none"))]
@@ -137,7 +137,7 @@ def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(name, share) for name, share in descending if 0 < share < 1][:_MOST_ROWS]
 
 
-def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
+def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:
     """Return the report for a screen, each line without control characters."""
     titles, rows = overview(diagnosis.sources)
     lines = [*aligned([titles, *rows], numbers=range(2, len(titles))), ""]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.run_folder import check_writable
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
@@ -30,6 +30,7 @@ from dpo_dist.tools.pairs.files import (
     training_records,
     write_results,
 )
+from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.sampling.judges import Judge, Judgement, Question, open_judge
@@ -243,7 +244,7 @@ def _pair(
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
         provenance |= {"judge_counts": row.counts, **_selection(results.pairs)}
-    images = image_fields(record, results.prompts.run.folder.pairs)
+    images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
     return {**pair_fields(record, (chosen.response, rejected.response), scores, provenance), **images}
 
 
@@ -272,7 +273,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             }
             row["responses" if each.unused is None else "unused"].append(response)
         provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
-        images = image_fields(record, results.prompts.run.folder.pairs)
+        images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
         yield {**row, **record.context_fields(), "provenance": provenance, **images}
 
 
@@ -281,7 +282,7 @@ def pairs_from_models(run: Run) -> None:
     config = run.config
     world = run.world
     console = run.console
-    folder = run.folder
+    folder = PairsFolder(run.folder.path)
     pairs = config.section_of(PairsConfig)
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
@@ -372,7 +373,7 @@ def pairs_from_scores(
 def dry_run_pairs(config: RunConfig) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
     pairs = config.section_of(PairsConfig)
-    folder = RunFolder(config.run.path)
+    folder = PairsFolder(config.run.path)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     exists = " (exists)" if file.exists() else ""
@@ -394,7 +395,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
 
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
-    folder = RunFolder(config.run.path)
+    folder = PairsFolder(config.run.path)
     pairs = config.section_of(PairsConfig)
     seed = config.trainer.seed
     # Without a lock two starts would write the same parts.

@@ -22,7 +22,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import jinja2
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.read.values import parse_json
@@ -40,6 +39,7 @@ from dpo_dist.tools.pairs.files import (
     training_records,
     write_results,
 )
+from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import PairsMethod
 
 HOST = "127.0.0.1"
@@ -294,7 +294,9 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
     return {"annotators": annotators, "between": between}
 
 
-def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: int, console: Console) -> None:
+def label_pairs(
+    folder: PairsFolder, data: DataConfig, limit: int | None, seed: int, console: Console
+) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
     import sklearn.metrics  # noqa: F401, PLC0415  (a missing package shows before people judge)
 

@@ -25,6 +25,7 @@ from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.files.folder import model_folder
+from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (
     PairsConfig,
     RoundReference,
@@ -43,7 +44,7 @@ RoundResult: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
 
 
-def check_settings(config: RunConfig, folder: RunFolder) -> None:
+def check_settings(config: RunConfig, folder: PairsFolder) -> None:
     """Check that earlier rounds in this folder had the same settings; the first start writes them.
 
     Until a stage is finished, every start counts as the first, so that settings can be corrected.
@@ -159,7 +160,7 @@ class _Rounds:
     """The loop, in `folder`; `run` starts a command and returns its exit code."""
 
     config: RunConfig
-    folder: RunFolder
+    folder: PairsFolder
     say: _Say
     run: RunCommand
 
@@ -311,7 +312,7 @@ class _Rounds:
 
 def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
-    return _Rounds(config, RunFolder(config.run.path), say, run).do()
+    return _Rounds(config, PairsFolder(config.run.path), say, run).do()
 
 
 def _stage_error(stage: str, code: int, folder: RunFolder) -> DpoDistError:

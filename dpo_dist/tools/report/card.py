@@ -19,6 +19,7 @@ from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.verdict import verdict
 from dpo_dist.tools.tables import evaluation_cells
 from dpo_dist.training.reporting.metrics_log import MetricsRow
@@ -203,7 +204,8 @@ def run_card(
 
 def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the doctor's findings about the data of this run; empty if the doctor did not run."""
-    if not folder.doctor_report.is_file():
+    report = DoctorFolder(folder.path).doctor_report
+    if not report.is_file():
         return []
-    findings: list[dict[str, Any]] = read_fields(folder.doctor_report)["findings"]
+    findings: list[dict[str, Any]] = read_fields(report)["findings"]
     return findings

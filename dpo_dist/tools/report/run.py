@@ -17,6 +17,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
 from dpo_dist.foundation.types import Fields
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Level
 from dpo_dist.tools.pages.charts import charts, distribution, histogram
 from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
@@ -67,7 +68,7 @@ class PageFacts:
         # Also a configuration of another version.
         config = read_saved(folder.config) if folder.config.exists() else {}
         self.config: Fields = without_secrets(config)
-        self.doctor = _fields(folder.doctor_report)
+        self.doctor = _fields(DoctorFolder(folder.path).doctor_report)
         self.environment = _fields(folder.environment)
         self.state = _fields(folder.state)
         summary = _fields(folder.summary)

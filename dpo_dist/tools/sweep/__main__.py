@@ -10,6 +10,7 @@ also between two numbers: optim.lr=tag(log, interval(1e-7,1e-5)).
 
 from dpo_dist.foundation.signals import end_at_signals
 from dpo_dist.tools.sweep.extension import SweepConfig
+from dpo_dist.tools.sweep.folder import SweepFolder
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
@@ -33,7 +34,7 @@ def main(points: Points) -> int:
     """Train the points that are not finished; return the exit code."""
     check_points(points)
     first = next(iter(points.values()))
-    folder = RunFolder(Path(first.run.root) / f"sweep-{first.run.name}")
+    folder = SweepFolder(Path(first.run.root) / f"sweep-{first.run.name}")
     with open_console(folder.rank_log, first.console.style) as console:
         warm_up()
         from dpo_dist.tools.sweep.results import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)

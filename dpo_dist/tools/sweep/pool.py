@@ -26,6 +26,7 @@ from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_sign
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.tools.sweep.extension import SweepConfig
+from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points
 from dpo_dist.training.start.preflight import checked_console
 from dpo_dist.training.start.run_state import read_state
@@ -118,7 +119,7 @@ class Pool:
     Each process is a fork of this one, which has imported everything; with a launcher, the fork execs it.
     """
 
-    def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig) -> None:
+    def __init__(self, points: Points, folder: SweepFolder, console: Console, settings: SweepConfig) -> None:
         import torch  # noqa: PLC0415  (imported by now)
 
         self.points = points

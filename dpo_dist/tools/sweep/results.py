@@ -17,6 +17,7 @@ from dpo_dist.tools.pages.charts import Line, chart
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.sweep.figure import figure_charts, figures, write_figure
+from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, point_settings
 from dpo_dist.tools.sweep.pool import ELSEWHERE
 
@@ -26,7 +27,7 @@ End = tuple[str, str]  # a point's outcome and error
 
 
 def sweep_results(
-    points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder, search: Mapping[str, Any]
+    points: Points, ends: Mapping[tuple[str, ...], End], folder: SweepFolder, search: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write sweep.json, and return its content; `ends` has the points that this start has run."""
     rows = [_point(words, config, ends.get(words, ("", "")), folder) for words, config in points.items()]
@@ -37,7 +38,7 @@ def sweep_results(
     return results
 
 
-def _point(words: tuple[str, ...], config: RunConfig, end: End, folder: RunFolder) -> dict[str, Any]:
+def _point(words: tuple[str, ...], config: RunConfig, end: End, folder: SweepFolder) -> dict[str, Any]:
     run = RunFolder(config.run.path)
     facts = PageFacts(run)
     outcome, error = end

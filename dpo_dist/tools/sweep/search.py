@@ -18,6 +18,7 @@ from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
 from dpo_dist.tools.sweep.extension import SweepConfig
+from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import SearchSpace, point_settings
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.training.reporting.metrics_log import finite, stored_rows
@@ -53,7 +54,7 @@ class Search(Pool):
     the next start of the search continues it.
     """
 
-    def __init__(self, space: SearchSpace, folder: RunFolder, console: Console) -> None:
+    def __init__(self, space: SearchSpace, folder: SweepFolder, console: Console) -> None:
         first = next(iter(space.values()))
         super().__init__({}, folder, console, first.section_of(SweepConfig))
         self._space = space

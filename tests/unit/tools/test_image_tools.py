@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ImagesConfig, ModelConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.images import ImageProcessor
@@ -29,6 +28,7 @@ from dpo_dist.tools.chat.speakers import open_images, open_speakers
 from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
 from dpo_dist.tools.doctor.extension import DoctorConfig
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
@@ -232,7 +232,7 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
         rows[is_encoded:]
     )
     assert sum(uri is not None for pair in pairs for uri in pair.images) == 4
-    run = RunFolder(tmp_path)
+    run = DoctorFolder(tmp_path)
     write_doctor_page(run, replace(found, shown=pairs), data, DoctorConfig())
     page = run.doctor_page.read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4

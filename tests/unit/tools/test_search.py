@@ -12,6 +12,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
+from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
@@ -40,7 +41,7 @@ def space_in(folder: Path, *words: str, by: str = BY) -> SearchSpace:
 def search_in(folder: Path, space: SearchSpace, said: list[str] | None = None) -> Search:
     console = Console(LineScreen([].append if said is None else said.append))
     (folder / "sweep").mkdir(exist_ok=True)
-    return Search(space, RunFolder(folder / "sweep"), console)
+    return Search(space, SweepFolder(folder / "sweep"), console)
 
 
 def study_in(folder: Path) -> "optuna.Study":
@@ -112,7 +113,7 @@ def test_a_search_trains_what_optuna_samples_and_optuna_reads_it(tmp_path: Path)
     assert [f"{key}={value}" for key, value in settings.items()] == list(best)
     assert type(settings["optim.lr"]) is float
     assert found["best"]["value"] == study.best_value
-    results = sweep_results(search.points, search.ends, RunFolder(tmp_path / "sweep"), found)
+    results = sweep_results(search.points, search.ends, SweepFolder(tmp_path / "sweep"), found)
     assert results["search"] == found
     assert [row["outcome"] for row in results["points"]] == ["completed"] * 15
     page = tmp_path / "report.html"
@@ -301,7 +302,7 @@ def test_a_point_of_a_launcher_does_not_keep_the_others_waiting(tmp_path: Path) 
     )
     words = ["model.path=m", "data.train=[a.jsonl]", f"run.root={tmp_path}", "trainer.seed=1,2,3"]
     points: Points = load_points([*words, f"sweep.launcher='{sys.executable} {program}'", "sweep.parallel=2"])
-    folder = RunFolder(tmp_path / "sweep")
+    folder = SweepFolder(tmp_path / "sweep")
     folder.logs.mkdir(parents=True)
     settings = next(iter(points.values())).sweep
     pool = Pool(points, folder, Console(LineScreen([].append)), settings)

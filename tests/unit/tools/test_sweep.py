@@ -11,6 +11,7 @@ from dpo_dist.foundation.errors import ConfigError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
+from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, load_points
 from dpo_dist.tools.sweep.pool import is_finished, point_end, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
@@ -28,7 +29,7 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
     made = made_run(tmp_path / "made")
     change(made.state, "outcome", value="completed")
     made.path.rename(RunFolder(points[done].run.path).path)
-    folder = RunFolder(tmp_path / "sweep")
+    folder = SweepFolder(tmp_path / "sweep")
     results = sweep_results(points, {failed: ("diverged", "not finite")}, folder, {})
     assert json.loads(folder.sweep.read_text()) == results
     first, second, third = results["points"]

@@ -35,6 +35,7 @@ from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
@@ -305,7 +306,7 @@ def test_the_card_tells_of_the_step_whose_weights_are_the_model(
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
     texts = {"text": "", "source": None, "remedy": "", "examples": []}
     finding = {"rule": "doubled_bos", "level": "error", **texts}
-    write_text(folder.doctor_report, json.dumps({"findings": [finding]}))
+    write_text(DoctorFolder(folder.path).doctor_report, json.dumps({"findings": [finding]}))
     run = run_in(folder.path)
     finish(run, state_of(RunOutcome.completed), recorder_of(run), SUMMARY)
     sentence = "faults in the data"

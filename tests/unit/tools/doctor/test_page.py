@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.tools.doctor.examine import Diagnosis
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.page import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.doctor_data import diagnosis
 from tests.unit.tools.pages.made_run import HOSTILE, Page
@@ -19,8 +19,8 @@ def written(folder: Path, found: Diagnosis) -> str:
     config = RunConfig(
         run=FolderConfig(str(folder / "run")), data=DataConfig(train=[SourceConfig(HOSTILE, name=HOSTILE)])
     )
-    write_doctor_page(RunFolder(config.run.path), found, config.data, config.doctor)
-    return RunFolder(config.run.path).doctor_page.read_text(encoding="utf-8")
+    write_doctor_page(DoctorFolder(config.run.path), found, config.data, config.doctor)
+    return DoctorFolder(config.run.path).doctor_page.read_text(encoding="utf-8")
 
 
 def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = DoctorFolder(tmp_path)
     write_doctor_report(folder, diagnosis("plain"), 1)
     content: dict[str, Any] = json.loads(folder.doctor_report.read_text())
     assert (content["format"], content["exit_code"]) == (1, 1)
@@ -67,18 +67,18 @@ def test_page_and_lines_say_what_a_prefix_tree_saves(
     shares = {"tree_share": random, "tree_share_in_order": in_order}
     found.sources[0]["prefix"] = None if random is None else found.sources[0]["prefix"] | shares
     text = f"a prefix tree over up to 64 examples computes {words}"
-    lines = [line for line in diagnosis_lines(found, RunFolder(tmp_path)) if "begin alike" in line]
+    lines = [line for line in diagnosis_lines(found, DoctorFolder(tmp_path)) if "begin alike" in line]
     assert lines == ([f"data.jsonl: records begin alike: {text}"] if words else [])
     assert (f"Records begin alike: {text}." in written(tmp_path, found)) is bool(words)
 
 
 def test_the_lines_for_a_screen_are_complete_and_inert() -> None:
-    lines = diagnosis_lines(diagnosis("data.jsonl"), RunFolder(Path("out/run")))
+    lines = diagnosis_lines(diagnosis("data.jsonl"), DoctorFolder(Path("out/run")))
     assert lines[1].split() == ["data.jsonl", "train", "10", "8", "2", "8", "3", "tokens", "3", "tokens"]
     finding = ["error rule_error data.jsonl", "  data.jsonl", "  to do: data.jsonl", "  first: data.jsonl:4"]
     at = lines.index(finding[0])
     assert lines[at : at + 5] == [*finding, "warning rule_warning data.jsonl"]
     assert lines[-2:] == ["1 error, 1 warning, 1 note", "page: out/run/doctor/doctor.html"]
     assert any("4 of 10 pairs in the store" in line for line in lines)
-    hostile = diagnosis_lines(diagnosis(f"{HOSTILE}\nforged"), RunFolder(Path("out/run")))
+    hostile = diagnosis_lines(diagnosis(f"{HOSTILE}\nforged"), DoctorFolder(Path("out/run")))
     assert not {"\x1b", "\u202e", "\u200b", "\n"} & set("".join(hostile))

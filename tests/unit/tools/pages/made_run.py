@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best
 from tests.support.sample_files import sample, write_samples
 
@@ -121,8 +122,10 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     run.named_evaluation(LAST_EVALUATION).path.mkdir(parents=True)
     run.named_evaluation(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
     finding = {"rule": "label_leak", "level": "error", "text": text, "source": text, "remedy": text}
-    run.doctor_report.parent.mkdir()
-    run.doctor_report.write_text(json.dumps({"findings": [{**finding, "examples": [f"{text}:4"]}]}))
+    DoctorFolder(run.path).doctor_report.parent.mkdir()
+    DoctorFolder(run.path).doctor_report.write_text(
+        json.dumps({"findings": [{**finding, "examples": [f"{text}:4"]}]})
+    )
     write_samples(
         run.path, 30, [sample(1, text, prompt=text, source=text, chosen=text, reference=f"{text} before")]
     )

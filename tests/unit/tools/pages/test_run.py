@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.pages.render import inert
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.run import write_page
@@ -213,7 +214,14 @@ def test_a_page_can_do_without_each_fact_of_a_file(tmp_path: Path) -> None:
     """A run that was stopped early, or one of another version, lacks some."""
     run = made_run(tmp_path)
     evaluation = run.named_evaluation(LAST_EVALUATION).results
-    for file in (run.config, run.environment, run.state, run.summary, run.doctor_report, evaluation):
+    for file in (
+        run.config,
+        run.environment,
+        run.state,
+        run.summary,
+        DoctorFolder(run.path).doctor_report,
+        evaluation,
+    ):
         text, is_json = file.read_text(), file.suffix == ".json"
         facts = json.loads(text) if is_json else yaml.safe_load(text)
         for name in facts:
