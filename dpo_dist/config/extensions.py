@@ -58,7 +58,8 @@ def extensions() -> tuple[Extension, ...]:
         for file in sorted((package / room).glob("*/extension.py")):
             module = importlib.import_module(f"dpo_dist.{room}.{file.parent.name}.extension")
             declared.append(module.EXTENSION)
-    return tuple(declared)
+    # What several tools share, and no verb has, comes first.
+    return tuple(sorted(declared, key=lambda extension: bool(extension.verbs)))
 
 
 def rule_modules() -> list[Any]:

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
     from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
     from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
+    from dpo_dist.data.formats import read_records
     from dpo_dist.data.images import ExpandedImage, ImageProcessor
     from dpo_dist.data.read.fields import NUMBERS, VOTES
     from dpo_dist.data.read.files import write_records
-    from dpo_dist.data.read.sources import DataSource, full_name, read_records, source_labels
+    from dpo_dist.data.read.sources import DataSource, full_name, source_labels
     from dpo_dist.data.records import (
         IMAGE,
         BadRecord,
@@ -108,10 +109,11 @@ _NAMES = {
     "counts": ("DataCounts", "Outcome", "describe_counts", "named_in_one_line"),
     "encode": ("EncodedExample", "EncodedRecord", "encode_record"),
     "example": ("Example", "ImageInput", "Mask", "TokenIds"),
+    "formats": ("read_records",),
     "images": ("ExpandedImage", "ImageProcessor"),
     "read.fields": ("NUMBERS", "VOTES"),
     "read.files": ("write_records",),
-    "read.sources": ("DataSource", "full_name", "read_records", "source_labels"),
+    "read.sources": ("DataSource", "full_name", "source_labels"),
     "records": (
         *("IMAGE", "BadRecord", "Dialogue", "ImageFile", "Message", "Origin", "Part", "PreferenceRecord"),
         *("Prompt", "RawRecord", "Record", "Response", "UnusableRecordError", "prompt_hash"),

@@ -7,11 +7,11 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-from dpo_dist.data.config import DataFormat
+from dpo_dist.data.config import DataFormat, SourceConfig
 from dpo_dist.data.read.fields import (
     CONVERSATIONS,
     IMAGES_OF_SIDES,
@@ -441,3 +441,10 @@ FORMATS: dict[DataFormat, Format] = {
     DataFormat.labelled_text: Format(labelled, read=_read_text),
     DataFormat.completion: Format(completion, matches=has_completion),
 }
+
+
+def read_records(source: SourceConfig | str) -> Iterator[Record]:
+    """Read the records of a source (a string: its path), as `DataSource.records`."""
+    from dpo_dist.data.read.sources import DataSource  # noqa: PLC0415  (which reads records by the formats)
+
+    return DataSource(source).records()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_dist.data.example import Example
-from dpo_dist.data.read.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from tests.support import tiny
 from tests.support.invented import write_pairs

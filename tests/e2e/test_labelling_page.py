@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.data.read.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from tests.support.browser import Watched, chromium
 from tests.support.launch import running, wait_until

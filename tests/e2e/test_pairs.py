@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.data.read.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.files import locked
 from tests.support.launch import Finished, constants, run_verb, running, wait_until

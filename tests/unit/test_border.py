@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 FACE = "dpo_dist.data"
 TRAINER = """
-    DataConfig DataFormat Source SourceConfig
+    DataConfig DataFormat SourceConfig
     DataSource Part full_name read_records source_labels write_records
     BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record VOTES prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record trained_stops
@@ -23,7 +23,7 @@ TRAINER = """
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 TOOLS = """
-    DataConfig DataFormat SourceConfig DataSource Part source_labels
+    DataConfig DataFormat Source SourceConfig DataSource Part source_labels
     BadRecord Dialogue IMAGE ImageFile Message Origin PreferenceRecord Prompt Record Response
     UnusableRecordError prompt_hash turns_of
     ChatTemplate EncodedExample ImageProcessor encode_record trained_stops unread_fields

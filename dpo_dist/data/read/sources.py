@@ -317,11 +317,6 @@ class DataSource:
         )
 
 
-def read_records(source: SourceConfig | str) -> Iterator[Record]:
-    """Read the records of a source (a string: its path), as `DataSource.records`."""
-    return DataSource(source).records()
-
-
 def _looks_local(path: str) -> bool:
     """Return whether a path is rather that of a missing file than the name of a dataset on the Hub."""
     local = Path(path).expanduser()

@@ -17,13 +17,21 @@ from dpo_dist.config.run_folder import (
 )
 from dpo_dist.config.schema import FolderConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.compare.folder import ComparisonFolder
+from dpo_dist.tools.doctor.folder import DoctorFolder
+from dpo_dist.tools.pairs.folder import PairsFolder
+from dpo_dist.tools.sweep.folder import SweepFolder
 
 FOLDER = RunFolder(FolderConfig("output/run").path)
 
 
 def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
     assert str(FOLDER) == "output/run"
-    paths = [value for name in dir(RunFolder) if isinstance(value := getattr(FOLDER, name), Path)]
+    folders = [
+        kind(FOLDER.path) for kind in (RunFolder, ComparisonFolder, DoctorFolder, PairsFolder, SweepFolder)
+    ]
+    values = [getattr(folder, name) for folder in folders for name in dir(folder)]
+    paths = [value for value in values if isinstance(value, Path) and value != FOLDER.path]
     paths += [FOLDER.rank_log(1), *FOLDER.evaluation.files, FOLDER.named_evaluation(LAST_EVALUATION).results]
     assert {str(path.relative_to("output/run")) for path in paths} == {
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),

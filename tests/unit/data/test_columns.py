@@ -11,8 +11,9 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.columns import resolve_source
-from dpo_dist.data.read.sources import DataSource, read_records, source_labels
+from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.user_code import find_function

@@ -17,10 +17,10 @@ import pyarrow.parquet
 import pytest
 
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
-from dpo_dist.data.formats import parse_prompt, parse_record
+from dpo_dist.data.formats import parse_prompt, parse_record, read_records
 from dpo_dist.data.read import values
 from dpo_dist.data.read.fields import FIELDS, IMAGES_OF_SIDES
-from dpo_dist.data.read.sources import DataSource, read_records
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.encoded.build import encode_records
 from dpo_dist.foundation.errors import DataError

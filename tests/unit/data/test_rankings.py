@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.read.sources import DataSource, read_records
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from tests.support.records import assistant, bad, good, jsonl, user

@@ -15,8 +15,8 @@ from trl.data_utils import prepare_multimodal_messages
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
-from dpo_dist.data.read.sources import read_records
 from dpo_dist.data.records import (
     IMAGE,
     BadRecord,

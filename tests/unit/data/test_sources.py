@@ -17,8 +17,9 @@ import yaml
 
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
-from dpo_dist.data.read.sources import DataSource, read_records, source_labels
+from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.remedies import AtRecords

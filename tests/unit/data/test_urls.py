@@ -26,8 +26,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.read import sources
-from dpo_dist.data.read.sources import DataSource, read_records, source_labels
+from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation

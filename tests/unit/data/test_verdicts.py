@@ -11,7 +11,8 @@ import pytest
 
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts
-from dpo_dist.data.read.sources import DataSource, read_records
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.user_code import find_function

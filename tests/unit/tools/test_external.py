@@ -8,11 +8,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from dpo_dist.tools.external import model_command
 from peft import LoraConfig
 
 from dpo_dist.config.schema import Dtype, ExportTool, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.files.external import model_command
 from tests.support.tiny_model import write_model
 
 VLLM = Path(os.environ.get("DPO_DIST_VLLM", "/none"), "bin", "python")

@@ -17,8 +17,8 @@ from transformers import AutoModelForMultimodalLM
 
 from dpo_dist.config.schema import Dtype, ImagesConfig, ModelConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset

@@ -14,7 +14,7 @@ from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.read.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError, DataError

@@ -32,7 +32,7 @@ from transformers import (
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.read.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
 from dpo_dist.distributed.processes.world import Interrupted, Stops
 from dpo_dist.foundation.errors import DataError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.tools.compare import page as compare
+from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.page import comparison_table, headline, write_comparison_page
 from tests.support.comparison_files import answer, model, results, row, win, write_comparison
 from tests.unit.tools.pages.made_run import HOSTILE
@@ -17,7 +17,7 @@ from tests.unit.tools.pages.made_run import HOSTILE
 
 def page_of(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     file = write_comparison(folder, content, rows)
-    write_comparison_page(RunFolder(folder), content)
+    write_comparison_page(ComparisonFolder(folder), content)
     return file.read_text(encoding="utf-8")
 
 

@@ -203,7 +203,7 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_a_plain_error_that_names_it(tmp_path: Path, name: str, content: str) -> None:
     run = made_run(tmp_path)
-    file: Path = getattr(run, name)
+    file: Path = getattr(DoctorFolder(run.path), name)
     file.write_text(content)
     with pytest.raises(ConfigError) as raised:
         main([str(run)])
