@@ -185,7 +185,7 @@ def _encoded(
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
     """Return patterns of the parts in `data.untrained`, each with the opening tag that may end a prompt."""
     names = config.untrained
-    parts = [("", facts.around_turns)] if "formatting" in names else []
+    parts = [("", facts.tokens_around_turns)] if "formatting" in names else []
     # The template's thoughts, and those of contents in which it looks for none.
     thoughts = {marks.tags: marks for marks in (facts.thoughts, DEFAULT_MARKS)}
     if "empty_thoughts" in names:

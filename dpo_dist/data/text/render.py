@@ -103,7 +103,7 @@ def _trained_ends(facts: TokenizerFacts) -> set[str]:
             rendered = render_record(record, facts, DataConfig())
             [text], [counted] = rendered.responses, rendered.counted
             ends |= {facts.ending_token(text[start:end]) for start, end in counted}
-    return {*facts.stops, *ends} - facts.within_turns - {""}
+    return {*facts.stops, *ends} - facts.tokens_inside_turns - {""}
 
 
 def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
@@ -226,7 +226,7 @@ def _by_template(
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
         changes.add("templated_content")
     spans = zip(rendered.responses, rendered.counted, strict=True)
-    if any(facts.stops_within(text[start:end]) for text, turns in spans for start, end in turns):
+    if any(facts.has_stop_inside(text[start:end]) for text, turns in spans for start, end in turns):
         changes.add("stop_within_turn")
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
@@ -423,7 +423,7 @@ class _Conversation:
         turns = map(self.chat.turn, messages)
         wholes = [self.chat.render((*self.messages, turn), self.context) for turn in turns]
         return [
-            self.facts.up_to_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+            self.facts.turn_with_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
             for whole in wholes
         ]
 

@@ -88,7 +88,7 @@ class TurnFinder:
             text, is_assistant = output[start:stop], message.role == "assistant"
             header = self._header_length(message, text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
-                text = text[:header] + self._facts.up_to_end(text[header:])
+                text = text[:header] + self._facts.turn_with_end(text[header:])
             content = header
             if text and not is_assistant and is_trained(message):
                 content = self._content_start(message, turns, index, output[: start + len(text)], start)
@@ -100,7 +100,7 @@ class TurnFinder:
         if end := self._facts.after_ending_token(turn):
             return end
         # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy? To the last turn, which has
-        # no next token, `TokenizerFacts.up_to_end` adds an end.
+        # no next token, `TokenizerFacts.turn_with_end` adds an end.
         # Nemotron's next one, \n<extra_id_1>, comes after a line end.
         next_token = self._facts.marks.in_text.match(following, _leading_space(following))
         return len(turn) + (next_token.end() if next_token else 0)
