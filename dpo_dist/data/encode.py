@@ -187,8 +187,10 @@ def _encoded(
         return prompt, responses, [], is_resplit
     masks = []
     for text, (ids, starts), spans in zip(rendered.responses, encoded, counted, strict=True):
-        all_count = spans is None
-        masks.append(np.ones(len(ids), np.bool_) if all_count else _token_mask(starts, len(text), spans))
+        if spans is None:
+            masks.append(np.ones(len(ids), np.bool_))
+        else:
+            masks.append(_token_mask(starts, len(text), spans))
     return prompt, responses, masks, is_resplit
 
 
