@@ -125,7 +125,8 @@ class DataCounts:
         """Return the sum of counts, of which the attributes are given, also as JSON has them."""
         total = cls()
         for part in parts:
-            total.read, total.kept = total.read + part["read"], total.kept + part["kept"]
+            total.read += part["read"]
+            total.kept += part["kept"]
             total.pairs += part["pairs"]
             for name in ("dropped", "read_as", "changed"):
                 getattr(total, name).update(part[name])
@@ -154,9 +155,9 @@ class DataCounts:
 
     def numbers(self) -> dict[str, Any]:
         """Return the counts without examples, for JSON."""
-        whole = {"read": self.read, "kept": self.kept, "pairs": self.pairs}
-        by_name = {"dropped": dict(self.dropped), "read_as": dict(self.read_as)}
-        return whole | by_name | dict(sorted(self.changed.items()))
+        numbers: dict[str, Any] = {"read": self.read, "kept": self.kept, "pairs": self.pairs}
+        numbers |= {"dropped": dict(self.dropped), "read_as": dict(self.read_as)}
+        return numbers | dict(sorted(self.changed.items()))
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, Any]) -> "DataCounts":
@@ -335,9 +336,9 @@ def counts_in_one_line(counts: Mapping[str, int]) -> str:
 
 def named_in_one_line(names: Iterable[str]) -> str:
     """Return names of fields: "a, b and 3 more"; empty if there are none."""
-    shown = list(dict.fromkeys(filter(None, map(shown_key, names))))  # leave out the index that pandas writes
-    more = f" and {len(shown) - _NAMED_FIELDS} more" if len(shown) > _NAMED_FIELDS else ""
-    return ", ".join(shown[:_NAMED_FIELDS]) + more
+    distinct = list(dict.fromkeys(filter(None, map(shown_key, names))))  # "": the index that pandas writes
+    more = f" and {len(distinct) - _NAMED_FIELDS} more" if len(distinct) > _NAMED_FIELDS else ""
+    return ", ".join(distinct[:_NAMED_FIELDS]) + more
 
 
 def count_lines(counts: Mapping[str, int]) -> list[str]:
@@ -352,11 +353,11 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     lines += count_lines(total.changed)
     for numbers in counts["sources"]:
         source = DataCounts.from_numbers(numbers)
-        shown = f"{numbers['path']}: {pluralize(source.kept, 'record')}"
+        records = f"{numbers['path']}: {pluralize(source.kept, 'record')}"
         if len(counts["sources"]) > 1:
             dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
-            shown = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
-        lines.append(f"  {shown}: {source.forms_in_words}")
+            records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
+        lines.append(f"  {records}: {source.forms_in_words}")
         lines += [f"  warning: {warning}" for warning in source.two_forms()]
     return lines
 
@@ -385,7 +386,8 @@ def _remedy(
         )
         return Remedy(f"{reason_remedy(reason)}; or ignore these fields, {words}: {ignored}")
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
-    if reason == "image_count" and (images := _column("images", unread)):
+    images = _column("images", unread)
+    if reason == "image_count" and images is not None:
         return _source_with({"images": images}, path, config)
     remedy = Remedy(reason_remedy(reason))
     if reason not in _TOO_LONG:
@@ -419,28 +421,28 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
 
     Other names of columns do not help a record with a score and no second response: it gets other advice.
     """
-    known = counts.columns.get("unknown_format", {})
-    if known and "label" not in known:
-        return _source_with(known, path, config)
-    given = counts.fields.get("unknown_format", [])
-    if are_judged(given):
-        return _source_with({"prompt": _column("prompt", given)}, path, config)
-    label = known.get("label") or _column("label", given)
+    columns = counts.columns.get("unknown_format", {})
+    if columns and "label" not in columns:
+        return _source_with(columns, path, config)
+    fields = counts.fields.get("unknown_format", [])
+    if are_judged(fields):
+        return _source_with({"prompt": _column("prompt", fields)}, path, config)
+    label = columns.get("label") or _column("label", fields)
     best, other = ("completion", "label") if label else ("chosen", "rejected")
-    rejected = label or _column(other, given)
-    if rejected is None and any(_SCORES & _words(name) for name in given):
+    rejected = label or _column(other, fields)
+    if rejected is None and any(_SCORES & _words(name) for name in fields):
         return Remedy(reason_remedy("no_ranking"))
     # "non_preferred" has a word for the chosen side, too.
-    chosen = _column(best, [name for name in given if name != rejected])
+    chosen = _column(best, [name for name in fields if name != rejected])
     if other == "rejected" and rejected is None and chosen and is_verdict(chosen):
         chosen = None  # a winner without a loser is a verdict
-    guessed = {"prompt": _column("prompt", given), best: chosen, other: rejected}
+    guessed = {"prompt": _column("prompt", fields), best: chosen, other: rejected}
     if all(field == name for field, name in guessed.items()):
         return Remedy(
             f"the fields {', '.join(guessed)} have the right names, but their values are neither texts nor "
             "messages (role and content): let a reader of the source return them"
         )
-    images = _column("images", given)
+    images = _column("images", fields)
     return _source_with(guessed | ({"images": images} if images else {}), path, config)
 
 
@@ -469,26 +471,27 @@ def _source_with(
     With a `reader`, and `without` some of the columns that the source has.
     """
     usual = asdict(SourceConfig(path="-"))
-    shown = {field: None if name == "null" else name or "COLUMN" for field, name in columns.items()}
+    new_columns = {field: None if name == "null" else name or "COLUMN" for field, name in columns.items()}
     added = {"reader": reader} if reader else {}
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
-            given = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
-            own = given.pop("columns", None) or {}
-            kept = {name: place for name, place in own.items() if name not in without}
-            source = as_written(given | added | ({"columns": kept | shown} if kept or shown else {}))
+            fields = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
+            old_columns = fields.pop("columns", None) or {}
+            old_columns = {name: place for name, place in old_columns.items() if name not in without}
+            all_columns = old_columns | new_columns
+            source = as_written(fields | added | ({"columns": all_columns} if all_columns else {}))
             is_known = all(columns.values()) and not reader and _PLAIN_WORDS.fullmatch(source)
             return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) if is_known else ())
-    source = as_written({"path": path, **added, **({"columns": shown} if shown else {})})
+    source = as_written({"path": path, **added, **({"columns": new_columns} if new_columns else {})})
     return Remedy(f"write the source as {source}")
 
 
-def _column(field: str, given: Iterable[str]) -> str | None:
+def _column(field: str, columns: Iterable[str]) -> str | None:
     """Return the first column whose name is, or contains, a word for the field and none of something else.
 
     Of columns whose names differ in one word, such as answer_1 and answer_2, none is the better one.
     """
-    names = [name for name in given if not (_SCORES | _ABOUT) & _words(name)]
+    names = [name for name in columns if not (_SCORES | _ABOUT) & _words(name)]
     names = [name for name in names if not any(are_twins(name, other) for other in names)]
     return next((name for word in _NAMES[field].split() for name in names if word in _words(name)), None)
 

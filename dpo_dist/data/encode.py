@@ -1,5 +1,6 @@
 """Encode a preference record as token ids: one prompt, and the responses that continue it."""
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -59,28 +60,30 @@ def encode_pair(
         rendered = render_record(record, facts, data_config)
         if processor is not None and images:
             rendered = with_images(rendered, images, facts, processor)
-        prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)
+        prompt, responses, masks, is_resplit = _encoded(rendered, facts, data_config)
         prompt, prefix_length = facts.with_prefix(prompt)
         least = prefix_length
         if processor is not None:
             least += _tokens_from_images(
                 prompt, responses, images, processor.placeholder_id, facts.special_ids
             )
-        is_distinct = len(set(map(tuple, responses))) == len(responses)
-        if len(prompt) > prefix_length and is_distinct and all(mask.any() for mask in trained):
+        is_usable = len(prompt) > prefix_length and all(mask.any() for mask in masks)
+        if is_usable and _are_distinct(responses):
             lengths = RecordLengths(
                 len(prompt),
                 longest=max(map(len, responses)),
                 bos=prefix_length,
-                needed=needed_tokens(responses, trained),
+                needed=needed_tokens(responses, masks),
                 least_prompt=min(least, len(prompt)),
             )
-        kept_prompt, kept = _truncated(prompt, responses, prefix_length, least, data_config)
-        truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
-        if len(set(map(tuple, kept))) < len(kept):
-            raise UnusableRecordError(f"identical_after_{'truncation' if any(truncated) else 'encoding'}")
-        trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
-        if not all(mask.any() for mask in trained):
+        cut_prompt, cut_responses = _truncated(prompt, responses, prefix_length, least, data_config)
+        pairs = zip(cut_responses, responses, strict=True)
+        truncated = tuple(len(cut) < len(response) for cut, response in pairs)
+        if not _are_distinct(cut_responses):
+            step = "truncation" if any(truncated) else "encoding"
+            raise UnusableRecordError(f"identical_after_{step}")
+        masks = [mask[: len(ids)] for mask, ids in zip(masks, cut_responses, strict=False)]
+        if not all(mask.any() for mask in masks):
             raise UnusableRecordError("no_trained_token", "the loss would count no token of a response")
     except UnusableRecordError as fault:
         return replace(fault.as_bad_record(record.origin), lengths=lengths)
@@ -88,24 +91,29 @@ def encode_pair(
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
         )
-    changes = {
+    has_change = {
         "boundary_resplit": is_resplit,
-        "prompt_truncated": len(kept_prompt) < len(prompt),
+        "prompt_truncated": len(cut_prompt) < len(prompt),
         "response_truncated": any(truncated),
         "sides_exchanged": record.is_exchanged,
-        "partly_trained": bool(trained),
+        "partly_trained": bool(masks),
         "image_tag_in_text": has_tags,
     }
+    changes = [name for name, is_so in has_change.items() if is_so]
     return EncodedExample(
-        np.array(kept_prompt, dtype=np.int32),
-        tuple(np.array(ids, dtype=np.int32) for ids in kept),
-        tuple(trained),
+        np.array(cut_prompt, dtype=np.int32),
+        tuple(np.array(ids, dtype=np.int32) for ids in cut_responses),
+        tuple(masks),
         images,
-        changes=rendered.changes.union(record.numbers, (name for name, is_so in changes.items() if is_so)),
+        changes=rendered.changes.union(record.numbers, changes),
         truncated=truncated,
         read_as=rendered.read_as,
         lengths=lengths,
     )
+
+
+def _are_distinct(responses: Sequence[Sequence[int]]) -> bool:
+    return len(set(map(tuple, responses))) == len(responses)
 
 
 def _images(
@@ -117,10 +125,9 @@ def _images(
     """
     if record.images and processor is None:
         raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
-    prompt, *responses = (
-        [turn.content for turn in turns_of(content)] for content in (record.prompt, *record.responses)
-    )
-    in_responses = any(IMAGE in text for texts in responses for text in texts)
+    prompt = [turn.content for turn in turns_of(record.prompt)]
+    responses = [[turn.content for turn in turns_of(response)] for response in record.responses]
+    in_responses = any(IMAGE in text for text in itertools.chain(*responses))
     if in_responses or sum(text.count(IMAGE) for text in prompt) != len(record.images):
         raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
     if processor is None:
@@ -130,10 +137,10 @@ def _images(
             "several_images", f"{len(record.images)} images; this model reads one in a prompt"
         )
     images = tuple(processor.expanded(image.read()) for image in record.images)
-    has_tag_in = [any(has_tag(text, processor.tokens) for text in texts) for texts in (prompt, *responses)]
-    if has_tag_in[0] and not images:
+    in_prompt = any(has_tag(text, processor.tokens) for text in prompt)
+    if in_prompt and not images:
         raise UnusableRecordError("image_count", "a tag of images, and no image", record.unread)
-    return images, any(has_tag_in)
+    return images, in_prompt or any(has_tag(text, processor.tokens) for text in itertools.chain(*responses))
 
 
 def _tokens_from_images(
@@ -148,9 +155,10 @@ def _tokens_from_images(
     Raises UnusableRecordError: there is not a placeholder for each feature of the images.
     """
     expected = sum(image.tokens for image in images)
-    found = prompt.count(placeholder_id) + sum(ids.count(placeholder_id) for ids in responses)
-    if not prompt.count(placeholder_id) == found == expected:
-        detail = f"{found} placeholders in the tokens, for {len(images)} images of {expected}"
+    in_prompt = prompt.count(placeholder_id)
+    placeholders = in_prompt + sum(ids.count(placeholder_id) for ids in responses)
+    if not in_prompt == placeholders == expected:
+        detail = f"{placeholders} placeholders in the tokens, for {len(images)} images of {expected}"
         raise UnusableRecordError("image_count", detail)
     if not images:
         return 0
@@ -174,18 +182,22 @@ def _encoded(
     ]
     has_masks = counted != [None] * len(counted)
     prompt, encoded, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses, has_masks)
-    masks = [
-        np.ones(len(ids), dtype=np.bool_) if spans is None else _token_mask(starts, len(text), spans)
-        for text, (ids, starts), spans in zip(rendered.responses, encoded, counted, strict=True)
-        if has_masks
-    ]
-    return prompt, [ids for ids, _ in encoded], masks, is_resplit
+    responses = [ids for ids, _ in encoded]
+    if not has_masks:
+        return prompt, responses, [], is_resplit
+    masks = []
+    for text, (ids, starts), spans in zip(rendered.responses, encoded, counted, strict=True):
+        if spans is None:
+            masks.append(np.ones(len(ids), np.bool_))
+        else:
+            masks.append(_token_mask(starts, len(text), spans))
+    return prompt, responses, masks, is_resplit
 
 
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
     """Return patterns of the parts in `data.untrained`, each with the opening tag that may end a prompt."""
     names = config.untrained
-    parts = [("", facts.around_turns)] if "formatting" in names else []
+    parts = [("", facts.tokens_around_turns)] if "formatting" in names else []
     # The template's thoughts, and those of contents in which it looks for none.
     thoughts = {marks.tags: marks for marks in (facts.thoughts, DEFAULT_MARKS)}
     if "empty_thoughts" in names:
@@ -206,15 +218,16 @@ def _counted_characters(
     """
     counted = list[Span]()
     for start, end in turns:
-        before, left_out = prompt + text[:start], list[Span]()
-        for opening, pattern in untrained:
-            is_opened = opening and before.rstrip().endswith(opening)
-            opened = before[before.rindex(opening) :] if is_opened else ""
-            for match in pattern.finditer(opened + text[start:end]):
+        before = prompt + text[:start]
+        omitted = list[Span]()
+        for tag, pattern in untrained:
+            is_opened = tag and before.rstrip().endswith(tag)
+            opening = before[before.rindex(tag) :] if is_opened else ""
+            for match in pattern.finditer(opening + text[start:end]):
                 first, stop = match.span()
-                left_out.append((start + first - len(opened), start + stop - len(opened)))
+                omitted.append((start + first - len(opening), start + stop - len(opening)))
         position = start
-        for first, stop in sorted(left_out):
+        for first, stop in sorted(omitted):
             if position < first:
                 counted.append((position, first))
             position = max(position, stop)
@@ -245,10 +258,11 @@ def _truncated(
 
     Raises UnusableRecordError: nothing is left to train on, or an image would be cut.
     """
-    whole = len(prompt)
-    if len(prompt) == prefix_length:
+    prompt_tokens = len(prompt)
+    if prompt_tokens == prefix_length:
         raise UnusableRecordError("empty_prompt", "the prompt has no tokens")
-    if (limit := limits.max_prompt_length) is not None:
+    limit = limits.max_prompt_length
+    if limit is not None:
         if limit <= prefix_length:
             raise ConfigError(
                 "data.max_prompt_length is too small: only BOS would be left of a prompt",
@@ -259,14 +273,15 @@ def _truncated(
             )
         prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
-    if len(prompt) == whole and 0 < longest <= limits.max_length - whole:
+    if len(prompt) == prompt_tokens and 0 < longest <= limits.max_length - prompt_tokens:
         return prompt, responses
-    kept_prompt, kept = map(int, kept_tokens(len(prompt), longest, prefix_length, limits))
-    if least > prefix_length and kept_prompt < min(least, whole):
-        detail = f"{least} tokens of {whole} from the first image on, and room for {max(kept_prompt, 0)}"
+    prompt_room, room = map(int, kept_tokens(len(prompt), longest, prefix_length, limits))
+    if least > prefix_length and prompt_room < min(least, prompt_tokens):
+        room_in_words = f"room for {max(prompt_room, 0)}"
+        detail = f"{least} tokens of {prompt_tokens} from the first image on, and {room_in_words}"
         raise UnusableRecordError("image_does_not_fit", detail)
-    if kept:
-        return _cut_left(prompt, kept_prompt, prefix_length), [ids[:kept] for ids in responses]
+    if room:
+        return _cut_left(prompt, prompt_room, prefix_length), [ids[:room] for ids in responses]
     match limits.truncation:
         case Truncation.drop:
             raise UnusableRecordError("too_long", f"{len(prompt) + longest} tokens")
@@ -295,26 +310,29 @@ class EncodedRecord:
 
     def examples(self) -> list[EncodedExample]:
         """Return the examples, each with its own responses."""
-        responses, trained, truncated = self.example.responses, self.example.trained, self.example.truncated
-        return [
-            replace(
-                self.example,
-                responses=tuple(responses[index] for index in ranks),
-                trained=tuple(trained[index] for index in ranks if trained),
-                truncated=tuple(truncated[index] for index in ranks),
+        source = self.example
+        examples = []
+        for ranks in self.ranks:
+            example = replace(
+                source,
+                responses=tuple(source.responses[index] for index in ranks),
+                trained=tuple(source.trained[index] for index in ranks if source.trained),
+                truncated=tuple(source.truncated[index] for index in ranks),
             )
-            for ranks in self.ranks
-        ]
+            examples.append(example)
+        return examples
 
     @property
     def outcome(self) -> Outcome:
         """The record's result, for counts."""
-        changed = dict.fromkeys(self.example.changes, 1) | {"ties_left_out": self.ties}
+        times = dict.fromkeys(self.example.changes, 1)
+        times["ties_left_out"] = self.ties
         best, *others = self.example.truncated
         if others:
-            changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
-        counted = tuple(sorted((name, times) for name, times in changed.items() if times))
-        return Outcome(None, len(self.ranks), changed=counted, read_as=self.example.read_as)
+            times["chosen_truncated"] = int(best)
+            times["rejected_truncated"] = int(any(others))
+        changed = tuple(sorted((name, number) for name, number in times.items() if number))
+        return Outcome(None, len(self.ranks), changed=changed, read_as=self.example.read_as)
 
 
 def encode_record(
@@ -330,16 +348,21 @@ def encode_record(
         return record
     ranks, ties = training_examples(record, config.ranked)
     if config.unpair and len(record.responses) > 1:
-        record = replace(record, responses=record.responses[:: len(record.responses) - 1], scores=(1.0, 0.0))
-        ranks, ties = [(0,), (1,)], 0
+        best_and_worst = (record.responses[0], record.responses[-1])
+        record = replace(record, responses=best_and_worst, scores=(1.0, 0.0))
+        ranks = [(0,), (1,)]
+        ties = 0
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
     encoded = encode_pair(replace(record, responses=responses), tokenizer, config, processor)
     if isinstance(encoded, BadRecord):
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)
-    new_ranks = [[used.index(index) for index in example] for example in ranks]
-    numbers = list({**NUMBERS, **record.numbers}.values()) if record.numbers else []
+    numbers = {**NUMBERS, **record.numbers}
     return EncodedRecord(
-        encoded, ranks=new_ranks, scores=[scores[index] for index in used], ties=ties, numbers=numbers
+        encoded,
+        ranks=[[used.index(index) for index in example] for example in ranks],
+        scores=[scores[index] for index in used],
+        ties=ties,
+        numbers=list(numbers.values()) if record.numbers else [],
     )

@@ -87,6 +87,8 @@ _READ = frozenset(fields_with("read"))
 _UNREAD = fields_with("unread")
 # What a prompt that stays text, or a dialogue, cannot have.
 _CONTEXT = (*TOOLS, TEMPLATE_ARGUMENTS, *SYSTEMS, "history")
+# With one of these a text prompt becomes a user's turn.
+_OF_CHATS = (*TOOLS, *TOOLS_OF_SIDES, TEMPLATE_ARGUMENTS)
 
 # A record with one of these faults may still have a usable prompt.
 _RESPONSE_FAULTS = {
@@ -140,15 +142,13 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
     return replace(completed, responses=(), scores=None)
 
 
-def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
+def _parse(fields: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     has_texts = FORMATS[name].read in _READS_TEXT
-    record = plain_record(given, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
+    record = plain_record(fields, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
     # The prompt and the responses.
-    row: Format | None = FORMATS[name]
-    if name is DataFormat.auto:
-        row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
+    row = _detected(record) if name is DataFormat.auto else FORMATS[name]
     if row is None:
-        raise unknown_format(given, label_column(record))
+        raise unknown_format(fields, label_column(record))
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
@@ -156,12 +156,12 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
             # Only the user knows what the order of a list means.
             raise UnusableRecordError("no_scores", content.field)
     read = row.read or _select_reader(content.prompt, content.responses)
-    if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
+    if read is None and _has_sides_only(fields):
         read = _read_implicit  # the prompt can only be inside the sides
+    if read is None and content.prompt is None and _has_prompt_field(record):
+        raise UnusableRecordError("empty_prompt")
     if read is None:
-        fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
-        is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
-        raise UnusableRecordError("empty_prompt") if is_empty else unknown_format(given, {})
+        raise unknown_format(fields, {})
     prompt, responses = read(content.prompt, content.responses)
     # What stands beside them.
     is_plain = row.read in (_read_text, _read_implicit)
@@ -183,6 +183,24 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
+
+
+def _detected(record: Fields) -> "Format | None":
+    """Return the first format that matches a record."""
+    for row in FORMATS.values():
+        if row.matches is not None and row.matches(record):
+            return row
+    return None
+
+
+def _has_sides_only(fields: Fields) -> bool:
+    """Return whether nothing but the sides of a pair, and their scores, has a value."""
+    return all(value is None or name in _BESIDE_SIDES for name, value in fields.items())
+
+
+def _has_prompt_field(record: Fields) -> bool:
+    names = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
+    return any(record.get(name) is not None for name in names)
 
 
 Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
@@ -267,57 +285,87 @@ def _with_context(
     configured format. Raises UnusableRecordError: `unread_content` with the names of fields that would be
     lost, `image_in_response`, or `invalid_tools`.
     """
-    if of_sides := tuple(name for name in IMAGES_OF_SIDES if name in record):
-        raise UnusableRecordError("image_in_response", f"fields: {', '.join(of_sides)}", of_sides)
+    images = tuple(name for name in IMAGES_OF_SIDES if name in record)
+    if images:
+        raise UnusableRecordError("image_in_response", f"fields: {', '.join(images)}", images)
+    turns = turns_of(prompt, "user")
     before: list[Message] = []
     if is_plain or isinstance(prompt, Dialogue):
-        lost = [name for name in _CONTEXT if name in record]
+        misplaced = [name for name in _CONTEXT if name in record]
     else:
-        before, lost = _turns_before(record, turns_of(prompt, "user"))
-    weights = [
-        name for name in _WEIGHTS if record.get(name) not in (None, "") and to_number(record[name]) != 1
-    ]
-    against = _against(record, content)
-    lost = [*_never_read(record), *lost, *_outside(prompt, record, content), *against, *weights]
-    if lost:
-        detail = f"fields: {', '.join(lost)}"
-        detail += "; no verdict for the chosen side" if against else ""
-        detail += f"; to weigh the loss, set columns: {{loss_weight: {weights[0]}}}" if weights else ""
-        raise unread_error(detail, lost, ignoring(lost))
+        before, misplaced = _turns_before(record, turns)
+    _check_nothing_is_lost(record, content, misplaced, _outside(prompt, record, content))
     tools = _tools(record)
+    arguments = _template_arguments(record)
+    is_chat = bool(before) or any(name in record for name in _OF_CHATS)
+    return (*before, *turns) if is_chat else prompt, tools, arguments
+
+
+def _check_nothing_is_lost(
+    record: Fields, content: Content, misplaced: Sequence[str], outside: Sequence[str]
+) -> None:
+    """Raise UnusableRecordError `unread_content` if a field would be lost that changes what is trained.
+
+    `misplaced`: fields with turns that do not fit to the prompt; `outside`: those with another prompt.
+    """
+    verdicts = _against(record, content)
+    weights = list[str]()
+    for name in _WEIGHTS:
+        has_weight = record.get(name) not in (None, "")
+        if has_weight and to_number(record[name]) != 1:
+            weights.append(name)
+    fields = [*_never_read(record), *misplaced, *outside, *verdicts, *weights]
+    if not fields:
+        return
+    detail = f"fields: {', '.join(fields)}"
+    if verdicts:
+        detail += "; no verdict for the chosen side"
+    if weights:
+        detail += f"; to weigh the loss, set columns: {{loss_weight: {weights[0]}}}"
+    raise unread_error(detail, fields, ignoring(fields))
+
+
+def _template_arguments(record: Fields) -> Fields:
     arguments = record.get(TEMPLATE_ARGUMENTS, {})
-    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise UnusableRecordError(
-            "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
-        )
-    is_chat = before or any(name in record for name in (*TOOLS, *TOOLS_OF_SIDES, TEMPLATE_ARGUMENTS))
-    return (*before, *turns_of(prompt, "user")) if is_chat else prompt, tools, arguments
+    if isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments):
+        return arguments
+    raise UnusableRecordError(
+        "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
+    )
 
 
 def _turns_before(record: Fields, messages: Messages) -> tuple[list[Message], list[str]]:
     """Return the turns before a prompt's own, and the fields with such turns that do not fit to it."""
     before: list[Message] = []
-    lost = [*TOOLS[1:]] if set(TOOLS) <= record.keys() else []
+    misplaced = list[str]()
+    if set(TOOLS) <= record.keys():  # definitions of tools twice
+        misplaced += TOOLS[1:]
     for name in SYSTEMS:
-        text = record.get(name)
-        first = [*before, *messages][:1]
-        if isinstance(text, str) and (not first or first[0].role != "system"):
+        if name not in record:
+            continue
+        text = record[name]
+        first = next(iter([*before, *messages]), None)
+        if not isinstance(text, str):
+            misplaced.append(name)
+        elif first is None or first.role != "system":
             before.append(Message("system", text))
-        elif name in record and (not isinstance(text, str) or first[0].content.strip() != text.strip()):
-            lost.append(name)
+        elif first.content.strip() != text.strip():
+            misplaced.append(name)
     if has_value(record.get("history")):
         turns = read_history(record["history"])
         before += turns or ()
         if turns is None or [turn.role for turn in messages] != ["user"]:
-            lost.append("history")
-    return before, lost
+            misplaced.append("history")
+    return before, misplaced
 
 
 def _never_read(record: Fields) -> list[str]:
     """Return the fields that a template or a model uses, and that no format reads."""
-    lost = [name for name in _UNREAD if name in record]
-    # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
-    return lost + (["enable_thinking"] if record.get("enable_thinking") not in (None, "") else [])
+    fields = [name for name in _UNREAD if name in record]
+    # Even a false one: outside of the template's arguments it would be ignored.
+    if record.get("enable_thinking") not in (None, ""):
+        fields.append("enable_thinking")
+    return fields
 
 
 def _against(record: Fields, content: Content) -> list[str]:
@@ -332,27 +380,30 @@ def _outside(prompt: Prompt, record: Fields, content: Content) -> list[str]:
     """Return the fields with questions or conversations that are not part of the prompt."""
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
-    questions = ("instruction", *QUESTIONS, "context", *(["prompt"] if isinstance(prompt, Dialogue) else []))
+    questions = ["instruction", *QUESTIONS, "context"]
+    if isinstance(prompt, Dialogue):
+        questions.append("prompt")
     best = next(iter(content.responses.values()))
-    lost = []
+    outside = []
     for name in with_value(record, (*questions, *conversations)):
         value = record[name]
-        if name in conversations and repeats(value, best):
-            value = value[:-1]
-        elif name in conversations and (name in content.responses or ends_with_response(value)):
-            continue
+        if name in conversations:
+            if repeats(value, best):
+                value = value[:-1]
+            elif name in content.responses or ends_with_response(value):
+                continue
         if is_outside(value, prompt):
-            lost.append(name)
-    return lost
+            outside.append(name)
+    return outside
 
 
 def _tools(record: Fields) -> tuple[Fields, ...]:
     """Return a record's definitions of tools, which both sides share."""
     tools = next((read_tools(record[name]) for name in TOOLS if name in record), ())
-    differing = [name for name in TOOLS_OF_SIDES if name in record and read_tools(record[name]) != tools]
-    if differing:
-        detail = f"fields: {', '.join(differing)}, other than tools"
-        raise unread_error(detail, differing, ignoring(differing))
+    sides = [name for name in TOOLS_OF_SIDES if name in record]
+    others = [name for name in sides if read_tools(record[name]) != tools]
+    if others:
+        raise unread_error(f"fields: {', '.join(others)}, other than tools", others, ignoring(others))
     return tools
 
 
@@ -365,26 +416,31 @@ def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
         scores = _SCORES if len(content.responses) == 2 else LABELS
     read = _READ.union(content.responses, [content.field], scores, content.verdicts)
     names = with_value(record, [name for name in record if name not in read])
-    if isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
-        names = [*(name for name in names if name != OTHERS), *left_out]
+    others = record.get(OTHERS)
+    if isinstance(others, tuple):  # else a column of this name
+        names = [*(name for name in names if name != OTHERS), *others]
     return (*names, *unread_keys([content.prompt, *content.responses.values(), record.get("history")]))
 
 
 def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
     """Return a pair with its sides exchanged, its soft label and its margin too: the loss stays the same."""
-    opposite = {"soft_label": 1 - record.numbers["soft_label"], "margin": -record.numbers.get("margin", 0.0)}
-    responses, scores = record.responses[::-1], record.scores and record.scores[::-1]
-    given = {**record.numbers, **opposite}
-    numbers = {name: value for name, value in given.items() if value != NUMBERS[name]}
-    return replace(record, responses=responses, scores=scores, numbers=numbers, is_exchanged=True)
+    numbers = dict(record.numbers)
+    numbers["soft_label"] = 1 - record.numbers["soft_label"]
+    numbers["margin"] = -record.numbers.get("margin", 0.0)
+    return replace(
+        record,
+        responses=record.responses[::-1],
+        scores=record.scores and record.scores[::-1],
+        numbers={name: value for name, value in numbers.items() if value != NUMBERS[name]},
+        is_exchanged=True,
+    )
 
 
 def check_content(record: PreferenceRecord) -> None:
     """Check that a record has a prompt and different responses that the loss can count."""
-    prompt, *responses = turns_of(record.prompt, "user"), *map(turns_of, record.responses)
-    values = [
-        [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
-    ]
+    prompt = turns_of(record.prompt, "user")
+    responses = [*map(turns_of, record.responses)]
+    values = [*map(_values, (prompt, *responses))]
     try:
         plain = _json([values, record.tools, record.template_arguments])
         size = len(plain.encode())
@@ -398,11 +454,15 @@ def check_content(record: PreferenceRecord) -> None:
         raise UnusableRecordError("empty_prompt")
     for turns in responses:
         # The loss must count at least one turn with content.
-        trained = [turn for turn in turns if turn.role == "assistant" and turn.is_trained is not False]
-        if not any(map(_has_content, trained)):
+        answers = [turn for turn in turns if turn.role == "assistant"]
+        if not any(_has_content(turn) for turn in answers if turn.is_trained is not False):
             raise UnusableRecordError("empty_response")
     if len(set(map(_json, values[1:]))) < len(responses):
         raise UnusableRecordError("identical_responses")
+
+
+def _values(turns: Messages) -> list[tuple[str, str, Fields]]:
+    return [(turn.role, turn.content.strip(), turn.fields) for turn in turns]
 
 
 def _has_content(turn: Message) -> bool:

@@ -81,7 +81,7 @@ class PlannedSource(NamedTuple):
     """
 
     source: DataSource
-    wanted: EncodedSource
+    target: EncodedSource
     is_encoded: bool
     contents: list[list[str]]
 
@@ -107,7 +107,9 @@ class Preparation:
 
     def plan(self) -> tuple[PlannedSource, ...]:
         """Return which sources must be encoded. Raises DataError or ConfigError."""
-        config, tokenizer, processor = self.config, self.tokenizer, self.processor
+        config = self.config
+        tokenizer = self.tokenizer
+        processor = self.processor
         template = ChatTemplate(tokenizer, config.chat_template)
         template.check_arguments(config.template_arguments or ())
         digest = self.digest + (processor.settings.hex() if processor is not None else "")
@@ -123,10 +125,10 @@ class Preparation:
                 resolved = [str(folder.resolve()) for folder in (*source.image_folders(), *of_records)]
                 folders = text_digest("\n".join(resolved))
             fingerprint = _fingerprint(source, config, digest, self.part)
-            wanted = EncodedSource(source.path, cache, fingerprint, source.config.limit, label, folders)
-            is_encoded = is_whole(wanted)
+            target = EncodedSource(source.path, cache, fingerprint, source.config.limit, label, folders)
+            is_encoded = is_whole(target)
             contents = [] if is_encoded else [*map(content_in, _identities(source))]
-            planned.append(PlannedSource(source, wanted, is_encoded, contents))
+            planned.append(PlannedSource(source, target, is_encoded, contents))
         return tuple(planned)
 
     def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
@@ -140,7 +142,7 @@ class Preparation:
                 parts.append(0 if each.is_encoded else self._encode(each, share))
             except DpoDistError:
                 # Perhaps another job has joined the source, and removed the copies.
-                if not is_whole(each.wanted):
+                if not is_whole(each.target):
                     raise
                 parts.append(0)
         return parts
@@ -153,7 +155,7 @@ class Preparation:
         Raises DataError: of every part that this process has encoded, one is damaged.
         """
         numbers = zip(planned, parts, strict=True)
-        joined = [each.is_encoded or join_parts(each.wanted, number) for each, number in numbers]
+        joined = [each.is_encoded or join_parts(each.target, number) for each, number in numbers]
         if not all(joined):
             if share != EVERY_PART:
                 return None
@@ -164,9 +166,9 @@ class Preparation:
                 "are encoded again",
             )
         for each in planned:
-            remove_parts(each.wanted)
-            ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
-        return tuple(each.wanted for each in planned)
+            remove_parts(each.target)
+            ensure_order(each.target, None if self.processor is None else self.processor.placeholder_id)
+        return tuple(each.target for each in planned)
 
     def whole(self) -> tuple[EncodedSource, ...]:
         """Return the encoded sources, all by this process and those that it starts."""
@@ -177,9 +179,10 @@ class Preparation:
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         """Write the missing parts of this share of a source; return the number of all its parts."""
-        source, wanted, _, contents = planned
+        source = planned.source
+        target = planned.target
         state = _identities(source)
-        if [*map(content_in, state)] != contents:
+        if [*map(content_in, state)] != planned.contents:
             raise DataError(
                 "the data have changed since the start, or are others on this node",
                 where=source.path,
@@ -196,7 +199,7 @@ class Preparation:
         total = sum(
             min(part_records, expected - first)
             for part_number, first in enumerate(range(0, expected, part_records))
-            if part_number % shares == index and not replace(wanted, part_number=part_number).file.exists()
+            if part_number % shares == index and not replace(target, part_number=part_number).file.exists()
         )
         work = partial(
             _encode_chunk,
@@ -209,21 +212,21 @@ class Preparation:
 
         @cache  # asked when the part's first chunk is read: another job may have written it by then
         def is_missing(part_number: int) -> bool:
-            return part_number % shares == index and not is_whole(replace(wanted, part_number=part_number))
+            return part_number % shares == index and not is_whole(replace(target, part_number=part_number))
 
         # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode,
         # a few ahead, and `write_source` for encoded ones.
-        every = _PartChunks(source.raw_records(wanted.copies), chunk_records, part_records)
+        every = _PartChunks(source.raw_records(target.copies), chunk_records, part_records)
         missing = ((number, chunk) for number, chunk in every if is_missing(number))
         with (
-            cache_errors(wanted.file),  # of a copy of a URL's file
+            cache_errors(target.file),  # of a copy of a URL's file
             self.progress(source.path) as show,
             closing(in_order(missing, work)) as encoded,
         ):
             shown = _with_progress(encoded, show, total)
             for part_number, numbered_chunks in itertools.groupby(shown, itemgetter(0)):
                 chunks = (chunk for _, chunk in numbered_chunks)
-                write_source(replace(wanted, part_number=part_number), _unless_changed(chunks, source, state))
+                write_source(replace(target, part_number=part_number), _unless_changed(chunks, source, state))
         return every.parts
 
 
@@ -231,8 +234,10 @@ class _PartChunks:
     """The chunks of a source's records, each with the number of its part; `parts`: how many were begun."""
 
     def __init__(self, records: Iterable[RawRecord], chunk_records: int, part_records: int):
-        self._chunks, self.parts = in_chunks(records, chunk_records), 0
-        self._chunk_records, self._part_records = chunk_records, part_records
+        self._chunks = in_chunks(records, chunk_records)
+        self.parts = 0
+        self._chunk_records = chunk_records
+        self._part_records = part_records
 
     def __iter__(self) -> Iterator[tuple[int, list[RawRecord]]]:
         for chunk_number, chunk in enumerate(self._chunks):
@@ -290,12 +295,14 @@ def encode_records(
     The images of kept records are added to `images`, by their digests.
     """
     rows = []
-    for given in records:
-        origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
-        if processor is not None and isinstance(given, PreferenceRecord):
-            origin["watched"] = list(filter(None, (image.recorded_state for image in given.images)))
-        record = given if processor is None else given.readable()
-        prompt, values = 0, dict[str, Any]()
+    for record in records:
+        origin: dict[str, Any] = {"file": record.origin.source, "line": record.origin.line}
+        if processor is not None and isinstance(record, PreferenceRecord):
+            origin["watched"] = list(filter(None, (image.recorded_state for image in record.images)))
+        if processor is not None:
+            record = record.readable()  # noqa: PLW2901
+        prompt = 0
+        values = dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
         if isinstance(record, BadRecord):
             encoded = None if part.is_eval else record  # no prompt to divide by: it is training data
@@ -309,7 +316,8 @@ def encode_records(
         elif encoded is None:
             outcome = Outcome(changed=((part.count_of_others, 1),))
         else:
-            outcome, values = encoded.outcome, _row_values(encoded) | {"prompt": prompt}
+            outcome = encoded.outcome
+            values = _row_values(encoded) | {"prompt": prompt}
             if images is not None:
                 images.update((image.digest, image) for image in encoded.example.images)
         rows.append({**_EMPTY_ROW, **origin, "outcome": _as_json(outcome), **values})

@@ -172,8 +172,12 @@ class PreferenceDataset:
         masks = self.masks(index) if masked else ()
         which = range(len(responses)) if which is None else which
         images = () if self.images is None else self.images.in_prompt(index)
-        kept = tuple(responses[i] for i in which)
-        return Example(prompt, kept, tuple(masks[i] for i in which if masks), images)
+        return Example(
+            prompt,
+            responses=tuple(responses[index] for index in which),
+            trained=tuple(masks[index] for index in which if masks),
+            images=images,
+        )
 
     def with_inputs(self, examples: Sequence[Example]) -> list[Example]:
         """Return examples of this dataset with the inputs of their images, decoded and processed."""
@@ -182,9 +186,9 @@ class PreferenceDataset:
         distinct = {image.digest: image for example in examples for image in example.images}
         # One thread would keep a GPU waiting.
         with ThreadPoolExecutor(min(_MAX_THREADS, cores_of_rank())) as pool:
-            found = dict(zip(distinct, pool.map(self.images.with_inputs, distinct.values()), strict=True))
+            inputs = dict(zip(distinct, pool.map(self.images.with_inputs, distinct.values()), strict=True))
         return [
-            replace(example, images=tuple(found[image.digest] for image in example.images))
+            replace(example, images=tuple(inputs[image.digest] for image in example.images))
             for example in examples
         ]
 
@@ -244,7 +248,8 @@ class PreferenceDataset:
 
     def first_rows(self, indices: Indices, response_indices: Indices, counts: Indices) -> Indices:
         """Return how much of its record's first row each example has with these responses."""
-        pieces, prompts = response_indices + np.repeat(indices, counts) + 1, self.first_pieces[indices]
+        pieces = response_indices + np.repeat(indices, counts) + 1
+        prompts = self.first_pieces[indices]
         return first_rows(self.piece_starts, self.piece_tokens, prompts, pieces, counts)
 
     def response_range(self, index: int) -> range:
@@ -372,7 +377,8 @@ def open_dataset(
     with cache_errors(file):
         arrays, facts = stored_columns(file, made_from(sources), build)
     counts = _checked_counts(sources, facts["counts"], tables, config)
-    every, pairs = pa.concat_tables(tables), [each["pairs"] for each in counts["sources"]]
+    every = pa.concat_tables(tables)
+    pairs = [source["pairs"] for source in counts["sources"]]
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
@@ -399,9 +405,11 @@ def _prompt_images(
     files = [source.images() for source, records in pairs if has_images(records)]
     if not files:
         return None
-    stored, table = pa.concat_tables(files), pa.concat_tables(tables)
+    stored = pa.concat_tables(files)
+    table = pa.concat_tables(tables)
     counts = np.asarray(pc.list_value_length(table["images"]), dtype=np.int64)
-    digests, tokens = stored["digest"].to_pylist(), stored["tokens"].to_pylist()
+    digests = stored["digest"].to_pylist()
+    tokens = stored["tokens"].to_pylist()
     places: dict[bytes, int] = {}
     for place, digest in enumerate(digests):  # sources may have the same image
         places.setdefault(digest, place)
@@ -427,12 +435,12 @@ def _prompt_images(
 
 def _checked_counts(
     sources: Sequence[EncodedSource],
-    found: Sequence[Mapping[str, Any]],
+    counts_of_sources: Sequence[Mapping[str, Any]],
     tables: Sequence[pa.Table],
     config: DataConfig,
 ) -> dict[str, Any]:
     """Return the total counts, and each source's under `sources`. DataError: too few records were kept."""
-    counted = [DataCounts.total([counts]) for counts in found]
+    counted = [DataCounts.total([counts]) for counts in counts_of_sources]
     by_source = []
     for source, counts in zip(sources, counted, strict=True):
         counts.examples = [
@@ -488,7 +496,8 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Check that the loss can use every example and its numbers. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
-    counts, best = np.diff(dataset.first_pieces) - 1, dataset.scores[dataset.first_pieces[:-1] - every]
+    counts = np.diff(dataset.first_pieces) - 1
+    best = dataset.scores[dataset.first_pieces[:-1] - every]
     is_labelled = (counts == 1) & np.isfinite(best)
 
     def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str | Remedy) -> None:

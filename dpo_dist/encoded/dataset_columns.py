@@ -39,7 +39,8 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
 
     Needs memory for a batch of records, and to sort the keys. There is at least one example.
     """
-    files, largest = dict[tuple[int, str], int](), -1
+    files = dict[tuple[int, str], int]()
+    largest = -1
     records = tokens = masked = pieces = examples = 0
     for source, table in enumerate(tables):
         for batch in table.to_batches():
@@ -51,16 +52,21 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
             chunk = dataset_columns(part)
             names = [(source, name) for name in chunk["source_paths"]]
             file_numbers = np.array([files.setdefault(name, len(files)) for name in names])
-            starts, sizes, prompts = chunk["piece_starts"], chunk["piece_tokens"], chunk["first_pieces"]
+            starts = chunk["piece_starts"]
+            sizes = chunk["piece_tokens"]
+            prompts = chunk["first_pieces"]
             counts = np.diff(prompts) - 1
             # A chunk has only the numbers with an effect. Once one has a number, each example needs a value:
             # those before it, and those of later chunks without the number, get the one without effect.
             for name, neutral in NUMBERS.items():
-                column, given = NUMBER + name, chunk["numbers"].get(name)
-                if given is not None or column in columns:
-                    earlier = np.full(0 if column in columns else examples, neutral)
-                    own = np.full(len(counts), neutral) if given is None else given
-                    columns.append(**{column: np.concatenate((earlier, own))})
+                column = NUMBER + name
+                values = chunk["numbers"].get(name)
+                if values is None and column not in columns:
+                    continue
+                earlier = np.full(0 if column in columns else examples, neutral)
+                if values is None:
+                    values = np.full(len(counts), neutral)
+                columns.append(**{column: np.concatenate((earlier, values))})
             columns.append(
                 **{name: chunk[name] for name in _UNCHANGED},
                 piece_starts=starts + tokens,
@@ -73,8 +79,10 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
                 ),
             )
             largest = max(largest, chunk["largest_id"])
-            tokens, masked = tokens + len(chunk["ids"]), masked + len(chunk["trained"])
-            pieces, examples = pieces + len(sizes), examples + len(counts)
+            tokens += len(chunk["ids"])
+            masked += len(chunk["trained"])
+            pieces += len(sizes)
+            examples += len(counts)
         records += len(table)
     columns.append(shared=np.zeros(1, dtype=np.int32), first_pieces=np.array([pieces], dtype=np.int64))
     columns.append(key_order=key_order(columns["keys"]))
@@ -106,8 +114,9 @@ def first_rows(starts: Array, tokens: Array, prompts: Indices, pieces: Indices, 
     which is behind the prompt in `ids`, this is the prompt.
     """
     is_first = starts[pieces] == np.repeat(starts[prompts] + tokens[prompts], counts)
-    own = np.add.reduceat(np.where(is_first, tokens[pieces] - 1, 0), np.cumsum(counts) - counts)
-    rows: Indices = tokens[prompts].astype(np.int64) + own
+    of_first = np.where(is_first, tokens[pieces] - 1, 0)
+    first_tokens = np.add.reduceat(of_first, np.cumsum(counts) - counts)
+    rows: Indices = tokens[prompts].astype(np.int64) + first_tokens
     return rows
 
 
@@ -118,8 +127,10 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         values: Array = pc.list_flatten(table[name]).to_numpy()
         return values
 
-    tokens, trained_tokens = flat("piece_tokens"), flat("trained_tokens")
-    piece_counts, example_counts = _lengths(table["piece_tokens"]), _lengths(table["examples"])
+    tokens = flat("piece_tokens")
+    trained_tokens = flat("trained_tokens")
+    piece_counts = _lengths(table["piece_tokens"])
+    example_counts = _lengths(table["examples"])
     examples = pc.list_flatten(table["examples"])
     response_counts = _lengths(examples)
     # The table stores each piece (a prompt or a response) once; several examples may use it. Of two records,
@@ -150,7 +161,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     values = np.tile(np.array([*NUMBERS.values()]), (len(table), 1))
     values[_lengths(table["numbers"]) > 0] = flat("numbers").reshape(-1, len(NUMBERS))
     by_name = zip(NUMBERS.items(), values[record_of].T, strict=True)
-    given = {name: column.copy() for (name, neutral), column in by_name if (column != neutral).any()}
+    numbers = {name: column.copy() for (name, neutral), column in by_name if (column != neutral).any()}
     return {
         "source_paths": tuple(files.dictionary.to_pylist()),
         "largest_id": pc.max(table["largest_id"]).as_py(),
@@ -161,7 +172,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "keys": keys,
         "digests": example_digests(keys, response_counts),
         "scores": flat("scores")[response_row],
-        "numbers": given,
+        "numbers": numbers,
         "trained": pc.list_flatten(table["trained"]),
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response_row],
         "trained_tokens": trained_tokens[response_row],

@@ -52,7 +52,8 @@ def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Column
     sources = zip(stops, dataset.source_pairs, strict=True)
     partners = np.concatenate([_partners(dataset, stop - pairs, stop) for stop, pairs in sources])
     starts, tokens = (part.reshape(-1, 2) for part in (dataset.piece_starts, dataset.piece_tokens))
-    ids, images = dataset.ids, dataset.images
+    ids = dataset.ids
+    images = dataset.images
 
     def beside(first: Array, second: Array) -> Array:
         """Return the values of each example's response, and then of its partner's."""
@@ -60,37 +61,41 @@ def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Column
         return both
 
     for first in range(0, len(dataset), _CHUNK_EXAMPLES):  # memory does not grow with the examples
-        own = np.arange(first, min(first + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
-        partner = partners[own]
+        examples = np.arange(first, min(first + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
+        partner = partners[examples]
         # The partner's response, cut to the room that is left, and how many of its tokens the loss counts.
-        prompts, responses = tokens[own, 0], tokens[partner, 1]
-        kept = np.minimum(responses, np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
-        is_cut = kept < responses
-        trained = np.where(is_cut, kept, dataset.trained_tokens[partner])
+        prompts = tokens[examples, 0]
+        responses = tokens[partner, 1]
+        room = np.minimum(responses, np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
+        is_cut = room < responses
+        trained = np.where(is_cut, room, dataset.trained_tokens[partner])
         for place in np.flatnonzero(is_cut & (dataset.trained_tokens[partner] < responses)):
             start = int(dataset.mask_starts[partner[place]])
-            trained[place] = np.count_nonzero(dataset.trained[start : start + int(kept[place])])
-        prompt_starts, partner_starts = starts[own, 0], starts[partner, 1]
-        spans = (prompt_starts, prompt_starts + prompts, partner_starts, partner_starts + kept)
+            trained[place] = np.count_nonzero(dataset.trained[start : start + int(room[place])])
+        prompt_starts = starts[examples, 0]
+        partner_starts = starts[partner, 1]
+        spans = (prompt_starts, prompt_starts + prompts, partner_starts, partner_starts + room)
         with_partner_alone = (
             Example(
                 np.asarray(ids[start:stop]),
                 (np.asarray(ids[partner_start:partner_stop]),),
                 images=() if images is None else images.in_prompt(index),
             )
-            for index, start, stop, partner_start, partner_stop in np.column_stack((own, *spans)).tolist()
+            for index, start, stop, partner_start, partner_stop in np.column_stack(
+                (examples, *spans)
+            ).tolist()
         )
         trained_tokens = trained.astype(dataset.trained_tokens.dtype)
         columns.append(
-            piece_starts=np.column_stack((starts[own], partner_starts)).ravel(),
-            piece_tokens=np.column_stack((tokens[own], kept)).ravel(),
-            first_pieces=own * 3,
-            keys=beside(dataset.keys[own], response_keys(with_partner_alone)),
-            scores=beside(dataset.scores[own], np.full(len(own), np.nan)),
-            mask_starts=beside(dataset.mask_starts[own], dataset.mask_starts[partner]),
-            trained_tokens=beside(dataset.trained_tokens[own], trained_tokens),
-            truncated=beside(dataset.truncated[own], dataset.truncated[partner] | is_cut),
-            begins=np.zeros(2 * len(own), dtype=np.int32),
+            piece_starts=np.column_stack((starts[examples], partner_starts)).ravel(),
+            piece_tokens=np.column_stack((tokens[examples], room)).ravel(),
+            first_pieces=examples * 3,
+            keys=beside(dataset.keys[examples], response_keys(with_partner_alone)),
+            scores=beside(dataset.scores[examples], np.full(len(examples), np.nan)),
+            mask_starts=beside(dataset.mask_starts[examples], dataset.mask_starts[partner]),
+            trained_tokens=beside(dataset.trained_tokens[examples], trained_tokens),
+            truncated=beside(dataset.truncated[examples], dataset.truncated[partner] | is_cut),
+            begins=np.zeros(2 * len(examples), dtype=np.int32),
         )
     columns.append(first_pieces=np.array([3 * len(dataset)], dtype=np.int64))
     columns.append(key_order=key_order(columns["keys"]))

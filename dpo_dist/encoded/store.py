@@ -151,27 +151,29 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
             if not file.is_unchanged_by_metadata(each["state"]):
                 doubtful.append((file, each["state"]))
     doubtful.sort(key=lambda each: (each[0].name, each[0].folders, each[1]))
-    found = text_digest(json.dumps([[file.metadata_in_folders, state] for file, state in doubtful]))
-    if not doubtful or recall(memo, found) is not None:
+    files = text_digest(json.dumps([[file.metadata_in_folders, state] for file, state in doubtful]))
+    if not doubtful or recall(memo, files) is not None:
         return False
     if all(file.is_unchanged(state) for file, state in doubtful):
-        remember(memo, found, "equal images")
+        remember(memo, files, "equal images")
         return False
     return True
 
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     """Write a source's records, and each distinct image once, to its files, in constant memory."""
-    written, pending = set[bytes](), list[pa.RecordBatch]()
+    stored = set[bytes]()
+    pending = list[pa.RecordBatch]()
     with cache_errors(source.file), write_table(source.file, ROW_SCHEMA) as writer, ExitStack() as stack:
         image_writer = None
         for records, images in chunks:
             digests = images["digest"].to_pylist()
-            if new := [place for place, digest in enumerate(digests) if digest not in written]:
+            new = [place for place, digest in enumerate(digests) if digest not in stored]
+            if new:
                 if image_writer is None:
                     image_writer = stack.enter_context(write_table(source.image_file, IMAGE_SCHEMA))
                 image_writer.write_batch(images.take(pa.array(new)))
-                written.update(digests)
+                stored.update(digests)
             # Consecutive records are joined: reading many small batches is slow.
             pending.append(records)
             if sum(batch.nbytes for batch in pending) >= _BATCH_BYTES:
@@ -200,7 +202,8 @@ def join_parts(source: EncodedSource, parts: int) -> bool:
         is_joined = is_whole(source)  # by another process
         if not is_joined:
             try:
-                if is_joined := all(map(is_whole, every)):
+                is_joined = all(map(is_whole, every))
+                if is_joined:
                     write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
             except DataError:
                 is_joined = False
@@ -241,8 +244,8 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
     if records is None or source.order(records) is not None:
         return
     images = source.images() if has_images(records) else None
-    known = [] if images is None else images.select(["digest", "tokens"]).to_pylist()
-    tokens = {image["digest"]: image["tokens"] for image in known}
+    rows = [] if images is None else images.select(["digest", "tokens"]).to_pylist()
+    tokens = {image["digest"]: image["tokens"] for image in rows}
     chunks = []
     for batch in records.select(["ids", "images"]).to_batches():
         ids, digests = batch["ids"], batch["images"].flatten().to_pylist()
@@ -319,7 +322,7 @@ def read_counts(table: pa.Table) -> DataCounts:
     is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
     shown = np.flatnonzero(is_dropped[codes])[: DataCounts.MAX_EXAMPLES]
     places = table.select(["file", "line", "detail", "fields", "columns"]).take(shown).to_pylist()
-    named = [
+    bad_records = [
         BadRecord(
             str(outcomes[code].dropped),
             Origin(row["file"], row["line"]),
@@ -330,7 +333,7 @@ def read_counts(table: pa.Table) -> DataCounts:
         for code, row in zip(codes[shown], places, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
-    return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), named)
+    return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), bad_records)
 
 
 def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:

@@ -62,15 +62,18 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
     #   {prompt: q, answers: {good: a, bad: b}, label: 1, chosen: c}
     #   {prompt: q, chosen: a, rejected: b}; its own chosen, c, is reported as left out, and label is not.
     paths = {field: path for field, path in columns.items() if path is not None}
-    ignored, has_others = columns.keys() - paths.keys(), OTHERS in columns  # label
+    ignored = columns.keys() - paths.keys()  # label
+    has_others = OTHERS in columns
     # Columns that fields are read from: answers, and answers.good, which may be a column's name. `metadata`
     # stays, as it may also hold the scores of a pair.
     sources = {*paths.values(), *({path.split(".")[0] for path in paths.values()} - {"metadata"})}
     # What a record does not keep: its own chosen, rejected and label, too. Only the first two are left out
     # without a word of the user, and reported if they have a value.
-    hidden, settled = {*columns, *sources}, sources | ignored
+    hidden = {*columns, *sources}
+    settled = sources | ignored
     # Fields that no record has had so far, and the names that the records have had.
-    unseen, seen = dict(paths), dict[str, None]()
+    unseen = dict(paths)
+    seen = dict[str, None]()
     what = "no record has"
     # The first values of both sides: a column of verdicts is none of responses.
     sides: dict[str, list[Any]] = {side: [] for side in PAIRS[0]}
@@ -78,9 +81,11 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if isinstance(record, BadRecord):
             yield record, origin
             continue
-        values = {
-            field: value for field in paths if (value := _value_at(record, paths[field])) is not _MISSING
-        }
+        values = {}
+        for field, path in paths.items():
+            value = _value_at(record, path)
+            if value is not _MISSING:
+                values[field] = value
         if unseen:
             unseen = {field: path for field, path in unseen.items() if field not in values}
             seen |= dict.fromkeys(map(shown_key, record))
@@ -99,18 +104,21 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             continue
         # The fields that keep their names, and those inside of a column for `record`.
         rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
-        whole = from_json(values.pop(WHOLE, None if WHOLE in paths else {}))
-        if not isinstance(whole, Mapping):
+        inside = from_json(values.pop(WHOLE, None if WHOLE in paths else {}))
+        if not isinstance(inside, Mapping):
             yield BadRecord("missing_field", origin, f"{paths[WHOLE]} is not an object"), origin
-        elif twice := [
-            name for name in with_value(rest, FIELDS) if whole.get(name, rest[name]) != rest[name]
-        ]:
+            continue
+        twice = [name for name in with_value(rest, FIELDS) if inside.get(name, rest[name]) != rest[name]]
+        if twice:
             detail = f"beside {paths[WHOLE]} and inside it: {', '.join(twice)}"
             yield BadRecord("ambiguous_format", origin, detail), origin
-        else:
-            unsettled = (name for name in record if name not in settled and (has_others or name in paths))
-            left_out = tuple(name for name in unsettled if has_value(record[name]))
-            yield {**rest, **whole, **values, **({OTHERS: left_out} if left_out else {})}, origin
+            continue
+        fields = {**rest, **inside, **values}
+        unsettled = (name for name in record if name not in settled and (has_others or name in paths))
+        left_out = tuple(name for name in unsettled if has_value(record[name]))
+        if left_out:
+            fields[OTHERS] = left_out
+        yield fields, origin
     _check_sides(sides, source)
     if unseen and seen:
         raise DataError(
@@ -220,36 +228,36 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
     entry = {key: value for key, value in entry.items() if value is not None}
     formatting = entry.get("formatting", "alpaca")
     field_of = _FORMATTINGS.get(formatting, {})
-    named, tags = (
-        {name: value for name, value in dict(entry.get(key, {})).items() if value}
-        for key in ("columns", "tags")
-    )
+    columns_of = {name: column for name, column in dict(entry.get("columns", {})).items() if column}
+    tags = {tag: name for tag, name in dict(entry.get("tags", {})).items() if name}
     keys = ("columns", "split", "data_dir", "revision")
     # An entry has no word for a list that is best first; all other formats are said by its columns.
     faults = [] if source.format in (DataFormat.auto, DataFormat.ranked) else ["format of the source"]
     faults += [f"{key} of the source" for key in keys if getattr(source, key) is not None]
     faults += [] if field_of else [f"formatting {formatting}"]
     faults += [key for key in entry if key not in _KEYS]
-    faults += [f"column {name}" for name in named if name not in field_of]
-    faults += [
-        f"{tag} {name}"
-        for tag, name in tags.items()
-        if name not in _TAGS and ROLES.get(name, name) != _ROLE_TAGS.get(tag, "system")
-    ]
-    faults += [] if entry.get("ranking") else [f'{s} without "ranking": true' for s in PAIRS[0] if s in named]
-    faults += [] if any(map(entry.get, _LOCATIONS)) else ["no file_name or hf_hub_url"]
+    faults += [f"column {name}" for name in columns_of if name not in field_of]
+    for tag, name in tags.items():
+        names_role = ROLES.get(name, name) == _ROLE_TAGS.get(tag, "system")
+        if name not in _TAGS and not names_role:
+            faults.append(f"{tag} {name}")
+    if not entry.get("ranking"):
+        faults += [f'{side} without "ranking": true' for side in PAIRS[0] if side in columns_of]
+    if not any(map(entry.get, _LOCATIONS)):
+        faults.append("no file_name or hf_hub_url")
     if faults:
         raise ValueError(", ".join(faults))
     columns: dict[str, str | None] | None = None
-    if named:  # as in LLaMA-Factory, no other column is read
-        columns = {**{field_of[name]: column for name, column in named.items()}, OTHERS: None}
+    if columns_of:  # as in LLaMA-Factory, no other column is read
+        columns = {**{field_of[name]: column for name, column in columns_of.items()}, OTHERS: None}
     elif entry.get("ranking") is False:
         columns = dict.fromkeys(PAIRS[0])
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
     described = replace(
         source, name=None, columns=columns, limit=min(limits, default=None), split=entry.get("split")
     )
-    if hub := entry.get("hf_hub_url"):
+    hub = entry.get("hf_hub_url")
+    if hub:
         subset, data_dir, revision = map(entry.get, ("subset", "folder", "revision"))
         return replace(described, path=hub, name=subset, data_dir=data_dir, revision=revision)
     # LLaMA-Factory gives every local file the split train.

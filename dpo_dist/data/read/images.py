@@ -13,6 +13,7 @@ from dpo_dist.data.records import (
     IMAGE,
     Dialogue,
     ImageFile,
+    Message,
     Prompt,
     Response,
     UnusableRecordError,
@@ -52,52 +53,78 @@ def place_images(
     and ms-swift. Raises UnusableRecordError: `image_count`, `image_in_response`, or `image_unreadable` for a
     value that is not an image.
     """
-    given, turns = given_images(record), turns_of(prompt, "user")
-    placed = [image for turn in turns for image in turn.fields.get(PLACED, ())]
+    beside = given_images(record)
+    turns = turns_of(prompt, "user")
+    parts = [image for turn in turns for image in turn.fields.get(PLACED, ())]
     if any(PLACED in turn.fields for response in responses for turn in turns_of(response)):
         raise UnusableRecordError("image_in_response", "a response has an image")
     contents = [turn.content for turn in turns]
     pattern = _TAG if any(map(_TAG.search, contents)) else _OTHER_TAG
-    tags = [tag for content in contents if _may_have_tags(content) for tag in pattern.finditer(content)]
+    tags = _tags(contents, pattern)
     has_places = not is_plain and not isinstance(prompt, Dialogue)
-    if not given and not placed and has_places:
-        files = [tag.groupdict().get("file") for tag in tags]
-        given = [name for name in files if name] if all(files) else []
-    if not given and not placed:
+    if not beside and not parts and has_places:
+        beside = _files_of_tags(tags)
+    if not beside and not parts:
         return prompt, ()
-    # The number of places for the given images, and what to call them if there are more images, or fewer.
-    empty_parts = sum(image is None for image in placed)
-    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    # The number of places for the images beside the messages, and what to call them if it is another.
+    empty_parts = sum(image is None for image in parts)
+    first_of_user = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if empty_parts:
-        places, what = empty_parts, f"{pluralize(empty_parts, 'image part')} without an image"
-    elif placed or not has_places:
-        places, what = 0, "and no place for images"
+        places = empty_parts
+        what = f"{pluralize(empty_parts, 'image part')} without an image"
+    elif parts or not has_places:
+        places = 0
+        what = "and no place for images"
     elif tags:
-        places, what = len(tags), f"{pluralize(len(tags), 'tag')} of images"
+        places = len(tags)
+        what = f"{pluralize(len(tags), 'tag')} of images"
         contents = [pattern.sub(IMAGE, content) for content in contents]
-        given = _in_order(given, tags)
-    elif first is None:
-        places, what = 0, "and no turn of a user"
+        beside = _in_order(beside, tags)
+    elif first_of_user is None:
+        places = 0
+        what = "and no turn of a user"
     else:
-        places, what = len(given), ""  # as many as images
-        contents[first] = IMAGE * places + contents[first]
-    # LLaMA-Factory and ms-swift count the tags of a response too.
-    in_response = [
-        len(tags) + sum(len(_TAG.findall(turn.content)) for turn in turns_of(each)) for each in responses
-    ]
-    if not placed and len(given) in in_response and len(tags) < len(given):
-        raise UnusableRecordError("image_in_response", "a response has a tag <image>")
-    if places != len(given):
-        raise UnusableRecordError("image_count", f"{pluralize(len(given), 'image')}, {what}")
-    own = iter(given)
-    images = [next(own) if image is None else image for image in placed] or given
+        places = len(beside)
+        what = ""  # as many as images
+        contents[first_of_user] = IMAGE * places + contents[first_of_user]
+    if not parts and len(tags) < len(beside):
+        # LLaMA-Factory and ms-swift count the tags of a response too.
+        counts = [len(tags) + _number_of_tags(response) for response in responses]
+        if len(beside) in counts:
+            raise UnusableRecordError("image_in_response", "a response has a tag <image>")
+    if places != len(beside):
+        raise UnusableRecordError("image_count", f"{pluralize(len(beside), 'image')}, {what}")
+    next_beside = iter(beside)
+    images = [next(next_beside) if image is None else image for image in parts] or beside
     return (
-        tuple(
-            replace(turn, content=content, fields={k: v for k, v in turn.fields.items() if k != PLACED})
-            for turn, content in zip(turns, contents, strict=True)
-        ),
+        tuple(_with_content(turn, content) for turn, content in zip(turns, contents, strict=True)),
         tuple(_image_file(image, folders) for image in images),
     )
+
+
+def _tags(contents: Sequence[str], pattern: re.Pattern[str]) -> list[re.Match[str]]:
+    """Return the tags of images in contents."""
+    tags = list[re.Match[str]]()
+    for content in contents:
+        if _may_have_tags(content):
+            tags += pattern.finditer(content)
+    return tags
+
+
+def _files_of_tags(tags: Sequence[re.Match[str]]) -> list[str]:
+    """Return the files that tags name; none if a tag names no file."""
+    files = [tag.groupdict().get("file") or "" for tag in tags]
+    return files if all(files) else []
+
+
+def _number_of_tags(response: Response) -> int:
+    return sum(len(_TAG.findall(turn.content)) for turn in turns_of(response))
+
+
+def _with_content(turn: Message, content: str) -> Message:
+    """Return a turn with the content in which its images have their places."""
+    fields = {name: value for name, value in turn.fields.items() if name != PLACED}
+    return replace(turn, content=content, fields=fields)
 
 
 def check_objects(record: Fields, prompt: Prompt, responses: Sequence[Response], *, has_images: bool) -> None:
@@ -105,20 +132,26 @@ def check_objects(record: Fields, prompt: Prompt, responses: Sequence[Response],
 
     Raises UnusableRecordError: `unread_content`.
     """
-    objects = [
-        name
-        for name in with_value(record, OBJECTS)
-        if not isinstance(record[name], Mapping) or with_value(record[name], record[name])
-    ]
+    objects = []
+    for name in with_value(record, OBJECTS):
+        value = record[name]
+        is_empty = isinstance(value, Mapping) and not with_value(value, value)
+        if not is_empty:
+            objects.append(name)
     if not objects and not has_images:
         return
-    texts = [turn.content for each in (prompt, *responses) for turn in turns_of(each)]
-    tags = [tag for tag in _OBJECT_TAGS if any(tag in text and f"</{tag[1:]}" not in text for text in texts)]
+    texts = [turn.content for side in (prompt, *responses) for turn in turns_of(side)]
+    tags = [tag for tag in _OBJECT_TAGS if any(_has_place(text, tag) for text in texts)]
     if objects and (has_images or tags):
         detail = f"fields: {', '.join(objects)}"
         raise UnusableRecordError("unread_content", detail, tuple(objects), columns=ignoring(objects))
     if tags:
         raise UnusableRecordError("unread_content", f"a text has a tag {tags[0]}", ("objects",))
+
+
+def _has_place(text: str, tag: str) -> bool:
+    """Return whether a text has a tag that stands for something, not one around a text."""
+    return tag in text and f"</{tag[1:]}" not in text
 
 
 def has_tag(text: str, tokens: Collection[str]) -> bool:

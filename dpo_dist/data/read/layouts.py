@@ -101,14 +101,16 @@ def ends_with_response(turns: Any) -> bool:
 
 def _sides(record: Fields) -> tuple[str, str] | None:
     """Return the names of a record's first complete pair, else of the first pair with one side."""
-    given = [
-        (chosen, rejected)
-        for chosen, rejected in PAIRS
-        if record.get(rejected) is not None
-        or (record.get(chosen) is not None and (chosen not in SHARED_SIDES or rejected in record))
-    ]
-    complete = [names for names in given if None not in map(record.get, names)]
-    return next(iter([*complete, *given]), None)
+    pairs = [(chosen, rejected) for chosen, rejected in PAIRS if _has_side(record, chosen, rejected)]
+    complete = [names for names in pairs if None not in map(record.get, names)]
+    return next(iter([*complete, *pairs]), None)
+
+
+def _has_side(record: Fields, chosen: str, rejected: str) -> bool:
+    """Return whether a record has one of two sides; one that others share counts beside the other's field."""
+    if record.get(rejected) is not None:
+        return True
+    return record.get(chosen) is not None and (chosen not in SHARED_SIDES or rejected in record)
 
 
 def has_pair(record: Fields) -> bool:
@@ -135,23 +137,23 @@ def pair(record: Fields) -> Content:
     if judged is not None:
         prompt, better, worse = _single_turns(record, judged.better, judged.worse)
         return Content(prompt, {judged.better: better, judged.worse: worse}, None, None, judged.verdicts)
-    chosen, rejected = names = _sides(record) or PAIRS[0]
-    for name in names:
+    chosen, rejected = _sides(record) or PAIRS[0]
+    for name in (chosen, rejected):
         if record.get(name) is None:
             raise UnusableRecordError("missing_field", name)
     scores = _pair_scores(record)
-    sides = {name: _text_alone(record[name]) for name in names}
+    sides = {name: _text_alone(record[name]) for name in (chosen, rejected)}
     if all(map(_is_scored, sides.values())):
-        scores = scores or finite_numbers(_own_scores(list(sides.values())))
+        scores = scores or finite_numbers(_scores_inside(list(sides.values())))
         sides = {name: _response(side) for name, side in sides.items()}
     if chosen == "messages" and not is_conversation(record[rejected]):
         # The other side answers the same question as the last message of `messages`.
         turns = record[chosen]
         if not ends_with_response(turns):
-            last = message_role(turns[-1]) if isinstance(turns, list) and turns else None
-            found = f"a message of {shown_key(last)}" if last else "no message"
+            role = message_role(turns[-1]) if isinstance(turns, list) and turns else None
+            last = f"a message of {shown_key(role)}" if role else "no message"
             raise UnusableRecordError(
-                "not_one_answer", f"the field messages ends with {found}, not with one of the assistant"
+                "not_one_answer", f"the field messages ends with {last}, not with one of the assistant"
             )
         return Content(turns[:-1], sides | {chosen: turns[-1]}, scores)
     return Content(record_prompt(record, sides.values()), sides, scores)
@@ -224,26 +226,27 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("unknown_format", f"{name} is not a list")
     if len(items) < 2:
         raise UnusableRecordError("no_ranking", f"{name} has {len(items)}, not at least 2")
-    check_no_media(objects := [item for item in items if isinstance(item, Mapping)])
+    objects = [item for item in items if isinstance(item, Mapping)]
+    check_no_media(objects)
     if any(map(given_images, objects)):
         raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
-    scores = None
     beside = record.get("scores")
-    inside = _own_scores([item if isinstance(item, Mapping) else {} for item in items])
+    inside = _scores_inside([item if isinstance(item, Mapping) else {} for item in items])
     is_scored = any(score is not None for score in inside)
-    responses = [
-        _response(item) if isinstance(item, Mapping) and (is_scored or message_role(item) is None) else item
-        for item in items
-    ]
+    responses = []
+    for item in items:
+        is_object = isinstance(item, Mapping) and (is_scored or message_role(item) is None)
+        responses.append(_response(item) if is_object else item)
+    scores = None
     if is_scored or beside is not None:
-        scores = finite_numbers(inside) if is_scored else finite_numbers(beside or ())
-        if is_scored and beside is not None and finite_numbers(beside) != scores:
+        numbers = finite_numbers(inside if is_scored else beside or ())
+        if is_scored and beside is not None and finite_numbers(beside) != numbers:
             raise UnusableRecordError("invalid_scores", "a response has two different scores")
-        if len(scores) != len(items):
-            raise UnusableRecordError("invalid_scores", f"{len(scores)} scores of {len(items)} responses")
-        best_first = sorted(zip(scores, responses, strict=True), key=lambda scored: -scored[0])
-        scores = tuple(score for score, _ in best_first)
-        responses = [response for _, response in best_first]
+        if len(numbers) != len(items):
+            raise UnusableRecordError("invalid_scores", f"{len(numbers)} scores of {len(items)} responses")
+        order = sorted(range(len(items)), key=lambda index: -numbers[index])
+        responses = [responses[index] for index in order]
+        scores = tuple(numbers[index] for index in order)
     if any(response is None for response in responses):
         raise UnusableRecordError("missing_field", f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
@@ -252,15 +255,18 @@ def ranking(record: Fields) -> Content:
     return Content(record_prompt(record, by_rank.values()), by_rank, scores, name)
 
 
-def _own_scores(responses: Sequence[Fields]) -> Sequence[Any]:
+def _scores_inside(responses: Sequence[Fields]) -> Sequence[Any]:
     """Return the scores inside responses, of one field, or the negatives of their ranks (1 is the best)."""
-    columns = {name: [response.get(name) for response in responses] for name in (*_SCORES, "rank")}
-    given = [values for values in columns.values() if any(value is not None for value in values)]
-    ranks = columns["rank"]
-    if ranks not in given:
-        return given[0] if given else ranks
+    ranks = [response.get("rank") for response in responses]
+    first: list[Any] | None = None  # the values of the first field that any of them has
+    for name in _SCORES:
+        values = [response.get(name) for response in responses]
+        if first is None and any(value is not None for value in values):
+            first = values
+    if all(rank is None for rank in ranks):
+        return ranks if first is None else first
     places = [-rank for rank in finite_numbers(ranks)]
-    scores = places if given[0] is ranks else finite_numbers(given[0])
+    scores = places if first is None else finite_numbers(first)
     for (score, place), (other, below) in itertools.combinations(zip(scores, places, strict=True), 2):
         if (score - other) * (place - below) < 0:
             raise UnusableRecordError("invalid_scores", "the scores and ranks of the responses differ")

@@ -117,27 +117,28 @@ def unread_error(
 def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has audio, video, or a thought that is not text."""
     for message in messages:
-        given = with_value(message, (*MEDIA, *_THOUGHTS))
+        names = with_value(message, (*MEDIA, *_THOUGHTS))
         # A flag is no thought, nor is a number that a table wrote for an empty cell.
-        unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
+        unread = tuple(name for name in names if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
             raise unread_error(f"a message has {', '.join(unread)}", unread)
 
 
 def unread_keys(values: Iterable[Any]) -> tuple[str, ...]:
     """Return the keys of messages in these values that have a value and that nothing reads."""
-    found = dict[str, None]()
+    keys = dict[str, None]()
     for value in values:
         for fields in value if isinstance(value, list) else [value]:
             if not isinstance(fields, Mapping) or len(fields) == 2:  # fast path: most messages
                 continue
             read = _READ.union(_said_by(fields), _own_keys(fields))
-            given = {name: fields[name] for name in fields if name not in read}
-            inner = from_json(given.get("additional_kwargs"))
+            others = {name: fields[name] for name in fields if name not in read}
+            inner = from_json(others.get("additional_kwargs"))
             if isinstance(inner, Mapping):  # calls in it are read
-                given["additional_kwargs"] = {name: inner[name] for name in inner if name not in _CALL_FIELDS}
-            found |= dict.fromkeys(with_value(without_nulls(given), given))
-    return tuple(f"messages[].{shown_key(name)}" for name in found)
+                inner = {name: inner[name] for name in inner if name not in _CALL_FIELDS}
+                others["additional_kwargs"] = inner
+            keys |= dict.fromkeys(with_value(without_nulls(others), others))
+    return tuple(f"messages[].{shown_key(name)}" for name in keys)
 
 
 def _said_by(fields: Fields) -> tuple[str, str]:
@@ -165,7 +166,8 @@ def _read_message(fields: Fields) -> Message:
     for name in with_value(fields, _CALL_FIELDS):
         calls += _tool_calls(fields[name])
     # The content has an `IMAGE` where it has an image.
-    images, thoughts = given_images(fields), list[str]()
+    images = given_images(fields)
+    thoughts = list[str]()
     text = IMAGE * len(images)
     if ROLES.get(role, role) == "tool":
         content = _result_text(content)
@@ -182,20 +184,21 @@ def _read_message(fields: Fields) -> Message:
     extra: dict[str, Any] = {PLACED: images} if images else {}
     if thoughts:
         extra["reasoning_content"] = "".join(thoughts)
-    extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
+    extra |= {field: fields[name] for name, field in _THOUGHTS.items() if isinstance(fields.get(name), str)}
     extra |= {name: fields[name] for name in with_value(fields, ("tool_call_id", "name"))}
     if calls:
         extra["tool_calls"] = calls
-    own = _listed_thoughts({name: without_nulls(fields[name]) for name in _own_keys(fields)}, extra)
-    read = {*_said_by(fields), *own, *_CALL_FIELDS, *_THOUGHTS, *_THOUGHT_LISTS, *WEIGHTS, *IMAGES}
+    of_templates = {name: without_nulls(fields[name]) for name in _own_keys(fields)}
+    of_templates = _listed_thoughts(of_templates, extra)
+    read = {*_said_by(fields), *of_templates, *_CALL_FIELDS, *_THOUGHTS, *_THOUGHT_LISTS, *WEIGHTS, *IMAGES}
     others = {name: fields[name] for name in with_value(fields, fields) if name not in read}
-    return Message(ROLES.get(role, role), text, extra | own, _is_trained(fields), others)
+    return Message(ROLES.get(role, role), text, extra | of_templates, _is_trained(fields), others)
 
 
 def _own_keys(fields: Fields) -> list[str]:
     """Return the keys of a message with calls, tools or thoughts that only some templates read."""
-    given = [name for name in fields if isinstance(name, str) and name not in _READ]
-    return [name for name in given if _is_own(name, without_nulls(fields[name]))]
+    names = [name for name in fields if isinstance(name, str) and name not in _READ]
+    return [name for name in names if _is_own(name, without_nulls(fields[name]))]
 
 
 def _is_own(name: str, value: Any) -> bool:
@@ -209,21 +212,21 @@ def _is_own(name: str, value: Any) -> bool:
     return is_thought and not is_word
 
 
-def _listed_thoughts(own: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys without lists of thoughts; `extra` gets their text, if it has no other thought."""
-    kept = dict(own)
-    for name in set(_THOUGHT_LISTS).intersection(own):
-        items = own[name] if isinstance(own[name], list) else [own[name]]
+def _listed_thoughts(fields: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields without lists of thoughts; `extra` gets their text, if it has no other thought."""
+    others = dict(fields)
+    for name in set(_THOUGHT_LISTS).intersection(fields):
+        items = fields[name] if isinstance(fields[name], list) else [fields[name]]
         texts = [_thought_text(item) for item in items]
         if None in texts:  # such as an encrypted one
             continue
         thought = "".join(map(str, texts))
-        given = [extra[field] for field in ("reasoning_content", "thinking") if field in extra]
-        if not given:
+        thoughts = [extra[field] for field in ("reasoning_content", "thinking") if field in extra]
+        if not thoughts:
             extra["reasoning_content"] = thought
-        if not given or thought in given:
-            del kept[name]
-    return kept
+        if not thoughts or thought in thoughts:
+            del others[name]
+    return others
 
 
 def _thought_text(item: Any) -> str | None:
@@ -232,9 +235,9 @@ def _thought_text(item: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _check_no_calls(part: Fields, known: Sequence[str]) -> None:
+def _check_no_calls(part: Fields, keys: Sequence[str]) -> None:
     """Check that a part of a content has no calls under other names than the `known` ones."""
-    others = [name for name in part if name not in known and _CALLS.search(str(name))]
+    others = [name for name in part if name not in keys and _CALLS.search(str(name))]
     unread = [name for name in others if isinstance(from_json(without_nulls(part[name])), list | Mapping)]
     if unread := [name for name in unread if has_value(without_nulls(part[name]))]:
         names = tuple(map(shown_key, unread))
@@ -297,34 +300,35 @@ def _tool_calls(value: Any) -> list[Fields]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise UnusableRecordError("invalid_tool_call", "a tool call does not name a function")
         arguments = _arguments({**call, **function})
-        kept = {name: call[name] for name in with_value(call, ("id",))}
-        called = {"name": function["name"], "arguments": arguments}
-        read.append({**kept, "type": "function", "function": called})
+        plain = {name: call[name] for name in with_value(call, ("id",))}
+        plain["type"] = "function"
+        plain["function"] = {"name": function["name"], "arguments": arguments}
+        read.append(plain)
     return read
 
 
 def _arguments(call: Fields) -> Fields:
     """Return the arguments of a call; of one without arguments an empty object."""
-    given = [from_json(call[name]) for name in with_value(call, ARGUMENTS)]
-    if not all(isinstance(arguments, Mapping) and arguments == given[0] for arguments in given):
+    values = [from_json(call[name]) for name in with_value(call, ARGUMENTS)]
+    if not all(isinstance(value, Mapping) and value == values[0] for value in values):
         raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not one JSON object")
     unread = with_value(call, [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS)])
     if unread and all(call.get(name) is None for name in ARGUMENTS):
         detail = f"a call has no arguments, but {', '.join(map(shown_key, unread))}"
         raise UnusableRecordError("invalid_tool_call", detail)
-    return given[0] if given else {}
+    return values[0] if values else {}
 
 
 def _is_trained(fields: Fields) -> bool | None:
     """Return the weight of a message in the loss, 0 or 1, as a bool; None without one."""
-    given = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
+    weights = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
     unclear = [name for name in _UNREAD_WEIGHTS if fields.get(name) is not None]
-    unclear += [name for name, weight in given.items() if weight not in (0, 1)]
-    if unclear or len(set(map(bool, given.values()))) > 1:
-        unclear = unclear or list(given)
+    unclear += [name for name, weight in weights.items() if weight not in (0, 1)]
+    if unclear or len(set(map(bool, weights.values()))) > 1:
+        unclear = unclear or list(weights)
         detail = f"a message has {', '.join(unclear)}; write loss_weight, 0 or 1"
         raise UnusableRecordError("unread_content", detail, tuple(unclear))
-    return bool(next(iter(given.values()))) if given else None
+    return bool(next(iter(weights.values()))) if weights else None
 
 
 def read_history(history: Any) -> list[Message] | None:
@@ -358,10 +362,15 @@ def read_tools(value: Any) -> tuple[Fields, ...]:
 
 def is_outside(value: Any, prompt: Prompt) -> bool:
     """Return whether a value is not part of the prompt."""
-    whole = [turn.content for turn in turns_of(prompt, "user")]
-    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
+    parts = [turn.content for turn in turns_of(prompt, "user")]
+    if isinstance(prompt, Dialogue):
+        parts.append(prompt.text)
     texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
-    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
+    return not all(isinstance(text, str) and _is_within(text, parts) for text in texts)
+
+
+def _is_within(text: str, parts: Sequence[str]) -> bool:
+    return any(text.strip() in part for part in parts)
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
@@ -375,22 +384,25 @@ def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Resp
         if not side or side[-1].role != "assistant":
             raise UnusableRecordError("not_one_answer", f"{name} does not end with an assistant message")
         sides.append(side)
-    whole, given = _with_prompt(prompt, sides)
-    start = max(_shared_turns(whole), given)
-    if any(side[start].role != "assistant" for side in whole):
+    sides, prompt_turns = _with_prompt(prompt, sides)
+    start = max(_shared_turns(sides), prompt_turns)
+    if any(side[start].role != "assistant" for side in sides):
         raise UnusableRecordError("history_differs", "the responses follow different messages")
     shared = tuple(
         replace(turns[0], is_trained=None, others=_shared_keys(turns))
-        for turns in zip(*(side[:start] for side in whole), strict=True)
+        for turns in zip(*(side[:start] for side in sides), strict=True)
     )
-    after = [side[start:] for side in whole]
-    if any(all(turn.is_trained is False for turn in turns if turn.role == "assistant") for turns in after):
-        raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
-    # One assistant turn with nothing beside its content is a text.
-    are_texts = [len(turns) == 1 and not turns[0].fields and not turns[0].others for turns in after]
-    return shared, [
-        turns[0].content if is_text else turns for turns, is_text in zip(after, are_texts, strict=True)
-    ]
+    after = [side[start:] for side in sides]
+    for turns in after:
+        if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
+            raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
+    return shared, [*map(_text_or_turns, after)]
+
+
+def _text_or_turns(turns: Messages) -> Response:
+    """Return a response; one assistant turn with nothing beside its content is a text."""
+    is_text = len(turns) == 1 and not turns[0].fields and not turns[0].others
+    return turns[0].content if is_text else turns
 
 
 def _shared_keys(turns: Sequence[Message]) -> Fields:
@@ -401,11 +413,11 @@ def _shared_keys(turns: Sequence[Message]) -> Fields:
     }
 
 
-def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
+def _with_prompt(value: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
     """Return each side with the prompt before it, and the number of turns of a prompt that must be kept."""
-    if given is None:
+    if value is None:
         return sides, 0
-    prompt = parse_messages(given, role="user")
+    prompt = parse_messages(value, role="user")
     size = len(prompt)
     if all(len(side) > size and side[:size] == prompt for side in sides):
         return sides, size

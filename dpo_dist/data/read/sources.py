@@ -331,7 +331,8 @@ def _looks_local(path: str) -> bool:
 def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
     """Raise ConfigError for a key that is set, but has no effect on this source."""
     for key in sorted(unused):
-        if (value := getattr(source, key)) is not None:
+        value = getattr(source, key)
+        if value is not None:
             folders = "" if key == "revision" else " and folders"
             instead = "; limit: 1000 reads the first 1,000 records" if "[" in value else ""
             raise ConfigError(
@@ -399,7 +400,7 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])
     names = (str(file.relative_to(folder)) for file in files)
-    shards = Counter(shard.groups() for name in names if (shard := _SHARD.match(name)))
+    shards = Counter(shard.groups() for shard in map(_SHARD.match, names) if shard is not None)
     for (name, total), present in shards.items():
         if present != int(total):
             raise DataError(
@@ -420,13 +421,16 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
 
     with _as_data_error(source):
         builder = load_dataset_builder(str(folder), source.name, data_dir=source.data_dir)
-    root, splits = folder.resolve(), dict[str, list[Path]]()
+    root = folder.resolve()
+    splits = dict[str, list[Path]]()
     for split, names in (builder.config.data_files or {}).items():
         files = sorted(Path(os.path.normpath(name)) for name in names)
         _check_below(root, files, source, "the card of the dataset")
         splits[str(split)] = [folder / file.relative_to(root) for file in files]
-    known = set(itertools.chain(*splits.values()))
-    if not (source.name or source.data_dir) and (unread := [file for file in every if file not in known]):
+    of_splits = set(itertools.chain(*splits.values()))
+    unread = [file for file in every if file not in of_splits]
+    selects_part = bool(source.name or source.data_dir)
+    if unread and not selects_part:
         raise DataError(
             "files of the folder are in no split, or of another kind",
             where=source.path,
@@ -442,7 +446,8 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
 
 def _check_below(root: Path, files: Iterable[Path], source: SourceConfig, what: str) -> None:
     """Check that a dataset's card or description, which strangers write, names no file outside the folder."""
-    if outside := [file for file in files if not file.is_relative_to(root)]:
+    outside = [file for file in files if not file.is_relative_to(root)]
+    if outside:
         raise DataError(
             f"{what} names a file outside its folder",
             where=source.path,
@@ -537,13 +542,15 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
         info = None if _GLOB.search(path) else system.info(path)
         is_folder = info is not None and info["type"] == "directory"
         if is_folder:
-            found = system.find(path, detail=True)
+            entries = system.find(path, detail=True)
         elif info is not None:
-            found = {path: info}
-        elif not (found := system.glob(path, detail=True)):  # hides faults
-            system.info(_GLOB.split(path)[0].rpartition("/")[0])
-        shown = [name for name in sorted(found) if "/." not in name or "/." in path]
-        files = [name for name in shown if found[name]["type"] == "file"]
+            entries = {path: info}
+        else:
+            entries = system.glob(path, detail=True)
+            if not entries:  # `glob` hides faults
+                system.info(_GLOB.split(path)[0].rpartition("/")[0])
+        visible = [name for name in sorted(entries) if "/." not in name or "/." in path]
+        files = [name for name in visible if entries[name]["type"] == "file"]
         if is_folder:
             files = _remote_folder(system, path, files, source)
         else:
@@ -554,7 +561,7 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
         for name in files:
             url = name if is_url(name) else f"{source.path.partition('://')[0]}://{name.lstrip('/')}"
             check_kind(PurePath(name), url)
-            state = _state(found[name]) or _state(system.info(name))
+            state = _state(entries[name]) or _state(system.info(name))
             if state is None:
                 raise DataError(
                     "this server says nothing by which a changed file is noticed",
@@ -569,18 +576,19 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
 def _state(info: Mapping[str, Any]) -> str | None:
     """Return a text that changes with a file's content, of what a file system says of it."""
     for key in _STATES:
-        if value := info.get(key):
+        value = info.get(key)
+        if value:
             # A list and a single file may differ in how they give a time.
             seconds = value.timestamp() if isinstance(value, datetime) else value
             return f"{info.get('size')} {key} {seconds}"
     return None
 
 
-def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceConfig) -> list[str]:
+def _remote_folder(system: Any, path: str, files: Sequence[str], source: SourceConfig) -> list[str]:
     """Return those of a folder's files that are in the source's split, found as in a local folder."""
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        names = {folder / os.path.relpath(name, path): name for name in found}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = {folder / os.path.relpath(name, path): name for name in files}
         for file, name in names.items():
             if ".." not in file.parts:  # else outside of the folder
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -590,7 +598,7 @@ def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceC
         try:
             return [names[file] for file in _folder_files(folder, source)]
         except DataError as fault:
-            fault.got = fault.got.replace(made, source.path)
+            fault.got = fault.got.replace(temporary, source.path)
             raise
 
 
@@ -605,7 +613,8 @@ def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
 
     Sources with the same `label` share it.
     """
-    taken, labels = {source.label for source in sources}, list[str]()
+    taken = {source.label for source in sources}
+    labels = list[str]()
     for source in sources:
         name = _label(source)
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
@@ -622,9 +631,9 @@ def _label(source: SourceConfig) -> str:
     while file.suffix in SUFFIXES:
         file = file.with_suffix("")
     parts = [*filter(None, map(_safe, file.parts))] or ["source"]
-    shown = parts[-2:] if parts[-1] in _USUAL_NAMES else parts[-1:]
-    options = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
-    return "-".join(filter(None, [*shown, *options]))
+    names = parts[-2:] if parts[-1] in _USUAL_NAMES else parts[-1:]
+    options = [_safe(option) for option in (source.name, source.data_dir, source.split) if option]
+    return "-".join(filter(None, [*names, *options]))
 
 
 def _safe(text: str) -> str:

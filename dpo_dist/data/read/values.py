@@ -42,6 +42,8 @@ _JSON_FIELDS, _WITH_NULLS, _TEXTS = (frozenset(fields_with(word)) for word in ("
 ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "params")
 """Keys with the arguments of a tool call: of OpenAI, Llama, LangChain and Gemini, Anthropic, agents."""
 NOT_UTF8 = "not UTF-8"
+# The least and the most of each of `NUMBERS`.
+_RANGES = {"loss_weight": (0.0, math.inf), "soft_label": (0.0, 1.0), "margin": (-math.inf, math.inf)}
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -110,11 +112,16 @@ def with_value(fields: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:
     """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
-    given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
-    numbers = tuple(math.nan if isinstance(value, bool) else to_number(value) for value in given)
+    is_list = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
+    numbers = tuple(map(_no_flag, values)) if is_list else ()
     if not numbers or not all(map(math.isfinite, numbers)):
         raise UnusableRecordError("invalid_scores", "a score is missing, or is not a finite number")
     return numbers
+
+
+def _no_flag(value: Any) -> float:
+    """Return a number; nan also for true and false."""
+    return math.nan if isinstance(value, bool) else to_number(value)
 
 
 def to_number(value: Any) -> float:
@@ -127,11 +134,12 @@ def to_number(value: Any) -> float:
 
 def given_images(fields: Fields) -> list[Any]:
     """Return the values of a record's or a message's own images, without nulls."""
-    given = [from_json(fields[name], of_texts=True) for name in IMAGES if fields.get(name) is not None]
-    lists = [
-        list(filter(is_given, value))
-        for value in (value if isinstance(value, list | tuple) else [value] for value in given)
-    ]
+    lists = list[list[Any]]()
+    for name in IMAGES:
+        value = from_json(fields.get(name), of_texts=True)
+        if value is not None:
+            images = value if isinstance(value, list | tuple) else [value]
+            lists.append([*filter(is_given, images)])
     if len(lists) > 1 and all(lists):
         raise UnusableRecordError("image_count", f"images in {' and in '.join(IMAGES)}")
     return list(itertools.chain(*lists))
@@ -144,10 +152,10 @@ def is_given(image: Any) -> bool:
 
 def is_message(value: Any) -> bool:
     """Return whether a value is an object with a role and a content, also as `from` and `value`."""
-    return isinstance(value, Mapping) and (
-        ("role" in value and bool({"content", "tool_calls", "function_call"} & value.keys()))
-        or {"from", "value"} <= value.keys()
-    )
+    if not isinstance(value, Mapping):
+        return False
+    has_role = "role" in value and not {"content", "tool_calls", "function_call"}.isdisjoint(value)
+    return has_role or {"from", "value"} <= value.keys()
 
 
 def message_role(value: Any) -> str | None:
@@ -168,14 +176,17 @@ def spelled_messages(value: Any) -> Any:
     spelled = from_json(value)
     if not isinstance(value, str) or spelled is value:
         return value
+    messages = spelled
     # An object with more fields may be a response in JSON that happens to have a role.
-    messages = [spelled] if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES else spelled
-    is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
-    roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
+    if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES:
+        messages = [spelled]
+    if not isinstance(messages, list) or not messages or not is_messages(messages):
+        return value
+    roles = [message.get("role", message.get("from")) for message in messages]
     return messages if all(role in ALL_ROLES for role in roles) else value
 
 
-def plain_record(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
+def plain_record(fields: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
     """Return a record with the values that its texts hold as JSON, and without other fields that are empty.
 
     `has_texts`: by its configured format prompt and responses are texts, whatever they look like.
@@ -183,28 +194,32 @@ def plain_record(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
     """
     record: dict[str, Any] = {}
     columns: dict[str, str] = {}
-    answers = two_answers(given)
+    answers = two_answers(fields)
     texts = _TEXTS.union(answers.names if answers else ())
-    for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
+    lists = LISTS if is_ranking else [name for name in LISTS if name != "output"]
+    if not has_texts:
+        fields = _with_prompt_outside(fields)
+    for name, value in fields.items():
         # An empty verdict says that nobody judged; `chosen_audio` is none, whatever its name is like.
-        is_kept = name in _KEPT or (name not in _READ and is_verdict(str(name)))
-        if not is_kept and not has_value(as_given):
+        says_what_it_is = name in _KEPT or (name not in _READ and is_verdict(str(name)))
+        if not says_what_it_is and not has_value(value):
             continue
-        value = as_given
-        if name in _WITH_NULLS:
-            value = from_json(without_nulls(as_given))
-            value = list(map(from_json, value)) if isinstance(value, list) else value
-        elif name in _JSON_FIELDS:
-            value = from_json(as_given)
-        elif name in LISTS and (is_ranking or name != "output") and may_be_json(as_given):
-            listed = from_json(as_given)
-            value = listed if isinstance(listed, list) else as_given
-        elif name in texts and not has_texts:
-            value = spelled_messages(as_given) if may_be_json(as_given) else as_given
-            is_object = value[:1] == "{" if isinstance(value, str) else isinstance(value, Mapping)
-            if is_object and name not in _PROMPTS:
-                columns |= _nested_conversation(name, value)
         record[name] = value
+        if name in _WITH_NULLS:
+            plain = from_json(without_nulls(value))
+            record[name] = list(map(from_json, plain)) if isinstance(plain, list) else plain
+        elif name in _JSON_FIELDS:
+            record[name] = from_json(value)
+        elif name in lists and may_be_json(value):
+            items = from_json(value)
+            if isinstance(items, list):
+                record[name] = items
+        elif name in texts and not has_texts:
+            plain = spelled_messages(value)
+            record[name] = plain
+            is_object = plain.startswith("{") if isinstance(plain, str) else isinstance(plain, Mapping)
+            if is_object and name not in _PROMPTS:
+                columns |= _nested_conversation(name, plain)
     if columns:
         raise UnusableRecordError("unknown_format", "objects with messages inside", columns=columns)
     return record
@@ -219,11 +234,14 @@ def _with_prompt_outside(record: Fields) -> Fields:
         paths = _nested_conversation(field, record.get(field))
         if not paths:
             continue
-        inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
         messages = paths[field].rpartition(".")[2]
-        inner = {"prompt" if name == messages else name: inner[name] for name in inner}
+        outer = {name: value for name, value in record.items() if name != field}
+        inner = {
+            "prompt" if name == messages else name: value for name, value in from_json(record[field]).items()
+        }
         inner = {name: inner[name] for name in with_value(inner, inner)}
-        if twice := with_value(outer, inner):
+        twice = with_value(outer, inner)
+        if twice:
             raise UnusableRecordError(
                 "ambiguous_format", f"beside {field} and inside it: {', '.join(map(shown_key, twice))}"
             )
@@ -233,18 +251,21 @@ def _with_prompt_outside(record: Fields) -> Fields:
 
 def _nested_conversation(field: str, value: Any) -> dict[str, str]:
     """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
-    whole = from_json(value)
-    if not isinstance(whole, Mapping):
+    content = from_json(value)
+    if not isinstance(content, Mapping):
         return {}
-    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
-    columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
+    for conversation in CONVERSATIONS:
+        turns = from_json(content.get(conversation))
+        if turns and is_messages(turns):
+            tools = {name: f"{field}.{name}" for name in with_value(content, TOOLS)}
+            return {field: f"{field}.{conversation}", **tools}
+    return {}
 
 
-def unknown_format(record: Fields, known: Mapping[str, str]) -> UnusableRecordError:
-    """Return the error for a record whose fields fit no format, with the columns that are known."""
+def unknown_format(record: Fields, columns: Mapping[str, str]) -> UnusableRecordError:
+    """Return the error for a record whose fields fit no format, with `columns` that are right for it."""
     fields = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
-    columns = dict(known)
+    columns = dict(columns)
     for name, value in record.items():
         if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys():
             columns.setdefault("record", shown_key(name))
@@ -261,19 +282,23 @@ def ignoring(fields: Iterable[str]) -> dict[str, str]:
 
 def record_numbers(record: Fields, responses: int) -> dict[str, float]:
     """Return a record's `NUMBERS` that have an effect; votes become a soft label."""
-    given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
-    read = {name: math.nan if isinstance(given[name], bool) else to_number(given[name]) for name in given}
-    if votes := [read.pop(name) for name in VOTES if name in read]:
+    numbers = dict[str, float]()
+    for name in (*NUMBERS, *VOTES):
+        if record.get(name) not in (None, ""):
+            numbers[name] = _no_flag(record[name])
+    votes = [numbers.pop(name) for name in VOTES if name in numbers]
+    if votes:
         total = sum(votes)
-        if len(votes) < 2 or "soft_label" in read or not 0 <= min(votes) < total < math.inf:
+        if len(votes) < 2 or "soft_label" in numbers or not 0 <= min(votes) < total < math.inf:
             detail = f"{' and '.join(VOTES)} must be two numbers, not both 0, and replace soft_label"
             raise UnusableRecordError("invalid_numbers", detail)
-        read["soft_label"] = votes[0] / total
-    for name, value in read.items():
-        least, most = (-math.inf if name == "margin" else 0.0), (1.0 if name == "soft_label" else math.inf)
+        numbers["soft_label"] = votes[0] / total
+    for name, value in numbers.items():
+        least, most = _RANGES[name]
         if not (math.isfinite(value) and least <= value <= most):
             raise UnusableRecordError("invalid_numbers", f"{name} is not a number from {least:g} to {most:g}")
-    numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
-    if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
+    numbers = {name: value for name, value in numbers.items() if value != NUMBERS[name]}
+    of_pairs = numbers.keys() - {"loss_weight"}
+    if responses != 2 and of_pairs:
         raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")
     return numbers

@@ -57,30 +57,34 @@ class RenderedRecord:
 
 def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> RenderedRecord:
     """Render a record, by the chat template if it has messages, or a dialogue and there is a template."""
-    prompt, responses = record.prompt, record.responses
+    prompt = record.prompt
+    responses = record.responses
     texts = tuple(response for response in responses if isinstance(response, str))
     is_text = len(texts) == len(responses)
     if isinstance(prompt, Dialogue):
         form = "hh (Human/Assistant turns)"
         if facts.chat is None and is_text:
             return _as_text(prompt.text, texts, facts, f"{form}, without the chat template")
-        stripped = tuple(text.strip() if isinstance(text, str) else text for text in responses)
-        return _by_template(replace(record, responses=stripped), facts, config, form)
+        responses = tuple(text.strip() if isinstance(text, str) else text for text in responses)
+        return _by_template(replace(record, responses=responses), facts, config, form)
     if not isinstance(prompt, str):
         return _by_template(record, facts, config, "messages")
     as_messages = replace(record, prompt=(Message("user", prompt),))
     if not is_text:
         return _by_template(as_messages, facts, config, "text")
     # A text, to which somebody may have applied a template already: to its prompt, or to its responses alone.
-    is_templated, read_as = facts.is_templated(prompt), "text, without the chat template"
-    changes = {"templated_text"} if is_templated or any(map(facts.is_ended, texts)) else set[str]()
+    read_as = "text, without the chat template"
+    changes = set[str]()
+    is_templated = facts.is_templated(prompt)
+    if is_templated or any(map(facts.is_ended, texts)):
+        changes.add("templated_text")
     is_applied = bool(changes) and config.template is TextTemplate.applied
     if is_applied:
         read_as = "text, with the template that is in it"
-        bare_and_end = [facts.split_end(text) for text in texts]
+        splits = [facts.split_end(text) for text in texts]
         if is_templated:
-            return _all_counted(prompt, [bare + end for bare, end in bare_and_end], read_as, changes)
-        texts = tuple(bare for bare, _ in bare_and_end)
+            return _all_counted(prompt, [bare + end for bare, end in splits], read_as, changes)
+        texts = tuple(bare for bare, _ in splits)
     if config.text_as_messages:
         rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
         return replace(rendered, changes=(rendered.changes - {"templated_content"}) | changes)
@@ -91,7 +95,8 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
 
 _CALLED = Message("assistant", "", {CALLS: [PROBE_CALL]})
 _RESULT = Message("tool", "probe result", {"name": "probe", "tool_call_id": PROBE_CALL["id"]})
-_SAID, _ASKED = Message("assistant", "probe answer"), Message("user", "probe question")
+_ASKED = Message("user", "probe question")
+_SAID = Message("assistant", "probe answer")
 
 
 def _trained_ends(facts: TokenizerFacts) -> set[str]:
@@ -101,9 +106,10 @@ def _trained_ends(facts: TokenizerFacts) -> set[str]:
         record = PreferenceRecord((_ASKED,), (turns,), Origin("", 0), tools=(PROBE_TOOL,))
         with contextlib.suppress(UnusableRecordError, ConfigError):  # the template cannot be used for these
             rendered = render_record(record, facts, DataConfig())
-            [text], [counted] = rendered.responses, rendered.counted
+            [text] = rendered.responses
+            [counted] = rendered.counted
             ends |= {facts.ending_token(text[start:end]) for start, end in counted}
-    return {*facts.stops, *ends} - facts.within_turns - {""}
+    return {*facts.stops, *ends} - facts.tokens_inside_turns - {""}
 
 
 def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
@@ -155,8 +161,9 @@ def with_images(
 def _as_text(
     prompt: str, responses: Sequence[str], facts: TokenizerFacts, read_as: str, changes: Iterable[str] = ()
 ) -> RenderedRecord:
-    escape, end = facts.marks.escape, facts.end_of_text
-    return _all_counted(escape(prompt), [escape(response) + end for response in responses], read_as, changes)
+    escape = facts.marks.escape
+    texts = [escape(response) + facts.end_of_text for response in responses]
+    return _all_counted(escape(prompt), texts, read_as, changes)
 
 
 def _all_counted(
@@ -171,7 +178,8 @@ def _by_template(
     record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig, form: str
 ) -> RenderedRecord:
     """Render a record whose prompt is messages."""
-    chat, messages = facts.chat, record.prompt
+    chat = facts.chat
+    messages = record.prompt
     assert isinstance(messages, tuple)
     if chat is None:
         raise ConfigError(
@@ -189,45 +197,46 @@ def _by_template(
     responses = tuple(map(turns_of, record.responses))
     # The tools, and the arguments of the run and of the record.
     names = argument_names(chat.template)
-    known = {name: value for name, value in record.template_arguments.items() if name in names}
+    arguments = {name: value for name, value in record.template_arguments.items() if name in names}
     if not names.issuperset(config.template_arguments or ()):
         template = ChatTemplate(facts.tokenizer, config.chat_template)
         template.check_arguments(config.template_arguments or ())
     tools = {"tools": list(record.tools)} if record.tools else {}
-    context = chat.data({**(config.template_arguments or {}), **known, **tools})
+    context = chat.data({**(config.template_arguments or {}), **arguments, **tools})
     chat.check_keys([*messages, *itertools.chain(*responses)])
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
     # What the template left out.
     changes = set(rendered.changes)
-    if len(known) < len(record.template_arguments):
+    if len(arguments) < len(record.template_arguments):
         changes.add("unknown_template_argument")
     texts = list(map(facts.marks.spell, rendered.responses))
-    spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
-    # A part of a response may also stand in the prompt: a tool's name, or a short answer.
+    conversations = [facts.marks.spell(rendered.prompt) + text for text in texts]
     tool_names = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
-    given = [*_contents(messages, facts.thoughts), *tool_names]
-    are_words_written = all(
-        _is_written(whole, given)
-        and _is_written(text, [*_contents(turns, facts.thoughts), _thought(turns[-1], facts.thoughts)])
-        for whole, text, turns in zip(spelled, texts, responses, strict=True)
-    )
+    before = [*_contents(messages, facts.thoughts), *tool_names]
+    are_words_written = True
+    for conversation, text, turns in zip(conversations, texts, responses, strict=True):
+        # A part of a response may also stand in the prompt: a tool's name, or a short answer.
+        said = [*_contents(turns, facts.thoughts), _thought(turns[-1], facts.thoughts)]
+        are_words_written &= _is_written(conversation, before) and _is_written(text, said)
     omitted = [chat.omitted(messages, turns, context) for turns in responses]
-    if keys := sorted(set().union(*omitted) - {CONTENT, CALLS}):
+    keys = sorted(set().union(*omitted) - {CONTENT, CALLS})
+    if keys:
         raise UnusableRecordError(
             "unread_content", f"the chat template does not write {', '.join(keys)} of a message", tuple(keys)
         )
     if not are_words_written or any(omitted):
         changes.add("content_not_rendered")
     # A template that does not read `tools` may still write their names, in calls.
-    is_read = re.search(r"\btools\b", chat.template) is not None
-    if record.tools and not (is_read and all(name in text for name in tool_names for text in spelled)):
+    reads_tools = re.search(r"\btools\b", chat.template) is not None
+    has_names = all(name in text for name in tool_names for text in conversations)
+    if record.tools and not (reads_tools and has_names):
         changes.add("tools_not_rendered")
     # Where a model would stop, or a content looks like turns.
-    if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
+    if any(facts.has_turns(turn.content) for turn in (*messages, *itertools.chain(*responses))):
         changes.add("templated_content")
-    spans = zip(rendered.responses, rendered.counted, strict=True)
-    if any(facts.stops_within(text[start:end]) for text, turns in spans for start, end in turns):
-        changes.add("stop_within_turn")
+    for text, spans in zip(rendered.responses, rendered.counted, strict=True):
+        if any(facts.has_stop_inside(text[start:end]) for start, end in spans):
+            changes.add("stop_within_turn")
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
 
@@ -250,11 +259,11 @@ def _thought(message: Message, thoughts: ThoughtMarks) -> str:
 
 def _is_written(text: str, parts: Iterable[str]) -> bool:
     """Return whether a rendered text has all parts, perhaps as JSON."""
-    return all(
-        part in text
-        or any(json.dumps(part, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True))
-        for part in map(str.strip, parts)
-    )
+    for part in map(str.strip, parts):
+        as_json = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+        if part not in text and not any(form in text for form in as_json):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -298,7 +307,10 @@ class _Conversation:
         config: DataConfig,
     ):
         self.messages: Turns = tuple(map(chat.turn, messages))
-        self.context, self.facts, self.chat, self.config = context, facts, chat, config
+        self.context = context
+        self.facts = facts
+        self.chat = chat
+        self.config = config
         self.thoughts = facts.thoughts
         self.finder = TurnFinder(self.messages, context, facts, chat)
 
@@ -376,42 +388,47 @@ class _Conversation:
         opening = self.thoughts.tags[0]
         if all(self.thoughts.is_in(text) and not text.lstrip().startswith(opening) for text in texts):
             scaffold = self._common_scaffold(texts)
-            changes = (
-                {"opened_thought_removed"}
-                if any(map(self.thoughts.none_or_empty.match, texts))
-                else set[str]()
-            )
+            changes = set[str]()
+            if any(map(self.thoughts.none_or_empty.match, texts)):
+                changes.add("opened_thought_removed")
             return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], changes
         # The template leaves out the thoughts (DeepSeek R1), but each response has one: as it is given.
         spelled = list(map(self._with_spelled_thought, messages))
         closed = self.thoughts.without_opened(prompt)
         if all(self.thoughts.is_in(message.content) for message in spelled):
-            within = [self.thoughts.within(message.content, prompt) for message in spelled]
-            changes = set() if within == [turn.content for turn in spelled] else {"opened_thought_joined"}
-            pairs = zip(spelled, within, strict=True)
-            return prompt, [self._as_given(message, text, closed) for message, text in pairs], changes
+            changes = set[str]()
+            texts = []
+            for message in spelled:
+                content = self.thoughts.within(message.content, prompt)
+                texts.append(self._as_it_stands(message, content, closed))
+                if content != message.content:
+                    changes.add("opened_thought_joined")
+            return prompt, texts, changes
         # A response has no thought: the prompt opens none, and the model opens those of the others.
-        rendered, is_prefix = self._response_texts(closed, messages)
-        texts = [
-            self._as_given(message, message.content, closed)
-            if self.thoughts.is_in(message.content)
-            and not self.thoughts.is_only_in(self.facts.marks.spell(text), message.content)
-            else text
-            for message, text in zip(spelled, rendered, strict=True)
-        ]
-        return closed, texts, {"opened_thought_removed", *([] if is_prefix else ["prompt_not_prefix"])}
+        texts, is_prefix = self._response_texts(closed, messages)
+        for index, message in enumerate(spelled):
+            has_thought = self.thoughts.is_in(message.content)
+            text = self.facts.marks.spell(texts[index])
+            if has_thought and not self.thoughts.is_only_in(text, message.content):
+                texts[index] = self._as_it_stands(message, message.content, closed)
+        changes = {"opened_thought_removed"}
+        if not is_prefix:
+            changes.add("prompt_not_prefix")
+        return closed, texts, changes
 
     def _response_texts(self, prompt: str, messages: Sequence[Message]) -> tuple[list[str], bool]:
         """Return the text of each response, and whether the prompt is unchanged before all of them."""
-        continuations, texts = self._continuations(prompt, messages), list[str]()
+        continuations = self._continuations(prompt, messages)
+        texts = list[str]()
         for text, message in zip(continuations, messages, strict=True):
             if text is not None:
                 texts.append(text)
                 continue
             # As the template writes the turn after a prompt that it renders differently. The record's prompt
             # opens no thought: a thought opened before the turn belongs to the response.
-            whole = self._whole_conversation((message,))
-            texts.append(whole.text[len(self.thoughts.without_opened(whole.prompt)) :])
+            conversation = self._whole_conversation((message,))
+            prompt_length = len(self.thoughts.without_opened(conversation.prompt))
+            texts.append(conversation.text[prompt_length:])
         return texts, None not in continuations
 
     def _continuations(self, prompt: str, messages: Sequence[Message]) -> list[str | None]:
@@ -420,12 +437,12 @@ class _Conversation:
         The text includes what the template adds (a leading space, an empty thought). None if the
         template renders the prompt differently when a response follows.
         """
-        turns = map(self.chat.turn, messages)
-        wholes = [self.chat.render((*self.messages, turn), self.context) for turn in turns]
-        return [
-            self.facts.up_to_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
-            for whole in wholes
-        ]
+        texts = list[str | None]()
+        for turn in map(self.chat.turn, messages):
+            conversation = self.chat.render((*self.messages, turn), self.context)
+            is_unchanged = conversation.startswith(prompt)
+            texts.append(self.facts.turn_with_end(conversation[len(prompt) :]) if is_unchanged else None)
+        return texts
 
     def _with_spelled_thought(self, message: Message) -> Message:
         """Return a message with its thought, if a field has one, spelled in its content."""
@@ -444,7 +461,7 @@ class _Conversation:
         starts = {match.group() if match else "" for match in matches}
         return starts.pop() if len(starts) == 1 else ""
 
-    def _as_given(self, message: Message, content: str, prompt: str) -> str:
+    def _as_it_stands(self, message: Message, content: str, prompt: str) -> str:
         """Return a content with its thought and end of turn; the template writes only the tool calls."""
         marks = self.facts.marks
         if not message.fields.get(CALLS):
@@ -453,8 +470,8 @@ class _Conversation:
         separator = rest[: len(rest) - len(rest.lstrip())]
         [rendered], _ = self._response_texts(prompt, [replace(message, content=rest.lstrip())])
         # The thought stands before what the template writes, perhaps after an empty thought of its own.
-        written = self.thoughts.whole_empty_start.sub("", rendered.lstrip())
-        return marks.escape(thought, marks.in_response) + separator + written
+        calls = self.thoughts.whole_empty_start.sub("", rendered.lstrip())
+        return marks.escape(thought, marks.in_response) + separator + calls
 
     # Several turns: a response is a part of the whole conversation. The prompt is the first that fits, by
     # what the template writes for it `alone` (before answers as for a generation) and in each conversation:
@@ -472,8 +489,9 @@ class _Conversation:
 
     def _several_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render responses of several turns, after a prompt that all share."""
-        wholes, changes = list(map(self._whole_conversation, responses)), set[str]()
-        prompts = {whole.prompt for whole in wholes}
+        conversations = list(map(self._whole_conversation, responses))
+        changes = set[str]()
+        prompts = {conversation.prompt for conversation in conversations}
         # The prompt as the template writes it alone; before answers, as for a generation.
         are_answers = all(turns[0].role == "assistant" for turns in responses)
         alone = ""
@@ -484,36 +502,35 @@ class _Conversation:
         # Does it open a thought, or end one that a response then has? Only the first turn says: before later
         # ones templates write empty thoughts (Qwen3). DeepSeek V3.2 ends a thought at the start of each turn,
         # and in the generation prompt, too.
-        has_thought = any(
-            self.thoughts.is_in(turns[0].content)
-            or message_thought(turns[0])
-            or whole.response.lstrip().startswith(self.thoughts.tags[1])
-            for turns, whole in zip(responses, wholes, strict=True)
-        )
+        has_thought = False
+        for turns, conversation in zip(responses, conversations, strict=True):
+            ends_thought = conversation.response.lstrip().startswith(self.thoughts.tags[1])
+            if ends_thought or self.thoughts.is_in(turns[0].content) or message_thought(turns[0]):
+                has_thought = True
         has_other_thought = self.thoughts.opens(alone) or (has_thought and self.thoughts.ends(alone))
         goes_on = bool(alone) and are_answers and not has_other_thought
         if goes_on and (len(prompts) == 1 or all(map(alone.startswith, prompts))):
             prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
         elif len(prompts) > 1:  # turns before the response depend on it
             changes.add("prompt_not_prefix")
-            prompt, wholes = self._shared_prompt(wholes)
+            prompt, conversations = self._shared_prompt(conversations)
         elif self.thoughts.opens(alone):
-            scaffold = self._common_scaffold(whole.response for whole in wholes)
-            prompt = wholes[0].prompt + scaffold
-            wholes = [replace(whole, start=whole.start + len(scaffold)) for whole in wholes]
+            scaffold = self._common_scaffold(conversation.response for conversation in conversations)
+            prompt = conversations[0].prompt + scaffold
+            conversations = [replace(each, start=each.start + len(scaffold)) for each in conversations]
         else:
-            prompt = wholes[0].prompt
-        following = tuple(whole.response for whole in wholes)
-        if self.thoughts.opens(alone) and (
-            not self.thoughts.opens(prompt) or any(map(self.thoughts.none_or_empty.match, following))
-        ):
+            prompt = conversations[0].prompt
+        texts = tuple(conversation.response for conversation in conversations)
+        has_no_thought = any(map(self.thoughts.none_or_empty.match, texts))
+        if self.thoughts.opens(alone) and (has_no_thought or not self.thoughts.opens(prompt)):
             changes.add("opened_thought_removed")
-        counted = tuple(whole.counted_in_response for whole in wholes)
-        return RenderedRecord(prompt, following, counted, frozenset(changes))
+        counted = tuple(conversation.counted_in_response for conversation in conversations)
+        return RenderedRecord(prompt, texts, counted, frozenset(changes))
 
     def _whole_conversation(self, response: Messages) -> _WholeConversation:
         """Return the conversation with a response of several turns, or of one."""
-        turns, counted = list[ResponseTurn](), list[Span]()
+        turns = list[ResponseTurn]()
+        counted = list[Span]()
         for message, turn in zip(response, self.finder.find(response, self._is_trained), strict=True):
             turns.append(turn)
             self._check_rendered(message, turn.counted_text)
@@ -521,15 +538,17 @@ class _Conversation:
                 counted.append(turn.counted)
         return _WholeConversation(turns[-1].before + turns[-1].text, turns[0].start, tuple(counted))
 
-    def _shared_prompt(self, wholes: Sequence[_WholeConversation]) -> tuple[str, list[_WholeConversation]]:
+    def _shared_prompt(
+        self, conversations: Sequence[_WholeConversation]
+    ) -> tuple[str, list[_WholeConversation]]:
         """Return what the different prompts of conversations share, and the conversations after it."""
-        first, *others = [whole.prompt for whole in wholes]
+        first, *others = [conversation.prompt for conversation in conversations]
         shared = first[: min(self.facts.common_length(first, other) for other in others)]
         prompt = self.thoughts.without_opened(shared)
-        if all(self.thoughts.only_tags.match(whole.prompt, len(prompt)) for whole in wholes):
+        if all(self.thoughts.only_tags.match(each.prompt, len(prompt)) for each in conversations):
             # Only the thoughts in their headers differ: the model writes them, as after one turn. Qwen3.6:
             #   <|im_start|>assistant\n             before an answer that is not the last one
             #   <|im_start|>assistant\n<think>\n    before the last one
-            return prompt, [whole.starting_with_thought(len(prompt)) for whole in wholes]
+            return prompt, [each.starting_with_thought(len(prompt)) for each in conversations]
         prompt = shared[: self.facts.after_last_special(shared)]
-        return prompt, [replace(whole, start=len(prompt)) for whole in wholes]
+        return prompt, [replace(each, start=len(prompt)) for each in conversations]

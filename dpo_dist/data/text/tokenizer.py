@@ -32,18 +32,25 @@ class _AfterAnswer(NamedTuple):
 
 
 class TokenizerFacts:
-    """A tokenizer with its probed properties; `chat` is None if it has no chat template."""
+    """A tokenizer with its probed properties; `chat` is None if it has no chat template.
+
+    The places of a text that a template writes, as its tokens are named here (ChatML):
+
+        <|im_start|>assistant\\n    Hello.    <|im_end|>        \\n<|im_start|>user
+        around turns               inside    end of the turn   around turns, or the tail of the conversation
+    """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None):
-        self.tokenizer, chat_template = tokenizer, template and pin_clock(template, TEMPLATE_DATE)
+        self.tokenizer = tokenizer
+        chat_template = template and pin_clock(template, TEMPLATE_DATE)
         # What the tokenizer puts before every text: BOS, or nothing.
-        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole: list[int] = tokenizer("a")["input_ids"]
-        starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        self.prefix_ids = whole[: next(starts, 0)]
+        text_ids: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        all_ids: list[int] = tokenizer("a")["input_ids"]
+        starts = (at for at in range(len(all_ids)) if all_ids[at : at + len(text_ids)] == text_ids)
+        self.prefix_ids = all_ids[: next(starts, 0)]
         # Its added tokens: special ones, tokens around turns (special or not), tags of calls and thoughts.
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-        tags = {token for token in added if not token.isspace() and not token.isalnum()}  # no ordinary text
+        tags = {token for token in added if not (token.isspace() or token.isalnum())}  # no ordinary text
         in_parts = frozenset[str]() if chat_template is None else roles_in_parts(tokenizer, chat_template)
         self.thoughts = thought_marks(tokenizer, chat_template, in_parts)
         # The end of a thought that is a turn of its own may also end other turns (gpt-oss).
@@ -51,15 +58,16 @@ class TokenizerFacts:
         self._turn_tokens = tags & turn_tokens(tokenizer, chat_template, thought_tags)
         special = {token for token, is_special in added.items() if is_special}
         special |= self._turn_tokens | set(tokenizer.all_special_tokens)
-        written = {token for token in tags if token in (chat_template or "")}
+        in_template = {token for token in tags if token in (chat_template or "")}
         # A content must not become one of these: spelled there, they are encoded as text.
-        self.marks = Marks(special, written | thought_tags.intersection(added), thought_tags)
+        self.marks = Marks(special, in_template | thought_tags.intersection(added), thought_tags)
         self._special = self.marks.in_text
         self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
         self._markup = any_of({*special, *thought_tags})
         # Inside these no text is cut, also where a tag of thoughts is several tokens.
         unbroken = {token for token in {*added, *special, *thought_tags} if not token.isspace()}
-        self.unbroken, self._longest = any_of(unbroken), max(map(len, unbroken))
+        self.unbroken = any_of(unbroken)
+        self._longest = max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None
         if chat_template is not None:
@@ -91,7 +99,7 @@ class TokenizerFacts:
     @cached_property
     def _added_eos(self) -> str:
         last = self.last_special(self._after_answer.end)
-        return self.end_of_text if last in self.within_turns else ""
+        return self.end_of_text if last in self.tokens_inside_turns else ""
 
     @cached_property
     def _after_answer(self) -> _AfterAnswer:
@@ -104,7 +112,8 @@ class TokenizerFacts:
         if self.chat is None:
             return _AfterAnswer("", "")
         after = self.chat.after_response
-        if not (first := self._special.search(after)):
+        first = self._special.search(after)
+        if first is None:
             return _AfterAnswer("", "")
         shared = after[: self.common_length(after, self.chat.after_earlier_response)]
         if shared != after:
@@ -117,7 +126,7 @@ class TokenizerFacts:
         return _AfterAnswer(after[:end].lstrip(), after[end:].lstrip())
 
     @cached_property
-    def within_turns(self) -> set[str]:
+    def tokens_inside_turns(self) -> set[str]:
         """The special tokens that the template writes within turns, as gpt-oss does between channels."""
         turns = [] if self.chat is None else map(self.without_tail, self.chat.turns_of_parts)
         within = (token for turn in turns for token in self._special.findall(turn)[:-1])
@@ -126,11 +135,11 @@ class TokenizerFacts:
     @cached_property
     def stops(self) -> set[str]:
         """The tokens that end a generated response: the last ones of a text, a turn and a call."""
-        ends = [self.end_of_turn, self.up_to_end(self.chat.after_call if self.chat is not None else "")]
+        ends = [self.end_of_turn, self.turn_with_end(self.chat.after_call if self.chat is not None else "")]
         return {*map(self.last_special, ends), *filter(None, [self.tokenizer.eos_token])}
 
     @cached_property
-    def around_turns(self) -> re.Pattern[str]:
+    def tokens_around_turns(self) -> re.Pattern[str]:
         """Pattern of the tokens that the template writes around turns, and of those that end a response."""
         return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
 
@@ -154,14 +163,15 @@ class TokenizerFacts:
         """Return a templated response without its end of turn or text, and this end, or the default one."""
         ends = [self.end_of_text] if self.chat is None else [self.end_of_turn, self.end_of_text]
         end = ends[0]
-        while (bare := response.rstrip()).endswith(tuple(ends)):
-            end = next(end for end in ends if bare.endswith(end))
-            response = bare.removesuffix(end)
+        while response.rstrip().endswith(tuple(ends)):
+            response = response.rstrip()
+            end = next(end for end in ends if response.endswith(end))
+            response = response.removesuffix(end)
         return response, end
 
     # Parts of the output of the template.
 
-    def up_to_end(self, rendered: str) -> str:
+    def turn_with_end(self, rendered: str) -> str:
         r"""Return the last turn of a conversation up to its end of turn, which is added if it is missing.
 
         From ChatML, for each of `Hello.<|im_end|>\n`, `Hello.<|im_end|>Bye.` and `Hello.`:
@@ -169,7 +179,8 @@ class TokenizerFacts:
         """
         turn = self.without_tail(rendered)
         # Hello.<|im_end|>\n of ChatML, or another end: a call of gpt-oss ends with <|call|>.
-        if end := self.after_ending_token(turn):
+        end = self.after_ending_token(turn)
+        if end:
             is_usual = turn[:end].endswith(self._after_answer.end)
             return turn[:end] + (self._added_eos if is_usual else "")
         # Text after the end: Hello.<|im_end|>--
@@ -194,7 +205,7 @@ class TokenizerFacts:
         text, blank = ("".join(self._markup.sub("", part).split()) for part in (turn, self.chat.empty_turn))
         return text in ("", blank)
 
-    def stops_within(self, turn: str) -> bool:
+    def has_stop_inside(self, turn: str) -> bool:
         """Return whether a rendered turn has a token that ends responses before a part of it."""
         stop = self._stop.search(turn)
         return stop is not None and not self.is_blank(turn[stop.end() :])
@@ -218,9 +229,13 @@ class TokenizerFacts:
         Of `<|end|>\n<|user|>` and `<|end|>\n<|endoftext|>` it is `<|end|>\n`, not `<|end|>\n<|`.
         """
         length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
-        starts = range(max(length - self._longest, 0), length)
-        matches = (self.unbroken.match(text, start) for start in starts for text in (one, other))
-        return next((match.start() for match in matches if match and match.end() > length), length)
+        # A token that begins before the difference and ends behind it.
+        for start in range(max(length - self._longest, 0), length):
+            for text in (one, other):
+                token = self.unbroken.match(text, start)
+                if token is not None and token.end() > length:
+                    return start
+        return length
 
     def after_ending_token(self, escaped: str) -> int:
         r"""Return the position after the special token that ends a turn, 0 if none does.

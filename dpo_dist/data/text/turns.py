@@ -63,7 +63,10 @@ class TurnFinder:
 
     def __init__(self, prompt: Turns, context: Forms, facts: TokenizerFacts, chat: ChatRenderer):
         """Args: `context`: tools and arguments of the template."""
-        self._prompt, self._context, self._facts, self._chat = prompt, context, facts, chat
+        self._prompt = prompt
+        self._context = context
+        self._facts = facts
+        self._chat = chat
         self._generation_prompts: dict[str, str] = {}
 
     def find(self, response: Messages, is_trained: Callable[[Message], bool]) -> Iterator[ResponseTurn]:
@@ -85,10 +88,11 @@ class TurnFinder:
         if len(spans) < len(response) or any(one[1] > other[0] for one, other in pairwise(spans)):
             spans = self._added_spans(turns, output)
         for index, (message, (start, stop)) in enumerate(zip(response, spans, strict=True), start=first):
-            text, is_assistant = output[start:stop], message.role == "assistant"
+            text = output[start:stop]
+            is_assistant = message.role == "assistant"
             header = self._header_length(message, text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
-                text = text[:header] + self._facts.up_to_end(text[header:])
+                text = text[:header] + self._facts.turn_with_end(text[header:])
             content = header
             if text and not is_assistant and is_trained(message):
                 content = self._content_start(message, turns, index, output[: start + len(text)], start)
@@ -97,10 +101,11 @@ class TurnFinder:
 
     def _end(self, turn: str, following: str) -> int:
         """Return the position after the token that ends a turn, perhaps the first one after the turn."""
-        if end := self._facts.after_ending_token(turn):
+        end = self._facts.after_ending_token(turn)
+        if end:
             return end
         # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy? To the last turn, which has
-        # no next token, `TokenizerFacts.up_to_end` adds an end.
+        # no next token, `TokenizerFacts.turn_with_end` adds an end.
         # Nemotron's next one, \n<extra_id_1>, comes after a line end.
         next_token = self._facts.marks.in_text.match(following, _leading_space(following))
         return len(turn) + (next_token.end() if next_token else 0)
@@ -154,8 +159,10 @@ class TurnFinder:
             turn               ### Response:\nHello.</s>
             generation prompt  \n\n### Response:\n
         """
-        space, header = _leading_space(turn), generation.lstrip()
-        if shared := self._facts.common_length(turn[space:], header):
+        space = _leading_space(turn)
+        header = generation.lstrip()
+        shared = self._facts.common_length(turn[space:], header)
+        if shared:
             return space + shared, header[shared:]
         length = self._facts.common_length(turn, generation)
         return length, generation[length:]
@@ -167,8 +174,11 @@ class TurnFinder:
         generation prompt  <|turn|>system\nUse tools.<|end|>\n<|turn|>assistant\n
         """
         space = _leading_space(turn)
-        headers = (generation[token.start() :] for token in self._facts.marks.in_text.finditer(generation))
-        return next((space + len(header) for header in headers if turn.startswith(header, space)), None)
+        for token in self._facts.marks.in_text.finditer(generation):
+            header = generation[token.start() :]
+            if turn.startswith(header, space):
+                return space + len(header)
+        return None
 
     def _cut_at_content(self, message: Message, turn: str, length: int) -> int:
         r"""Return the length of a header without words of the prompt that the content starts like (Apriel).
@@ -226,7 +236,8 @@ class TurnFinder:
             question          <|turn|>user\nRain?<|end|>\n
             question, answer  <|turn|>user\nRain?<|end|>\n<|turn|>assistant\nYes.<|end|>\n
         """
-        first, roles = len(self._prompt), [turn.plain["role"] for turn in turns]
+        first = len(self._prompt)
+        roles = [turn.plain["role"] for turn in turns]
         ends: list[int] = []  # of the prompt, and of each turn
         for count in range(first, len(turns) + 1):
             start = ends[-1] if ends else 0
@@ -239,8 +250,8 @@ class TurnFinder:
             if not self._facts.is_blank(alone[end:]):  # they differ in more than an end of turn
                 # The last answer of a conversation may have another form (Nemotron).
                 ending = self._facts.end_of_turn
-                found = output.find(ending, start) if around[0] == "assistant" else -1
-                end = found + len(ending) if found >= 0 else -1
+                place = output.find(ending, start) if around[0] == "assistant" else -1
+                end = place + len(ending) if place >= 0 else -1
             if end < start:
                 raise UnusableRecordError("turns_not_found", "no turns are found in the template's output")
             if count > first and not output[start:end].strip():
@@ -257,7 +268,9 @@ def _leading_space(text: str) -> int:
 #   {% for m in messages %}...{% endfor %}
 #   {% for m in messages %}{% print START %}...{% print END %}{% endfor %}
 
-_START, _END = "dpo_dist_turn_start", "dpo_dist_turn_end"  # fields of a message, with its marks
+# Fields of a message, with its marks.
+_START = "dpo_dist_turn_start"
+_END = "dpo_dist_turn_end"
 _MARK = re.compile(f"{RESERVED_CHARACTER}(start|end)(\\d+){RESERVED_CHARACTER}")
 _COMMENT_OR_LOOP = re.compile(
     r"(?s)\{#.*?#\}"
@@ -277,16 +290,16 @@ def _loop_passes(
     chat: ChatRenderer, turns: Turns, context: Forms, output: str, *, generation: bool = False
 ) -> _LoopPasses:
     """Return where a template's `output` for these turns has each of them."""
-    fields = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
-    marked = tuple(
-        Forms({**turn.plain, **marks}, {**turn.marked, **marks})
-        for turn, marks in zip(turns, fields, strict=True)
-    )
+    marked = []
+    for index, turn in enumerate(turns):
+        marks = {_START: _mark("start", index), _END: _mark("end", index)}
+        marked.append(Forms({**turn.plain, **marks}, {**turn.marked, **marks}))
     template = _with_marks(chat.template)
-    found = _read_marks(chat.render(marked, context, generation=generation, template=template), len(turns))
-    if found is None or found[0] != output:  # such as a template that writes all fields of a message
+    rendered = chat.render(tuple(marked), context, generation=generation, template=template)
+    unmarked = _read_marks(rendered, len(turns))
+    if unmarked is None or unmarked[0] != output:  # such as a template that writes all fields of a message
         return _LoopPasses([None] * len(turns), len(output))
-    return found[1]
+    return unmarked[1]
 
 
 def _mark(kind: str, index: int) -> str:
@@ -299,7 +312,9 @@ def _with_marks(template: str) -> str:
     targets: list[str | None] = []
 
     def marked(match: re.Match[str]) -> str:
-        tag, body, name = match.group(), match["body"], match["target"]
+        tag = match.group()
+        body = match["body"]
+        name = match["target"]
         if body is None:  # a comment
             return tag
         # `print` is a statement: the whitespace around it is trimmed as around the tag of the loop.
@@ -322,13 +337,15 @@ def _read_marks(rendered: str, turns: int) -> tuple[str, _LoopPasses] | None:
     """Return a text without its marks, and the turns in it; None: a turn is written twice or not ended."""
     text, *marks = _MARK.split(rendered)
     spans: list[Span | None] = [None] * turns
-    opened, end = dict[int, int](), 0
+    opened = dict[int, int]()
+    end = 0
     for kind, number, following in zip(*[iter(marks)] * 3, strict=True):
         index = int(number)
         if kind == "start":
             opened[index] = len(text)
         else:
-            start, end = opened.pop(index, len(text)), len(text)
+            start = opened.pop(index, len(text))
+            end = len(text)
             # A loop that writes nothing only computes: the turn is not written in it.
             if text[start:].strip():
                 if spans[index] is not None:

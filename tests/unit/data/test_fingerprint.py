@@ -74,7 +74,7 @@ def file_of(folder: Path, source: SourceConfig, **data: Any) -> str:
     sources = config.train or [source]
     with mock.patch.object(DataSource, "pinned", lambda source: source):
         [planned] = Preparation(sources, config, tokenizer, "qwen", part=part, processor=processor).plan()
-    return planned.wanted.file.name
+    return planned.target.file.name
 
 
 def test_each_field_is_known() -> None:
@@ -122,7 +122,7 @@ def test_tokenizer_template_and_images_settings_change_the_file(tmp_path: Path) 
         tokenizer.chat_template = template
         processor = None if settings is None else cast(ImageProcessor, SimpleNamespace(settings=settings))
         [planned] = Preparation([source], config, tokenizer, digest, processor=processor).plan()
-        return planned.wanted.fingerprint
+        return planned.target.fingerprint
 
     changed = [file("other"), file(template=tiny.ZEPHYR), file(settings=b"images"), file(settings=b"others")]
     assert len({file(), *changed}) == 5

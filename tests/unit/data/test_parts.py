@@ -151,7 +151,7 @@ def test_parts_in_a_read_only_cache_stay(tmp_path: Path) -> None:
     planned = one.plan()
     assert one.join(planned, one.encode(planned))
     one.encode(planned)
-    planned[0].wanted.copies.mkdir()
+    planned[0].target.copies.mkdir()
     with read_only(tmp_path / "cache"):
         assert one.join(one.plan(), [0])
 
@@ -177,7 +177,7 @@ def test_a_join_waits_for_another_one_and_takes_what_it_made(tmp_path: Path) -> 
     one = preparation(source, tmp_path / "cache")
     planned = one.plan()
     parts = one.encode(planned)
-    lock = planned[0].wanted.file.with_suffix(".lock")
+    lock = planned[0].target.file.with_suffix(".lock")
     with ThreadPoolExecutor(1) as pool:
         with locked(lock, "joins"):
             joined = pool.submit(one.join, planned, parts)
@@ -187,7 +187,7 @@ def test_a_join_waits_for_another_one_and_takes_what_it_made(tmp_path: Path) -> 
     one.encode(planned, (1, 3))  # by a process that did not see the end of the first join
     assert one.join(planned, parts)
     assert encoded_folders(tmp_path) == sorted(
-        [planned[0].wanted.file.name, planned[0].wanted.order_file.name]
+        [planned[0].target.file.name, planned[0].target.order_file.name]
     )
 
 
@@ -195,7 +195,7 @@ def test_joins_exclude_each_other_also_after_one_that_found_a_part_missing(tmp_p
     """Else the first of two joins would remove the parts that the other one reads."""
     one = preparation(source_of(tmp_path, 3 * PART), tmp_path / "cache")
     planned = one.plan()
-    parts, lock = one.encode(planned, (0, 2)), planned[0].wanted.file.with_suffix(".lock")
+    parts, lock = one.encode(planned, (0, 2)), planned[0].target.file.with_suffix(".lock")
     with lock.open("a") as waiting:
         assert one.join(planned, parts, (0, 2)) is None
         fcntl.flock(waiting, fcntl.LOCK_EX)

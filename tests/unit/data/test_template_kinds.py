@@ -204,7 +204,7 @@ def test_a_turn_is_compared_with_the_prompt_from_its_header_on(
     facts = tokenizer_facts(tokenizer)
     assert facts.chat is not None
     assert facts.chat.empty_turn == (empty or "<|end|>\n<|close|>")
-    assert "<|turn|>" not in facts.within_turns
+    assert "<|turn|>" not in facts.tokens_inside_turns
     found = encode(pair("It rains.", NO), tokenizer)
     assert texts(found, tokenizer)[1:] == ["It rains." + end, NO + end]
     stops = tokenizer.convert_ids_to_tokens(trained_stops(tokenizer, DataConfig()))

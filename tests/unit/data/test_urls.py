@@ -216,7 +216,7 @@ def test_processes_that_encode_share_one_download(
     one = Preparation([SourceConfig("memory://b/*.jsonl*")], config, tiny.qwen(), "qwen")
     planned = one.plan()
     parts = one.encode(planned, (0, 2))
-    left = planned[0].wanted.copies / "1.gz.tmp-0123456789ab"
+    left = planned[0].target.copies / "1.gz.tmp-0123456789ab"
     if is_killed:
         left.touch()
         os.utime(left, (1, 1))
@@ -234,8 +234,8 @@ def encoding(folder: Path, url: str) -> Preparation:
 def test_jobs_at_once_share_one_download(downloads: list[str], tmp_path: Path) -> None:
     one = encoding(tmp_path, "memory://b/*.jsonl*")
     planned, [source] = one.plan(), [DataSource(SourceConfig("memory://b/*.jsonl*")).pinned()]
-    first = source.raw_records(planned[0].wanted.copies)
-    with ThreadPoolExecutor(1) as pool, locked(planned[0].wanted.copies / "0.lock", "downloads"):
+    first = source.raw_records(planned[0].target.copies)
+    with ThreadPoolExecutor(1) as pool, locked(planned[0].target.copies / "0.lock", "downloads"):
         other = pool.submit(next, first)
         with pytest.raises(TimeoutError):
             other.result(0.5)
