@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_dist.batching.costs import ComputeCosts, causal_pairs
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import deal_out
+from dpo_dist.batching.prefixes import input_rows
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
 from dpo_dist.data.example import Example
 from tests.support.packing import SHARING, dataset_of, random_pairs
@@ -27,7 +28,7 @@ def tree_of(shapes: Shapes, seed: int) -> list[Example]:
     for number, pair in enumerate(random_pairs(shapes, seed)):
         prompt, responses = pair.prompt_ids, [ids.copy() for ids in pair.responses]
         if found and generator.integers(4):
-            like = found[generator.integers(number)].rows[0][: generator.integers(len(prompt) + 1)]
+            like = input_rows(found[generator.integers(number)])[0][: generator.integers(len(prompt) + 1)]
             prompt = np.concatenate((like, prompt[len(like) :]))
         for place, ids in enumerate(responses):
             ids[0] = 1000 + 10 * number + place
