@@ -415,19 +415,15 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    return [
-        [
-            {
-                "role": turn.role,
-                "content": parts_of(turn.content) if IMAGE in turn.content else turn.content,
-                **turn.others,
-                **turn.fields,
-            }
-            | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
-            for turn in turns
-        ]
-        for turns in (prompt, *map(turns_of, responses))
-    ]
+    return [[*map(_turn_fields, turns)] for turns in (prompt, *map(turns_of, responses))]
+
+
+def _turn_fields(turn: Message) -> dict[str, Any]:
+    content = parts_of(turn.content) if IMAGE in turn.content else turn.content
+    fields = {"role": turn.role, "content": content, **turn.others, **turn.fields}
+    if turn.is_trained is not None:
+        fields["loss_weight"] = int(turn.is_trained)
+    return fields
 
 
 def shown_key(key: Any) -> str:

@@ -196,11 +196,11 @@ class Preparation:
         )
         # About how many records this share has to encode.
         expected = source.expected_number()
-        total = sum(
-            min(part_records, expected - first)
-            for part_number, first in enumerate(range(0, expected, part_records))
-            if part_number % shares == index and not replace(target, part_number=part_number).file.exists()
-        )
+        total = 0
+        for part_number, first in enumerate(range(0, expected, part_records)):
+            is_of_share = part_number % shares == index
+            if is_of_share and not replace(target, part_number=part_number).file.exists():
+                total += min(part_records, expected - first)
         work = partial(
             _encode_chunk,
             source=source,
@@ -223,8 +223,8 @@ class Preparation:
             self.progress(source.path) as show,
             closing(in_order(missing, work)) as encoded,
         ):
-            shown = _with_progress(encoded, show, total)
-            for part_number, numbered_chunks in itertools.groupby(shown, itemgetter(0)):
+            every_chunk = _with_progress(encoded, show, total)
+            for part_number, numbered_chunks in itertools.groupby(every_chunk, itemgetter(0)):
                 chunks = (chunk for _, chunk in numbered_chunks)
                 write_source(replace(target, part_number=part_number), _unless_changed(chunks, source, state))
         return every.parts

@@ -380,7 +380,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            expected=", ".join(f"{known!r} in a {kind}" for known, kind in kinds.items()),
+            expected=", ".join(f"{mark!r} in a {kind}" for mark, kind in kinds.items()),
             remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
         )
 

@@ -338,12 +338,15 @@ def _alike(names: tuple[str, ...], two: TwoAnswers) -> list[tuple[str, str]]:
     """Return the answers, and the fields that name who gave them in the same words: `model_a`, `model_b`."""
     by_words = {_words(name): name for name in names}
     first, second = two.words
-    pairs = [
-        (name, by_words.get(tuple(second if word == first else word for word in words), ""))
-        for words, name in by_words.items()
-        if words.count(first) == 1 and (name in two.names or not _GIVERS.isdisjoint(words))
-    ]
-    return [pair for pair in pairs if pair[1]]
+    pairs = list[tuple[str, str]]()
+    for words, name in by_words.items():
+        is_of_first = words.count(first) == 1
+        names_giver = not _GIVERS.isdisjoint(words)
+        if is_of_first and (name in two.names or names_giver):
+            other = by_words.get(tuple(second if word == first else word for word in words))
+            if other:
+                pairs.append((name, other))
+    return pairs
 
 
 def contradicting(record: Fields, names: Iterable[str], sides: Sequence[str]) -> list[str]:
@@ -377,9 +380,9 @@ def _contradicts(record: Fields, name: str, sides: TwoAnswers) -> bool:
     truth = _TRUTHS.get(str(value).strip().lower())
     if _is_tie_flag(name):
         return truth is True
-    named = set(sides.words) & set(words)
-    if truth is not None and named and not (_FLAGS - named).isdisjoint(words):  # `chosen_is_better`
-        return truth is (named == {"rejected"})
+    in_name = set(sides.words) & set(words)
+    if truth is not None and in_name and not (_FLAGS - in_name).isdisjoint(words):  # `chosen_is_better`
+        return truth is (in_name == {"rejected"})
     if name in _SIGNED or _is_strength(name):
         return _number(value) <= 0
     word = _name(name)
