@@ -30,7 +30,8 @@ DECODING_VERSION = 2
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
-_CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
+_CACHED_FILES = 64
+_CACHED_INPUTS = 16  # those of a large image take 20 MB
 _INVENTED_SIZES = (112, 84), (56, 140)
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
@@ -122,7 +123,8 @@ class _OneAtATime:
     """A tokenizer that one thread calls at a time: a fast tokenizer fails in two threads at once."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._lock = tokenizer, Lock()
+        self._tokenizer = tokenizer
+        self._lock = Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -191,7 +193,8 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     pillow: Any = _pillow()
     try:
         image: Image = pillow.open(io.BytesIO(content), formats=_FORMATS)
-        (shorter, longer), size = sorted(image.size), f"{image.width} x {image.height} pixels"
+        shorter, longer = sorted(image.size)
+        size = f"{image.width} x {image.height} pixels"
         if shorter * longer > _MOST_PIXELS:
             raise UnusableRecordError("image_too_large", f"{size}, over {_MOST_PIXELS:,}")
         if longer > _MOST_TIMES_LONGER * shorter:
@@ -224,7 +227,8 @@ def _on_white(image: "Image", bits: int) -> "Image":
     Pixels that are not seen have a colour, too, often black as the drawing beside them. `bits`: of a value in
     the file, whose transparent colour Pillow does not scale as it scales pixels.
     """
-    pillow, key = _pillow(), image.info.get("transparency")
+    pillow = _pillow()
+    key = image.info.get("transparency")
     if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
         values = np.asarray(image)
         image = pillow.fromarray(np.where(values == key, 255, values >> 8).astype(np.uint8))

@@ -57,6 +57,7 @@ def make_processor(folder: Path, kind: Any, parts: Mapping[str, Any]) -> Any:
     `from_pretrained` would need torchvision, and for some classes a video processor, which only it has.
     """
     accept = {"check_argument_for_proper_class": lambda *_arguments: object}
-    own: Any = type(kind.__name__, (kind,), accept)
-    parameters, _ = own.get_processor_dict(folder)
-    return own.from_args_and_dict([parts.get(name) for name in own.get_attributes()], parameters)
+    without_check: Any = type(kind.__name__, (kind,), accept)
+    parameters, _ = without_check.get_processor_dict(folder)
+    arguments = [parts.get(name) for name in without_check.get_attributes()]
+    return without_check.from_args_and_dict(arguments, parameters)

@@ -213,14 +213,14 @@ class BadRecord:
     @property
     def why(self) -> str:
         """The reason with its details, which have no text of the record."""
-        shown = [self.detail] if self.detail else []
+        details = [self.detail] if self.detail else []
         if self.fields:
             more = ", ..." if len(self.fields) > MAX_SHOWN_KEYS else ""
-            shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
-        places = [column for column in self.source_columns if column[1] != "null"]
-        if places:
-            shown.append(f"set columns: {{{', '.join(map(': '.join, places))}}}")
-        return self.reason + (f" ({'; '.join(shown)})" if shown else "")
+            details.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
+        columns = [column for column in self.source_columns if column[1] != "null"]
+        if columns:
+            details.append(f"set columns: {{{', '.join(map(': '.join, columns))}}}")
+        return self.reason + (f" ({'; '.join(details)})" if details else "")
 
     def __str__(self) -> str:
         return f"{self.origin} {self.why}"
@@ -252,8 +252,11 @@ class UnusableRecordError(Exception):
         columns: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(reason)
-        self.reason, self.detail, self.unread = reason, detail, unread
-        self.fields, self.columns = tuple(fields), tuple(columns.items())
+        self.reason = reason
+        self.detail = detail
+        self.unread = unread
+        self.fields = tuple(fields)
+        self.columns = tuple(columns.items())
 
     def as_bad_record(self, origin: Origin) -> BadRecord:
         """Return a `BadRecord` with this reason and the record's position."""
@@ -350,8 +353,9 @@ class ImageFile:
             raise UnusableRecordError("image_unreadable", "a URL is not fetched")
         roots = [Path(folder).resolve() for folder in self.folders]
         files = [root / name for root in roots if (root / name).resolve().is_file()]
-        if allowed := [file for file in files if any(map(file.resolve().is_relative_to, roots))]:
-            return allowed[0]
+        for file in files:
+            if any(map(file.resolve().is_relative_to, roots)):
+                return file
         what = "is outside the folders of images" if files else "does not exist"
         raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")
 
@@ -411,19 +415,15 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    return [
-        [
-            {
-                "role": turn.role,
-                "content": parts_of(turn.content) if IMAGE in turn.content else turn.content,
-                **turn.others,
-                **turn.fields,
-            }
-            | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
-            for turn in turns
-        ]
-        for turns in (prompt, *map(turns_of, responses))
-    ]
+    return [[*map(_turn_fields, turns)] for turns in (prompt, *map(turns_of, responses))]
+
+
+def _turn_fields(turn: Message) -> dict[str, Any]:
+    content = parts_of(turn.content) if IMAGE in turn.content else turn.content
+    fields = {"role": turn.role, "content": content, **turn.others, **turn.fields}
+    if turn.is_trained is not None:
+        fields["loss_weight"] = int(turn.is_trained)
+    return fields
 
 
 def shown_key(key: Any) -> str:

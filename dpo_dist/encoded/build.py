@@ -196,11 +196,11 @@ class Preparation:
         )
         # About how many records this share has to encode.
         expected = source.expected_number()
-        total = sum(
-            min(part_records, expected - first)
-            for part_number, first in enumerate(range(0, expected, part_records))
-            if part_number % shares == index and not replace(target, part_number=part_number).file.exists()
-        )
+        total = 0
+        for part_number, first in enumerate(range(0, expected, part_records)):
+            is_of_share = part_number % shares == index
+            if is_of_share and not replace(target, part_number=part_number).file.exists():
+                total += min(part_records, expected - first)
         work = partial(
             _encode_chunk,
             source=source,
@@ -223,8 +223,8 @@ class Preparation:
             self.progress(source.path) as show,
             closing(in_order(missing, work)) as encoded,
         ):
-            shown = _with_progress(encoded, show, total)
-            for part_number, numbered_chunks in itertools.groupby(shown, itemgetter(0)):
+            every_chunk = _with_progress(encoded, show, total)
+            for part_number, numbered_chunks in itertools.groupby(every_chunk, itemgetter(0)):
                 chunks = (chunk for _, chunk in numbered_chunks)
                 write_source(replace(target, part_number=part_number), _unless_changed(chunks, source, state))
         return every.parts
@@ -299,15 +299,16 @@ def encode_records(
         origin: dict[str, Any] = {"file": record.origin.source, "line": record.origin.line}
         if processor is not None and isinstance(record, PreferenceRecord):
             origin["watched"] = list(filter(None, (image.recorded_state for image in record.images)))
-        if processor is not None:
-            record = record.readable()  # noqa: PLW2901
+        readable = record if processor is None else record.readable()
         prompt = 0
         values = dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
-        if isinstance(record, BadRecord):
-            encoded = None if part.is_eval else record  # no prompt to divide by: it is training data
-        elif part.has(prompt := prompt_hash(record.prompt, () if processor is None else record.images)):
-            encoded = encode_record(record, config, tokenizer, processor)
+        if isinstance(readable, BadRecord):
+            encoded = None if part.is_eval else readable  # no prompt to divide by: it is training data
+        else:
+            prompt = prompt_hash(readable.prompt, () if processor is None else readable.images)
+            if part.has(prompt):
+                encoded = encode_record(readable, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
             encoded.check_may_be_dropped(config)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))

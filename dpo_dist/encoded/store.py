@@ -320,8 +320,8 @@ def read_counts(table: pa.Table) -> DataCounts:
     ]
     codes = coded.indices.to_numpy()
     is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
-    shown = np.flatnonzero(is_dropped[codes])[: DataCounts.MAX_EXAMPLES]
-    places = table.select(["file", "line", "detail", "fields", "columns"]).take(shown).to_pylist()
+    examples = np.flatnonzero(is_dropped[codes])[: DataCounts.MAX_EXAMPLES]
+    rows = table.select(["file", "line", "detail", "fields", "columns"]).take(examples).to_pylist()
     bad_records = [
         BadRecord(
             str(outcomes[code].dropped),
@@ -330,7 +330,7 @@ def read_counts(table: pa.Table) -> DataCounts:
             fields=tuple(row["fields"]),
             source_columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
         )
-        for code, row in zip(codes[shown], places, strict=True)
+        for code, row in zip(codes[examples], rows, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
     return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), bad_records)

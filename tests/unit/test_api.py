@@ -36,7 +36,7 @@ from tests.support.records import TEXT, jsonl
 @pytest.mark.parametrize(
     "name",
     [
-        *("objective.losses:preference_loss", "data.formats:read_records", "data.encode:encode_pair"),
+        *("objective.losses:preference_loss", "data:read_records", "data:encode_record"),
         *("reference.store:LogpStore", "config.load:load_run_config"),
     ],
 )

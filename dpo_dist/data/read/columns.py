@@ -81,11 +81,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if isinstance(record, BadRecord):
             yield record, origin
             continue
-        values = {}
-        for field, path in paths.items():
-            value = _value_at(record, path)
-            if value is not _MISSING:
-                values[field] = value
+        values = _values_at(record, paths)
         if unseen:
             unseen = {field: path for field, path in unseen.items() if field not in values}
             seen |= dict.fromkeys(map(shown_key, record))
@@ -141,6 +137,12 @@ def _check_sides(sides: Mapping[str, list[Any]], source: SourceConfig) -> None:
                 remedy="remove chosen and rejected from columns: the verdict is read, or an error shows a "
                 "reader for it; if these are the responses, let a reader of the source return them",
             )
+
+
+def _values_at(record: Fields, paths: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of fields whose columns the record has."""
+    values = {field: _value_at(record, path) for field, path in paths.items()}
+    return {field: value for field, value in values.items() if value is not _MISSING}
 
 
 def _value_at(record: Any, path: str) -> Any:

@@ -276,7 +276,9 @@ class _Bounded(io.RawIOBase):
     """Reads a stream; raises ValueError after `limit` bytes."""
 
     def __init__(self, stream: Any, limit: int):
-        self._stream, self._limit, self._left = stream, limit, limit
+        self._stream = stream
+        self._limit = limit
+        self._left = limit
 
     def readable(self) -> bool:
         """Return True."""
@@ -316,7 +318,9 @@ def _check_size(size: int, line: int) -> None:
 def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
     # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    size, has_header = 0, False  # since the last record
+    # Since the last record.
+    size = 0
+    has_header = False
 
     def lines() -> Iterator[str]:
         nonlocal size, has_header
@@ -336,7 +340,8 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
     nameless = [column for column, name in enumerate(header) if column and not name.strip()]
     line = rows.line_num + 1
     for cells in rows:
-        if filled := [column for column in nameless if "".join(cells[column : column + 1]).strip()]:
+        filled = [column for column in nameless if "".join(cells[column : column + 1]).strip()]
+        if filled:
             raise DataError(
                 "a column of the table has values, but no name",
                 where=f"{path}:{line}",
@@ -364,7 +369,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
         )
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
-        kinds = {known: kind for kind, known in _SEPARATORS.items()}
+        kinds = {separator: kind for kind, separator in _SEPARATORS.items()}
         new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
         read = (
             f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
@@ -375,7 +380,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            expected=", ".join(f"{known!r} in a {kind}" for known, kind in kinds.items()),
+            expected=", ".join(f"{mark!r} in a {kind}" for mark, kind in kinds.items()),
             remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
         )
 
@@ -391,7 +396,8 @@ def _is_utf8(text: str) -> bool:
 
 def _check_columns(names: Sequence[str], path: str) -> None:
     """Check that no two columns have one name. Raises DataError."""
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
         raise DataError(
             "two columns have the same name",
             where=path,
@@ -420,28 +426,29 @@ def _parsers(fields: Iterable[pyarrow.Field], features: Any) -> dict[str, Callab
 
     `features`: what `datasets` says of the fields; strangers may have written anything there.
     """
-    known = features if isinstance(features, Mapping) else {}
-    pairs = ((field.name, _parser(field, known.get(field.name))) for field in fields)
+    described = features if isinstance(features, Mapping) else {}
+    pairs = ((field.name, _parser(field, described.get(field.name))) for field in fields)
     return {name: parse for name, parse in pairs if parse is not None}
 
 
 def _parser(field: pyarrow.Field, feature: Any) -> Callable[[Any], Any] | None:
-    kind, known = field.type, feature if isinstance(feature, Mapping) else {}
+    kind = field.type
+    described = feature if isinstance(feature, Mapping) else {}
     # JSON as text: so `datasets` stores values of mixed types. A type that pyarrow does not know is read as
     # its storage type; the field names it: "arrow.json", "google:sqlType:json".
     name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
     if name.endswith("json"):
         return lambda text: None if text is None else parse_json(text)
     # The number of a class says nothing: `class_encode_column` sorts names, so that "correct" is 0.
-    if known.get("_type") == "ClassLabel" and isinstance(known.get("names"), list):
-        names = dict(enumerate(known["names"]))
+    if described.get("_type") == "ClassLabel" and isinstance(described.get("names"), list):
+        names = dict(enumerate(described["names"]))
         return lambda value: names.get(value) if isinstance(value, int) else value
     if pyarrow.types.is_struct(kind):
-        inside = _parsers(map(kind.field, range(kind.num_fields)), known)
+        inside = _parsers(map(kind.field, range(kind.num_fields)), described)
         return partial(_parsed, parsers=inside) if inside else None
     if kind.num_fields == 1 and not pyarrow.types.is_map(kind):  # all kinds of lists
         # Before version 4 `datasets` described a list by a list.
-        item = feature[0] if isinstance(feature, list) and feature else known.get("feature")
+        item = feature[0] if isinstance(feature, list) and feature else described.get("feature")
         parse = _parser(kind.field(0), item)
         return parse and (lambda items: items and list(map(parse, items)))
     return None

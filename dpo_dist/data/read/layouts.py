@@ -321,14 +321,21 @@ def label_column(record: Fields) -> dict[str, str]:
 
 def _label_words(record: Fields, names: Sequence[str] = LABELS) -> set[str]:
     """Return the labels of a record, as `_GOOD` and `_BAD` are written."""
-    given = (str(record[name]).strip().lower() for name in names if record.get(name) is not None)
-    return {"_".join(word.replace("-", " ").split()) if word[:1].isalpha() else word for word in given} - {""}
+    labels = set[str]()
+    for name in names:
+        label = "" if record.get(name) is None else str(record[name]).strip().lower()
+        if label[:1].isalpha():
+            label = "_".join(label.replace("-", " ").split())
+        labels.add(label)
+    return labels - {""}
 
 
 def _labels_of(record: Fields) -> set[float]:
     """Return the different labels of a record: 1 for good, 0 for bad, -1 for a bad one that is written so."""
-    known = _label_words(record).intersection(_GOOD + _BAD)
-    return {1.0 if word in _GOOD else -1.0 if word.startswith("-") else 0.0 for word in known}
+    words = _label_words(record)
+    labels = {1.0 for word in words.intersection(_GOOD)}
+    labels |= {-1.0 if word.startswith("-") else 0.0 for word in words.intersection(_BAD)}
+    return labels
 
 
 def is_response(record: Fields, name: str) -> bool:
@@ -345,16 +352,16 @@ def is_response(record: Fields, name: str) -> bool:
 
 def check_no_other(record: Fields, content: Content) -> None:
     """Check that a record has no further responses, except copies of those that are read."""
-    used = [content.field] if content.field else [*content.responses]
-    values = [record.get(name) for name in used]
+    fields = [content.field] if content.field else [*content.responses]
+    values = [record.get(name) for name in fields]
     best = next(iter(content.responses.values()))
-    others = [
-        name
-        for name in (*SIDE_FIELDS, "completion", *LISTS, *CONVERSATIONS)
-        if name not in used and is_response(record, name) and record[name] not in values
-    ]
-    others = [name for name in others if name not in content.verdicts]
-    others = [name for name in others if not (name in CONVERSATIONS and repeats(record[name], best))]
+    others = list[str]()
+    for name in (*SIDE_FIELDS, "completion", *LISTS, *CONVERSATIONS):
+        if name in fields or name in content.verdicts or not is_response(record, name):
+            continue
+        is_copy = record[name] in values or (name in CONVERSATIONS and repeats(record[name], best))
+        if not is_copy:
+            others.append(name)
     if others:
         detail = f"other responses in {', '.join(others)}"
         # Without its conversation, a record may have no prompt.

@@ -236,12 +236,16 @@ def _thought_text(item: Any) -> str | None:
 
 
 def _check_no_calls(part: Fields, keys: Sequence[str]) -> None:
-    """Check that a part of a content has no calls under other names than the `known` ones."""
-    others = [name for name in part if name not in keys and _CALLS.search(str(name))]
-    unread = [name for name in others if isinstance(from_json(without_nulls(part[name])), list | Mapping)]
-    if unread := [name for name in unread if has_value(without_nulls(part[name]))]:
-        names = tuple(map(shown_key, unread))
-        raise UnusableRecordError("unread_content", f"a message has {', '.join(names)}", names)
+    """Check that a part of a content has no calls under other names than these `keys`."""
+    unread = list[str]()
+    for name in part:
+        if name in keys or _CALLS.search(str(name)) is None:
+            continue
+        value = without_nulls(part[name])
+        if isinstance(from_json(value), list | Mapping) and has_value(value):
+            unread.append(shown_key(name))
+    if unread:
+        raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", tuple(unread))
 
 
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:

@@ -208,10 +208,11 @@ def judge(record: Fields) -> Judged | None:
         return Judged(two.names[place], two.names[1 - place], verdicts)
     if votes:
         # The remedy keeps the sides of a pair that the user made, else the first verdict.
-        kept = [name for name in votes if _name(name) in ("chosen", "rejected")]
-        agree = len({votes[name] for name in kept}) == 1
         first, *others = votes
-        first, others = (kept[0], [name for name in votes if name not in kept]) if agree else (first, others)
+        sides = [name for name in votes if _name(name) in ("chosen", "rejected")]
+        if len({votes[name] for name in sides}) == 1:
+            first = sides[0]
+            others = [name for name in votes if name not in sides]
         detail = f"{', '.join(map(shown_key, votes))} contradict each other"
         raise unread_verdict(record, two, detail, first, dict.fromkeys(others, "null"))
     # `status: completed` of an export stands beside a verdict of a stricter name.
@@ -278,7 +279,8 @@ def _is_given(value: Any) -> bool:
 
 def _vote(record: Fields, name: str, two: TwoAnswers) -> int | None:
     """Return which answer a field calls the better one, 0 or 1, or that it says a tie; None for neither."""
-    value, words = record[name], _words(name)
+    value = record[name]
+    words = _words(name)
     if not _is_given(value) or name in two.names:
         return None
     truth = _TRUTHS.get(str(value).strip().lower())
@@ -311,7 +313,8 @@ def _place(record: Fields, value: Any, two: TwoAnswers, *, counts_from_0: bool) 
             return are_equal.index(True)
     if len(text) > _LONGEST or text.startswith("-"):  # a negative number names no answer
         return None
-    if compared := _COMPARED.fullmatch(text):
+    compared = _COMPARED.fullmatch(text)
+    if compared:
         left, sign, right = compared.groups()
         # `winner=A` is no tie: its left word names no answer.
         tie = "tie" if left.lower() in (*two.words, *_PLACES, "0", "1", "2") else right
@@ -335,12 +338,15 @@ def _alike(names: tuple[str, ...], two: TwoAnswers) -> list[tuple[str, str]]:
     """Return the answers, and the fields that name who gave them in the same words: `model_a`, `model_b`."""
     by_words = {_words(name): name for name in names}
     first, second = two.words
-    pairs = [
-        (name, by_words.get(tuple(second if word == first else word for word in words), ""))
-        for words, name in by_words.items()
-        if words.count(first) == 1 and (name in two.names or not _GIVERS.isdisjoint(words))
-    ]
-    return [pair for pair in pairs if pair[1]]
+    pairs = list[tuple[str, str]]()
+    for words, name in by_words.items():
+        is_of_first = words.count(first) == 1
+        names_giver = not _GIVERS.isdisjoint(words)
+        if is_of_first and (name in two.names or names_giver):
+            other = by_words.get(tuple(second if word == first else word for word in words))
+            if other:
+                pairs.append((name, other))
+    return pairs
 
 
 def contradicting(record: Fields, names: Iterable[str], sides: Sequence[str]) -> list[str]:
@@ -349,13 +355,13 @@ def contradicting(record: Fields, names: Iterable[str], sides: Sequence[str]) ->
     two = TwoAnswers((chosen, rejected), ("chosen", "rejected"))
     others = {name: record[name] for name in names}
     # Who makes a pair of two answers and a verdict may keep their columns.
-    kept = _given_answers(others)
-    texts = [_last_text(others[name]) for name in kept.names] if kept is not None else []
+    answers = _given_answers(others)
+    texts = [_last_text(others[name]) for name in answers.names] if answers is not None else []
     best, worst = (_last_text(record[name]) for name in sides)
     place = texts.index(best) if best != worst and set(texts) == {best, worst} else None
     against = []
     for name in filter(is_verdict, others):
-        vote = _vote(others, name, kept) if kept is not None and place is not None else None
+        vote = _vote(others, name, answers) if answers is not None and place is not None else None
         if _contradicts(record, name, two) if vote is None else vote != place:
             against.append(name)
     return against
@@ -369,13 +375,14 @@ def _last_text(value: Any) -> str:
 
 
 def _contradicts(record: Fields, name: str, sides: TwoAnswers) -> bool:
-    value, words = record[name], _words(name)
+    value = record[name]
+    words = _words(name)
     truth = _TRUTHS.get(str(value).strip().lower())
     if _is_tie_flag(name):
         return truth is True
-    named = set(sides.words) & set(words)
-    if truth is not None and named and not (_FLAGS - named).isdisjoint(words):  # `chosen_is_better`
-        return truth is (named == {"rejected"})
+    in_name = set(sides.words) & set(words)
+    if truth is not None and in_name and not (_FLAGS - in_name).isdisjoint(words):  # `chosen_is_better`
+        return truth is (in_name == {"rejected"})
     if name in _SIGNED or _is_strength(name):
         return _number(value) <= 0
     word = _name(name)

@@ -102,15 +102,18 @@ class Marks:
 
     def with_aliases(self, escaped: str) -> tuple[str, list[_Piece]]:
         """Return the text with aliases for control tokens, and with marked tokens as text; and its pieces."""
-        parts, pieces = list[str](), list[_Piece]()
-        length = done = 0
+        parts = list[str]()
+        pieces = list[_Piece]()
+        length = 0
+        done = 0
         for match in self._literal_or_token.finditer(escaped):
             before = escaped[done : match.start()]
             replaced = self.tokens[int(match[1])] if match[1] else token_alias(match[0])
             pieces.append(_Piece(length, done, is_same=True))
             pieces.append(_Piece(length + len(before), match.start(), is_same=False))
             parts += [before, replaced]
-            length, done = length + len(before) + len(replaced), match.end()
+            length += len(before) + len(replaced)
+            done = match.end()
         pieces.append(_Piece(length, done, is_same=True))
         return "".join([*parts, escaped[done:]]), pieces
 
@@ -183,7 +186,8 @@ def _encoded_in_windows(backend: Any, text: str, with_starts: bool) -> Encoded:
     they share; there the second takes over. If they do not agree, as in an endless number whose digits are
     grouped, the text is tokenized whole.
     """
-    ids, starts = list[int](), list[int]()
+    ids = list[int]()
+    starts = list[int]()
     objects = dict[int, int]()  # one for each id, however often it occurs
 
     def window(begin: int) -> npt.NDArray[np.int64]:
@@ -273,14 +277,15 @@ class EscapedEncoder:
         encoded_by_text = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
         (prompt_ids, _), (before, _), *joint = (encoded_by_text[text] for text in texts)
         cut = len(before)
-        is_whole = [ids[:cut] == before for ids, _ in joint]
-        encoded = [
-            (ids[cut:], [start - len(tail) for start in starts[cut:]])
-            if whole
-            else self._encode_continuation(text, with_starts)
-            for text, (ids, starts), whole in zip(responses, joint, is_whole, strict=True)
-        ]
-        return prompt_ids, encoded, not all(is_whole)
+        encoded = list[Encoded]()
+        is_resplit = False
+        for text, (ids, starts) in zip(responses, joint, strict=True):
+            if ids[:cut] == before:
+                encoded.append((ids[cut:], [start - len(tail) for start in starts[cut:]]))
+            else:
+                encoded.append(self._encode_continuation(text, with_starts))
+                is_resplit = True
+        return prompt_ids, encoded, is_resplit
 
     def _encode_continuation(self, escaped: str, with_starts: bool) -> Encoded:
         """Return the tokens of a response alone, without a space before the response.
@@ -326,11 +331,12 @@ class EscapedEncoder:
         else:
             changed = copy.deepcopy(self._tokenizer)
         added = {str(token): token for token in self._tokenizer.added_tokens_decoder.values()}
-        known = [tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)]
+        aliases = [tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)]
         for token in self._marks.tokens:
             strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
-            known.append(tokenizers.AddedToken(token_alias(token), normalized=False, special=False, **strip))
-        changed.add_tokens(known)
+            alias = token_alias(token)
+            aliases.append(tokenizers.AddedToken(alias, normalized=False, special=False, **strip))
+        changed.add_tokens(aliases)
         return changed
 
     @cached_property

@@ -59,20 +59,23 @@ class SourceLengths:
     def kept(self, limits: DataConfig) -> int:
         """Return how many records these limits keep."""
         prompt, longest, bos, needed, least_prompt = self.lengths.T
-        kept_prompt, kept = kept_tokens(prompt, longest, bos, limits)
-        return int(((kept >= needed) & ((kept_prompt >= least_prompt) | (least_prompt == bos))).sum())
+        prompt_room, room = kept_tokens(prompt, longest, bos, limits)
+        has_images_whole = (prompt_room >= least_prompt) | (least_prompt == bos)
+        return int(((room >= needed) & has_images_whole).sum())
 
     def accepts(self, limits: DataConfig) -> bool:
         """Return whether these limits drop no more records than allowed, and not all."""
-        kept, every = self.kept(limits), len(self.lengths)
-        return kept == every or (kept > 0 and every - kept + self.unusable <= self.max_dropped)
+        records = len(self.lengths)
+        usable = self.kept(limits)
+        return usable == records or (usable > 0 and records - usable + self.unusable <= self.max_dropped)
 
 
 def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> Remedy | None:
     """Return the remedy to set limits that make the data of all sources usable; None if there are none."""
     lengths = np.concatenate([source.lengths for source in sources])
-    whole, records = lengths[:, :2].sum(axis=1), len(lengths) + sum(source.unusable for source in sources)
-    longest = int(whole.max(initial=1))
+    totals = lengths[:, :2].sum(axis=1)
+    records = len(lengths) + sum(source.unusable for source in sources)
+    longest = int(totals.max(initial=1))
     steps = range(_STEP * (limits.max_length // _STEP + 1), longest + _STEP, _STEP)
 
     def accepted(changed: DataConfig) -> bool:
@@ -82,11 +85,13 @@ def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> Reme
     tried = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
     for step in (*steps[at : at + 1], *steps[-1:]):
         tried[f"data.max_length={step}"] = replace(limits, max_length=step)
-    lines, words = list[str](), list[str]()
-    for written, changed in tried.items():
+    lines = list[str]()
+    words = list[str]()
+    for word, changed in tried.items():
         if accepted(changed):
-            kept = sum(source.kept(changed) for source in sources)
-            cuts = (whole > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
-            lines.append(f"{written} ({f'keeps {kept:,} of {records:,}' if cuts.any() else 'cuts none'})")
-            words.append(written)
+            usable = sum(source.kept(changed) for source in sources)
+            cuts = (totals > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
+            effect = f"keeps {usable:,} of {records:,}" if cuts.any() else "cuts none"
+            lines.append(f"{word} ({effect})")
+            words.append(word)
     return Remedy(f"set {' or '.join(lines)}", tuple(words[:1])) if words else None

@@ -223,8 +223,11 @@ class ChatRenderer:
         self, tokenizer: Tokenizer, template: str, marks: Marks, common_length: Callable[[str, str], int]
     ):
         """Args: `common_length` of two texts, which ends inside of no added token or tag."""
-        self._tokenizer, self._common_length = tokenizer, common_length
-        self.template, self._marks, self._in_parts = template, marks, roles_in_parts(tokenizer, template)
+        self._tokenizer = tokenizer
+        self._common_length = common_length
+        self.template = template
+        self._marks = marks
+        self._in_parts = roles_in_parts(tokenizer, template)
         self.keys = key_names(template)
         self._omitted: dict[str, frozenset[str]] = {}
 
@@ -232,7 +235,8 @@ class ChatRenderer:
         others = {name: value for name, value in message.others.items() if name in self.keys}
         plain = {"role": message.role, "content": message.content, **others, **message.fields}
         fields = in_form(plain, self._in_parts)
-        if (calls := fields.get("tool_calls")) and not self._takes_objects:
+        calls = fields.get("tool_calls")
+        if calls and not self._takes_objects:
             fields["tool_calls"] = [with_text_arguments(call) for call in calls]
         return fields
 
@@ -293,8 +297,9 @@ class ChatRenderer:
 
     def check_keys(self, messages: Iterable[Message]) -> None:
         """Check that the template names the data's own keys of messages. Raises UnusableRecordError."""
-        own = {name for message in messages for name in message.fields.keys() - _USUAL_FIELDS}
-        if unread := sorted(map(shown_key, own - self.keys)):
+        unusual = {name for message in messages for name in message.fields.keys() - _USUAL_FIELDS}
+        unread = sorted(map(shown_key, unusual - self.keys))
+        if unread:
             detail = f"a message has {', '.join(unread)}, which the chat template does not read"
             raise UnusableRecordError("unread_content", detail, tuple(unread))
 
@@ -327,7 +332,8 @@ class ChatRenderer:
             turn = self._plain(
                 replace(message, content=marked(content, CONTENT) if content.strip() else content)
             )
-            if calls := turn.get(CALLS):
+            calls = turn.get(CALLS)
+            if calls:
                 functions = [call["function"] for call in calls]
                 names = [marked(function["name"], CALLS) for function in functions]
                 turn[CALLS] = [

@@ -119,7 +119,9 @@ DEFAULT_MARKS = ThoughtMarks()
 """For texts, and for templates that write no thought of a field: then only contents have thoughts."""
 
 # No two of these begin alike, so that what templates write before them can be compared.
-_QUESTION, _THOUGHT, _ANSWER = "dpo_dist question", "a probe's thought", "Its answer"
+_QUESTION = "dpo_dist question"
+_THOUGHT = "a probe's thought"
+_ANSWER = "Its answer"
 _ASKED: dict[str, Any] = {"role": "user", "content": _QUESTION}
 _SAID: dict[str, Any] = {"role": "assistant", "content": _ANSWER}
 _CALLED: dict[str, Any] = {"role": "assistant", "content": ""}
@@ -182,15 +184,15 @@ class _Probe:
         thinking = dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)
         answer = self._after_question(arguments, _SAID | thinking)
         call = self._of_call(arguments, thinking)
-        written = [text.partition(_THOUGHT) for text in (answer, call) if _THOUGHT in text]
-        if not written:
+        with_thought = [text.partition(_THOUGHT) for text in (answer, call) if _THOUGHT in text]
+        if not with_thought:
             return None
         # What stands before and after an answer, a call and a generation that have no thought.
         bare_answer = self._after_question(arguments, _SAID)
         bare_call = self._of_call(arguments, {})
-        before = written[0][0]
+        before = with_thought[0][0]
         # What follows the thought of an answer and that of a call alike; or what only a turn with one has.
-        following = [after for _, _, after in written]
+        following = [after for _, _, after in with_thought]
         if len(following) == 2:
             closing = self._common(*following)
         else:

@@ -390,6 +390,7 @@ def test_the_ways_for_one_response_with_a_score_are_read(
         ("all.json", "did you mean .*all.jsonl"),
         ("all.jsonl all.jsonl", r"did you mean all.jsonl,all.jsonl\?"),
         ("below/all.xlsx", "the file does not exist"),
+        ("missing/all.jsonl", "no folder missing"),
     ],
 )
 def test_a_name_of_a_file_is_not_asked_of_the_hub(

@@ -524,9 +524,11 @@ def test_a_named_template_of_the_tokenizer_is_used() -> None:
     for what, choice, start in rows:
         found = encode(what, tokenizer, DataConfig(chat_template=choice))
         assert texts(found, tokenizer)[0].startswith(start)
-    # Another template of the tokenizer reads this argument.
+    # Each template of the tokenizer reads an argument that the other one does not.
     tokenizer.chat_template["tool_use"] += "{{ volume }}"
-    assert encode(record(CHAT), tokenizer, DataConfig(template_arguments={"volume": "high"})).prompt_ids.size
+    tokenizer.chat_template["default"] += "{{ tone }}"
+    arguments = {"volume": "high", "tone": "low"}
+    assert encode(record(CHAT), tokenizer, DataConfig(template_arguments=arguments)).prompt_ids.size
     with pytest.raises(ConfigError, match="does not exist") as raised:
         encode(record(CHAT), tokenizer, DataConfig(chat_template="quiet"))
     assert "loud" in raised.value.expected
