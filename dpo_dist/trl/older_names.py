@@ -39,8 +39,6 @@ _REWRITTEN: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "group_by_length": lambda _, __: {"train_sampling_strategy": "group_by_length"},
     "adafactor": lambda _, __: {"optim": "adafactor"},
     "include_inputs_for_metrics": lambda _, __: {"include_for_metrics": ["inputs"]},
-    "split_batches": lambda value, _: {"accelerator_config": {"split_batches": value}},
-    "dispatch_batches": lambda value, _: {"accelerator_config": {"dispatch_batches": value}},
 }
 """Arguments of today by the value that is not off, and the other arguments."""
 _WITHOUT_EFFECT = (
@@ -64,6 +62,7 @@ _GONE = {
     "logging_dir": "set the variable TENSORBOARD_LOGGING_DIR of the environment",
     "push_to_hub_organization": "write hub_model_id='ORGANIZATION/NAME'",
     "tpu_num_cores": "start with accelerate launch",
+    "split_batches": "write accelerator_config={'split_batches': True}",
     "torchdynamo": "write torch_compile=True",
     "fsdp_min_num_params": "write fsdp_config={'min_num_params': ...}",
     "fsdp_transformer_layer_cls_to_wrap": "write fsdp_config={'transformer_layer_cls_to_wrap': [...]}",

@@ -109,7 +109,6 @@ class KeptReference:
         assert self._fingerprint is not None
         try:
             self._store = LogpStore.open(self._root, self._fingerprint)
-            self._store.check_writable()
         except ReferenceModelError as error:
             return in_one_line(error)
         return ""

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from dpo_dist.trl.forward import IGNORED, VALUES, CountedRows, Fallback, PackedForward
+from dpo_dist.trl.reference import KeptReference
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 
@@ -187,6 +189,19 @@ def test_what_of_trl_is_relied_on() -> None:
     by_shifted = model(input_ids=ids, shift_labels=shifted, fused_lm_head=True)
     for name in VALUES:
         assert torch.equal(getattr(by_labels, name), getattr(by_shifted, name)[:, :-1]), name
+
+
+def test_the_store_has_whole_responses_whatever_labels_count(tmp_path: Path) -> None:
+    own, fallback = tiny_family("llama"), Fallback("")
+    add_fused_lm_head(own)
+    packed = copy.deepcopy(own)
+    kept = KeptReference(tmp_path, "tiny", frozenset(), fallback.say)
+    PackedForward(packed, fallback, kept, is_reference=True)
+    for counted in ([0, 1, 4], [0, 2, 5], None):
+        batch = padded((LONG, tokens(6, 1), counted), (LONG, tokens(6, 2), None))
+        with torch.no_grad():
+            values, wanted = (model(**batch, fused_lm_head=True).log_probs for model in (packed, own))
+        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=2e-5)
 
 
 def test_rows_count_what_labels_count() -> None:

@@ -1,5 +1,6 @@
 """The reference's log-probs are asked once for a response, and never those of another reference."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_another_reference_or_precision_has_entries_of_its_own(folder: Path, pai
         {"ref_model": load(folder)},
         {"ref_model": edited(load(folder / "reference"))},
         {"ref_model": turned(load(folder / "reference"))},
+        {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "reference", rms_norm_eps=1e-2)},
         {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.bfloat16)},
         {"bf16": True},
     ]
@@ -153,6 +155,8 @@ def test_an_adapter_is_off_or_the_one_that_was_continued(folder: Path, pairs: An
     assert again == 0
     _, continued = asked(folder, pairs, adapter="continued", max_steps=2)
     assert continued == EPOCH - 1, "its reference is another one"
+    _, continued_again = asked(folder, pairs, adapter="continued", max_steps=2)
+    assert continued_again == 0
     assert abs(rows_of(second)[1]["rewards/margins"]) > 0, "the adapter that trains is not off"
     _, whole = asked(folder, pairs, ref_model=load(folder), max_steps=2)
     assert whole == 0, "a base without its adapter is the reference of a run that trains all weights"
@@ -185,6 +189,23 @@ def test_a_store_that_cannot_be_written_does_not_end_a_run(
     theirs = trainer_of(trl, folder, pairs, max_steps=2)
     theirs.train()
     assert_same(trainer, theirs)
+
+
+def test_a_store_that_is_read_only_is_read(
+    folder: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked(folder, pairs.select(range(4)), max_steps=1)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "read-only")
+
+    monkeypatch.setattr("os.access", lambda *_: False)  # as for another user; root may write anywhere
+    monkeypatch.setattr("dpo_dist.reference.store.save_file", refuse)
+    _, forwards = asked(folder, pairs.select(range(4)), max_steps=1)
+    assert forwards == 0
+    _, forwards = asked(folder, pairs, max_steps=4, seed=5)
+    assert forwards == EPOCH, "what the store lacks is computed once"
+    assert caplog.text.count("a shard of reference log-probs cannot be written") == 1
 
 
 def test_a_run_that_is_interrupted_keeps_what_it_asked(folder: Path, pairs: Any) -> None:
