@@ -1,5 +1,6 @@
 """Intervals of means and shares: by resampling prompts, and by Wilson's formula."""
 
+import itertools
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from statistics import NormalDist
@@ -21,37 +22,37 @@ FEWEST_PROMPTS = 6
 
 
 def bootstrap_intervals(
-    measured: Mapping[Name, tuple[Column, Column]],
+    metrics: Mapping[Name, tuple[Column, Column]],
     prompts: npt.NDArray[np.uint64],
     seed: int = 0,
     lowest: Mapping[Name, float] = MappingProxyType({}),
 ) -> dict[Name, tuple[float, float]]:
     """Return the lower and upper end of each metric's 95 % interval.
 
-    `measured` has each metric's values and counts, float64 [pairs]: the metric is the sum of values divided
+    `metrics` has each metric's values and counts, float64 [pairs]: the metric is the sum of values divided
     by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt, which are resampled
     together. `lowest` is a metric's lower bound: 0 for a rate, -1 for a difference of rates. A metric is left
     out if fewer than `FEWEST_PROMPTS` prompts have a count, if a resample has none, or if a value is not
     finite.
     """
-    measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
-    if not measured or not len(prompts):
+    metrics = {name: columns for name, columns in metrics.items() if np.isfinite(columns[0]).all()}
+    if not metrics or not len(prompts):
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
     number = int(clusters.max()) + 1
-    columns = [column for pair in measured.values() for column in pair]
+    columns = itertools.chain.from_iterable(metrics.values())
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
-    totals = np.stack([drawn @ table for drawn in resamples(number, seed)])
+    totals = np.stack([times @ table for times in resamples(number, seed)])
     values = totals[:, ::2]
     counts = totals[:, 1::2]
     prompts_of_metric = np.count_nonzero(table[:, 1::2], axis=0)
     intervals = {}
-    for index, name in enumerate(measured):
+    for index, name in enumerate(metrics):
         if prompts_of_metric[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
-            low, high = np.quantile(values[:, index] / counts[:, index], ENDS)
-            intervals[name] = low, high = float(low), float(high)
+            low, high = map(float, np.quantile(values[:, index] / counts[:, index], ENDS))
             if name in lowest:
-                intervals[name] = with_width(low, high, int(prompts_of_metric[index]), lowest[name])
+                low, high = with_width(low, high, int(prompts_of_metric[index]), lowest[name])
+            intervals[name] = low, high
     return intervals
 
 

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import fmean
 
 from dpo_dist.config.identity import kinds_in
@@ -25,21 +25,20 @@ _OUTCOMES = {
 
 def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
     """Return one line per row, with aligned columns; the columns `numbers` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if at in numbers else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    columns = []
+    for at, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if at in numbers else cell.ljust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def with_interval(value: float | None, ends: Ends, form: str) -> str:
     """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
     if value is None:
         return "-"
-    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+    if not ends:
+        return f"{value:{form}}"
+    return f"{value:{form}} [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
@@ -48,46 +47,52 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
         for name in MAIN:
             metric = METRICS[name]
-            measured = [row[prefix + name] for row in rows if prefix + name in row]
+            values = [row[prefix + name] for row in rows if prefix + name in row]
             best = summary.get("best", {}).get(prefix + name)
             at_best = f"{metric.form(best['value'])} at step {int(best['step']):,}" if best else ""
-            if measured:
-                ends = map(metric.form, (measured[0], measured[-1]))
-                lines.append([f"{part} {metric.title}", *ends, at_best])
+            if values:
+                line = [f"{part} {metric.title}", metric.form(values[0]), metric.form(values[-1]), at_best]
+                lines.append(line)
+    facts: dict[str, object] = {}
     outcome = RunOutcome(summary["exit"])
-    saved = summary.get("best_checkpoint")
-    kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
-    step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
-    spent = list[str]()
-    if "train_seconds" in summary:
-        spent.append(f"{duration(summary['train_seconds'])} of training")
-        if "pairs_per_second" in summary:
-            unit = loss_unit(kinds_in(summary.get("settings") or {}))
-            spent.append(pluralize(summary.get("pairs_seen", 0), unit))
-            spent.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
-        if shares := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
-            spent.append(f"MFU {percent(fmean(shares))}")
-        if "peak_memory_bytes" in summary:
-            spent.append(f"peak memory {size(summary['peak_memory_bytes'])}")
-            processes = summary.get("world_size", 1)
-            spent += [pluralize(processes, "process", "processes")] if processes > 1 else []
-    facts = {
-        "run": _OUTCOMES[outcome].format(pluralize(summary["steps"], "step")),
-        "time": ", ".join(spent),
-        "best": f"{kept} ({saved['metric']} {saved['value']:.4f})" if saved else "",
-        "data": ", ".join(
-            f"{name}: {counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
-            for name, counts in summary.get("data", {}).items()
-            if "read" in counts
-        ),
-        "reference": describe_reference(summary.get("reference", {})),
-        "model": f"{folder.model}{step_note}" if outcome is RunOutcome.completed else "",
-        "report": folder.report,
-        "metrics": folder.metrics,
-        "talk to it": f"dpo-dist chat {shlex.quote(str(folder))}" if outcome is RunOutcome.completed else "",
-    }
+    facts["run"] = _OUTCOMES[outcome].format(pluralize(summary["steps"], "step"))
+    facts["time"] = ", ".join(_time_facts(rows, summary))
+    checkpoint = summary.get("best_checkpoint")
+    if checkpoint:
+        path = folder.checkpoints / checkpoint_name(checkpoint["step"])
+        facts["best"] = f"{path} ({checkpoint['metric']} {checkpoint['value']:.4f})"
+    facts["data"] = ", ".join(
+        f"{name}: {counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
+        for name, counts in summary.get("data", {}).items()
+        if "read" in counts
+    )
+    facts["reference"] = describe_reference(summary.get("reference", {}))
+    if outcome is RunOutcome.completed:
+        step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
+        facts["model"] = f"{folder.model}{step_note}"
+    facts["report"] = folder.report
+    facts["metrics"] = folder.metrics
+    if outcome is RunOutcome.completed:
+        facts["talk to it"] = f"dpo-dist chat {shlex.quote(str(folder))}"
     table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
+
+
+def _time_facts(rows: Sequence[Fields], summary: Fields) -> Iterator[str]:
+    if "train_seconds" not in summary:
+        return
+    yield f"{duration(summary['train_seconds'])} of training"
+    if "pairs_per_second" in summary:
+        unit = loss_unit(kinds_in(summary.get("settings") or {}))
+        yield pluralize(summary.get("pairs_seen", 0), unit)
+        yield f"{summary['pairs_per_second']:,.1f} {unit}s/s"
+    shares = [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]
+    if shares:
+        yield f"MFU {percent(fmean(shares))}"
+    if "peak_memory_bytes" in summary:
+        yield f"peak memory {size(summary['peak_memory_bytes'])}"
+        if summary.get("world_size", 1) > 1:
+            yield pluralize(summary["world_size"], "process", "processes")
 
 
 def describe_reference(report: Fields) -> str:
@@ -103,11 +108,11 @@ def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> l
     unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
     rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]
     for label, row in results.items():
-        keys = [PREFIX + name for name in names]
-        cells = [
-            with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "" for key in keys
-        ]
-        rows.append([label, f"{row['eval_pairs']:,}", *cells])
+        cells = [label, f"{row['eval_pairs']:,}"]
+        for name in names:
+            key = PREFIX + name
+            cells.append(with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "")
+        rows.append(cells)
     return rows
 
 

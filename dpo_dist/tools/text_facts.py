@@ -30,7 +30,8 @@ def detect_language(text: str) -> str | None:
     wide = sum(character > "\u2e7f" for character in bare)
     if len(bare) < _MIN_CHARACTERS and wide < _MIN_WIDE_CHARACTERS:
         return None
-    if (identifier := language_identifier()) is None:
+    identifier = language_identifier()
+    if identifier is None:
         return None
     language, probability = identifier.classify(bare)
     return _SAME.get(str(language), str(language)) if probability >= _MIN_PROBABILITY else None
@@ -119,9 +120,10 @@ class TextFacts:
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     """Return the facts about a response."""
-    whole_words = WORD.findall(text.casefold())
-    # A word that is too long is split into letters, so that its repetitions count.
-    words = [part for word in whole_words for part in (word if len(word) > _LONGEST_WORD else (word,))]
+    words = list[str]()
+    for word in WORD.findall(text.casefold()):
+        # A word that is too long is split into letters, so that its repetitions count.
+        words += word if len(word) > _LONGEST_WORD else (word,)
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return TextFacts(
         length=tokens,
@@ -162,13 +164,14 @@ _SAMPLE_METRICS = [
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
     """Return the mean of each fact that some response has. `expected`: languages of the chosen responses."""
-    changed = [
-        None if response.language is None or language is None else response.language != language
-        for response, language in zip(facts, expected, strict=True)
-    ]
+    changed = []
+    for response, language in zip(facts, expected, strict=True):
+        if response.language is not None and language is not None:
+            changed.append(response.language != language)
     metrics = {}
     for name in _SAMPLE_METRICS:
         column = changed if name == "language_changed" else [getattr(response, name) for response in facts]
-        if known := [value for value in column if value is not None]:
-            metrics[name] = sum(known) / len(known)
+        values = [value for value in column if value is not None]
+        if values:
+            metrics[name] = sum(values) / len(values)
     return metrics

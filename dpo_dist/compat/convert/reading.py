@@ -51,56 +51,62 @@ class ForeignRun(NamedTuple):
     name: str
 
 
-def read(given: str) -> ForeignRun:
+def read(source: str) -> ForeignRun:
     """Read a file, or a command given as one text; raise one of `FAILURES` if no trainer is recognised."""
-    file = Path(given)
-    name = Path(given).name
-    if " " in given and not os.path.exists(given):  # noqa: PTH110 (no error: a command is long)
+    file = Path(source)
+    name = file.name
+    trainer = None
+    keys = dict[str, Any]()
+    if " " in source and not os.path.exists(source):  # noqa: PTH110 (no error: a command is long)
         name = "the command"
-        found = _started(given, name)
+        trainer, keys = _started(source, name)
     elif file.suffix in (".yaml", ".yml", ".json"):
         keys = read_keys(file)
         if keys and keys.keys() <= run_keys().keys():
-            remedy = f"dpo-dist train {shlex.quote(given)} --check"
-            raise ConfigError("this is a file of dpo-dist", where=given, remedy=remedy)
-        found = (trainer, keys) if (trainer := trainer_of(keys)) else None
+            remedy = f"dpo-dist train {shlex.quote(source)} --check"
+            raise ConfigError("this is a file of dpo-dist", where=source, remedy=remedy)
+        trainer = trainer_of(keys)
     else:
         text = file.read_text(encoding="utf-8")
-        found = None if file.suffix == ".py" else _started(text, given)
-    if found is None:
+        if file.suffix != ".py":
+            trainer, keys = _started(text, source)
+    if not trainer:
         raise ConfigError(
             "this is not a run of a trainer that dpo-dist knows",
-            where=given,
+            where=source,
             expected="three or more keys of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct, or a "
             "command that starts one of them",
             remedy="write the run's options (such as those of its DPOConfig) as keys into a YAML file, and "
             "convert that; for single options, dpo-dist train KEY=VALUE says what to write",
         )
-    trainer, keys = found
     return ForeignRun(trainer, _without_secrets(keys), name)
 
 
-def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:
+def _started(text: str, where: str) -> tuple[str | None, dict[str, Any]]:
     """Return trainer and keys of the run that a script starts, if any; raise if it starts several."""
-    found = [start for words in _commands(text) if (start := _start(words))]
-    if len(found) > 1:
+    starts = list(filter(None, map(_start, _commands(text))))
+    if not starts:
+        return None, {}
+    if len(starts) > 1:
         remedy = "write the command of one of them into a file of its own"
-        raise ConfigError(f"this script starts {len(found)} runs", where=where, remedy=remedy)
-    for trainer, launcher, arguments in found:
-        keys, files = _flags(arguments)
-        if "config" in keys:
-            files.append(str(keys.pop("config")))
-        for name in files:
-            keys = read_keys(Path(name)) | keys
-        if re.search("config.file|deepspeed|zero|fsdp", launcher):
-            keys.setdefault("deepspeed", launcher)
-        # With several nodes, torchrun's number counts the processes of one node only.
-        if (count := _PROCESSES.search(launcher)) and not re.search(r"(?i)nnodes[= ](?!1(?:\s|$))", launcher):
-            keys.setdefault("num_processes", int(count[1]))
-        if pixels := _PIXELS.search(text):
-            keys.setdefault("max_pixels", int(pixels[1]))
-        return (trainer, keys) if keys.keys() - {"rl"} else None
-    return None
+        raise ConfigError(f"this script starts {len(starts)} runs", where=where, remedy=remedy)
+    [(trainer, launcher, arguments)] = starts
+    keys, files = _flags(arguments)
+    if "config" in keys:
+        files.append(str(keys.pop("config")))
+    for name in files:
+        keys = {**read_keys(Path(name)), **keys}
+    if re.search("config.file|deepspeed|zero|fsdp", launcher):
+        keys.setdefault("deepspeed", launcher)
+    # With several nodes, torchrun's number counts the processes of one node only.
+    has_nodes = re.search(r"(?i)nnodes[= ](?!1(?:\s|$))", launcher)
+    count = _PROCESSES.search(launcher)
+    if count and not has_nodes:
+        keys.setdefault("num_processes", int(count[1]))
+    pixels = _PIXELS.search(text)
+    if pixels:
+        keys.setdefault("max_pixels", int(pixels[1]))
+    return trainer if keys.keys() - {"rl"} else None, keys
 
 
 def _start(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
@@ -108,8 +114,11 @@ def _start(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
     for at, word in enumerate(words):
         for trainer, program, verb in _PROGRAMS:
             rest = list(words[at + 1 :])
-            if re.fullmatch(program, word) and re.fullmatch(verb, rest[0] if verb and rest else ""):
-                method = rest.pop(0) if verb else re.split(r"[/._]", re.sub(r"(_vlm)?\.py$", "", word))[-1]
+            next_word = rest[0] if verb and rest else ""
+            if re.fullmatch(program, word) and re.fullmatch(verb, next_word):
+                method = re.split(r"[/._]", re.sub(r"(_vlm)?\.py$", "", word))[-1]
+                if verb:
+                    method = rest.pop(0)
                 if trainer == "TRL" or method == "sft":
                     rest.append(f"--rl={method}")
                 return trainer, " ".join(words[:at]), rest
@@ -143,7 +152,8 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     for word in words:
         if word in ("$@", "$*"):  # words of the script's caller
             continue
-        if flag := re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", word, re.DOTALL):
+        flag = re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", word, re.DOTALL)
+        if flag:
             name = flag[1].replace("-", "_")
             texts[name] = [] if flag[2] is None else [flag[2]]
         elif name:
@@ -158,8 +168,8 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if not values and name.startswith("no_"):
             keys[name.removeprefix("no_")] = False
         else:
-            parsed = [_value(value) for value in values]
-            keys[name] = parsed[0] if len(parsed) == 1 else parsed or True
+            words_of_flag = list(map(_value, values))
+            keys[name] = words_of_flag[0] if len(values) == 1 else words_of_flag or True
     return keys, files
 
 
@@ -178,9 +188,8 @@ def _without_secrets(value: Any) -> Any:
         return _ASSIGNED_SECRET.sub(rf"\g<1>{HIDDEN}", value)
     if not isinstance(value, Mapping):
         return value
-    return {
-        str(name): HIDDEN
-        if _SECRET.fullmatch(str(name)) and inner and inner is not True
-        else _without_secrets(inner)
-        for name, inner in value.items()
-    }
+    public = {}
+    for name, inner in value.items():
+        is_secret = _SECRET.fullmatch(str(name)) and inner and inner is not True
+        public[str(name)] = HIDDEN if is_secret else _without_secrets(inner)
+    return public

@@ -71,12 +71,6 @@ class Translation:
         """Lines on keys that are left out."""
         self.about: list[str] = []
         """Lines on the whole run."""
-        self.reasons: dict[str, str] = {}
-        """Why a key of theirs is left out, by its name."""
-        self.unneeded: set[str] = set()
-        """Their keys that are left out without a change of the run."""
-        self.unused: dict[str, str] = {}
-        """The reasons of their options that have no effect there, but would have one here."""
         self.origins: dict[str, tuple[str, Any]] = {}
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
@@ -86,15 +80,15 @@ class Translation:
             names = ("model", "model_name_or_path") if is_main else ("model_name_or_path", "model")
             self.left["model_name_or_path"] = self.take(*names)
         for name in _UNFOLDED:
-            if isinstance(inner := keys.get(name), dict):
+            inner = keys.get(name)
+            if isinstance(inner, dict):
                 del self.left[name]
                 self.unfold(name, inner)
-        self.computed = {
-            key
-            for key, value in self.left.items()
-            if re.search(r"\$[\w({]|^`", as_written(value)) and "template" not in key
-        }
+        self.computed: set[str] = set()
         """Their keys whose values only a shell can compute."""
+        for key, value in self.left.items():
+            if re.search(r"\$[\w({]|^`", as_written(value)) and "template" not in key:
+                self.computed.add(key)
         for key in sorted(self.computed):
             self.comment(key, self.left.pop(key), "the shell computes it: write the value")
 
@@ -102,44 +96,49 @@ class Translation:
         """Remove and return the value of the first of these keys that has one of the default's type."""
         kind: Any = object if default is None else type(default)
         kind = (int, float) if kind in (int, float) else kind
-        keys_with_value = [
-            key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)
-        ]
-        value = self.left.pop(keys_with_value[0]) if keys_with_value else default
-        for key in keys_with_value[1:]:
-            if (other := self.left.pop(key)) != value:
-                self.comment(key, other, f"{keys_with_value[0]} overrides it")
+        first = ""
+        value = default
+        for key in keys:
+            if self.left.get(key) in EMPTY or not isinstance(self.left[key], kind):
+                continue
+            if not first:
+                first = key
+                value = self.left.pop(key)
+                continue
+            other = self.left.pop(key)
+            if other != value:
+                self.comment(key, other, f"{first} overrides it")
         return value
 
     def unfold(self, name: str, inner: Mapping[str, Any]) -> None:
         """Put the keys of their mapping `name` beside the others, and name those that they override."""
         for key, value in inner.items():
-            if (outer := self.left.get(key)) not in EMPTY and outer != value:
+            outer = self.left.get(key)
+            if outer not in EMPTY and outer != value:
                 self.comment(key, outer, f"{name}.{key} overrides it")
         self.left |= inner
 
-    def comment(self, key: str, value: Any, reason: str, *, is_needed: bool = True) -> None:
-        """Add a comment that says why a key of theirs is left out; `is_needed`: it has an effect there."""
+    def comment(self, key: str, value: Any, reason: str) -> None:
+        """Add a comment that says why a key of theirs is left out."""
         text = " ".join(as_written(value).split())
-        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        if len(text) > _LONGEST:
+            text = f"{text[:_LONGEST]}..."
         self.comments.append(f"{key}: {text} — {reason}")
-        self.reasons[key] = reason
-        if not is_needed:
-            self.unneeded.add(key)
 
-    def set(self, target: str, value: Any, key: str, written: Any) -> None:
+    def set(self, target: str, value: Any, key: str, their_value: Any) -> None:
         """Set a key of ours from a key of theirs, if the value fits and ours is not set yet."""
         if not fits(target, value):
-            self.comment(key, written, f"{target} cannot have this value")
+            self.comment(key, their_value, f"{target} cannot have this value")
         elif target not in self.values:
             self.values[target] = value
-            self.origins[target] = (key, written)
+            self.origins[target] = (key, their_value)
         elif self.values[target] != value:
-            self.comment(key, written, f"{target} is already {as_written(self.values[target])}")
+            self.comment(key, their_value, f"{target} is already {as_written(self.values[target])}")
 
     def translate(self, key: str, value: Any) -> None:
         """Set our keys for a key of theirs, or comment why it is left out."""
-        if reason := self.facts.get("own", {}).get(key):
+        reason = self.facts.get("own", {}).get(key)
+        if reason:
             self.comment(key, value, reason)
             return
         meaning = _meaning_of("optimizer" if key == "optim" else key, value)
@@ -147,22 +146,24 @@ class Translation:
         targets = meaning.targets
         if meaning.fitting:  # learning_rate: 1e-6
             self.set(*meaning.fitting[0], key, value)
-        elif meaning.written:  # use_dora: true, for which the advice writes model.adapter.variant=dora
-            for to, kept in meaning.written.items():
-                self.set(to, kept, key, value)
+        elif meaning.overrides:  # use_dora: true, for which the advice writes model.adapter.variant=dora
+            for target, our_value in meaning.overrides.items():
+                self.set(target, our_value, key, value)
         elif advice and advice.drops:  # lora_dropout: 0.05
-            self.comment(key, value, advice.text, is_needed=False)
+            self.comment(key, value, advice.text)
         elif advice and value is False and meaning.is_switch:  # load_in_8bit: false
-            self.comment(key, value, "not needed: it is off", is_needed=False)
+            self.comment(key, value, "not needed: it is off")
         elif advice:  # neftune_noise_alpha: 5
             self.comment(key, value, advice.text)
         else:  # learning_rate: fast; or a name that nobody knows
-            unfit = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
-            self.comment(key, value, unfit)
+            reason = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
+            self.comment(key, value, reason)
 
     def as_file(self) -> str:
         """Return the content of a file for `train`, without secrets; comments name what is not translated."""
-        lines = [*self.about, *(["Not translated:"] if self.comments else []), *self.comments]
+        lines = list(self.about)
+        if self.comments:
+            lines += ["Not translated:", *self.comments]
         comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
         comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
         order = list(run_keys())
@@ -175,65 +176,92 @@ class _Meaning(NamedTuple):
 
     For `torch_dtype: bfloat16`, `targets`, our keys of the same meaning, are `model.dtype`, and `fitting`,
     those that can have the value, with it in our words, `(model.dtype, bf16)`. `advice`: what else is said on
-    the name. `written`: our keys that it sets for this value. `is_switch`: nothing is to be done if false.
+    the name. `overrides`: our keys that it sets for this value. `is_switch`: nothing is to be done if false.
     """
 
     targets: list[str]
     fitting: list[tuple[str, Any]]
     advice: Remedy | None
-    written: dict[str, Any]
+    overrides: dict[str, Any]
     is_switch: bool
 
 
 def _meaning_of(name: str, value: Any) -> _Meaning:
     """Find what a name of theirs with this value may mean."""
     text = as_written(value)
-    on_value, on_name = find_advice(name, text), advice_on(name, text)
-    sectioned = [] if on_name else [ours for ours in verb_keys("train") if "." in ours]
-    same_name = [ours for ours in sectioned if name in (ours, ours.rpartition(".")[2])]  # `beta`: loss.beta
-    targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or same_name]
-    forms = [value, text.lower(), *equivalents(text, "values")]
-    forms += [[word.strip() for word in text.split(",")], [value]]
-    if isinstance(value, (dict, list)):
-        forms = [value, *(value[:1] if isinstance(value, list) else [])]
-    # Advice on this very value, `loss_type: bco_unpaired`, goes before a key that fits.
-    fitting = [] if on_value else [(to, form) for to in targets for form in forms if fits(to, form)]
+    on_value = find_advice(name, text)
+    on_name = advice_on(name, text)
+    targets = list(equivalents(name, "keys"))
+    if not targets and not on_name:
+        for ours in verb_keys("train"):
+            if "." in ours and name in (ours, ours.rpartition(".")[2]):  # `beta`: loss.beta
+                targets.append(ours)
+    targets = [_KEYS.get(target, target) for target in targets]
+    if isinstance(value, list):
+        forms = [value, *value[:1]]
+    elif isinstance(value, dict):
+        forms = [value]
+    else:
+        forms = [value, text.lower(), *equivalents(text, "values")]
+        forms += [[word.strip() for word in text.split(",")], [value]]
+    fitting = []
+    if not on_value:  # advice on this very value, `loss_type: bco_unpaired`, goes before a key that fits
+        for target in targets:
+            fitting += [(target, form) for form in forms if fits(target, form)]
     advice = next(iter((*on_value, *on_name)), None)
     has_value = on_name != advice_on(name, "")  # the advice's words have the user's value
     is_certain = bool(on_value) or value is True or has_value
-    written = _keys_of(advice.write) if advice and is_certain and not fitting else {}
-    return _Meaning(targets, fitting, advice, written, is_switch(name))
+    overrides = _keys_of(advice.write) if advice and is_certain and not fitting else {}
+    return _Meaning(targets, fitting, advice, overrides, is_switch(name))
 
 
 def _keys_of(words: Sequence[str]) -> dict[str, Any]:
     """Return the keys that words set; none if one is unknown or does not fit."""
     overrides, unread = parse_overrides(words)
-    given = ((override.key_or_group, override.value()) for override in overrides)
-    written = {_KEYS.get(key, key): value for key, value in given}
-    is_whole = not unread and all(key in run_keys() and fits(key, value) for key, value in written.items())
-    return written if is_whole else {}
+    if unread:
+        return {}
+    keys = {}
+    for override in overrides:
+        key = _KEYS.get(override.key_or_group, override.key_or_group)
+        value = override.value()
+        if key not in run_keys() or not fits(key, value):
+            return {}
+        keys[key] = value
+    return keys
 
 
 def as_list(value: Any) -> list[Any]:
     """Return a list as it is, the values of a mapping, or the names in a text with commas."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    values = value if isinstance(value, list) else [value]
     return [entry for entry in values if entry is not None]
 
 
 def finite_number(value: Any) -> float | None:
     """Return a finite number, also if it is written as text; None for anything else."""
     try:
-        found = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None
 
 
 _SOURCE_KEYS = (
-    *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
-    *("limit", "type", "ds_type"),
+    "path",
+    "id",
+    "name",
+    "config",
+    "split",
+    "revision",
+    "data_dir",
+    "data_files",
+    "weight",
+    "limit",
+    "type",
+    "ds_type",
 )
 _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
 
@@ -241,8 +269,10 @@ _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_for
 def set_sources(run: Translation) -> None:
     """Set `data.train` and `data.eval`."""
     for target, entries in zip(("data.train", "data.eval"), _entries(run), strict=True):
-        parts = (_source(run, f"{target}[{at}]", entry) for at, entry in enumerate(entries))
-        if sources := [source for part in parts for source in part]:
+        sources = []
+        for at, entry in enumerate(entries):
+            sources += _source(run, f"{target}[{at}]", entry)
+        if sources:
             run.set(target, sources, target, entries)
         if run.trainer in ("ms-swift", "open-instruct") and "limit:" in as_written(sources):
             run.comments.append(
@@ -253,47 +283,53 @@ def set_sources(run: Translation) -> None:
 def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
     if run.trainer in ("LLaMA-Factory", "ms-swift"):
-        given = as_list(run.take("dataset")), as_list(run.take("eval_dataset", "val_dataset"))
+        train_names = as_list(run.take("dataset"))
+        test_names = as_list(run.take("eval_dataset", "val_dataset"))
         if run.trainer == "ms-swift":
             run.comments.append(
                 "dataset, model: there from ModelScope unless use_hf is set; here from the hub"
             )
-            train, tests = ([source for name in names for source in _swift_sources(name)] for names in given)
-            return train, tests
+            return _swift_sources(train_names), _swift_sources(test_names)
         folder = run.take("dataset_dir", default="data")
         limit = run.take("max_samples")
-        train, tests = ([{"path": folder, "name": name, "limit": limit} for name in names] for names in given)
+        train = [{"path": folder, "name": name, "limit": limit} for name in train_names]
+        tests = [{"path": folder, "name": name, "limit": limit} for name in test_names]
         return train, tests
     train = run.take("datasets", default=[])
     tests = run.take("test_datasets", default=[])
-    if isinstance(mixture := run.take("dataset_mixture"), dict):
+    mixture = run.take("dataset_mixture")
+    if isinstance(mixture, dict):
         if train:
             run.comment("datasets", train, "dataset_mixture overrides it")
         train = as_list(mixture.get("datasets"))
         inner = {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
         run.unfold("dataset_mixture", inner)
     # A mapping's splits are for every dataset; a list's are one for each entry, equal ones in practice.
-    listed = as_list(run.take("mixer_list_splits", "dataset_mixer_list_splits"))
-    if len(set(map(str, listed))) > 1:
+    splits_of_list = as_list(run.take("mixer_list_splits", "dataset_mixer_list_splits"))
+    if len(set(map(str, splits_of_list))) > 1:
         raise ConfigError(
             f"this run of {run.trainer} takes other splits of some datasets",
             where="mixer_list_splits",
-            got=as_written(listed),
+            got=as_written(splits_of_list),
             remedy="leave them out there, convert again, and write each source's split into data.train",
         )
-    splits = [str(split) for split in as_list(run.take("dataset_splits")) or listed[:1]] or ["train"]
-    for name, parts in _mixture(run):
-        train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
-        tests += [{"path": name, "split": split} for split in splits if "test" in split]
+    splits = as_list(run.take("dataset_splits")) or splits_of_list[:1] or ["train"]
+    for name, amount in _mixture(run):
+        for split in map(str, splits):
+            if "test" in split:
+                tests.append({"path": name, "split": split})
+            else:
+                train.append({"path": name, "split": split, **amount})
     name = run.take("dataset_name")
     if name and train:
         run.comment("dataset_name", name, "the list of datasets overrides it")
     elif name:
         source = {"path": name, "name": run.take("dataset_config", "dataset_config_name")}
-        train = [source | {"split": run.take("dataset_train_split", default="train")}]
+        train = [{**source, "split": run.take("dataset_train_split", default="train")}]
         split = run.take("dataset_test_split", default="test")
         strategies = [run.left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
-        tests = [source | {"split": split} for when in strategies if when not in (None, False, "no")][:1]
+        evaluates = any(strategy not in (None, False, "no") for strategy in strategies)
+        tests = [{**source, "split": split}] if evaluates else []
     return train, tests
 
 
@@ -302,47 +338,58 @@ def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
     shares = run.take("dataset_mixer", default={})
     flat = as_list(run.take("mixer_list", "dataset_mixer_list"))
     sources = []
-    for name, written in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
-        amount = finite_number(written) or 0
+    for name, value in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
+        amount = finite_number(value) or 0
         # A number counts records if it is above 1 (in a mapping), or has no decimal point (in a list).
-        is_share = amount <= 1 if shares else "." in str(written)
-        if amount > 0:
-            sources.append((str(name), {"weight": amount} if is_share else {"limit": math.ceil(amount)}))
+        is_share = amount <= 1 if shares else "." in str(value)
+        if amount <= 0:
+            run.comment(f"dataset_mixer.{name}", value, "neither a share nor a number of records")
+        elif is_share:
+            sources.append((str(name), {"weight": amount}))
         else:
-            run.comment(f"dataset_mixer.{name}", written, "neither a share nor a number of records")
+            sources.append((str(name), {"limit": math.ceil(amount)}))
     return sources
 
 
 def _source(run: Translation, place: str, entry: Any) -> list[Any]:
     """Return an entry of `datasets` as sources, one per file."""
     entry = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    entry = {"path": entry.get("id"), "name": entry.get("config")} | entry
+    entry = {"path": entry.get("id"), "name": entry.get("config"), **entry}
     kind = entry.get("type") or {}
     if str(kind).startswith("passthrough"):
         run.values["data.template"] = "applied"
     elif isinstance(kind, str) and not kind.startswith("user_defined"):
         run.values["data.text_as_messages"] = True
-    for option, value in (entry | (kind if isinstance(kind, dict) else {})).items():
-        if option in _FORMATS and value not in (f"{{{option.removesuffix('_format')}}}", None, ""):
-            run.comment(
-                f"{place}.{option}",
-                value,
-                "texts are read without it: write reader: module:function at the source, or "
-                "data.text_as_messages=true data.chat_template=FILE (docs/data.md)",
-            )
-        elif not (option in (*_SOURCE_KEYS, *_FORMATS) or option.startswith("field_") or value in EMPTY):
+    options = {**entry, **kind} if isinstance(kind, dict) else entry
+    for option, value in options.items():
+        if option in _FORMATS:
+            if value not in (f"{{{option.removesuffix('_format')}}}", None, ""):
+                run.comment(
+                    f"{place}.{option}",
+                    value,
+                    "texts are read without it: write reader: module:function at the source, or "
+                    "data.text_as_messages=true data.chat_template=FILE (docs/data.md)",
+                )
+        elif option not in _SOURCE_KEYS and not option.startswith("field_") and value not in EMPTY:
             run.comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
-    files = as_list(entry.get("data_files")) or [None]
-    return [source for file in files for source in as_sources([entry | {"data_files": file}])]
+    sources = []
+    for file in as_list(entry.get("data_files")) or [None]:
+        sources += as_sources([{**entry, "data_files": file}])
+    return sources
 
 
-def _swift_sources(entry: Any) -> list[dict[str, Any]]:
-    """Return the sources of an ms-swift dataset such as `HF::ORG/NAME:SUBSET/SUBSET#1000`."""
-    parts = re.fullmatch(r"(?:(?:HF|MS)::)?([^:#]+)(?::([^#]+))?(?:#(\d+))?", str(entry))
-    if parts is None:
-        return [{"path": str(entry)}]
-    limit = int(parts[3]) if parts[3] else None
-    return [{"path": parts[1], "name": name, "limit": limit} for name in (parts[2] or "").split("/")]
+def _swift_sources(names: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the sources of ms-swift's datasets, such as `HF::ORG/NAME:SUBSET/SUBSET#1000`."""
+    sources: list[dict[str, Any]] = []
+    for name in map(str, names):
+        parts = re.fullmatch(r"(?:(?:HF|MS)::)?([^:#]+)(?::([^#]+))?(?:#(\d+))?", name)
+        if parts is None:
+            sources.append({"path": name})
+            continue
+        path, subsets, limit = parts.groups()
+        for subset in (subsets or "").split("/"):
+            sources.append({"path": path, "name": subset, "limit": int(limit) if limit else None})
+    return sources
 
 
 # For each method the losses that it can have; none: any. The first loss of a sum is the method's.
@@ -366,9 +413,11 @@ _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradie
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
 _QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
 _WARMUP = ("warmup_steps", "warmup_ratio")
-_FROZEN_PARTS = ("freeze_vision_tower", "freeze_vit"), ("freeze_multi_modal_projector", "freeze_aligner")
-"""Keys for the tower and for the projector; both are frozen by default."""
-_BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
+# Both parts are frozen by default.
+_FROZEN_TOWER = ("freeze_vision_tower", "freeze_vit")
+_FROZEN_PROJECTOR = ("freeze_multi_modal_projector", "freeze_aligner")
+_BATCH = "trainer.global_batch_pairs"
+_LENGTH = "data.max_length"
 _ODDS_WEIGHT = "loss.options.odds_weight"
 _WHOLE_SCORES = {"apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"}
 _SCORES = {"discopop", "exo_pair", "hinge", "ipo", "robust", "sigmoid", "sigmoid_norm"}
@@ -390,10 +439,9 @@ _ONLY_WITH = {
 }
 
 
-def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> Translation:
-    """Return the translation of a run; `own`: values of our keys that stand beside the other trainer's."""
+def translate_run(foreign: ForeignRun) -> Translation:
+    """Return the translation of a run."""
     run = Translation(foreign)
-    run.values |= own or {}
     # Takes the keys of method and loss, and SimPO's. Leaves `rl` and one `loss_type` to `translate`.
     method = _method(run)
     run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {method}."]
@@ -418,7 +466,8 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     _set_adapter(run, has_adapter)
     # Puts the loss into a sum of losses, and needs both: an option belongs to a term, a default to no sum.
     _combine(run)
-    if empty := [key for key, value in run.left.items() if value in EMPTY]:
+    empty = [key for key, value in run.left.items() if value in EMPTY]
+    if empty:
         run.comments.append(f"{', '.join(empty)}: empty")
     # Sets what the run does not: needs all that it does.
     defaults = _add_defaults(run, "max_length" in empty)
@@ -438,7 +487,8 @@ def _method(run: Translation) -> str:
     method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
     # These keys ask for a classification or reward head in place of the LM head.
     for key in ("task_type", "reward_model", "process_reward_model"):
-        if (task := run.take(key)) not in (None, False, "causal_lm"):
+        task = run.take(key)
+        if task not in (None, False, "causal_lm"):
             method = f"{key}: {as_written(task)}"
     if method not in _METHODS:
         raise ConfigError(
@@ -448,22 +498,24 @@ def _method(run: Translation) -> str:
             remedy=f"train it with {run.trainer}: dpo-dist has no reward models, pretraining or online RL",
         )
     for names, readers in _READ_BY.items():
-        for key in [key for key in run.left if key.startswith(names) and method not in readers]:
-            if (value := run.left[key]) not in EMPTY:
+        for key, value in list(run.left.items()):
+            if key.startswith(names) and method not in readers and value not in EMPTY:
                 why = f"not needed: there, it is read only with {' or '.join(readers)}"
-                run.comment(key, value, why, is_needed=False)
+                run.comment(key, value, why)
                 del run.left[key]
     kinds = run.take(*names_of("loss"))
     if method == "cpo" and kinds == "sigmoid":  # there the name of CPO's own loss
         kinds = None
     weights = as_list(run.take("loss_weights", "dpo_loss_weights"))
     kinds = as_list(kinds) or ["sigmoid"] * bool(weights)  # the default of each trainer that has weights
-    words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
-    known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
+    our_kinds = []
+    for kind in kinds:
+        words = (kind, *equivalents(str(kind), "values"))
+        our_kinds.append(next((word for word in words if fits("loss.kind", word)), None))
     answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
-    if None in known and not any(answer.write for answer in answers):
+    if None in our_kinds and not any(answer.write for answer in answers):
         remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
-        got = as_written(kinds[known.index(None)])
+        got = as_written(kinds[our_kinds.index(None)])
         raise ConfigError("dpo-dist does not have this loss", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
         weights = weights or [1.0] * len(kinds)
@@ -475,7 +527,7 @@ def _method(run: Translation) -> str:
                 expected="a weight for each loss, and the method dpo",
                 remedy="write the loss that was trained, and convert again",
             )
-        terms = [{"kind": kind, "weight": weight} for kind, weight in zip(known, weights, strict=True)]
+        terms = [{"kind": kind, "weight": weight} for kind, weight in zip(our_kinds, weights, strict=True)]
         run.set("loss.terms", terms, "loss_type", kinds)
     elif kinds:
         run.left["loss_type"] = kinds[0]
@@ -490,30 +542,28 @@ def _loss_options_of_trl(run: Translation) -> None:
     """Leave out options that TRL does not use with the run's losses, or uses in another way than `train`."""
     terms = run.values.get("loss.terms", [{"kind": run.left.get("loss_type", "sigmoid")}])
     kinds = {str(term["kind"]) for term in terms}
+    are_all_in_table = kinds <= _SCORES | _WHOLE_SCORES | _SORTED | {"sft"}
     for option, (key, neutral, changed, refused) in _LOSS_OPTIONS.items():
-        if (
-            not kinds <= _SCORES | _WHOLE_SCORES | _SORTED | {"sft"}
-            or run.left.get(option, neutral) == neutral
-        ):
+        if not are_all_in_table or run.left.get(option, neutral) == neutral:
             continue
         here = kinds.intersection(kinds_using(key))
         there = kinds & changed
-        if with_error := kinds & refused:
-            reason = f"TRL refuses it with {', '.join(sorted(with_error))}"
+        if kinds & refused:
+            reason = f"TRL refuses it with {', '.join(sorted(kinds & refused))}"
         elif not there:
             reason = f"TRL does not use it with {', '.join(sorted(kinds))}"
-            reason += f"; loss.{key} would change it here" if here else ""
-            run.unused[option] = reason
-        elif other := here ^ there:
+            if here:
+                reason += f"; loss.{key} would change it here"
+        elif here != there:
             reason = f"here it changes {', '.join(sorted(here)) or 'nothing'}; TRL and dpo-dist differ in "
-            reason += ", ".join(sorted(other))
+            reason += ", ".join(sorted(here ^ there))
         else:
             continue
         run.comment(option, run.left.pop(option), reason)
-    for option, (needed, value) in _ONLY_WITH.items():
-        if option in run.left and run.left.get(needed) != value:
-            why = f"not needed: TRL reads it only with {needed}: {value}"
-            run.comment(option, run.left.pop(option), why, is_needed=False)
+    for option, (other, value) in _ONLY_WITH.items():
+        if option in run.left and run.left.get(other) != value:
+            why = f"not needed: TRL reads it only with {other}: {value}"
+            run.comment(option, run.left.pop(option), why)
 
 
 def _simpo(run: Translation) -> None:
@@ -524,7 +574,9 @@ def _simpo(run: Translation) -> None:
     run.set("loss.beta", beta, "beta", beta)
     run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
     # A TRL run that sets gamma / beta is one of SimPO's own trainer, whose loss has no likelihood term.
-    if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
+    has_likelihood = ratio < 0 or run.trainer != "TRL"
+    weight = run.take("cpo_alpha", default=likelihood if has_likelihood else 0)
+    if weight:
         run.left.pop("rl", None)
         run.left.pop("loss_type", None)
         terms = [{"kind": "simpo", "weight": 1.0}, {"kind": "sft", "weight": weight}]
@@ -536,15 +588,17 @@ def _batch(run: Translation) -> list[str]:
     processes = run.take("num_processes", default=0)
     world = processes or 1
     if any(equivalents(key, "keys") == (_BATCH,) for key in run.left):
-        not_needed = " — not needed: micro-batches are as large as memory allows"
-        run.comments += [f"{key}{not_needed}" for key in _DEVICE_BATCH_KEYS if run.left.pop(key, None)]
+        for key in _DEVICE_BATCH_KEYS:
+            if run.left.pop(key, None):
+                run.comments.append(f"{key} — not needed: micro-batches are as large as memory allows")
         return []
     pairs, steps = run.facts["batch"]
     pairs = run.take(*_DEVICE_BATCH_KEYS[:2], default=pairs)
     steps = run.take(_DEVICE_BATCH_KEYS[2], default=steps or 0)
     if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
         return []
-    if derives_steps := not steps:
+    derives_steps = not steps
+    if derives_steps:
         steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
     total = pairs * steps * world
     run.set(_BATCH, total, "batch", [pairs, steps])
@@ -560,7 +614,7 @@ def _trains_adapter(run: Translation) -> bool:
     """Return whether the run trains an adapter rather than all weights."""
     if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
         why = "not needed: it is the reference anyway"
-        run.comment("ref_adapters", run.left.pop("ref_adapters"), why, is_needed=False)
+        run.comment("ref_adapters", run.left.pop("ref_adapters"), why)
         run.not_default.add("reference.path")
     kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
     kind = str(run.facts.get("tuner") if kind is None else kind).lower()
@@ -589,7 +643,8 @@ def _trains_adapter(run: Translation) -> bool:
 
 def _targets(run: Translation) -> None:
     """Name an adapter's linear layers and stacked experts in one list."""
-    if experts := as_list(run.take("lora_target_parameters", "target_parameters")):
+    experts = as_list(run.take("lora_target_parameters", "target_parameters"))
+    if experts:
         layers = as_list(run.take("lora_target_modules", "target_modules"))
         if run.take("lora_target_linear", default=False):
             layers = ["all-linear"]
@@ -614,14 +669,17 @@ def _set_adapter(run: Translation, is_trained: bool) -> None:
         adapter_keys.remove("model.adapter.path")
     for key in adapter_keys:
         del values[key]
-        run.comment(*run.origins[key], f"not needed: {unread}", is_needed=False)
+        run.comment(*run.origins[key], f"not needed: {unread}")
 
 
 def _machine(run: Translation) -> None:
     """Set the precision, and how weights are sharded."""
-    half, brain = run.take("fp16"), run.take("bf16")
-    if half is True or brain is not None:
-        run.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
+    fp16 = run.take("fp16")
+    bf16 = run.take("bf16")
+    if fp16 is True:
+        run.values["model.dtype"] = "fp16"
+    elif bf16 is not None:
+        run.values["model.dtype"] = "bf16" if bf16 else "fp32"
     is_quantized = any(map(run.left.get, _QUANTIZED))
     for key in _SHARDING:
         value = run.left.get(key)
@@ -636,30 +694,33 @@ def _machine(run: Translation) -> None:
         text = text.replace("_", " ").replace("no offload", "")
         for words, stage in _STAGES.items():
             text = re.sub(words, stage, text)
-        if found := re.search(r"(?:\bz|zero|stage)\W{0,4}([0-3])", text):
-            run.set("parallelism.kind", KIND_OF_STAGE[int(found[1])].value, key, run.left.pop(key))
-            if "offload" in text and found[1] in "23":
-                run.set("parallelism.offload_optimizer", "cpu", key, value)
-            if "offload" in text and found[1] == "3":
-                run.set("parallelism.offload_parameters", "cpu", key, value)
+        match = re.search(r"(?:\bz|zero|stage)\W{0,4}([0-3])", text)
+        if match is None:
+            continue
+        number = int(match[1])
+        run.set("parallelism.kind", KIND_OF_STAGE[number].value, key, run.left.pop(key))
+        if "offload" in text and number >= 2:
+            run.set("parallelism.offload_optimizer", "cpu", key, value)
+        if "offload" in text and number == 3:
+            run.set("parallelism.offload_parameters", "cpu", key, value)
 
 
 def _images(run: Translation) -> None:
     """Set which parts for images are trained; here the projector is trained with the tower."""
-    is_frozen = [run.take(*keys) for keys in _FROZEN_PARTS]
-    if is_frozen == [None, None]:
+    parts = {"tower": run.take(*_FROZEN_TOWER), "projector": run.take(*_FROZEN_PROJECTOR)}
+    if parts == {"tower": None, "projector": None}:
         return
-    trained = "tower" if is_frozen[0] is False else "projector" if is_frozen[1] is False else "none"
-    written = dict(zip(("tower", "projector"), is_frozen, strict=True))
-    run.set("model.images.train", trained, "frozen parts for images", written)
-    if trained == "tower" and is_frozen[1] is not False:
-        run.comment("frozen parts for images", written, "here the projector is trained with the tower")
+    trained_part = next((part for part, is_frozen in parts.items() if is_frozen is False), "none")
+    run.set("model.images.train", trained_part, "frozen parts for images", parts)
+    if trained_part == "tower" and parts["projector"] is not False:
+        run.comment("frozen parts for images", parts, "here the projector is trained with the tower")
 
 
 def _numbers(run: Translation) -> None:
     """Set our keys that depend on several of theirs."""
     rate = finite_number(run.left.get("learning_rate"))
-    if rate and (low := run.take("min_lr", default=0.0)):
+    low = run.take("min_lr", default=0.0) if rate else 0.0
+    if rate and low:
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
     if {"adam_beta1", "adam_beta2"} & run.left.keys():
         first, second = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
@@ -674,11 +735,13 @@ def _numbers(run: Translation) -> None:
         run.values["optim.warmup_ratio"] = 0.0
         for key in filter(run.left.__contains__, _WARMUP):
             why = "not needed: there, `constant` has no warm-up"
-            run.comment(key, run.left.pop(key), why, is_needed=False)
-    if run.left.get("sync_ref_model") is True and (steps := run.take("ref_model_sync_steps", default=0)):
-        run.take("sync_ref_model")
-        run.set("reference.mode", "live", "sync_ref_model", True)
-        run.set("loss.sync_reference.every", steps, "ref_model_sync_steps", steps)
+            run.comment(key, run.left.pop(key), why)
+    if run.left.get("sync_ref_model") is True:
+        steps = run.take("ref_model_sync_steps", default=0)
+        if steps:
+            run.take("sync_ref_model")
+            run.set("reference.mode", "live", "sync_ref_model", True)
+            run.set("loss.sync_reference.every", steps, "ref_model_sync_steps", steps)
 
 
 def _decay(run: Translation) -> None:
@@ -691,7 +754,8 @@ def _decay(run: Translation) -> None:
         share = run.take("num_decay_steps", default=0) / steps
     if share:
         run.set("optim.decay_ratio", share, "num_decay_steps", share)
-    if (kind := run.take("decay_type", default="cosine")) != "linear":
+    kind = run.take("decay_type", default="cosine")
+    if kind != "linear":
         run.comment("decay_type", kind, "here the learning rate decays linearly")
     if run.left.get("min_lr_ratio") and any(map(run.left.get, _WARMUP)):
         reason = "there the warm-up begins at this share, here at 0: leave one of both out"
@@ -706,11 +770,13 @@ def _watching(run: Translation) -> None:
     is_online = run.left.get("wandb_mode", "disabled") != "disabled"
     if run.take("with_tracking", default=False) or is_named or is_online:
         report.append("wandb")
-    ours = {name: name for name in TrackerName} | {"all": TrackerName.wandb, "comet": TrackerName.comet_ml}
+    ours: dict[str, TrackerName] = {name: name for name in TrackerName}
+    ours |= {"all": TrackerName.wandb, "comet": TrackerName.comet_ml}
     if report:
-        to = dict.fromkeys(ours[name].value for name in report if name in ours)
-        run.set("tracking.to", [*to], "report_to", report)
-    if others := [name for name in report if name not in (*ours, "none")]:
+        trackers = dict.fromkeys(ours[name].value for name in report if name in ours)
+        run.set("tracking.to", list(trackers), "report_to", report)
+    others = [name for name in report if name not in (*ours, "none")]
+    if others:
         run.comment("report_to", others, f"the trackers of tracking.to are {', '.join(TrackerName)}")
     patience = run.take("early_stopping_patience", "early_stopping_steps", "early_stop_interval", default=0)
     metric = run.take("metric_for_best_model", default="")
@@ -729,7 +795,7 @@ def _combine(run: Translation) -> None:
     values = run.values
     if values.pop("model.attention", None):
         why = "not needed: the fastest kernel is chosen"
-        run.comment(*run.origins["model.attention"], why, is_needed=False)
+        run.comment(*run.origins["model.attention"], why)
     if values.get("optim.warmup_steps") == 0:  # the other trainers then use the ratio
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
@@ -737,32 +803,34 @@ def _combine(run: Translation) -> None:
     if "loss.terms" in values and "loss.kind" in values:
         values["loss.terms"][0]["kind"] = values.pop("loss.kind")
     if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
-        every = values["trainer.eval_every"] = values.get("trainer.save_every") or 100
+        every = values.get("trainer.save_every") or 100
+        values["trainer.eval_every"] = every
         run.origins["trainer.eval_every"] = ("trainer.eval_every", every)
         run.comments.append(f"trainer.eval_every: {every}, because trainer.keep_best needs evaluations")
 
 
 def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
     """Set the other trainer's defaults where ours differ; return their keys."""
-    defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.to": []}
+    defaults = {**run.facts["defaults"], "parallelism.kind": "ddp", "tracking.to": []}
     if not any(key.startswith("model.adapter.") for key in run.values):
         defaults |= run.facts.get("full", {})
     if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
         # These trainers' reference is the base; dpo_dist's default would be the base with the loaded adapter.
         defaults["reference.path"] = run.values.get("model.path")
-        if quantization := run.values.get("model.quantization"):
-            defaults["reference.quantization"] = quantization
+        if run.values.get("model.quantization"):
+            defaults["reference.quantization"] = run.values["model.quantization"]
     if is_uncut or _LENGTH not in {**defaults, **run.values}:
         run.not_default.add(_LENGTH)
         reason = "there no text is cut; here data.truncation cuts those above data.max_length: raise it"
         run.comment("max_length", None, reason)
     if "loss.terms" in run.values:
         run.not_default.add("loss.kind")
-    added = [key for key in defaults if key not in run.values and key not in run.not_default]
-    values = run.values = run.values | {key: defaults[key] for key in added}
+    keys = [key for key in defaults if key not in run.values and key not in run.not_default]
+    values = run.values
+    values |= {key: defaults[key] for key in keys}
     if values.get("optim.warmup_steps", values.get("optim.warmup_ratio", OptimConfig.warmup_ratio)):
         values["optim.warmup_from_zero"] = True  # the warm-up of transformers, which all these trainers use
-    return added
+    return keys
 
 
 def _give_options(run: Translation) -> None:
@@ -775,10 +843,10 @@ def _give_options(run: Translation) -> None:
         if not terms and values.get("loss.kind", LossKind.sigmoid) in users:
             continue
         value = values.pop(key)
-        own = [term for term in terms if term["kind"] in users]
-        for term in own:
-            term["options"] = term.get("options", {}) | {name: value}
-        if not own:
+        terms_of_users = [term for term in terms if term["kind"] in users]
+        for term in terms_of_users:
+            term["options"] = {**term.get("options", {}), name: value}
+        if not terms_of_users:
             run.comment(*run.origins[key], f"{key} has no effect with this loss")
 
 
@@ -786,18 +854,25 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out keys whose combination a rule of `train` refuses; a comment gives the rule's reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
-        broken = [rule for rule in rules_of("train") if rule.is_broken(config)]
-        refused = {key: rule.error(config).message for rule in broken for key in rule.keys(config)}
+        reasons = dict[str, str]()
+        for rule in rules_of("train"):
+            if rule.is_broken(config):
+                message = rule.error(config).message
+                for key in rule.keys(config):
+                    reasons[key] = message
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
-        if not (wrong := [key for key in refused if key in ours]):
+        wrong = [key for key in reasons if key in ours]
+        if not wrong:
             return
-        value = run.values.pop(key := wrong[0])
+        key = wrong[0]
+        value = run.values.pop(key)
         if key == "loss.terms":  # without the sum its first loss is left, which is the run's own
-            run.values["loss.kind"] = value[0]["kind"]
-            options = value[0].get("options", {})
-            run.values |= {f"loss.options.{name}": chosen for name, chosen in options.items()}
+            first = value[0]
+            run.values["loss.kind"] = first["kind"]
+            for name, option in first.get("options", {}).items():
+                run.values[f"loss.options.{name}"] = option
         if key in run.origins:
-            run.comment(*run.origins[key], refused[key])
+            run.comment(*run.origins[key], reasons[key])
         else:
             defaults.remove(key)
 

@@ -33,8 +33,8 @@ _HINT = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    asked = "a question is a line of standard input: echo QUESTION | dpo-dist chat RUN"
-    answers = dict.fromkeys(("--prompt", "--question", "--message", "--input", "-p"), asked)
+    how_to_ask = "a question is a line of standard input: echo QUESTION | dpo-dist chat RUN"
+    answers = dict.fromkeys(("--prompt", "--question", "--message", "--input", "-p"), how_to_ask)
     answers |= dict.fromkeys(("--model", "--run", "-m"), "name the model alone: dpo-dist chat RUN")
     parser = Arguments(prog="dpo-dist chat", description=__doc__, answers=answers)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")

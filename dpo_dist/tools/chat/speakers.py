@@ -79,9 +79,9 @@ class Speaker:
         causal_lm = self.causal_lm
         usual = causal_lm.generation_config.max_new_tokens or 512
         limit = Sampling(max_new_tokens or usual, is_default=max_new_tokens is None)
-        asked = [*self.messages, Message("user", IMAGE * len(images) + question)]
-        seen = (*self.images, *images)
-        record = PreferenceRecord(tuple(asked), (), Origin(self.name, 1), images=seen)
+        messages = [*self.messages, Message("user", IMAGE * len(images) + question)]
+        all_images = (*self.images, *images)
+        record = PreferenceRecord(tuple(messages), (), Origin(self.name, 1), images=all_images)
         prompt = usable_prompt(record, responder, limit)
         if isinstance(prompt, str):
             raise ConfigError(
@@ -95,9 +95,9 @@ class Speaker:
         tokens = len(prompt.prompt_ids)
         ids = torch.tensor([prompt.prompt_ids.tolist()], device=causal_lm.device)
         stop_ids = sorted(responder.stop_ids)
-        shown = responder.images(prompt)
+        inputs = responder.images(prompt)
         try:
-            can_mix_lengths(causal_lm, causal_lm.device, stop_ids[0], shown)
+            can_mix_lengths(causal_lm, causal_lm.device, stop_ids[0], inputs)
         except WrongGenerationError as fault:
             raise wrong_generation(self.name, fault) from None
         except NotFiniteError:
@@ -106,7 +106,7 @@ class Speaker:
             output = causal_lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                **image_inputs(causal_lm, ids, shown),
+                **image_inputs(causal_lm, ids, inputs),
                 streamer=_Printer(responder.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 max_new_tokens=limit.room(tokens, responder.longest),
                 eos_token_id=stop_ids,
@@ -117,8 +117,8 @@ class Speaker:
         if tokens + len(answer) == responder.longest and int(answer[-1]) not in responder.stop_ids:
             say(f"{self.name}: cut at the end of the model's {responder.longest} tokens; /new starts again")
         text = str(responder.tokenizer.decode(answer, skip_special_tokens=True))
-        self.messages = [*asked, Message("assistant", text)]
-        self.images = [*seen]
+        self.messages = [*messages, Message("assistant", text)]
+        self.images = list(all_images)
 
     def forget(self) -> None:
         """Start a new conversation."""
@@ -130,14 +130,14 @@ def open_images(paths: str, speakers: Sequence[Speaker], say: Callable[[str], No
     """Return the images at `paths`, as written in a shell; `say` in one line why one is left out."""
     blind = [speaker.name for speaker in speakers if speaker.responder.processor is None]
     try:
-        written = shlex.split(paths)
+        names = shlex.split(paths)
     except ValueError:  # a quote that is not closed
-        written = [paths]
-    if blind or not written:
+        names = [paths]
+    if blind or not names:
         say(f"{' and '.join(blind)} cannot read images" if blind else "/image PATH: name a file")
         return []
     images = []
-    for path in written:
+    for path in names:
         try:
             content = ImageFile(name=str(Path(path).expanduser().absolute()), folders=("/",)).read()
             for speaker in speakers:
@@ -182,8 +182,10 @@ def open_speakers(
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
     """Load a model; one in a run's folder gets that run's configuration."""
     folder = Path(location).expanduser()
-    above = map(ComparisonFolder, folder.absolute().parents[:2])
-    run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
+    run = None
+    if folder.is_dir():
+        above = map(ComparisonFolder, folder.absolute().parents[:2])
+        run = next((run for run in above if run.state.is_file()), None)
     config = RunConfig() if run is None else saved_config(run.config)
     products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
     emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()

@@ -78,9 +78,9 @@ _BATCH_TOKENS = 16384
 
 
 def held_out(
-    data: DataConfig, wanted: int, say: Callable[[str], None]
+    data: DataConfig, most: int, say: Callable[[str], None]
 ) -> tuple[list[PreferenceRecord], dict[str, str]]:
-    """Return `wanted` different prompts of the evaluation data, and source labels by `prompt_key`.
+    """Return `most` different prompts of the evaluation data, and source labels by `prompt_key`.
 
     A hash of the prompt decides which are chosen. They keep the order of the data, and their first response.
     """
@@ -92,23 +92,25 @@ def held_out(
         for source, label in zip(sources, source_labels(sources), strict=True):
             for record in good_records(DataSource(source).pinned().prompts(), source, data, say):
                 scores = record.scores if record.labelled_side else None
-                asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
-                key = asked.prompt_key()
+                prompt = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
+                key = prompt.prompt_key()
                 if key not in labels and part.has(prompt_hash(record.prompt, record.images)):
                     labels[key] = label
-                    yield files.text_digest(f"0 {key}"), len(labels), asked
+                    yield files.text_digest(f"0 {key}"), len(labels), prompt
 
-    chosen = heapq.nsmallest(wanted, ranked())
-    if not chosen:
+    prompts = heapq.nsmallest(most, ranked())
+    if not prompts:
         raise DataError(
             "the evaluation data have no usable prompt",
             where="data.eval",
             got=", ".join(source.path for source in sources),
             remedy="check the counts above, or raise data.eval_share",
         )
-    fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
-    say(f"prompts: {len(chosen):,} of {pluralize(len(labels), 'different one')}{fewer}")
-    return [record for *_, record in sorted(chosen, key=lambda entry: entry[1])], labels
+    line = f"prompts: {len(prompts):,} of {pluralize(len(labels), 'different one')}"
+    if len(prompts) < most:
+        line += f", fewer than compare.prompts={most}"
+    say(line)
+    return [prompt for *_, prompt in sorted(prompts, key=lambda entry: entry[1])], labels
 
 
 @dataclass(eq=False)
@@ -194,7 +196,8 @@ class ComparedModel:
             return [{"logp": logp} for logp in logps]
 
         title = f"log-probs of {other.name}"
-        title += "" if other is self else f"'s responses under {self.name}"
+        if other is not self:
+            title += f"'s responses under {self.name}"
         return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
 
     def _images(self, index: int, rows: Sequence[Completions]) -> list[tuple[ImageInput, ...] | None]:
@@ -203,14 +206,18 @@ class ComparedModel:
         A model with the same tokens may divide an image into more or fewer; a response may have some, too.
         """
         responder = self.responder
-        found = list[tuple[ImageInput, ...] | None]()
+        images_of_prompts = list[tuple[ImageInput, ...] | None]()
         for record, row in zip(self.prompts.parts[index], rows, strict=True):
-            own = usable_prompt(record, responder, None) if record.images and row.completions else ""
-            images = () if isinstance(own, str) else responder.images(own)
-            ids = row.prompt_ids + [token for each in row.completions for token in each.ids]
-            places = ids.count(responder.processor.placeholder_id) if responder.processor else 0
-            found.append(images if places == sum(image.tokens for image in images) else None)
-        return found
+            prompt = usable_prompt(record, responder, None) if record.images and row.completions else ""
+            images = () if isinstance(prompt, str) else responder.images(prompt)
+            places = 0
+            if responder.processor:
+                placeholder_id = responder.processor.placeholder_id
+                for ids in (row.prompt_ids, *(completion.ids for completion in row.completions)):
+                    places += ids.count(placeholder_id)
+            has_all = places == sum(image.tokens for image in images)
+            images_of_prompts.append(images if has_all else None)
+        return images_of_prompts
 
     def free(self) -> None:
         """Free the memory of the weights."""
@@ -248,20 +255,22 @@ def response_logps(
 
     `images` are those of each prompt, none by default; None: the response is not scored.
     """
-    images = images or [()] * len(rows)
-    responses = [
-        row.completions[0].ids if row.completions and own is not None else None
-        for row, own in zip(rows, images, strict=True)
-    ]
-    examples = [
-        Example(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),), images=own or ())
-        for row, ids, own in zip(rows, responses, images, strict=True)
-        if ids
-    ]
-    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, examples, budget))
-    # A response without tokens has probability 1.
-    without = [None if ids is None else 0.0 for ids in responses]
-    return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]
+    sums: list[float | None] = [None] * len(rows)
+    indices = []
+    examples = []
+    for index, (row, prompt_images) in enumerate(zip(rows, images or [()] * len(rows), strict=True)):
+        if not row.completions or prompt_images is None:
+            continue
+        ids = np.array(row.completions[0].ids, dtype=np.int32)
+        if not len(ids):
+            sums[index] = 0.0  # a response without tokens has probability 1
+            continue
+        prompt_ids = np.array(row.prompt_ids, dtype=np.int32)
+        indices.append(index)
+        examples.append(Example(prompt_ids, (ids,), images=prompt_images))
+    for index, logps in zip(indices, packed_logps(packed, examples, budget), strict=True):
+        sums[index] = float(logps.cpu().double().sum())
+    return sums
 
 
 def compare_models(
@@ -273,9 +282,9 @@ def compare_models(
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, lock) as run:
         world = run.world
-        wanted = config.section_of(CompareConfig).prompts
+        most = config.section_of(CompareConfig).prompts
         with console.heartbeat("reading prompts"):
-            records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
+            records, labels = world.on_main(lambda: held_out(config.data, most, console.say))
         parts = list(in_chunks(records, PROMPTS_AT_ONCE))
         prompts = Prompts(run, folder.comparison_parts, parts)
         judge, judge_facts = open_judge_together(run)
@@ -287,9 +296,10 @@ def compare_models(
         # A model that reads more gets no more room than the others: a longer response is not a better model.
         rooms = dict[str, int]()
         for record in itertools.chain(*parts):
-            found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
-            if len({*found}) > 1:
-                rooms[record.prompt_key()] = min(found)
+            of_speakers = {speaker.room(record) for speaker in speakers}
+            tokens = {room for room in of_speakers if room is not None}
+            if len(tokens) > 1:
+                rooms[record.prompt_key()] = min(tokens)
         # One model at a time is in memory; the base, which scores all, comes last.
         base, *others = speakers
         for speaker in (*others, base):
@@ -310,14 +320,14 @@ def compare_models(
 
             def judgements(index: int) -> list[_Row]:
                 answers = (map(Completions.from_row, speaker.responses.read(index)) for speaker in speakers)
-                texts = [
-                    [answer.completions[0].content for answer in row if answer.completions]
-                    for row in zip(*answers, strict=True)
-                ]
-                # A prompt that a model cannot be asked is not judged.
-                asked = [each if len(each) == len(speakers) else [] for each in texts]
+                texts_of_prompts = []
+                for row in zip(*answers, strict=True):
+                    texts = [answer.completions[0].content for answer in row if answer.completions]
+                    # A prompt that a model cannot be asked is not judged.
+                    texts_of_prompts.append(texts if len(texts) == len(speakers) else [])
+                records = prompts.parts[index]
                 return judge_texts(
-                    prompts.parts[index], asked, judge, in_pairs=compares(config.section_of(PairsConfig))
+                    records, texts_of_prompts, judge, in_pairs=compares(config.section_of(PairsConfig))
                 )
 
             folders = [speaker.responses.folder.name for speaker in speakers]
@@ -332,11 +342,11 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
     """Return a model's folder or hub name; a checkpoint is exported to a folder first. Collective."""
     if not model.is_checkpoint:
         return model.location
-    written = partial(
+    write = partial(
         checkpoint_as_model, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
     )
     with run.console.heartbeat(f"writing the weights of {model.name}"):
-        return str(run.world.on_main(written))
+        return str(run.world.on_main(write))
 
 
 def _rows(
@@ -355,25 +365,26 @@ def _rows(
         rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
-            if dropped := next(filter(None, (reason for reason, _ in row)), None):
-                counts[DROPPED_PROMPT_PREFIX + dropped] += 1
+            reasons = [reason for reason, _ in row if reason]
+            if reasons:
+                counts[DROPPED_PROMPT_PREFIX + reasons[0]] += 1
                 continue
             scores = judgement.get("scores", [None] * len(speakers))
+            responses = {}
+            for name, (_, response), score in zip(names, row, scores, strict=True):
+                responses[name] = {**response, "score": score}
             key = record.prompt_key()
             answer: _Row = {
                 "prompt_id": key[:16],
                 "prompt": prompt_text(record.prompt),
                 "source": labels[key],
-                "chosen": next((turns_of(first)[-1].content for first in record.responses), None),
-                "responses": {
-                    name: response | {"score": score}
-                    for name, (_, response), score in zip(names, row, scores, strict=True)
-                },
+                "chosen": turns_of(record.responses[0])[-1].content if record.responses else None,
+                "responses": responses,
             }
             if record.images:
                 answer["images"] = thumbnails(record.images)
-            if side := record.labelled_side:
-                answer["label"] = "good" if side == "chosen" else "bad"
+            if record.labelled_side:
+                answer["label"] = "good" if record.labelled_side == "chosen" else "bad"
             if judgement_parts is not None:
                 pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
                 answer["verdicts"] = [
@@ -421,25 +432,26 @@ def _write(
             "digest": speaker.source.digest,
             "revision": hub_commit(speaker.source.folder),
         }
-    prompts = [
-        prompt_hash(record.prompt, record.images) for part in speakers[0].prompts.parts for record in part
-    ]
-    trained = {each.name: count_trained(each.path, prompts, "prompt", console) for each in speakers}
-    results = {
-        "base": names[0],
-        "judge": None if judge is None else str(judge),
-        "judge_compares": judge is not None and compares(run.config.section_of(PairsConfig)),
-        **sections,
-        "prompts_also_in_train": trained,
-        "counts": dict(sorted(counts.items())),
-        "sampling": {name: value for name, value in sampling.items() if name != "seed"},
-        "version": dpo_dist.__version__,
-    }
-    written: dict[str, Any] = files.for_json(results)
-    files.write_json(folder.comparison_results, written)
-    for line in count_lines(counts + Counter(prompts=sections["prompts"])) if +counts else []:
-        console.say(line)
-    return written
+    records = itertools.chain(*speakers[0].prompts.parts)
+    prompts = [prompt_hash(record.prompt, record.images) for record in records]
+    in_train = {each.name: count_trained(each.path, prompts, "prompt", console) for each in speakers}
+    results: dict[str, Any] = files.for_json(
+        {
+            "base": names[0],
+            "judge": None if judge is None else str(judge),
+            "judge_compares": judge is not None and compares(run.config.section_of(PairsConfig)),
+            **sections,
+            "prompts_also_in_train": in_train,
+            "counts": dict(sorted(counts.items())),
+            "sampling": {name: value for name, value in sampling.items() if name != "seed"},
+            "version": dpo_dist.__version__,
+        }
+    )
+    files.write_json(folder.comparison_results, results)
+    if +counts:
+        for line in count_lines(counts + Counter(prompts=sections["prompts"])):
+            console.say(line)
+    return results
 
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> CheckReport:

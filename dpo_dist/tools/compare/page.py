@@ -144,9 +144,9 @@ def headline(results: _Row) -> list[str]:
 
 def _held_out_warning(results: _Row) -> list[str]:
     """Return a sentence on models that were trained on prompts of the comparison; empty if none was."""
-    trained = results.get("prompts_also_in_train", {}).items()
-    seen = " and ".join(f"{name} was trained on {count:,} of them" for name, count in trained if count)
-    return [f"Not all prompts are held out: {seen}."] if seen else []
+    counts = results.get("prompts_also_in_train", {}).items()
+    facts = " and ".join(f"{name} was trained on {count:,} of them" for name, count in counts if count)
+    return [f"Not all prompts are held out: {facts}."] if facts else []
 
 
 def _ranking_sentences(results: _Row) -> list[str]:

@@ -63,20 +63,23 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     return models
 
 
-def compared_models(written: list[str]) -> list[NamedModel]:
+def compared_models(entries: list[str]) -> list[NamedModel]:
     """Return the models of `compare.models`."""
-    if len(written) < 2:
+    if len(entries) < 2:
         raise ConfigError(
             "a comparison needs two models",
             where=MODELS_KEY,
-            got=as_written(written),
+            got=as_written(entries),
             expected="the base and at least one other model",
             remedy="name them, for example 'compare.models=[base=./base,output/a,beta05=output/b]'",
         )
     models = []
-    for entry in map(str.strip, written):
-        named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
-        name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
+    for entry in map(str.strip, entries):
+        name = ""
+        path = entry
+        match = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
+        if match:
+            name, path = map(str.strip, match.groups())
         models.append(NamedModel(name or short_name(path), path, locate_model(path, MODELS_KEY)))
     names = [model.name for model in models]
     twice = next((model for model in models if names.count(model.name) > 1), None)

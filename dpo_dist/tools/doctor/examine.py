@@ -1,5 +1,6 @@
 """Examine preference data: stream all sources, compare their records, and return the diagnosis."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -273,8 +274,9 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
         return datasets
 
     evals = prepared(data.eval_sources, Part.to_evaluate(data), "eval")
-    prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
-    trains = prepared(data.train, Part.to_train(data, np.concatenate(prompts) if prompts else None), "train")
+    prompts = [dataset.prompt_hashes[:] for dataset in itertools.chain(*evals)]
+    part = Part.to_train(data, np.concatenate(prompts) if prompts else None)
+    trains = prepared(data.train, part, "train")
     if data.eval:
         return PreparedData(encoder, [*trains, *evals], refusals)
     parts = zip(trains, evals or [[]] * len(trains), strict=True)

@@ -109,14 +109,17 @@ def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
     for source in sources:
         read, kept, held_out = (source[key] for key in ("read", "kept", "held_out"))
         data = "eval" if source["is_eval"] else "train"
-        data = data if held_out is None else f"{kept - held_out:,} train and {held_out:,} eval"
-        numbers = map(number, (read, kept, read - kept, source["pairs"]))
-        lengths = ["-", "-"]
-        for at, name in enumerate(("chosen", "rejected")):
-            if side := source["sides"].get(name):
-                unit = "tokens" if side["tokens"] else "characters"
-                lengths[at] = f"{side[unit]['percentiles'][50]:,.0f} {unit}"
-        rows.append([source["label"], data, *numbers, *lengths])
+        if held_out is not None:
+            data = f"{kept - held_out:,} train and {held_out:,} eval"
+        row = [source["label"], data, *map(number, (read, kept, read - kept, source["pairs"]))]
+        for name in ("chosen", "rejected"):
+            side = source["sides"].get(name)
+            if not side:
+                row.append("-")
+                continue
+            unit = "tokens" if side["tokens"] else "characters"
+            row.append(f"{side[unit]['percentiles'][50]:,.0f} {unit}")
+        rows.append(row)
     return ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected"], rows
 
 
@@ -146,7 +149,8 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:
     if diagnosis.store is not None:
         lines.append(store_sentence(diagnosis.store))
     for source in diagnosis.sources:
-        if sentence := tree_sentence(source["prefix"]):
+        sentence = tree_sentence(source["prefix"])
+        if sentence:
             lines.append(f"{source['label']}: records begin alike: {sentence}")
     for finding in diagnosis.findings:
         lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())

@@ -32,9 +32,10 @@ class DataRule(FindingRule):
         if count:
             level = self.level if count > self.threshold * total else Level.note
             text = f"{count} of {total} {records} ({percent(count / total)}) {self.text}"
-            text += f": {detail}" if detail else ""
-            shown = tuple(map(str, examples[:MAX_EXAMPLES]))
-            yield Finding(self.name, level, text, source, count, count / total, shown, self.remedy)
+            if detail:
+                text += f": {detail}"
+            origins = tuple(map(str, examples[:MAX_EXAMPLES]))
+            yield Finding(self.name, level, text, source, count, count / total, origins, self.remedy)
 
     def value(self, value: float, count: int, source: str | None, detail: str) -> Iterator[Finding]:
         """Yield a finding if `value` is above the threshold; `count` records were examined."""

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dpo_dist.data import BadRecord, DataConfig, DataSource, ImageProcessor, PreferenceRecord, TokenIds
 from dpo_dist.data.encode import encode_pair
@@ -60,10 +61,10 @@ def show_pairs(
     """
     rules: dict[str, list[str]] = {}
     for finding in findings:
-        origins = (origin for example in finding.examples for origin in example.split(", "))
-        for origin in itertools.islice(origins, _EXAMPLES_PER_FINDING):
+        origins = ", ".join(finding.examples).split(", ") if finding.examples else []
+        for origin in origins[:_EXAMPLES_PER_FINDING]:
             rules.setdefault(origin, []).append(finding.rule)
-    shown = []
+    pairs = []
     room = ThumbnailRoom()
     for source in [*config.train, *config.eval]:
         for record in _choose(DataSource(source).pinned(), rules, count):
@@ -71,8 +72,8 @@ def show_pairs(
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             note, parts = _parts(record, config, tokenizer, processor)
             images = room.fitting(thumbnails(record.images))
-            shown.append(ShownPair(origin, names, note, parts, images))
-    return shown
+            pairs.append(ShownPair(origin, names, note, parts, images))
+    return pairs
 
 
 def _choose(source: DataSource, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
@@ -102,30 +103,30 @@ def _parts(
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    whole = encode_pair(record, tokenizer, config.without_limits(), processor)
-    kept = encode_pair(record, tokenizer, config, processor)
-    if isinstance(whole, BadRecord):
-        return whole.reason, _plain_parts(record)
+    uncut = encode_pair(record, tokenizer, config.without_limits(), processor)
+    example = encode_pair(record, tokenizer, config, processor)
+    if isinstance(uncut, BadRecord):
+        return uncut.reason, _plain_parts(record)
     note = ""
-    if isinstance(kept, BadRecord):
-        note = kept.reason
-        kept = whole
-    prompt = whole.prompt_ids
+    if isinstance(example, BadRecord):
+        note = example.reason
+        example = uncut
+    prompt = uncut.prompt_ids
     # Tokens in front, such as BOS, stay: those after them are cut.
-    missing = len(prompt) - len(kept.prompt_ids)
+    missing = len(prompt) - len(example.prompt_ids)
     front = 0
-    while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
+    while missing and (prompt[front + missing :] != example.prompt_ids[front:]).any():
         front += 1
     # The limits never cut an image, so what is cut has none.
     placeholder_id = None if processor is None else processor.placeholder_id
-    read = prompt[shown_tokens(prompt, whole.images, placeholder_id)]
-    is_trained = [False] * len(read)
+    ids = prompt[shown_tokens(prompt, uncut.images, placeholder_id)]
+    is_trained = [False] * len(ids)
     cut = range(front, front + missing)
-    parts = [ShownPart("prompt", list(_segments(read, is_trained, cut, tokenizer)), len(prompt))]
+    parts = [ShownPart("prompt", list(_segments(ids, is_trained, cut, tokenizer)), len(prompt))]
     for index, name, score in _names(record):
-        ids = whole.responses[index]
-        is_trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
-        cut = range(len(kept.responses[index]), len(ids))
+        ids = uncut.responses[index]
+        is_trained = uncut.trained[index].tolist() if uncut.trained else [True] * len(ids)
+        cut = range(len(example.responses[index]), len(ids))
         parts.append(ShownPart(name, list(_segments(ids, is_trained, cut, tokenizer)), len(ids), score))
     return note, parts
 
@@ -134,32 +135,41 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
     """Yield index, name and score of each response to show."""
     count = len(record.responses)
     for index in range(min(count, _MAX_RESPONSES)):
-        name = ("chosen", "rejected")[index] if count == 2 else f"response {index + 1} of {count}"
-        name = {"chosen": "good response", "rejected": "bad response", None: name}[record.labelled_side]
-        yield index, name, record.scores[index] if record.scores is not None else None
+        if record.labelled_side is not None:
+            name = "good response" if record.labelled_side == "chosen" else "bad response"
+        elif count == 2:
+            name = ("chosen", "rejected")[index]
+        else:
+            name = f"response {index + 1} of {count}"
+        yield index, name, None if record.scores is None else record.scores[index]
 
 
 def _segments(
     ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
 ) -> Iterator[TextSpan]:
     """Yield runs of tokens of one kind; a long part ends after its first tokens."""
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
-    special = added | set(tokenizer.all_special_ids)  # an added token of white space is ordinary text
+    special = set(tokenizer.all_special_ids)
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if str(token).strip():  # an added token of white space is ordinary text
+            special.add(number)
     tokens = ids[:_MAX_TOKENS].tolist()
-    stop = 0
-    before = ""
     kinds = []
     for place, token in enumerate(tokens):
-        use = "trained" if is_trained[place] else ""
-        kinds.append(("special " if token in special else "") + ("cut" if place in cut else use))
+        kind = "special " if token in special else ""
+        if place in cut:
+            kind += "cut"
+        elif is_trained[place]:
+            kind += "trained"
+        kinds.append(kind)
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    stop = 0
+    before = ""
     for kind, group in itertools.groupby(kinds):
-        stop += sum(1 for _ in group)
+        stop += len(list(group))
         # Decoded together with all tokens before: some tokenizers drop the first space of a text.
-        decoded = str(
-            tokenizer.decode(tokens[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
-        yield decoded[len(before) :], kind
-        before = decoded
+        text = str(decode(tokens[:stop]))
+        yield text[len(before) :], kind
+        before = text
     if len(ids) > len(tokens):
         yield f"{len(ids) - len(tokens):,} tokens not shown", "omitted"
 
@@ -167,12 +177,14 @@ def _segments(
 def _plain_parts(record: PreferenceRecord) -> list[ShownPart]:
     texts = plain_texts(record)
     prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
-    named: list[tuple[str, str, float | None]] = [("prompt", prompt, None)]
-    named += [(name, texts.responses[index], score) for index, name, score in _names(record)]
-    omitted = ("further characters not shown", "omitted")
-    return [
-        ShownPart(
-            name, [(text[:_MAX_CHARACTERS], ""), *[omitted] * (len(text) > _MAX_CHARACTERS)], score=score
-        )
-        for name, text, score in named
-    ]
+    parts = [ShownPart("prompt", _plain_segments(prompt))]
+    for index, name, score in _names(record):
+        parts.append(ShownPart(name, _plain_segments(texts.responses[index]), score=score))
+    return parts
+
+
+def _plain_segments(text: str) -> list[TextSpan]:
+    segments = [(text[:_MAX_CHARACTERS], "")]
+    if len(text) > _MAX_CHARACTERS:
+        segments.append(("further characters not shown", "omitted"))
+    return segments

@@ -118,8 +118,9 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         folder = run.folder
         name = entry.name(inputs, config.model, config.loss, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
-        trained = {"prompts_also_in_train": count_trained(entry.path, hashes, config.loss.unit, console)}
-        dataset_with_count = replace(dataset, counts=dataset.counts | trained)
+        in_train = count_trained(entry.path, hashes, config.loss.unit, console)
+        counts = {**dataset.counts, "prompts_also_in_train": in_train}
+        dataset_with_count = replace(dataset, counts=counts)
         reference = config.reference.path or config.model.path
         seed = config.trainer.seed
         results = write_evaluation(
@@ -144,13 +145,13 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
     return results
 
 
-def _identify(run: Run, base: Path, named: Path) -> None:
+def _identify(run: Run, base: Path, model: Path) -> None:
     """Check a model's files on every node, and for an adapter those of its base; collective."""
     config = run.config
-    folder, adapter = (base, named) if is_adapter(named) else (named, None)
-    with run.console.heartbeat(f"reading the files of {named} to identify them"):
+    adapter = model if is_adapter(model) else None
+    with run.console.heartbeat(f"reading the files of {model} to identify them"):
         digest_on_every_node(
-            folder,
+            model if adapter is None else base,
             Path(config.reference.store),
             config.model.trust_remote_code,
             loads_whole(config.model, config.parallelism),
@@ -180,29 +181,30 @@ def load_evaluated(
         state = open_checkpoint(Path(entry.path), world).state
         running = RunningMeans(**state["running"])
 
-        def load_trained(model: PackedCausalLM) -> None:
+        def load_weights(model: PackedCausalLM) -> None:
             if config.model.adapter is not None:
                 add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
             load_checkpoint_weights(model, Path(entry.path), world)
 
-        finish = load_trained
+        finish = load_weights
     else:
         revision = config.model.revision if entry.path == config.model.path else None
-        named = shared_model_folder(run, entry.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
-        commit = hub_commit(named)
-        _identify(run, base, named)
-        if is_adapter(named):
-            for warning in base_warnings(config.model, named):
+        files = shared_model_folder(run, entry.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
+        commit = hub_commit(files)
+        _identify(run, base, files)
+        if is_adapter(files):
+            for warning in base_warnings(config.model, files):
                 run.warn(warning)
-            finish = partial(load_adapter, folder=named)
+            finish = partial(load_adapter, folder=files)
         else:
-            folder = named
+            folder = files
             key = EVALUATION_MODEL_KEY
-            bits = bits if named.resolve() == base.resolve() else None
+            if folder.resolve() != base.resolve():
+                bits = None
             world.on_main(
                 partial(
                     check_same_vocabulary,
-                    named,
+                    folder,
                     inputs.tokenizer,
                     config.model,
                     inputs.processor,

@@ -25,14 +25,14 @@ def count_trained(model: str, prompts: Iterable[int], unit: str, console: Consol
     if run is None:
         return None
     try:
-        trained = _training_prompts(run.config)
+        training_prompts = _training_prompts(run.config)
     except (OSError, ValueError, DpoDistError) as error:
         console.say(
             f"note: it is not known whether {model} was trained on these {unit}s: {first_line(error)}"
         )
         return None
     hashes = list(prompts)
-    count = sum(prompt in trained for prompt in hashes)
+    count = sum(prompt in training_prompts for prompt in hashes)
     if count:
         console.warn(
             f"{count:,} of {len(hashes):,} {unit}s are not held out: {model} was trained on their "
@@ -50,6 +50,10 @@ def _training_prompts(file: Path) -> frozenset[int]:
 
 
 def _prompts(sources: Iterable[SourceConfig]) -> set[int]:
-    records = (record.readable() for source in sources for record in DataSource(source).pinned().prompts())
-    kept = (record for record in records if isinstance(record, PreferenceRecord))
-    return {prompt_hash(record.prompt, record.images) for record in kept}
+    prompts = set[int]()
+    for source in sources:
+        for raw in DataSource(source).pinned().prompts():
+            record = raw.readable()
+            if isinstance(record, PreferenceRecord):
+                prompts.add(prompt_hash(record.prompt, record.images))
+    return prompts

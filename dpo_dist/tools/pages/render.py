@@ -57,20 +57,20 @@ def number_above_interval(
     """Return a number above its interval, "" for None; with a `scale` of 100, a share in percent."""
     if value is None:
         return Markup("")
-    shown = percent(value) if scale == 100 else number(value)
+    text = percent(value) if scale == 100 else number(value)
     if not ends:
-        return Markup(shown)  # noqa: S704  (digits)
+        return Markup(text)  # noqa: S704  (digits)
     low, high = (number(scale * end, 3) for end in ends)
-    return Markup(f"{shown} <small>[{low}, {high}]</small>")  # noqa: S704
+    return Markup(f"{text} <small>[{low}, {high}]</small>")  # noqa: S704
 
 
 def flat(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield nested fields as dotted keys, with values as YAML text; entries of lists without what is null."""
     for key, value in leaves(fields):
-        shown: object = value
+        content: object = value
         if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-            shown = [{name: item for name, item in each.items() if item is not None} for each in value]
-        yield key, as_yaml(shown)
+            content = [{name: item for name, item in each.items() if item is not None} for each in value]
+        yield key, as_yaml(content)
 
 
 TEMPLATES = Environment(
@@ -117,7 +117,7 @@ def page(
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def part(template: str, macro: str, *arguments: Any, **named: Any) -> Markup:
+def part(template: str, macro: str, *arguments: Any, **options: Any) -> Markup:
     """Return the HTML of a template's macro."""
-    html: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **named)
+    html: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **options)
     return html

@@ -59,7 +59,7 @@ class ShownPrompt:
     def title(self) -> str:
         """The beginning of the last turn on one line, without the template's tokens."""
         turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(self.prompt)]
-        line = " ".join(next((turn for turn in reversed(turns) if turn), ()))
+        line = " ".join(next(filter(None, reversed(turns)), ()))
         return line if len(line) <= _TITLE_CHARACTERS else line[:_TITLE_CHARACTERS] + "\u2026"
 
 
@@ -92,22 +92,24 @@ def prompt_items(prompts: Iterable[ShownPrompt], room: int) -> tuple[list[Markup
     left = room
     waiting = iter(prompts)
     images = ThumbnailRoom()
-    for whole in waiting:
-        shown = replace(whole, images=images.fitting(whole.images))
-        item = part("macros.jinja", "prompt", _cut(shown), len(items) < _OPEN)
-        left -= len(item.encode("utf-8", "replace")) - sum(len(image or "") for image in shown.images)
+    for prompt in waiting:
+        thumbnails = images.fitting(prompt.images)
+        item = part("macros.jinja", "prompt", _cut(replace(prompt, images=thumbnails)), len(items) < _OPEN)
+        left -= len(item.encode("utf-8", "replace")) - sum(len(image or "") for image in thumbnails)
         if left < 0:
             return items, 1 + sum(1 for _ in waiting)
         items.append(item)
     return items, 0
 
 
-def _cut(shown: ShownPrompt) -> Mapping[str, Any]:
+def _cut(prompt: ShownPrompt) -> Mapping[str, Any]:
     """Return a prompt's fields for the template, with long texts cut."""
-    base = next((each for each in shown.responses if each.label == shown.against), None)
-    other = base.text[:_LONGEST_TEXT] if base and base.text and base.text.strip() else None
-    columns = [_column(each, other if each is not base else None, shown.against) for each in shown.responses]
-    return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:_LONGEST_TEXT], "responses": columns}
+    base = next((each for each in prompt.responses if each.label == prompt.against), None)
+    base_text = base.text or "" if base else ""
+    other = base_text[:_LONGEST_TEXT] if base_text.strip() else None
+    columns = [_column(each, None if each is base else other, prompt.against) for each in prompt.responses]
+    text = prompt.prompt[:_LONGEST_TEXT]
+    return {**vars(prompt), "title": prompt.title, "prompt": text, "responses": columns}
 
 
 def _column(response: ShownResponse, other: str | None, against: str) -> ShownResponse:
@@ -127,8 +129,12 @@ def _column(response: ShownResponse, other: str | None, against: str) -> ShownRe
 
 def end_notes(tokens: int | None, is_finished: bool | None) -> str:
     """Return "184 tokens, did not end"; an argument that is None is left out."""
-    notes = [] if tokens is None else [pluralize(tokens, "token")]
-    return ", ".join([*notes, "did not end"] if is_finished is False else notes)
+    notes = []
+    if tokens is not None:
+        notes.append(pluralize(tokens, "token"))
+    if is_finished is False:
+        notes.append("did not end")
+    return ", ".join(notes)
 
 
 REPEATED = 0.5
@@ -162,12 +168,10 @@ def choose(rows: Sequence[_Row]) -> list[tuple[_Row, str]]:
     with_faults = [(row, faults(row)) for row in rows]
     faulty = [each for each in with_faults if each[1]]
     worst = sorted(faulty, key=lambda each: (-len(each[1]), -(each[0]["policy_tokens"] or 0)))[:_MOST_WORST]
-    others = [each for each in with_faults if each not in worst]
-    drawn = random.Random(0).sample(others, min(len(others), _MOST_SHOWN - len(worst)))  # noqa: S311
-    return [
-        *((row, f"the response {', '.join(reasons)}") for row, reasons in worst),
-        *((row, "chosen at random") for row, _ in drawn),
-    ]
+    others = [row for row, reasons in with_faults if (row, reasons) not in worst]
+    sample = random.Random(0).sample(others, min(len(others), _MOST_SHOWN - len(worst)))  # noqa: S311
+    choice = [(row, f"the response {', '.join(reasons)}") for row, reasons in worst]
+    return [*choice, *((row, "chosen at random") for row in sample)]
 
 
 def samples_section(folder: RunFolder) -> Mapping[str, Any]:
@@ -177,20 +181,25 @@ def samples_section(folder: RunFolder) -> Mapping[str, Any]:
     """
     files = _files(folder)
     steps = list(files)
-    read = {step: list(islice(read_lines(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
-    if not steps or not read[steps[0]]:
+    rows_of_steps = dict[int, list[_Row]]()
+    for step in dict.fromkeys((*steps[:2], *steps[-1:])):
+        rows_of_steps[step] = list(islice(read_lines(files[step]), _MOST_ROWS))
+    last = rows_of_steps[steps[0]] if steps else []
+    if not last:
         return {}
-    by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in read.items()}
-    shown = []
-    for row, reason in choose(read[steps[0]]):
-        rows = {step: by_id.get(row["prompt_id"]) for step, by_id in sorted(by_prompt.items(), reverse=True)}
+    by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in rows_of_steps.items()}
+    prompts = []
+    for row, reason in choose(last):
+        of_prompt = {step: by_id.get(row["prompt_id"]) for step, by_id in by_prompt.items()}
         title = f"{row['source']}: {reason}"
-        responses = tuple(_responses(row, rows))
-        shown.append(ShownPrompt(row["prompt"], responses, "reference", title, images=row.get("images", ())))
-    items, omitted = prompt_items(shown, _SECTION_BYTES)
+        responses = tuple(_responses(row, of_prompt))
+        prompts.append(
+            ShownPrompt(row["prompt"], responses, "reference", title, images=row.get("images", ()))
+        )
+    items, omitted = prompt_items(prompts, _SECTION_BYTES)
     return {
         "step": steps[0],
-        "prompts": len(read[steps[0]]),
+        "prompts": len(last),
         "file": files[steps[0]].name,
         "items": items,
         "omitted": omitted,
@@ -199,62 +208,63 @@ def samples_section(folder: RunFolder) -> Mapping[str, Any]:
 
 def _files(folder: RunFolder) -> dict[int, Path]:
     """Return the sample files by step, the newest first."""
-    named = ((checkpoint_step(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
-    return dict(sorted(((step, file) for step, file in named if step is not None), reverse=True))
+    files = {}
+    for file in folder.samples.glob("step-*.jsonl"):
+        step = checkpoint_step(file.stem)
+        if step is not None:
+            files[step] = file
+    return dict(sorted(files.items(), reverse=True))
 
 
 def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
     """Return prompts that several runs share, with each run's response after its last step."""
-    by_prompt: dict[str, list[ShownResponse]] = {}
+    responses_of_prompts: dict[str, list[ShownResponse]] = {}
     last: dict[str, _Row] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
             for row in islice(read_lines(file), _MOST_ROWS):
                 notes = end_notes(row["policy_tokens"], row["policy_finished"])
                 response = ShownResponse(label, row["policy"], f"step {row['step']:,}, {notes}")
-                by_prompt.setdefault(row["prompt_id"], []).append(response)
+                responses_of_prompts.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
-    shown = [
-        ShownPrompt(
-            row["prompt"],
-            [*responses, response_in_data(row)],
-            responses[0].label,
-            row["source"],
-            images=row.get("images", ()),
-        )
-        for responses, row in zip(by_prompt.values(), last.values(), strict=True)
-        if len(responses) > 1
-    ]
-    return prompt_items(shown[:_MOST_SHOWN], _SECTION_BYTES)[0]
+    prompts = []
+    for key, responses in responses_of_prompts.items():
+        if len(responses) > 1:
+            newest = last[key]
+            against = responses[0].label
+            responses.append(response_in_data(newest))
+            images = newest.get("images", ())
+            prompts.append(ShownPrompt(newest["prompt"], responses, against, newest["source"], images=images))
+    return prompt_items(prompts[:_MOST_SHOWN], _SECTION_BYTES)[0]
 
 
 def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs in an evaluation's file of worst pairs, as HTML."""
-    shown = []
+    prompts = []
     for row in read_lines(file):
-        sides = [side for side in ("chosen", "rejected") if side in row]
         margin = row["margin"]
-        names = list[str](sides)
-        measured = f"margin {number(margin, 3)}"
-        if len(sides) == 1:  # a labelled response
-            is_good = sides == ["chosen"]
-            names = ["good" if is_good else "bad"]
-            measured = f"reward {number(margin if is_good else -margin, 3)}"
-        responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
-        why = f"{row['origin']}: {measured}"
+        metric = f"margin {number(margin, 3)}"
+        responses = [ShownResponse(side, row[side]) for side in ("chosen", "rejected") if side in row]
+        if "rejected" not in row:
+            responses = [ShownResponse("good", row["chosen"])]
+            metric = f"reward {number(margin, 3)}"
+        elif "chosen" not in row:
+            responses = [ShownResponse("bad", row["rejected"])]
+            metric = f"reward {number(-margin, 3)}"
+        why = f"{row['origin']}: {metric}"
         images = row.get("images", ())
-        shown.append(ShownPrompt(row["prompt"], responses, "chosen", why, images=images))
-    return prompt_items(shown, _SECTION_BYTES)[0]
+        prompts.append(ShownPrompt(row["prompt"], responses, "chosen", why, images=images))
+    return prompt_items(prompts, _SECTION_BYTES)[0]
 
 
 def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:
     """Yield the reference's response, the policy's last one, earlier ones that differ, and the chosen one."""
     notes = end_notes(last["reference_tokens"], last["reference_finished"])
     yield ShownResponse("reference", last["reference"], notes)
-    known = {last["reference"]}
+    texts = {last["reference"]}
     for step, row in rows.items():
-        if row is last or (row is not None and row["policy"] not in known):
-            known.add(row["policy"])
+        if row is last or (row is not None and row["policy"] not in texts):
+            texts.add(row["policy"])
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
             yield ShownResponse(f"step {step:,}", row["policy"], notes)
     yield response_in_data(last)

@@ -16,7 +16,8 @@ Thumbnails = Sequence[str | None]
 _MARK = "[image]"
 _JPEG = "data:image/jpeg;base64,"
 _THUMBNAIL_SIDE = 160
-_MOST_THUMBNAILS, _THUMBNAIL_BYTES = 100, 1_500_000
+_MOST_THUMBNAILS = 100
+_THUMBNAIL_BYTES = 1_500_000
 
 
 def with_marks(text: str) -> str:
@@ -38,13 +39,13 @@ def jpeg_uri(content: bytes, most: int) -> str:
 
 def thumbnails(images: Iterable[ImageFile], most: int = _THUMBNAIL_SIDE) -> list[str | None]:
     """Return the thumbnail of each image, with at most `most` pixels a side."""
-    found: list[str | None] = []
+    uris: list[str | None] = []
     for image in images:
         try:
-            found.append(jpeg_uri(image.read(), most))
+            uris.append(jpeg_uri(image.read(), most))
         except UnusableRecordError:
-            found.append(None)
-    return found
+            uris.append(None)
+    return uris
 
 
 class ThumbnailRoom:
@@ -56,14 +57,14 @@ class ThumbnailRoom:
 
     def fitting(self, images: Thumbnails) -> Thumbnails:
         """Return those of a prompt's thumbnails that fit, None in place of others."""
-        shown: list[str | None] = []
+        thumbnails: list[str | None] = []
         for image in images:
             fits = image and image.startswith(_JPEG) and self._number > 0 and len(image) <= self._bytes
-            shown.append(image if fits else None)
+            thumbnails.append(image if fits else None)
             if image and fits:
-                self._number = self._number - 1
-                self._bytes = self._bytes - len(image)
-        return shown
+                self._number -= 1
+                self._bytes -= len(image)
+        return thumbnails
 
 
 def shown_tokens(ids: TokenIds, images: Sequence[ImageInput], placeholder_id: int | None) -> Mask:
@@ -71,20 +72,20 @@ def shown_tokens(ids: TokenIds, images: Sequence[ImageInput], placeholder_id: in
 
     bool [tokens]
     """
-    shown = np.ones(len(ids), dtype=np.bool_)
+    is_shown = np.ones(len(ids), dtype=np.bool_)
     places = np.flatnonzero(ids == placeholder_id)
     for image in images:
         first = places[0]
         last = places[image.tokens - 1]
-        shown[first + 1 : last + 1] = False
+        is_shown[first + 1 : last + 1] = False
         places = places[image.tokens :]
-    return shown
+    return is_shown
 
 
 def shown_prompt(example: Example, images: PromptImages | None) -> tuple[TokenIds, list[str | None]]:
     """Return the tokens to show of the prompt of a dataset's example, and thumbnails of its images."""
     if images is None:
         return example.prompt_ids, []
-    shown = shown_tokens(example.prompt_ids, example.images, images.processor.placeholder_id)
+    is_shown = shown_tokens(example.prompt_ids, example.images, images.processor.placeholder_id)
     files = [ImageFile(images.content(image)) for image in example.images]
-    return example.prompt_ids[shown], thumbnails(files)
+    return example.prompt_ids[is_shown], thumbnails(files)

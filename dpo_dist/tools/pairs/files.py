@@ -41,8 +41,8 @@ def pair_fields(
     fields = {} if prompt is None else {"prompt": prompt}
     fields |= {"chosen": chosen, "rejected": rejected, **record.context_fields()}
     if scores is not None:
-        fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
-    return fields | {"provenance": dict(provenance)}
+        fields["score_chosen"], fields["score_rejected"] = scores
+    return {**fields, "provenance": dict(provenance)}
 
 
 def image_fields(record: PreferenceRecord, folder: Path) -> dict[str, Any]:

@@ -84,16 +84,15 @@ def draw_items(
         prompt, *keys = map(text_digest, texts)
         if record.images:
             prompt = text_digest(" ".join([prompt, *(image.digest.hex() for image in record.images)]))
-        drawn = sorted(
-            zip(keys, record.responses, strict=True), key=lambda each: _fraction(seed, prompt, each[0])
-        )
-        first, second = sorted(drawn[:2], key=lambda each: each[0])  # an order unrelated to quality
-        key = text_digest(f"{prompt} {first[0]} {second[0]}")[:20]
+        indices = sorted(range(len(keys)), key=lambda index: _fraction(seed, prompt, keys[index]))
+        first, second = sorted(indices[:2], key=lambda index: keys[index])  # an order unrelated to quality
+        key = text_digest(f"{prompt} {keys[first]} {keys[second]}")[:20]
         counts["duplicate"] += key in items
-        items.setdefault(key, replace(record, responses=(first[1], second[1]), scores=None))
-    chosen = sorted(items, key=lambda key: _fraction(seed, "draw", key))[:most]
-    counts["not_drawn"] = len(items) - len(chosen)
-    return {key: items[key] for key in chosen}
+        responses = record.responses[first], record.responses[second]
+        items.setdefault(key, replace(record, responses=responses, scores=None))
+    sample = sorted(items, key=lambda key: _fraction(seed, "draw", key))[:most]
+    counts["not_drawn"] = len(items) - len(sample)
+    return {key: items[key] for key in sample}
 
 
 def _fraction(seed: int, *names: str) -> float:
@@ -114,10 +113,10 @@ class Labelling:
     def read(self, file: Path) -> int:
         """Read judgements of earlier starts, cut off an incomplete last line; count those without an item."""
         content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        os.ftruncate(self._log, len(whole))
+        content = content[: content.rfind(b"\n") + 1]
+        os.ftruncate(self._log, len(content))
         lines = []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(content.splitlines(), start=1):
             try:
                 lines.append(Annotation(**parse_json(line)))
             except (ValueError, TypeError) as error:
@@ -135,8 +134,8 @@ class Labelling:
         """Write a judgement to disk, then to `judgements`; `choice` is one of `CHOICES`."""
         left = self.left(annotator, item)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
-        judgement = Annotation(item, annotator, verdict, left, now)
+        verdicts = {"left": _SIDES[left], "right": _SIDES[1 - left]}
+        judgement = Annotation(item, annotator, verdicts.get(choice, choice), left, now)
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
         size = os.fstat(self._log).st_size
         try:
@@ -154,25 +153,36 @@ class Labelling:
 
     def remaining(self, annotator: str) -> list[str]:
         """Return the items that the annotator still has to judge, shuffled by the annotator's name."""
-        taken = {item for (_, item), each in self.judgements.items() if each.verdict != SKIP} - self._shared
-        items = [key for key in self.items if key not in taken and (annotator, key) not in self.judgements]
+        closed = {item for (_, item), each in self.judgements.items() if each.verdict != SKIP} - self._shared
+        closed |= {item for name, item in self.judgements if name == annotator}
+        items = [key for key in self.items if key not in closed]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
 
     def shown(self, annotator: str, item: str) -> dict[str, Any]:
         """Return the page's content: an item, and the annotator's progress."""
-        judged = sum(name == annotator for name, _ in self.judgements)
-        facts: dict[str, Any] = {"annotator": annotator, "judged": judged, "items": len(self.items)}
-        facts["remaining"] = len(self.remaining(annotator))
-        if (record := self.items.get(item)) is None:
+        facts: dict[str, Any] = {
+            "annotator": annotator,
+            "judged": sum(name == annotator for name, _ in self.judgements),
+            "items": len(self.items),
+            "remaining": len(self.remaining(annotator)),
+        }
+        record = self.items.get(item)
+        if record is None:
             return facts
         prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt
         if record.images:
             prompt = tuple(replace(turn, content=with_marks(turn.content)) for turn in turns_of(prompt))
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
-        sides = {"left": responses[left], "right": responses[1 - left]}
-        images = thumbnails(record.images, _IMAGE_SIDE)
-        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools, "images": images}
+        return {
+            **facts,
+            "left": responses[left],
+            "right": responses[1 - left],
+            "item": item,
+            "prompt": turns,
+            "tools": record.tools,
+            "images": thumbnails(record.images, _IMAGE_SIDE),
+        }
 
 
 class _Request(WSGIRequestHandler):
@@ -224,29 +234,29 @@ class LabelServer(ThreadingMixIn, WSGIServer):
             return []
         try:
             length = int(environ.get("CONTENT_LENGTH") or 0)
-            received = environ["wsgi.input"].read(min(length, _MOST_BYTES))
-            sent = received.decode()
+            content = environ["wsgi.input"].read(min(length, _MOST_BYTES))
+            form = content.decode()
         except (OSError, ValueError):
-            sent = ""
-            is_whole = False
+            form = ""
+            is_complete = False
         else:
-            is_whole = len(received) == length
-        fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
+            is_complete = len(content) == length
+        fields = dict(parse_qsl(form or environ["QUERY_STRING"], keep_blank_values=True))
         annotator = fields.get("annotator", "").strip()
         item = fields.get("item", "")
         is_verdict = annotator and item in self._labelling.items and fields.get("choice") in CHOICES
-        if not is_whole or (sent and not is_verdict):
+        if not is_complete or (form and not is_verdict):
             start("400 Bad Request", [("Content-Type", "text/plain; charset=utf-8")])
             expected = f"a name, a comparison of this session and one of {', '.join(CHOICES)}"
             return [f"Not saved: this is no judgement. Expected: {expected}.".encode()]
         with self._lock:
             try:
-                if sent:
+                if form:
                     self._labelling.judge(annotator, item, fields["choice"])
             except OSError as error:
                 start("507 Insufficient Storage", [("Content-Type", "text/plain; charset=utf-8")])
                 return [f"Not saved: {error.strerror}. Free disk space, go back and judge again.".encode()]
-            if sent or (annotator and "item" not in fields):
+            if form or (annotator and "item" not in fields):
                 # The comparison's key is in the address, so that the browser can go back to it.
                 item = next(iter(self._labelling.remaining(annotator)), "")
                 query = urlencode({"annotator": annotator, "item": item})
@@ -273,24 +283,26 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
     bias if far from 0.5). `between`: for every two annotators `items` that both judged, `agreed` (share of
     equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
-    given: dict[str, dict[str, Annotation]] = defaultdict(dict)
+    by_annotator: dict[str, dict[str, Annotation]] = defaultdict(dict)
     for each in judgements:
         if each.verdict != SKIP:
-            given[each.annotator][each.item] = each
+            by_annotator[each.annotator][each.item] = each
     annotators = {}
     between = []
-    for name, by_item in sorted(given.items()):
+    for name, by_item in sorted(by_annotator.items()):
         lefts = [each.verdict == _SIDES[each.left] for each in by_item.values() if each.verdict != TIE]
         annotators[name] = {"judged": len(by_item), "left_share": statistics.fmean(lefts) if lefts else None}
-    for names in itertools.combinations(sorted(given), 2):
+    for names in itertools.combinations(sorted(by_annotator), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
-        first, second = (given[name] for name in names)
+        first, second = (by_annotator[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
-        agreed = statistics.fmean(verdict == other for verdict, other in pairs) if pairs else None
-        has_one_verdict = len(set(itertools.chain(*pairs))) < 2  # kappa would divide by 0
-        kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
-        between.append({"annotators": list(names), "items": len(pairs), "agreed": agreed, "kappa": kappa})
+        row = {"annotators": list(names), "items": len(pairs), "agreed": None, "kappa": None}
+        if pairs:
+            row["agreed"] = statistics.fmean(verdict == other for verdict, other in pairs)
+        if len(set(itertools.chain(*pairs))) > 1:  # with one verdict kappa would divide by 0
+            row["kappa"] = float(cohen_kappa_score(*zip(*pairs, strict=True)))
+        between.append(row)
     return {"annotators": annotators, "between": between}
 
 
@@ -301,13 +313,20 @@ def label_pairs(
     import sklearn.metrics  # noqa: F401, PLC0415  (a missing package shows before people judge)
 
     say = console.say
-    settings = {"method": str(PairsMethod.people), "sources": plain(data.train)}
-    settings |= {"limit": limit, "seed": seed}
+    settings = {
+        "method": str(PairsMethod.people),
+        "sources": plain(data.train),
+        "limit": limit,
+        "seed": seed,
+    }
     check_output(folder.pairs_file, settings)
-    drawn: Counter[str] = Counter()
-    items = draw_items(training_records(data, DataSource.records, say), limit or _MOST_ITEMS, seed, drawn)
-    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
-    say(pluralize(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
+    counts_of_draw: Counter[str] = Counter()
+    items = draw_items(
+        training_records(data, DataSource.records, say), limit or _MOST_ITEMS, seed, counts_of_draw
+    )
+    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+counts_of_draw).items())
+    comparisons = pluralize(len(items), "comparison")
+    say(f"{comparisons}; records: {rest}" if rest else comparisons)
     if not items:
         raise DataError(
             "there is nothing to compare",
@@ -319,17 +338,18 @@ def label_pairs(
     remedy = "open the address that the other process printed (annotators share it), or set another run.dir"
     with locked(folder.pairs_judgements, "serves this labelling session", remedy) as descriptor:
         labelling = Labelling(items, descriptor, seed)
-        if foreign := labelling.read(folder.pairs_judgements):
+        foreign = labelling.read(folder.pairs_judgements)
+        if foreign:
             say(f"{foreign:,} earlier judgements are not used: their comparisons are not drawn now")
         with LabelServer(labelling) as server:
             _serve(server, console)
     judgements = list(labelling.judgements.values())
     counts = Counter[str]()
-    decided = list(_pairs(items, judgements, counts, folder.pairs))
+    pairs = list(_pairs(items, judgements, counts, folder.pairs))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
-    write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})
-    if decided:
-        write_results(folder.pairs_file, decided, settings, counts, say)
+    write_json(folder.pairs_agreement, {**agreement(judgements), "items": counts})
+    if pairs:
+        write_results(folder.pairs_file, pairs, settings, counts, say)
     else:
         say(f"no pair is decided yet: {counts_in_one_line(counts)}")
 
@@ -366,10 +386,14 @@ def _pairs(
             continue
         sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")  # by index
         names = dict(zip(_SIDES, sides, strict=True))
-        given = [
-            each._asdict() | {"verdict": names.get(each.verdict, each.verdict), "left": sides[each.left]}
-            for each in by_item[key]
-        ]
-        facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
+        judgements_of_item = []
+        for each in by_item[key]:
+            verdict = names.get(each.verdict, each.verdict)
+            judgements_of_item.append({**each._asdict(), "verdict": verdict, "left": sides[each.left]})
+        facts = {
+            "source": str(record.origin),
+            "method": str(PairsMethod.people),
+            "judgements": judgements_of_item,
+        }
         responses = record.responses[better], record.responses[1 - better]
-        yield pair_fields(record, responses, None, facts) | image_fields(record, folder)
+        yield {**pair_fields(record, responses, None, facts), **image_fields(record, folder)}

@@ -58,8 +58,10 @@ def check_settings(config: RunConfig, folder: PairsFolder) -> None:
     changed = differing_keys(before.identity, now.identity)
     keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
     for key in {*keys, *SAMPLING_KEYS}:
-        old, new = plain(value_at(before, key)), plain(value_at(now, key))
-        changed |= {key: (old, new)} if old != new else {}
+        old = plain(value_at(before, key))
+        new = plain(value_at(now, key))
+        if old != new:
+            changed[key] = (old, new)
     if changed:
         raise ConfigError(
             "the rounds in this run directory have other settings",
@@ -69,14 +71,14 @@ def check_settings(config: RunConfig, folder: PairsFolder) -> None:
         )
 
 
-def _launcher(given: str | None) -> str:
-    """Return the launcher's command: as given, else this Python, or `dpo-dist launch` for several GPUs."""
-    if given is not None:
-        return given
+def _launcher(command: str | None) -> str:
+    """Return the launcher's command: this one, else this Python, or `dpo-dist launch` for several GPUs."""
+    if command is not None:
+        return command
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
-    several = torch.cuda.device_count() > 1
-    return shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
+    python = shlex.quote(sys.executable)
+    return f"{python} -m dpo_dist launch" if torch.cuda.device_count() > 1 else python
 
 
 def run_command(command: str) -> int:
@@ -144,15 +146,21 @@ def read_samples(policy: str, file: Path) -> dict[str, Any]:
     widest = 0.0
     scores = list[float]()
     for row in files.read_lines(file):
-        given = [response.get("score") for response in (*row["responses"], *row["unused"])]
-        if known := [score for score in given if score is not None]:
+        responses = (*row["responses"], *row["unused"])
+        scores_of_prompt = [each["score"] for each in responses if each.get("score") is not None]
+        if scores_of_prompt:
             prompts += 1
-            widest = max(widest, max(known) - min(known))
-        unscored += len(given) - len(known)
-        scores += known
-    mean = sum(scores) / len(scores) if scores else None
-    counts = {"prompts": prompts, "responses": len(scores), "unscored": unscored}
-    return {"policy": policy, **counts, "mean_score": mean, "largest_difference": widest}
+            widest = max(widest, max(scores_of_prompt) - min(scores_of_prompt))
+        unscored += len(responses) - len(scores_of_prompt)
+        scores += scores_of_prompt
+    return {
+        "policy": policy,
+        "prompts": prompts,
+        "responses": len(scores),
+        "unscored": unscored,
+        "mean_score": sum(scores) / len(scores) if scores else None,
+        "largest_difference": widest,
+    }
 
 
 @dataclass(frozen=True)
@@ -246,7 +254,7 @@ class _Rounds:
         mean = samples["mean_score"]
         score = "" if mean is None else f", mean score {mean:.4f}"
         self.say(f"{stage_name}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
-        return samples | {"pairs": pair_count}
+        return {**samples, "pairs": pair_count}
 
     def _train(self, number: int, pairs: int) -> tuple[int, dict[str, Any] | None]:
         """Train in round `number`; return the exit code and `training` for the result, None if preempted."""
@@ -282,8 +290,12 @@ class _Rounds:
             store = Path(stage.reference.store)
             merge_adapter(folder.training.model, folder.policy, stage.model, stage.data, store)
         summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
-        facts = {"steps": summary["steps"], "accuracy": summary["final"].get("rewards/accuracies")}
-        return code, facts | {"seconds": summary.get("train_seconds")}
+        facts = {
+            "steps": summary["steps"],
+            "accuracy": summary["final"].get("rewards/accuracies"),
+            "seconds": summary.get("train_seconds"),
+        }
+        return code, facts
 
     def _policy(self, number: int) -> Path:
         """Return the folder of the model that round `number` trained."""

@@ -146,25 +146,25 @@ class Estimate:
     @property
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes, by kind."""
-        taken = disk_bytes(self.config, self.weights, self.trained, self.states)
+        sizes = disk_bytes(self.config, self.weights, self.trained, self.states)
         if self.config.reference.mode is ReferenceMode.cached:
-            taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
-        return taken
+            sizes["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
+        return sizes
 
     @property
     def sending(self) -> float:
         """Seconds in which GPUs exchange weights and gradients."""
         parallelism = self.config.parallelism
-        is_wide = self.config.parallelism.reduce_in_float32
+        is_wide = parallelism.reduce_in_float32
         if is_wide is None:
             is_wide = self.machine.gpus > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.number) * self.trained)
-        sent = self.number * self.trained + gradients  # bytes of a step
+        step_bytes = self.number * self.trained + gradients
         if self._is_sharded:
             # Weights are gathered twice a micro-batch, or twice a step if nodes keep copies (hpz).
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
-            sent = self.times * gradients + gathers * self.whole
-        return self.steps * sent / self._link
+            step_bytes = self.times * gradients + gathers * self.whole
+        return self.steps * step_bytes / self._link
 
     @property
     def on_host(self) -> float:
@@ -176,8 +176,8 @@ class Estimate:
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            moved = 2 * self.states + 4 + self.number  # bytes that CPU Adam reads and writes
-            seconds += moved * self.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
+            adam_bytes = 2 * self.states + 4 + self.number  # that CPU Adam reads and writes
+            seconds += adam_bytes * self.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
         return self.steps * seconds
 
     @property
@@ -191,7 +191,8 @@ class Estimate:
         has_room = 2 * self.whole < self.machine.memory - self.needs.total_bytes(0)
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
-        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
+        of_policy = math.ceil(self.steps / every) if every and samples.prompts else 1
+        evaluations = 1 + of_policy
         generating = tokens * self.layers * _SHARDED_TOKEN
         return evaluations * (gathers * self.whole / self._link + generating)
 
@@ -205,11 +206,14 @@ class Estimate:
         phases = {"training": epochs * (training + self.on_host)}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
-            once = ", once for all runs" if mode is ReferenceMode.cached else ""
+            is_once = mode is ReferenceMode.cached
+            name = "reference, once for all runs" if is_once else "reference"
             # Scoring also sends and waits less than training, about in proportion to its computing.
-            scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
-            phases[f"reference{once}"] = scored * training
-        return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
+            share = (min(1.0, epochs) if is_once else epochs) * self.scoring / self.computing
+            phases[name] = share * training
+        if self.sampling:
+            phases["samples"] = epochs * self.sampling
+        return phases
 
     def hours(self) -> dict[str, list[float]]:
         """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
@@ -218,9 +222,14 @@ class Estimate:
         epochs = self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
-        once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))
-        prices = {} if price is None else {"price": [end / 3600 * self.machine.gpus * price for end in runs]}
-        return {"epoch_seconds": once, "run_seconds": runs, **prices}
+        run_seconds = [sum(self.seconds(share, epochs).values()) for share in MFU_RANGE]
+        hours = {
+            "epoch_seconds": [sum(self.seconds(share).values()) for share in MFU_RANGE],
+            "run_seconds": run_seconds,
+        }
+        if price is not None:
+            hours["price"] = [seconds / 3600 * self.machine.gpus * price for seconds in run_seconds]
+        return hours
 
     @property
     def _is_sharded(self) -> bool:
@@ -230,7 +239,9 @@ class Estimate:
     def _link(self) -> float:
         """Bytes a second between GPUs."""
         gpus = self.machine.gpus
-        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
+        if gpus == 1:
+            return math.inf
+        return _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
@@ -262,9 +273,9 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
     dequantized = 0.0  # bytes that are moved to dequantize all weights once
-    if (kind := model.quantization) is not None:
-        moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # bytes for a weight
-        dequantized = moved * quantized_weights(causal_lm)
+    if model.quantization is not None:
+        weight_bytes = BYTES_PER_QUANTIZED_WEIGHT[model.quantization] + TORCH_DTYPES[model.dtype].itemsize
+        dequantized = weight_bytes * quantized_weights(causal_lm)
     steps = math.ceil(data.pairs / config.trainer.global_batch_pairs)
     layers = int(text.num_hidden_layers)
     return Estimate(

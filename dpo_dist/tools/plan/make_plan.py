@@ -68,38 +68,41 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     data = planned_data(
         config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
     )
-    found = estimate(config, data, machine, causal_lm)
-    parts = found.needs.parts
-    used = found.needs.total_bytes(found.micro_batch)
-    activations = used - sum(parts.values())
-    rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
-    rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
-    is_elsewhere = config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count()
+    costs = estimate(config, data, machine, causal_lm)
+    parts = costs.needs.parts
+    total = costs.needs.total_bytes(costs.micro_batch)
+    activations = total - sum(parts.values())
+    rows = [*parts.items(), (f"{costs.micro_batch:,} tokens", activations)]
+    rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", total))
+    table = aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))
+    disk = ", ".join(f"{size(part)} {name}" for name, part in costs.disk.items())
     lines = [
-        *(["this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu"] * is_elsewhere),
-        f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
+        f"{config.model.path}: {costs.weights / 1e9:.3g}e9 weights, {costs.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
-        *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
+        *(f"  {line}" for line in table),
         *stored_notes(config.model, causal_lm),
         *quantization_notes(config.model, config.reference, causal_lm),
-        _verdict(found),
-        f"host memory of a node: {size(found.host)}; disk: "
-        f"{', '.join(f'{size(taken)} {name}' for name, taken in found.disk.items())}",
-        *(_hours(found) if found.fits else []),
+        _verdict(costs),
+        f"host memory of a node: {size(costs.host)}; disk: {disk}",
     ]
+    if config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count():
+        lines.insert(0, "this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu")
     content: dict[str, Any] = {
-        "fits": found.fits,
-        "bytes": parts | {"micro-batch": activations},
-        "host_bytes": found.host,
-        "disk_bytes": found.disk,
-        "micro_batch_tokens": found.largest,
+        "fits": costs.fits,
+        "bytes": {**parts, "micro-batch": activations},
+        "host_bytes": costs.host,
+        "disk_bytes": costs.disk,
+        "micro_batch_tokens": costs.largest,
         "saved_by_prefixes": data.saved,
-        **(found.hours() if found.fits else {}),
     }
+    if costs.fits:
+        lines += _hours(costs)
+        content |= costs.hours()
     if config.section_of(PlanConfig).suggest:
-        content["suggested"] = suggested = _suggest(found, causal_lm)
-        lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
-    return Plan(found.fits, lines, content)
+        overrides = _suggest(costs, causal_lm)
+        content["suggested"] = overrides
+        lines.append(f"suggested: {overrides}" if overrides else "nothing fits: take more GPUs or an adapter")
+    return Plan(costs.fits, lines, content)
 
 
 def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
@@ -112,30 +115,31 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
         return []
     machine = choose_machine(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    found = estimate(config, data, machine, _without_weights(config.model))
-    lines = [("plan", f"{_verdict(found)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
-    if found.fits:
+    costs = estimate(config, data, machine, _without_weights(config.model))
+    lines = [("plan", f"{_verdict(costs)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
+    if costs.fits:
         pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
-        lines.append(("hours", f"{_span(*found.hours()['epoch_seconds'])} for {pairs}"))
+        lines.append(("hours", f"{_span(*costs.hours()['epoch_seconds'])} for {pairs}"))
     return lines
 
 
-def _verdict(found: Estimate) -> str:
+def _verdict(costs: Estimate) -> str:
     room = "the memory that a token takes in this architecture is not known: begin with small micro-batches"
-    if found.largest is not None:
-        room = f"there is room for micro-batches of {found.largest:,} tokens"
-    if found.fits:
+    if costs.largest is not None:
+        room = f"there is room for micro-batches of {costs.largest:,} tokens"
+    if costs.fits:
         return f"fits: {room}"
-    hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
-    return f"does not fit: {room}{'' if found.config.section_of(PlanConfig).suggest else hint}"
+    if costs.config.section_of(PlanConfig).suggest:
+        return f"does not fit: {room}"
+    return f"does not fit: {room}; `dpo-dist plan plan.suggest=true` looks for settings that fit"
 
 
-def _hours(found: Estimate) -> list[str]:
+def _hours(costs: Estimate) -> list[str]:
     """Return the lines about the time of each phase, and about its bottleneck."""
-    data = found.data
-    trainer = found.config.trainer
-    hours = found.hours()
-    fast, slow = (found.seconds(reached) for reached in MFU_RANGE)
+    data = costs.data
+    trainer = costs.config.trainer
+    hours = costs.hours()
+    fast, slow = map(costs.seconds, MFU_RANGE)
     times = [[name, _span(fast[name], slow[name])] for name in fast]
     times.append(["in all, at 38 to 27 % of the datasheet's operations", _span(*hours["epoch_seconds"])])
     length = f"trainer.max_steps={trainer.max_steps}"
@@ -144,17 +148,19 @@ def _hours(found: Estimate) -> list[str]:
     times.append([f"this run, {length}", _span(*hours["run_seconds"])])
     if "price" in hours:
         times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
-    pairs = pluralize(data.pairs, found.config.loss.unit)
-    of_images = f", {data.image_tokens:,.0f} of them of images" if data.image_tokens else ""
-    if found.config.model.images is not None and not data.image_tokens:
-        of_images = ", without the work of the vision tower, as the images are not known"
-    fewer = f", {percent(data.saved)} of them saved by shared prefixes" if data.saved >= 0.01 else ""
+    epoch = f"{pluralize(data.pairs, costs.config.loss.unit)} of {data.tokens:,.0f} tokens"
+    if data.image_tokens:
+        epoch += f", {data.image_tokens:,.0f} of them of images"
+    elif costs.config.model.images is not None:
+        epoch += ", without the work of the vision tower, as the images are not known"
+    if data.saved >= 0.01:
+        epoch += f", {percent(data.saved)} of them saved by shared prefixes"
     lines = [
-        f"an epoch of {pairs} of {data.tokens:,.0f} tokens{of_images}{fewer} ({data.basis}):",
+        f"an epoch of {epoch} ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
-    if found.sending > found.computing / MFU_RANGE[0]:
-        has_gain = found.machine.gpus > GPUS_PER_NODE and found.config.parallelism.hpz == 1
+    if costs.sending > costs.computing / MFU_RANGE[0]:
+        has_gain = costs.machine.gpus > GPUS_PER_NODE and costs.config.parallelism.hpz == 1
         by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if has_gain else ""
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; raise "
@@ -184,35 +190,38 @@ def planned_data(
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
     if not sources or any(map(_is_on_hub, sources)):
-        known = [_by_its_card(source) for source in sources]
-        sizes = [entry for entry in known if entry is not None]
+        sizes = list(filter(None, map(_by_its_card, sources)))
         basis = "by the cards of the data"
-        if not sizes or len(sizes) < len(known):
+        if not sizes or len(sizes) < len(sources):
             sizes = [(_PAIRS, _TOKENS)]
             basis = "assumed"
-        whole = sum(pairs for pairs, _ in sizes)
+        all_pairs = sum(pairs for pairs, _ in sizes)
         tokens = sum(pairs * each for pairs, each in sizes)
-        pairs = plan.pairs or round(whole * (1 - data.eval_share))
-        how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
-        return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
+        pairs = plan.pairs or round(all_pairs * (1 - data.eval_share))
+        basis += "; set plan.pairs and plan.tokens_per_pair"
+        return Data(pairs, plan.tokens_per_pair or tokens / all_pairs, basis)
     from dpo_dist.tools.doctor.examine import prepare, saved_by_tree  # noqa: PLC0415  (slow)
 
-    of_sources = zip(
-        prepare(data, model, loss, progress).datasets, sources, strict=False
-    )  # evaluation data come after these
-    used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
-    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
-    of_each = [int(dataset.piece_tokens.sum()) * weight / pairs for dataset, weight in used]
-    tokens = sum(of_each)
-    images = (
-        sum(int(data.images.prompt_tokens.sum()) * weight for data, weight in used if data.images) / pairs
-    )
+    datasets_of_sources = prepare(data, model, loss, progress).datasets
+    with_weights = []
+    for datasets, source in zip(datasets_of_sources, sources, strict=False):  # evaluation data come after
+        if datasets:
+            with_weights.append((datasets[0], source.weight))
+    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in with_weights)))
+    tokens_of_each = []
+    image_tokens = 0.0
+    for dataset, weight in with_weights:
+        tokens_of_each.append(int(dataset.piece_tokens.sum()) * weight / pairs)
+        if dataset.images:
+            image_tokens += int(dataset.images.prompt_tokens.sum()) * weight
+    tokens = sum(tokens_of_each)
     saved = 0.0
     if sharing is not None and plan.tokens_per_pair is None:
-        for (dataset, weight), part in zip(used, of_each, strict=True):
+        for (dataset, weight), part in zip(with_weights, tokens_of_each, strict=True):
             together = max(1, round(sharing * len(dataset) * weight / pairs))
             saved += saved_by_tree(dataset, together) * part / tokens
-    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved)
+    tokens_per_pair = plan.tokens_per_pair or tokens
+    return Data(plan.pairs or pairs, tokens_per_pair, "of data.train", image_tokens / pairs, saved)
 
 
 def _is_on_hub(source: SourceConfig) -> bool:
@@ -225,12 +234,15 @@ def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
     pairs, tokens = own_table(Path(__file__).with_name("data_sizes.yaml")).get(name, (0, 0.0))
     if source.format is DataFormat.completion:  # a prompt with one response
         tokens *= (1 + PROMPT_SHARE) / 2
-    return (min(pairs, source.limit or pairs) * source.weight, tokens) if pairs else None
+    if not pairs:
+        return None
+    return min(pairs, source.limit or pairs) * source.weight, tokens
 
 
 def _without_weights(model: ModelConfig) -> Any:
     """Return the model without weights; models of shipped presets need no network."""
-    if (shape := own_table(Path(__file__).with_name("shapes.yaml")).get(model.path)) is not None:
+    shape = own_table(Path(__file__).with_name("shapes.yaml")).get(model.path)
+    if shape is not None:
         model_config = AutoConfig.for_model(**shape)
     else:
         folder = description_folder(model.path, model.revision, needs_weights=False)
@@ -238,12 +250,12 @@ def _without_weights(model: ModelConfig) -> Any:
     return without_weights(model_config, model, start_folder(model))
 
 
-def _suggest(found: Estimate, causal_lm: Any) -> str | None:
+def _suggest(costs: Estimate, causal_lm: Any) -> str | None:
     """Return the overrides that fit with the shortest epoch; None if nothing fits."""
     seconds: dict[str, float] = {}
-    former = yaml.safe_load(to_yaml(found.config))
+    former = yaml.safe_load(to_yaml(costs.config))
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # presets keep them
-    quantized = [] if found.config.model.adapter is None else _QUANTIZED
+    quantized = [] if costs.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
 
     @cache  # composing takes longer than the estimate
@@ -254,10 +266,11 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     for words, layers in (*_ALTERNATIVES, *quantized):
         try:
             base = composed(words)
-            changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
+            model = replace(base.model, gradient_checkpointing=layers)
+            config = complete_config(replace(base, model=model))
         except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
             continue
-        tried = estimate(changed, found.data, found.machine, causal_lm)
-        if tried.fits and tried.largest:
-            seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"][0]
+        alternative = estimate(config, costs.data, costs.machine, causal_lm)
+        if alternative.fits and alternative.largest:
+            seconds[f"{words} {key}={layers}"] = alternative.hours()["epoch_seconds"][0]
     return min(seconds, key=lambda words: seconds[words], default=None)

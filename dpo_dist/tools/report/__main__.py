@@ -48,25 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     options = parser.parse_args(arguments)
     try:
-        first, *others = runs = _runs(options.runs)
-        path = options.output or (Path("runs.html") if others else first.report)
-        if others:
+        runs = _runs(options.runs)
+        if len(runs) > 1:
+            path = options.output or Path("runs.html")
             for line in compare_runs(runs, path):
                 print_line(line)
         else:
-            rows = read_latest_rows(first)
-            write_page(first, path, rows)
+            [run] = runs
+            path = options.output or run.report
+            rows = read_latest_rows(run)
+            write_page(run, path, rows)
             if options.output is None and rows:
-                draw_curves(rows, first.curves, first.path.name)
-                print_line(f"curves: {first.curves}")
-                write_tables(first)
-            remove_abandoned(first.metrics)  # a start that was killed may have left half a picture
-        facts = zip(runs, map(PageFacts, runs), strict=True)
-        results = [
-            {"run_dir": str(run), "outcome": each.summary.get("exit")}
-            | {name: each.section(name) for name in ("final", "verdict")}
-            for run, each in facts
-        ]
+                draw_curves(rows, run.curves, run.path.name)
+                print_line(f"curves: {run.curves}")
+                write_tables(run)
+            remove_abandoned(run.metrics)  # a start that was killed may have left half a picture
+        results = []
+        for run in runs:
+            facts = PageFacts(run)
+            result = {
+                "run_dir": str(run),
+                "outcome": facts.summary.get("exit"),
+                "final": facts.section("final"),
+                "verdict": facts.section("verdict"),
+            }
+            results.append(result)
     except OSError as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(options.output or options.runs[0])

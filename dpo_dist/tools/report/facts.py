@@ -15,9 +15,11 @@ from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10
-"""A run with fewer steps has learnt too little to be judged."""
+"""A run with fewer steps has learnt too little to be judged; chosen."""
 FEWEST_PAIRS = 50
-"""Fewest pairs for a mean that is not noise."""
+"""Fewest pairs for a mean that is not noise; chosen."""
+_BELOW_HALF = 0.45
+"""An accuracy below it is below one half, if not by chance; chosen."""
 
 
 class Accuracy(NamedTuple):
@@ -45,7 +47,7 @@ class Accuracy(NamedTuple):
     @property
     def is_below_half(self) -> bool:
         """Whether the accuracy is clearly below one half."""
-        return self.value < min(0.45, 0.5 - self.noise)
+        return self.value < min(_BELOW_HALF, 0.5 - self.noise)
 
 
 class RunFacts:
@@ -86,7 +88,8 @@ class RunFacts:
         end = last(self.last_rows, MARGIN)
         has_reference = any(kind not in KINDS or KINDS[LossKind(kind)].needs_reference for kind in self.kinds)
         if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
-            start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
+            start = first(self.steps, MARGIN)
+            end = last(self.steps, MARGIN)
             end = None if start is None or end is None else end - start
         return end / beta if beta and end is not None else None
 
@@ -140,7 +143,8 @@ class RunFacts:
         counts = Counter[str]()
         for source in self.counts(name).get("sources") or ():
             counts[f"/{source.get('label')}"] += source.get("pairs", 0)
-        return {"": 1.0} | {label: pairs / counts.total() for label, pairs in counts.items() if pairs}
+        shares = {label: pairs / counts.total() for label, pairs in counts.items() if pairs}
+        return {"": 1.0, **shares}
 
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations, `training_accuracy`."""
@@ -162,11 +166,14 @@ class RunFacts:
 
     def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
         """Return the accuracy in the quarter of the steps that ends at the share `end`; None if unknown."""
-        measured = [row for row in self.steps if finite(row, self.accuracy_key + source) is not None]
-        until = [row for row in measured if row["step"] <= end * self.total_steps]
+        key = self.accuracy_key + source
+        until = []
+        for row in self.steps:
+            if row["step"] <= end * self.total_steps and finite(row, key) is not None:
+                until.append(row)
         recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
         pairs = sum(row.get("pairs", 0) for row in recent)
-        return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
+        return self._accuracy(mean(recent, key), share * pairs, "train")
 
     def noise(self, rows: Sequence[MetricsRow]) -> dict[str, float]:
         """Return how far rounding alone moves metrics, from the drift measured before the first step.
@@ -190,9 +197,8 @@ class RunFacts:
 
 def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
     """Return the rows of evaluations, including the one before the first step, with keys without `eval_`."""
-    return [
-        {key.removeprefix(PREFIX): value for key, value in row.items()} for row in rows if is_evaluation(row)
-    ]
+    evaluations = filter(is_evaluation, rows)
+    return [{key.removeprefix(PREFIX): value for key, value in row.items()} for row in evaluations]
 
 
 def pooled(
@@ -209,7 +215,8 @@ def pooled(
         pairs += row.get("pairs", 0)
         if pairs and share * pairs >= fewest_pairs:
             means.append((row["step"], total / pairs))
-            total, pairs = 0.0, 0.0
+            total = 0.0
+            pairs = 0.0
     return means
 
 
@@ -220,7 +227,7 @@ def values(rows: Iterable[MetricsRow], key: str) -> list[tuple[float, float]]:
 
 def first(rows: Sequence[MetricsRow], key: str) -> float | None:
     """Return the first finite value of `key`, or None."""
-    return next((value for row in rows if (value := finite(row, key)) is not None), None)
+    return next((row[key] for row in rows if finite(row, key) is not None), None)
 
 
 def last(rows: Sequence[MetricsRow], key: str) -> float | None:

@@ -110,10 +110,16 @@ def write_page(
     facts = PageFacts(folder, rows)
     environment = facts.environment
     run = facts.run
-    spent = facts.section("work").get("seconds", {})
-    works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
+    seconds = facts.section("work").get("seconds", {})
+    speed = []
+    for work in WORKS:
+        if seconds.get(work, 0.0) > 0:
+            share = seconds[work] / sum(seconds.values())
+            speed.append((_WORK_NAMES.get(work, work), seconds[work], share))
     parts = {"train": "Training data", "eval": "Evaluation data"}
-    is_running = "exit" not in facts.summary
+    data = [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts]
+    worst = worst_pairs(folder.named_evaluation(LAST_EVALUATION).worst) if facts.evaluation else []
+    accuracy_title = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
     is_running = "exit" not in facts.summary
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
@@ -125,19 +131,19 @@ def write_page(
         "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
         "margins": _margins(facts, folder),
-        "worst": worst_pairs(folder.named_evaluation(LAST_EVALUATION).worst) if facts.evaluation else [],
-        "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
+        "worst": worst,
+        "data": data,
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
-        "speed": [(name, seconds, seconds / sum(spent.values())) for name, seconds in works],
+        "speed": speed,
         "reference": describe_reference(facts.section("reference")),
         "repeat": environment.get("command"),
         "config": list(flat(facts.config)),
         "environment": list(flat(environment)),
+        "accuracy_title": accuracy_title,
+        "unit": run.unit,
     }
-    accuracy_title = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
     sections = {**_SECTIONS, "accuracy": accuracy_title}
-    content |= {"accuracy_title": accuracy_title, "unit": run.unit}
     links = [(name, title) for name, title in sections.items() if content[name]]
     scripts = ["charts.js"] if content["curves"] else []
     path = output or folder.report
@@ -248,7 +254,8 @@ def _by_source(facts: PageFacts) -> _Table | None:
             if value is not None:
                 over_all[prefix + key] = value
     rows = [(f"all {unit}s", ALL, over_all)]
-    rows += [(label, results_name(label), row) for label, row in sorted(facts.by_source.items())]
+    for label, row in sorted(facts.by_source.items()):
+        rows.append((label, results_name(label), row))
     titles = {
         f"eval_{accuracy}": f"evaluation {title}",
         f"eval_{MARGIN}": "evaluation margin",

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -67,8 +67,8 @@ def compare_runs(
     settings, others = _differing(facts)
     naming = settings
     if points:
-        keys = list(dict.fromkeys(key for point in points for key in point))
-        naming = {key: [point.get(key, "-") for point in points] for key in keys}
+        keys_of_points = dict.fromkeys(itertools.chain(*points))
+        naming = {key: [point.get(key, "-") for point in points] for key in keys_of_points}
     descriptions = _describe_settings(naming, len(facts))
     is_short = len(naming) <= _MOST_SETTINGS
     is_name = len(set(descriptions)) == len(facts) and max(map(len, descriptions)) <= _MOST_CHARACTERS
@@ -85,17 +85,27 @@ def compare_runs(
     for each in facts:
         rows = each.run.evaluations if has_evaluation else each.run.steps
         last.append(rows[-1] if rows and "exit" in each.summary else {})
-    warnings = _not_comparable(facts)
+    # Why some metrics cannot be compared, with the prefixes of their names.
+    warnings = dict[str, tuple[str, ...]]()
     if not has_evaluation:
-        sentence = "No run has an evaluation, so metrics are from the last logged steps."
-        warnings = {sentence: (), **warnings}
-    results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
+        warnings["No run has an evaluation, so metrics are from the last logged steps."] = ()
+    identities = [each.state.get("identity") or {} for each in facts]
+    if _differ(identity.get("eval_data") for identity in identities):
+        warnings["Their evaluation data differ: metrics are not comparable."] = ("",)
+    if _differ(identity.get("reference") for identity in identities):
+        sentence = "Their reference models differ: rewards are relative to other models."
+        warnings[sentence] = _REFERENCE_METRICS
+    if _differ(each.config.get("loss") for each in facts):
+        sentence = "Their losses differ: compare accuracies, not losses, rewards and margins."
+        warnings[sentence] = LOSS_METRICS
+    results = _Results(groups, last, list(map(_intervals, facts)), sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
-    metrics = {METRICS[key].title: results.cells(key) for key in _result_metrics(last)}
+    keys = _result_metrics(last)
+    metrics = {METRICS[key].title: results.cells(key) for key in keys}
     parts = {key: _differing_parts(texts) for key, texts in naming.items()} if is_short else {}
     columns = {"run": names, **parts, "outcome": outcomes, **metrics}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
-    over_seeds = results.over_seeds(_result_metrics(last), completed) if results.has_seeds else []
+    over_seeds = results.over_seeds(keys, completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
     curves = []
@@ -107,7 +117,6 @@ def compare_runs(
         curves.append(Curves(group, kind, rows))
     apart = LOSS_METRICS if len(set(kinds)) > 1 else ()
     colors = list(dict.fromkeys(groups))
-    cells_on_two_lines = {title: list(map(_on_two_lines, cells)) for title, cells in metrics.items()}
     cells_on_two_lines = {title: list(map(_on_two_lines, cells)) for title, cells in metrics.items()}
     html = render.page(
         "runs.jinja",
@@ -138,32 +147,8 @@ def compare_runs(
     return list(map(printable, [*lines, *warnings]))
 
 
-def _not_comparable(facts: Sequence[PageFacts]) -> dict[str, tuple[str, ...]]:
-    """Return why some metrics cannot be compared, with the prefixes of their names."""
-    identities = [each.state.get("identity") or {} for each in facts]
-    causes: tuple[tuple[list[object], str, tuple[str, ...]], ...] = (
-        (
-            [identity.get("eval_data") for identity in identities],
-            "Their evaluation data differ: metrics are not comparable.",
-            ("",),
-        ),
-        (
-            [identity.get("reference") for identity in identities],
-            "Their reference models differ: rewards are relative to other models.",
-            _REFERENCE_METRICS,
-        ),
-        (
-            [each.config.get("loss") for each in facts],
-            "Their losses differ: compare accuracies, not losses, rewards and margins.",
-            LOSS_METRICS,
-        ),
-    )
-    warnings = {}
-    for facts_of_runs, sentence, metrics in causes:
-        different = {str(fact) for fact in facts_of_runs if fact is not None}
-        if len(different) > 1:
-            warnings[sentence] = metrics
-    return warnings
+def _differ(values: Iterable[object]) -> bool:
+    return len({str(value) for value in values if value is not None}) > 1
 
 
 def _on_two_lines(cell: str) -> Markup:

@@ -89,26 +89,23 @@ class RunSamples:
         is_between = step != 0 and not is_last
         if is_between and not (self.at_every_evaluation and self._has_time(step)):
             return {}
-        known = self.reference if step == 0 and self.policy_starts_as_reference else None
-        asked = known or self._ask(policy, self.prompts)
-        if asked is None:
+        responses = self.reference if step == 0 and self.policy_starts_as_reference else None
+        responses = responses or self._ask(policy, self.prompts)
+        if responses is None:
             return {}
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            others = self.reference or [dict.fromkeys(_RESPONSE_FIELDS)] * len(asked)
-            rows = [
-                {
-                    **prompt.fields,
-                    "step": step,
-                    **_row_fields("policy", response),
-                    **_row_fields("reference", other),
-                }
-                for prompt, response, other in zip(self.prompts, asked, others, strict=True)
-            ]
+            others = self.reference or [dict.fromkeys(_RESPONSE_FIELDS)] * len(responses)
+            rows = []
+            for prompt, response, other in zip(self.prompts, responses, others, strict=True):
+                policy_fields = _row_fields("policy", response)
+                reference_fields = _row_fields("reference", other)
+                rows.append({**prompt.fields, "step": step, **policy_fields, **reference_fields})
             write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
             with warn_on_bug("the row of metrics of samples", self.run.warn):
-                metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
+                metrics["samples/prompts"] = float(len(responses))
+                metrics |= self._metrics("samples/", responses)
                 if self.reference is not None:
                     metrics |= self._metrics("samples/reference_", self.reference)
             return metrics
@@ -154,7 +151,8 @@ class RunSamples:
                 # Keep as many prompts as fit into `_MOST_SECONDS`, at least one.
                 seconds = time.monotonic() - started
                 most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / seconds)))
-                if most < (count := len(self.prompts)):
+                count = len(self.prompts)
+                if most < count:
                     self.run.say(
                         f"samples: {most} of {pluralize(count, 'prompt')}, since a response takes "
                         f"{duration(seconds)} here; samples.prompts={count} asks all of them"
@@ -182,10 +180,12 @@ class RunSamples:
     def read_reference(self) -> list[_Row] | None:
         """Return the reference's responses from their file; None if prompts or settings have changed."""
         rows = list(read_lines(self.run.folder.samples_reference))
-        wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+        prompts = self.prompts
         if rows and not self.at_every_evaluation:  # the earlier start may have asked fewer
-            wanted = wanted[: len(rows)]
-        if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
+            prompts = prompts[: len(rows)]
+        sampling = asdict(self.sampling)
+        expected = [(prompt.fields["prompt_id"], sampling) for prompt in prompts]
+        if [(row["prompt_id"], row["sampling"]) for row in rows] != expected:
             return None
         return [{name: row[name] for name in _RESPONSE_FIELDS} for row in rows]
 
@@ -224,11 +224,11 @@ class RunSamples:
 
     def _metrics(self, prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
         chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
-        facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        facts = [  # a refusal counts only if the chosen response does not refuse
-            replace(fact, refusals=fact.refusals and not is_refusal(text))
-            for fact, text in zip(facts, chosen, strict=True)
-        ]
+        facts = []
+        for row, chosen_text in zip(responses, chosen, strict=True):
+            fact = text_facts(row["text"], row["tokens"], row["finished"])
+            # A refusal counts only if the chosen response does not refuse.
+            facts.append(replace(fact, refusals=fact.refusals and not is_refusal(chosen_text)))
         languages = list(map(detect_language, chosen))
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
@@ -261,20 +261,20 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         return None
     sampling = sampling_for("train", config.section_of(SamplingConfig), seed)
     longest = context_length(load_config(model_folder, config.model))
-    wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
+    count = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(
         inputs.eval_set,
         tokenizer,
         stop_ids,
-        wanted,
+        count,
         seed,
         sampling,
         longest,
         is_labelled=run.config.loss.is_unpaired,
     )
-    if len(prompts) < wanted:
+    if len(prompts) < count:
         run.say(
-            f"samples: {len(prompts)} prompts, not {wanted}: the evaluation data have no more that "
+            f"samples: {len(prompts)} prompts, not {count}: the evaluation data have no more that "
             "are different and leave room for sampling.max_new_tokens"
         )
     if not prompts:

@@ -39,6 +39,8 @@ from dpo_dist.training.reporting.metrics_log import MetricsRow, finite, is_colla
 _FIRST_PAIRS = 200  # fewest pairs for the mean loss at the start
 _LARGE_BETA = 1.0  # beta, from which on it can be too large
 _VANISHED = 0.01  # loss, of that before training
+_NATS_OF_VANISHED = 5.0  # margin at that loss, up to which beta is too large
+_NATS_OF_RISEN = 10.0  # margin beside a loss that rose, up to which beta is too large
 _STAYED = 0.01  # how far a loss that stays may be from its start, as a share of it
 _RISEN = 1.2  # loss, and z, of what they were before
 _RISEN_EARLY = 2.0  # median loss of the first quarter of the steps, of the first loss
@@ -61,7 +63,7 @@ _CUT_RESPONSES = 0.05  # kept records whose response is cut
 _DISAGREES = 0.2  # records of which the reference prefers the other response by far
 _ONE_LABEL = 0.9  # responses with the more frequent label
 _FELL_NATS = 0.1  # fall of chosen log-probs per token, which is worth a remark
-_LONGER = 1.5  # sampled responses, of the reference's
+_LONGER = 1.5  # length of sampled responses, of the reference's, if more than 3 standard errors
 _LESS_DISTINCT = 0.7  # distinct 3-grams of samples, of the reference's
 _MORE_SAMPLES = 0.1  # rise of a share of samples, if more than 2.5 standard errors
 _LOOP = 0.5  # words of a sample in its longest repeated passage
@@ -169,12 +171,12 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
         # The margin is read where the loss has almost vanished: in later steps a few pairs still raise it.
         at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= _VANISHED * untrained)
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
-        if abs(then) <= 5:
+        if abs(then) <= _NATS_OF_VANISHED:
             yield (
                 f"loss.beta={digits(beta)} is too large: the loss has almost vanished ({losses}) from step "
                 f"{facts.steps[at - 1]['step']:.0f} on, when {change} {then:.2g} nats only"
             )
-    elif is_large and end > _RISEN * untrained and abs(nats) <= 10:
+    elif is_large and end > _RISEN * untrained and abs(nats) <= _NATS_OF_RISEN:
         yield (
             f"loss.beta={digits(beta)} is too large: the loss of wrong pairs grew ({losses}) although "
             f"{change} {nats:.2g} nats only"
@@ -700,7 +702,8 @@ def _finding(name: str, facts: RunFacts) -> Finding | None:
 
 def _success(facts: RunFacts) -> str:
     accuracy = facts.accuracy()
-    start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
+    start = first(facts.steps, "loss")
+    end = last(facts.steps, "loss")
     if start is None or end is None:
         return "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
     fall = f"training loss {start:.3g} -> {end:.3g} in {pluralize(facts.total_steps, 'step')}"

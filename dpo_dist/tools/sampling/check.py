@@ -3,6 +3,7 @@
 Caches of some architectures are wrong after padding, or at all: MiniMax, RecurrentGemma, RWKV, xLSTM.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -90,8 +91,8 @@ def extend(
         )
     finally:
         causal_lm.generation_config = defaults
-    extended: list[list[int]] = output[:, ids.shape[1] :].tolist()
-    return extended
+    new_tokens_of_rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    return new_tokens_of_rows
 
 
 _Faults = tuple[str, str]
@@ -114,16 +115,16 @@ def can_mix_lengths(
     `images`: some of those that prompts have. All ranks of `agree` call this together, and get one answer.
     Raises WrongGenerationError if the prompts of a batch may not even have one length, and NotFiniteError.
     """
-    known = _FAULTS.setdefault(causal_lm, {})
+    faults = _FAULTS.setdefault(causal_lm, {})
     has_images = bool(images)
     kind = str(causal_lm.config.model_type)
-    if has_images not in known:
+    if has_images not in faults:
         middle = sorted(images, key=lambda image: image.tokens)[len(images) // 2 :][:1]
         check = _Check(causal_lm, device, filler, middle, agree, is_synchronised=is_synchronised)
-        known[has_images] = check.faults()
-        for fault in filter(None, known[has_images]):
+        faults[has_images] = check.faults()
+        for fault in filter(None, faults[has_images]):
             log.info("%s, generating: %s", kind, fault)
-    padded, equal = known[has_images]
+    padded, equal = faults[has_images]
     if equal:
         raise WrongGenerationError(f"{kind} does not generate what its own forward predicts: {equal}")
     return not padded
@@ -160,8 +161,10 @@ class _Check:
         """Return the fault of batches with prompts of different lengths, then of batches with equal ones."""
         padded = self._agreed_fault(lambda: self._fault(self._rows))
         equal = padded and self._agreed_fault(self._fault_of_equal_lengths)
-        # The plain forward of a model that is not causal (PaliGemma) says nothing of its generation.
-        return ("", "") if equal and self._agree(self._effect_of_later_tokens()) else (padded, equal)
+        if equal and self._agree(self._effect_of_later_tokens()):
+            # The plain forward of a model that is not causal (PaliGemma) says nothing of its generation.
+            return "", ""
+        return padded, equal
 
     def _agreed_fault(self, work: Callable[[], str]) -> str:
         """Return the first fault of a rank; raise NotFiniteError if some rank's log-probs are no numbers.
@@ -224,7 +227,7 @@ class _Check:
         extend(
             self._causal_lm,
             [row.prompt_ids for row in rows],
-            [image for row in rows for image in row.images],
+            list(itertools.chain.from_iterable(row.images for row in rows)),
             forced,
             responses.shape[1],
             self._device,

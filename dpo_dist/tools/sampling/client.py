@@ -227,15 +227,15 @@ class Client:
         Replies, which JSON can hold, are read again from the file that a killed command left. If every
         request is refused, `probe` tells whether the server is at fault, or these few texts.
         """
-        kept = dict[str, Any]()
+        earlier = dict[str, Any]()
         if self._file is not None and self._file.is_file():
             for line in filter(None, self._file.read_text(encoding="utf-8").splitlines()):
                 with contextlib.suppress(json.JSONDecodeError):  # a killed command may have left half a line
                     key, reply = json.loads(line)
-                    kept[key] = reply
-        replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
-        self._asked = self._asked + len(keys)
-        self._answered = self._answered + len(replies)
+                    earlier[key] = reply
+        replies: dict[str, R | None] = {key: earlier[key] for key in keys if key in earlier}
+        self._asked += len(keys)
+        self._answered += len(replies)
         self._show(self._answered, self._asked)
         missing = [key for key in keys if key not in replies]
 

@@ -91,13 +91,14 @@ def batches(
         length = len(requests[index].prompt_ids)
         return requests[index].new_tokens(sampling), 0 if mixes_lengths else length
 
-    batched = []
+    indices_of_batches = []
     while order:
         (room, _), same = next(itertools.groupby(order, alike))
         rows = max(1, budget // (len(requests[order[0]].prompt_ids) + room))
-        batched.append(list(itertools.islice(same, rows)))
-        del order[: len(batched[-1])]
-    return batched
+        batch = list(itertools.islice(same, rows))
+        indices_of_batches.append(batch)
+        del order[: len(batch)]
+    return indices_of_batches
 
 
 def may_mix_lengths(
@@ -111,7 +112,7 @@ def may_mix_lengths(
     is_synchronised: bool = False,
 ) -> bool:
     """Return whether the prompts of a batch may have different lengths (see `can_mix_lengths`)."""
-    images = [image for request in requests for image in request.images]
+    images = list(itertools.chain.from_iterable(request.images for request in requests))
     can_mix = can_mix_lengths(
         causal_lm, device, min(stop_ids), images, agree, is_synchronised=is_synchronised
     )
@@ -142,9 +143,9 @@ def generate(
     samples: dict[int, Sample] = {}
     mixes_lengths = may_mix_lengths(causal_lm, requests, sampling, stop_ids, causal_lm.device)
     for indices in batches(requests, sampling, budget, mixes_lengths=mixes_lengths):
-        chosen = [requests[index] for index in indices]
-        generated = generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device)
-        samples |= zip(indices, generated, strict=True)
+        batch = [requests[index] for index in indices]
+        samples_of_batch = generate_batch(causal_lm, batch, sampling, stop_ids, causal_lm.device)
+        samples |= zip(indices, samples_of_batch, strict=True)
     return [samples[index] for index in range(len(requests))]
 
 
@@ -168,7 +169,7 @@ def generate_batch(
     rows = extend(
         causal_lm,
         [request.prompt_ids for request in requests],
-        [image for request in requests for image in request.images],
+        list(itertools.chain.from_iterable(request.images for request in requests)),
         next_token,
         max(request.new_tokens(sampling) for request in requests),
         device,
@@ -226,14 +227,14 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         scores = scores.float()
         scores = self._warpers(input_ids, scores - scores.amax(-1, keepdim=True))
         chances = scores.softmax(-1).double().cumsum(-1)
-        whole = chances[:, -1:]
-        target = torch.minimum(number * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+        total = chances[:, -1:]
+        target = torch.minimum(number * total, torch.nextafter(total, torch.zeros_like(total)))
         token = torch.searchsorted(chances, target, right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
 def dummy_request(
-    chosen: Sequence[Request], beside: Sequence[Request], stop_ids: Collection[int]
+    batch: Sequence[Request], beside: Sequence[Request], stop_ids: Collection[int]
 ) -> list[Request]:
     """Return a request whose sample is not used, if a rank needs one to make the forwards of the others.
 
@@ -241,11 +242,11 @@ def dummy_request(
     place among its forwards.
     """
     with_images = [request for request in beside if request.images]
-    if with_images and not any(request.images for request in chosen):
+    if with_images and not any(request.images for request in batch):
         shortest = min(with_images, key=lambda request: len(request.prompt_ids))
         # As much room as the rows: with more, they would pass the end of the model's context.
-        return [replace(shortest, room=chosen[0].room) if chosen else shortest]
-    return [] if chosen else [Request(np.array([min(stop_ids)], dtype=np.int32), "", 0)]
+        return [replace(shortest, room=batch[0].room) if batch else shortest]
+    return [] if batch else [Request(np.array([min(stop_ids)], dtype=np.int32), "", 0)]
 
 
 def generate_together(
@@ -269,7 +270,7 @@ def generate_together(
     if not requests:
         return []
     world = stops.world
-    synchronised = engine.is_synchronised
+    is_synchronised = engine.is_synchronised
     samples = dict[int, Sample]()
     is_broken = False
     with engine.ready_to_generate(without_adapter=without_adapter) as causal_lm:
@@ -279,8 +280,8 @@ def generate_together(
             sampling,
             stop_ids,
             world.device,
-            fault_agreement(world, are_forwards_collective=synchronised),
-            is_synchronised=synchronised,
+            fault_agreement(world, are_forwards_collective=is_synchronised),
+            is_synchronised=is_synchronised,
         )
         shares = [
             batches(requests, sampling, budget, rank, world.size, mixes_lengths=mixes_lengths)
@@ -289,30 +290,31 @@ def generate_together(
         share = shares[world.rank]
         for number in range(max(map(len, shares))):
             stops.raise_if_stopping()
-            if number >= len(share) and not synchronised:
+            if number >= len(share) and not is_synchronised:
                 continue
             indices = share[number] if number < len(share) else []
-            chosen = [requests[index] for index in indices]
+            batch = [requests[index] for index in indices]
             settings = sampling
-            if not chosen:  # a rank without work takes part in the forwards of the others
+            if not batch:  # a rank without work takes part in the forwards of the others
                 settings = Sampling(max_new_tokens=1, temperature=0)
-            if synchronised:
-                beside = [requests[at] for each in shares for batch in each[number:][:1] for at in batch]
-                chosen += dummy_request(chosen, beside, stop_ids)
+            if is_synchronised:
+                of_all_ranks = itertools.chain(*(each[number] for each in shares if number < len(each)))
+                beside = [requests[index] for index in of_all_ranks]
+                batch += dummy_request(batch, beside, stop_ids)
             try:
-                generated = generate_batch(
+                samples_of_batch = generate_batch(
                     causal_lm,
-                    chosen,
+                    batch,
                     settings,
                     stop_ids,
                     world.device,
-                    is_synchronised=synchronised,
+                    is_synchronised=is_synchronised,
                     must_end=lambda: stops.request.is_urgent,
                 )
             except NotFiniteError:  # raised after the loop: the other ranks wait in the next batch
                 is_broken = True
             else:
-                samples |= zip(indices, generated, strict=False)
+                samples |= zip(indices, samples_of_batch, strict=False)
     stops.raise_if_stopping()  # the last responses may be cut
     gathered = world.gather((samples, is_broken))
     if any(fault for _, fault in gathered):

@@ -85,9 +85,9 @@ class FunctionJudge:
 
     client: ClassVar[None] = None
 
-    def __init__(self, written: str):
-        self._function = user_function(written, _FUNCTION)
-        self._source = find_function(written, _FUNCTION)
+    def __init__(self, name: str):
+        self._function = user_function(name, _FUNCTION)
+        self._source = find_function(name, _FUNCTION)
         self._name = f"{self._source.module}:{self._source.name}"
 
     def __str__(self) -> str:
@@ -178,10 +178,10 @@ class RewardModel:
 
     @cached_property
     def _model(self) -> Any:
-        whole = replace(self.config, quantization=None)
+        config = replace(self.config, quantization=None)
         kind = AutoModelForSequenceClassification
-        model_config = load_config(self._folder, whole, _REWARD_MODEL)
-        model = load_weights(self._folder, model_config, whole, self.device, key=_REWARD_MODEL, kind=kind)
+        model_config = load_config(self._folder, config, _REWARD_MODEL)
+        model = load_weights(self._folder, model_config, config, self.device, key=_REWARD_MODEL, kind=kind)
         return model.to(self.device).eval()
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -197,7 +197,9 @@ class RewardModel:
                     got=f"a prompt with {pluralize(len(question.record.images), 'image')}",
                     remedy="judge by pairs.function or pairs.endpoint",
                 )
-        encoded = [self._encoded(each.record, response) for each in questions for response in each.responses]
+        encoded = []
+        for question in questions:
+            encoded += [self._encoded(question.record, response) for response in question.responses]
         scores = iter(self._scores(encoded))
         judgements = []
         for question in questions:
@@ -224,13 +226,16 @@ class RewardModel:
         messages = turns_of(record.prompt, "user")
         if chat is None:
             text = "\n\n".join(turn.content for turn in messages)
-            text = prompt.text if isinstance(prompt, Dialogue) else text
+            if isinstance(prompt, Dialogue):
+                text = prompt.text
             pair: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
             return pair
-        tools = {"tools": list(record.tools)} if record.tools else {}
-        whole = tuple(chat.turn(turn) for turn in (*messages, Message("assistant", response)))
+        arguments = dict(record.template_arguments)
+        if record.tools:
+            arguments["tools"] = list(record.tools)
+        turns = tuple(map(chat.turn, (*messages, Message("assistant", response))))
         try:
-            rendered = chat.render(whole, chat.data({**record.template_arguments, **tools}))
+            rendered = chat.render(turns, chat.data(arguments))
             [(ids, _)] = facts.encoder.encode([rendered])
         except UnusableRecordError:
             return None
@@ -241,12 +246,16 @@ class RewardModel:
         padding = self._model.config.get_text_config().pad_token_id
         longest = context_length(self._model.config) or math.inf
         scores: list[float | None] = [None] * len(encoded)
-        rows = {at: torch.tensor(ids) for at, ids in enumerate(encoded) if ids and len(ids) <= longest}
+        rows = {}
+        for at, ids in enumerate(encoded):
+            if ids and len(ids) <= longest:
+                rows[at] = torch.tensor(ids)
         order = sorted(rows, key=lambda at: -len(rows[at]))
         while order:
             # The model finds a row's last token by the padding token; without one it takes single rows only.
             size = 1 if padding is None else max(1, self.batch_tokens // len(rows[order[0]]))
-            batch, order = order[:size], order[size:]
+            batch = order[:size]
+            order = order[size:]
             padded = pad_sequence([rows[at] for at in batch], True, padding or 0).to(self.device)
             mask = pad_sequence([torch.ones_like(rows[at]) for at in batch], True).to(self.device)
             logits = self._model(input_ids=padded, attention_mask=mask).logits
@@ -277,7 +286,7 @@ _GRADE = (
     "You grade a response of an assistant to a conversation by this criterion: {criterion}. "
     f"{_DATA} a whole number from 1 (worst) to 10 (best) in double brackets, such as [[5]]."
 )
-_ASKED = {
+_FORMS = {
     1: (_GRADE, re.compile(r"\[\[(\d+)\]\]"), ["response"]),
     2: (_COMPARE, re.compile(r"\[\[(A|B|tie)\]\]"), ["response_A", "response_B"]),
 }
@@ -309,8 +318,12 @@ class EndpointJudge:
 
     def describe(self) -> dict[str, Any]:
         """Return address, model, kind of verdicts and criterion."""
-        facts = asdict(self._config) | {"verdicts": str(self._config.verdicts), "max_tokens": _MAX_TOKENS}
-        return {"kind": "endpoint", **facts}
+        return {
+            "kind": "endpoint",
+            **asdict(self._config),
+            "verdicts": str(self._config.verdicts),
+            "max_tokens": _MAX_TOKENS,
+        }
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return scores: grades, or the share of won comparisons, where a tie is half a win.
@@ -318,23 +331,23 @@ class EndpointJudge:
         Counts: `requests`, `refused`, `unreadable`, and of comparisons `position_disagreements`.
         """
         size = 2 if self._config.verdicts is Verdicts.compare else 1  # two, in both positions
-        orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
-        by_question = list(zip(questions, orders, strict=True))
-        requests = {
-            _key(question, order): (question, order) for question, tried in by_question for order in tried
-        }
-        verdicts = self.client.ask(requests, lambda key: self._verdict(*requests[key]), self._probe)
-        return [
-            _judgement(
-                len(question.responses),
-                {order: verdicts[_key(question, order)] or "refused" for order in tried},
-            )
-            for question, tried in by_question
-        ]
+        requests = {}
+        orders_of_questions = []
+        for question in questions:
+            orders = list(itertools.permutations(range(len(question.responses)), size))
+            orders_of_questions.append(orders)
+            for order in orders:
+                requests[_key(question, order)] = (question, order)
+        replies = self.client.ask(requests, lambda key: self._verdict(*requests[key]), self._probe)
+        judgements = []
+        for question, orders in zip(questions, orders_of_questions, strict=True):
+            verdicts = {order: replies[_key(question, order)] or "refused" for order in orders}
+            judgements.append(_judgement(len(question.responses), verdicts))
+        return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
         """Return the verdict on one or two responses, or `unreadable`."""
-        instruction, form, names = _ASKED[len(order)]
+        instruction, form, names = _FORMS[len(order)]
         responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
         text = self._ask(self._messages(instruction, question, **responses))
         verdicts: list[str] = form.findall(text)[-1:]  # earlier verdicts are part of the thoughts
@@ -343,10 +356,11 @@ class EndpointJudge:
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
         fields = {"conversation": question.prompt, **question.record.context_fields(), **responses}
         content: Any = json.dumps(fields, ensure_ascii=False)
-        if images := question.record.images:  # in the order of their places
-            urls = (jpeg_uri(image.read(), _JUDGED_SIDE) for image in images)
-            parts = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
-            content = [{"type": "text", "text": content}, *parts]
+        if question.record.images:
+            content = [{"type": "text", "text": content}]
+            for image in question.record.images:  # in the order of their places
+                url = jpeg_uri(image.read(), _JUDGED_SIDE)
+                content.append({"type": "image_url", "image_url": {"url": url}})
         return [
             {"role": "system", "content": instruction.format(criterion=self._config.criterion)},
             {"role": "user", "content": content},
@@ -386,7 +400,7 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
     counts = Counter(faults) + Counter(requests=len(verdicts))
     if (0,) in verdicts:
         return Judgement([float(each) if each in _VERDICTS else None for each in verdicts.values()], counts)
-    won: list[list[float]] = [[] for _ in range(responses)]
+    wins: list[list[float]] = [[] for _ in range(responses)]
     for first, second in itertools.combinations(range(responses), 2):
         both = verdicts[first, second], verdicts[second, first]
         if both[0] in faults or both[1] in faults:
@@ -394,9 +408,9 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
         # In the second request the positions are swapped.
         credit = {("A", "B"): 1.0, ("B", "A"): 0.0}.get(both, 0.5)
         counts["position_disagreements"] += credit == 0.5 and both != ("tie", "tie")
-        won[first].append(credit)
-        won[second].append(1 - credit)
-    return Judgement([sum(shares) / len(shares) if shares else None for shares in won], counts)
+        wins[first].append(credit)
+        wins[second].append(1 - credit)
+    return Judgement([sum(each) / len(each) if each else None for each in wins], counts)
 
 
 Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge

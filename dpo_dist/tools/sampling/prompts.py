@@ -133,10 +133,10 @@ class Prompts:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    kept: AbstractContextManager[None] = contextlib.nullcontext()
+                    replies: AbstractContextManager[None] = contextlib.nullcontext()
                     if client is not None:  # the requests of later parts are not known: they are estimated
-                        kept = client.keeping(parts.replies(index), show, len(share) / done)
-                    with kept, explain_out_of_memory(title, remedy):
+                        replies = client.keeping(parts.replies(index), show, len(share) / done)
+                    with replies, explain_out_of_memory(title, remedy):
                         rows = work(index)
                     with files.staged_file(parts.file(index)) as temporary:
                         files.write_lines(temporary, rows)
@@ -168,11 +168,17 @@ class Prompts:
         With `sampling.endpoint` a server responds, which is checked first, and `open_model` is not called.
         """
         config = self.run.config
-        settings = generation_settings(config.data, config.model, sampling)
-        settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        settings |= {"rooms": rooms} if rooms else {}
+        settings = {
+            **generation_settings(config.data, config.model, sampling),
+            "model": source.digest,
+            "numbers": [numbers.start, len(numbers)],
+        }
+        if rooms:
+            settings["rooms"] = rooms
         is_served = config.section_of(SamplingConfig).endpoint.url is not None
-        stage = self.stage("responses", settings | ({"server": True} if is_served else {}))
+        if is_served:
+            settings["server"] = True
+        stage = self.stage("responses", settings)
         unfinished = self.run.world.on_main(stage.unfinished) if is_served else []
         server = self._served(source, self.parts[unfinished[0]]) if unfinished else None
 
@@ -206,10 +212,13 @@ class Prompts:
 def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling) -> dict[str, Any]:
     """Return the settings on which responses depend; a chat template in a file counts by its content."""
     chat_template = data.chat_template
-    if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
-        chat_template = files.content_digest([file])
-    images = {} if model.images is None else {"max_pixels": model.images.max_pixels}
-    return images | {
+    if chat_template is not None:
+        file = Path(chat_template).expanduser()
+        if file.is_file():
+            chat_template = files.content_digest([file])
+    settings = {} if model.images is None else {"max_pixels": model.images.max_pixels}
+    return {
+        **settings,
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,
         "text_as_messages": data.text_as_messages,
@@ -242,8 +251,8 @@ def find_model_together(name: str, run: Run, key: str) -> ModelSource:
 @contextmanager
 def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager[Any]) -> Iterator[Run]:
     """Join the processes, each of which loads whole models; rank 0 holds the lock."""
-    whole = ParallelismConfig(ParallelismKind.ddp)
-    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    parallelism = ParallelismConfig(ParallelismKind.ddp)
+    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
     with ExitStack() as locks, join(config, deepspeed_config, console) as world:
         world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)
@@ -268,8 +277,11 @@ def good_records(
     `of_first`: `records` are only the first ones of the source.
     """
     counts = DataCounts()
-    while not enough() and (record := next(records, None)) is not None:
-        record = record.readable()
+    while not enough():
+        unread = next(records, None)
+        if unread is None:
+            break
+        record = unread.readable()
         counts.add(record)
         if isinstance(record, PreferenceRecord):
             yield record
@@ -324,18 +336,17 @@ def check_model(
     check_contents_at_hand(responder.source.folder, model, key)
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
-    asked = [as_user_message(record, data) for record in records]
-    prompts = [usable_prompt(record, responder, sampling) for record in asked]
+    records = [as_user_message(record, data) for record in records]
+    prompts = [usable_prompt(record, responder, sampling) for record in records]
     dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
     if dropped.total() == len(prompts):
         remedy = Remedy("correct the records, or the keys of data; docs/data.md explains the reasons")
         if "too_long_for_the_model" in dropped and responder.longest is not None:
             # Tokens that the model can write after each record that it can be asked.
-            least = [
-                usable_prompt(as_user_message(record, data), responder, Sampling(1)) for record in records
-            ]
+            least = [usable_prompt(record, responder, Sampling(1)) for record in records]
             tokens = [len(prompt.prompt_ids) for prompt in least if not isinstance(prompt, str)]
-            if room := responder.longest - max(tokens, default=responder.longest):
+            room = responder.longest - max(tokens, default=responder.longest)
+            if room:
                 remedy = Remedy.to_set(f"sampling.max_new_tokens={room}")
                 remedy += f": the model has {responder.longest} tokens in all"
         raise DataError(

@@ -110,7 +110,8 @@ def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSou
     adapter = source.adapter
     files = digest_model(folder, store, remote_code=model.trust_remote_code, adapter=adapter)
     parts = [files.digest, tokenizer_digest(source.tokenizer_folder)]
-    parts += [] if model.images is None else [tokenizer_digest(folder, with_images=True)]
+    if model.images is not None:
+        parts.append(tokenizer_digest(folder, with_images=True))
     parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
 
@@ -258,20 +259,16 @@ def respond(
     `numbers`: which of a prompt's samples to make; `rooms`: see `Prompts.responses`.
     """
     prompts = [usable_prompt(record, responder, sampling) for record in records]
-    requests = [
-        Request(
-            prompt.prompt_ids,
-            key,
-            number,
-            images,
-            min(own, (rooms or {}).get(key, own)),
-        )
-        for record, prompt in zip(records, prompts, strict=True)
-        if not isinstance(prompt, str)
-        for key, images in ((record.prompt_key(), responder.images(prompt)),)
-        for own in (sampling.room(len(prompt.prompt_ids), responder.longest),)
-        for number in numbers
-    ]
+    requests = []
+    for record, prompt in zip(records, prompts, strict=True):
+        if isinstance(prompt, str):
+            continue
+        key = record.prompt_key()
+        images = responder.images(prompt)
+        room = sampling.room(len(prompt.prompt_ids), responder.longest)
+        if rooms:
+            room = min(room, rooms.get(key, room))
+        requests += [Request(prompt.prompt_ids, key, number, images, room) for number in numbers]
     try:
         samples = iter(generate_samples(requests, sampling))
     except NotFiniteError as fault:
@@ -284,9 +281,12 @@ def respond(
         if isinstance(prompt, str):
             rows.append(Completions([], dropped=prompt))
         else:
-            drawn = [(number, next(samples)) for number in numbers]
             decoder = _Decoder(record, prompt.prompt_ids, responder)
-            completions = [decoder.completion(sample, number) for number, sample in drawn if sample]
+            completions = []
+            for number in numbers:
+                sample = next(samples)
+                if sample is not None:
+                    completions.append(decoder.completion(sample, number))
             dropped = None if completions else "refused_by_the_server"
             rows.append(Completions(completions, dropped, prompt.prompt_ids.tolist()))
     return rows
@@ -345,11 +345,12 @@ def usable_prompt(
 def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return the text of `ids` decoded together with a prompt's end, and alone; both keep special tokens."""
     before = prompt[-_DECODED_BEFORE:].tolist()
-    start, whole, alone = (
+    start, both, alone = (
         str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for tokens in (before, before + ids, ids)
     )
-    return whole.removeprefix(start) if whole.startswith(start) else alone, alone
+    continued = both.removeprefix(start) if both.startswith(start) else alone
+    return continued, alone
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,8 +36,10 @@ _URL = "sampling.endpoint.url"
 _SECONDS = 600.0  # for one request, also if it waits for others
 RELOAD_SECONDS = 1800.0
 """For the command `sampling.endpoint.reload` and the start of the server."""
-CHECKED, CHECK_TOKENS = 24, 64
-"""Responses of a check, and the most tokens of each."""
+CHECKED = 24
+"""Responses of a check."""
+CHECK_TOKENS = 64
+"""The most tokens of each."""
 _CHECK_BUDGET = 8192  # tokens of a micro-batch
 _MOST = 1.6
 """Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
@@ -84,27 +86,42 @@ class Server:
             return [(each.sample.ids, each.sample.end) for each in completed]
 
         replies = self.client.ask(prompts, answer, self.probe)
-        drawn = {key: iter(reply or ()) for key, reply in replies.items()}
-        return [Sample(*sample) if (sample := next(drawn[key], None)) else None for key in keys]
+        responses = {key: iter(reply or ()) for key, reply in replies.items()}
+        samples = list[Sample | None]()
+        for key in keys:
+            response = next(responses[key], None)
+            samples.append(None if response is None else Sample(*response))
+        return samples
 
     def complete(self, prompt_ids: TokenIds, sampling: Sampling, count: int) -> list[_Completed]:
         """Return `count` responses to a prompt; raise RefusedError if the server refuses it."""
-        body: dict[str, Any] = {"model": self.client.name, "max_tokens": sampling.max_new_tokens}
-        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        body["prompt"] = prompt_ids.tolist() if self.takes_ids else self._as_text(prompt_ids)
-        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        extra: dict[str, Any] = {}
+        if sampling.top_k:
+            extra["top_k"] = sampling.top_k
+        body: dict[str, Any] = {
+            "model": self.client.name,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "prompt": prompt_ids.tolist() if self.takes_ids else self._as_text(prompt_ids),
+            "extra_body": extra,
+        }
         if self.takes_ids:
-            # Else the defaults of the model's folder, such as a repetition penalty, would count.
-            extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
-            extra |= {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
             body |= {"n": count, "logprobs": 1}
-        body["extra_body"] = extra
+            # Else the defaults of the model's folder, such as a repetition penalty, would count.
+            extra |= {
+                "top_k": sampling.top_k or -1,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop_token_ids": sorted(self.responder.stop_ids),
+                "return_token_ids": True,
+            }
         reply = self.client.send(
             lambda openai: openai.completions.with_raw_response.create(**body), CompletionReply
         )
         if len(reply.choices) != count:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
-        read = reply.usage.prompt_tokens if reply.usage else None
+        prompt_tokens = reply.usage.prompt_tokens if reply.usage else None
         # Reported tokens are tokens of the model, as many as their log-probs and not too many.
         most = sampling.max_new_tokens
         end = self.responder.vocabulary
@@ -117,9 +134,9 @@ class Server:
                 raise self.client.unusable(f"{pluralize(len(ids), 'token')}, though it was asked for {most}")
             if ids and logps and len(logps) != len(ids):
                 raise self.client.unusable(f"{len(logps)} log-probs of {pluralize(len(ids), 'token')}")
-        return [self._completed(prompt_ids, choice, read) for choice in reply.choices]
+        return [self._completed(prompt_ids, choice, prompt_tokens) for choice in reply.choices]
 
-    def _completed(self, prompt_ids: TokenIds, choice: Choice, read: int | None) -> _Completed:
+    def _completed(self, prompt_ids: TokenIds, choice: Choice, prompt_tokens: int | None) -> _Completed:
         stop_ids = self.responder.stop_ids
         ids = choice.token_ids
         text = choice.text or ""
@@ -129,12 +146,14 @@ class Server:
             ids = ids[len(prompt_ids) :] if is_after else self._encoded(text, add_special_tokens=False)
         sample = Sample.from_tokens(ids, stop_ids)
         if choice.finish_reason == "stop" and not sample.is_finished:
-            own = self.responder.tokenizer.eos_token_id
-            sample = replace(sample, end=own if own in stop_ids else min(stop_ids))
+            eos = self.responder.tokenizer.eos_token_id
+            sample = replace(sample, end=eos if eos in stop_ids else min(stop_ids))
         reported = (choice.logprobs and choice.logprobs.token_logprobs) or []
         logps = [logp for logp in reported if logp is not None]
-        echo = choice.prompt_token_ids or read or None  # 0: it does not count them
-        return _Completed(sample, text, logps if len(logps) == len(reported) else [], echo)
+        if len(logps) < len(reported):
+            logps = []
+        prompt = choice.prompt_token_ids or prompt_tokens or None  # 0: it does not count them
+        return _Completed(sample, text, logps, prompt)
 
     def _encoded(self, text: str, **options: Any) -> list[int]:
         return list(self.responder.tokenizer(text, **options)["input_ids"])
@@ -144,9 +163,9 @@ class Server:
         tokenizer = self.responder.tokenizer
         ids = prompt_ids.tolist()
         text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for written in (text, text.removeprefix(str(tokenizer.bos_token))):
-            if self._encoded(written) == ids:
-                return written
+        for candidate in (text, text.removeprefix(str(tokenizer.bos_token))):
+            if self._encoded(candidate) == ids:
+                return candidate
         raise RefusedError("the prompt as a text has other tokens")
 
     def probe(self) -> None:
@@ -205,8 +224,11 @@ def check_served(
 ) -> None:
     """Print how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
     short = Sampling(CHECK_TOKENS, is_default=True)
-    asked = [usable_prompt(record, server.responder, short) for record in records[:CHECKED]]
-    usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
+    usable = list[TokenIds]()
+    for record in records[:CHECKED]:
+        prompt = usable_prompt(record, server.responder, short)
+        if not isinstance(prompt, str):
+            usable.append(prompt.prompt_ids)
     prompts = {str(number): usable[number % len(usable)] for number in range(CHECKED if usable else 0)}
 
     def answer(number: str) -> _Completed:
@@ -214,13 +236,15 @@ def check_served(
         return server.complete(ids, Sampling(short.room(len(ids), server.responder.longest)), 1)[0]
 
     replies = server.client.ask(prompts, answer, server.probe)
-    answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
-    _check_tokens(server, answered)
+    answers = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
+    _check_tokens(server, answers)
     examples = []
     theirs = list[float]()
-    for ids, reply in answered:
-        ends = [] if reply.sample.end is None else [reply.sample.end]
-        tokens = (reply.sample.ids + ends)[: len(reply.logps)]
+    for ids, reply in answers:
+        tokens = list(reply.sample.ids)
+        if reply.sample.end is not None:
+            tokens.append(reply.sample.end)
+        tokens = tokens[: len(reply.logps)]
         if tokens and len(tokens) == len(reply.logps) >= len(reply.sample.ids):
             examples.append(Example(ids, (np.array(tokens, dtype=np.int32),)))
             theirs += reply.logps
@@ -228,28 +252,29 @@ def check_served(
         console.warn(f"{server}: unchecked, because there are no log-probs to compare")
         return
     # The server has the folder's weights, also where training quantises them.
-    whole = replace(model, quantization=None)
-    exact, of_rounded_weights = _logps(
-        server, examples, replace(whole, dtype=Dtype.fp32), device, (torch.float32, torch.bfloat16)
-    )
-    [in_bf16] = _logps(server, examples, replace(whole, dtype=Dtype.bf16), device, (torch.bfloat16,))
+    in_fp32 = replace(model, quantization=None, dtype=Dtype.fp32)
+    in_bf16 = replace(in_fp32, dtype=Dtype.bf16)
+    exact, of_rounded_weights = _logps(server, examples, in_fp32, device, (torch.float32, torch.bfloat16))
+    [rounded] = _logps(server, examples, in_bf16, device, (torch.bfloat16,))
     # A server has the weights in float32 or in bf16, and computes in either.
     both = [ours - np.array(theirs) for ours in (exact, of_rounded_weights)]
     differences = min(both, key=lambda each: float(np.abs(each).mean()))
-    by_rounding = np.abs(of_rounded_weights - in_bf16)
-    size, mean, rounding = (float(each.mean()) for each in (np.abs(differences), differences, by_rounding))
+    size = float(np.abs(differences).mean())
+    mean = float(differences.mean())
+    by_rounding = np.abs(of_rounded_weights - rounded)
+    rounding = float(by_rounding.mean())
     most = most_difference(by_rounding)
-    said = (
+    result = (
         f"log-probs of {len(theirs):,} tokens differ from ours by {size:.4f} on average "
         f"(mean difference {mean:+.4f}); bf16 rounding makes {rounding:.4f}"
     )
     if size <= most:
-        console.say(f"{server}: {said}")
+        console.say(f"{server}: {result}")
         return
-    # 8 bits make 2.4 times what bf16 makes.
-    few = "a quantised copy, or weights of a few steps before"
-    cause = few if size < 5 * rounding else "other weights, such as an earlier round's, or other prompts"
-    raise _other(server, said, f"at most {most:.4f}", f"it probably serves {cause}")
+    cause = "other weights, such as an earlier round's, or other prompts"
+    if size < 5 * rounding:  # 8 bits make 2.4 times what bf16 makes
+        cause = "a quantised copy, or weights of a few steps before"
+    raise _other(server, result, f"at most {most:.4f}", f"it probably serves {cause}")
 
 
 def most_difference(by_rounding: npt.NDArray[np.float64]) -> float:
@@ -259,17 +284,17 @@ def most_difference(by_rounding: npt.NDArray[np.float64]) -> float:
     return _MOST * (mean + _STANDARD_ERRORS * standard_error)
 
 
-def _check_tokens(server: Server, answered: Sequence[tuple[TokenIds, _Completed]]) -> None:
+def _check_tokens(server: Server, answers: Sequence[tuple[TokenIds, _Completed]]) -> None:
     """Check that the server reads our prompts, and that its tokens have our texts."""
-    for ids, reply in answered:
+    for ids, reply in answers:
         if reply.prompt not in (None, len(ids), ids.tolist()):
-            read = reply.prompt if isinstance(reply.prompt, int) else len(reply.prompt or ())
+            count = reply.prompt if isinstance(reply.prompt, int) else len(reply.prompt or ())
             cause = "it applies a chat template, drops a system prompt, or has another tokenizer"
-            raise _other(server, f"it reads {read} tokens", f"the {len(ids)} tokens of a prompt", cause)
+            raise _other(server, f"it reads {count} tokens", f"the {len(ids)} tokens of a prompt", cause)
     decode = partial(server.responder.tokenizer.decode, skip_special_tokens=True)
-    wrong = sum(str(decode(each.sample.ids)).split() != each.text.split() for _, each in answered)
-    if wrong > len(answered) / 2:
-        got = f"{wrong} of {pluralize(len(answered), 'response')} have other texts here"
+    wrong = sum(str(decode(each.sample.ids)).split() != each.text.split() for _, each in answers)
+    if wrong > len(answers) / 2:
+        got = f"{wrong} of {pluralize(len(answers), 'response')} have other texts here"
         raise _other(server, got, "the tokens of our tokenizer", "it has another tokenizer")
 
 
@@ -296,11 +321,12 @@ def _logps(
     """Return our log-probs, [tokens], by weights rounded to each dtype in turn; the model is freed."""
     longest = max(len(example.prompt_ids) for example in examples) + CHECK_TOKENS + 1
     packed = load_packed_source(server.responder.source, model, longest, device)
-    found = []
+    logps_of_dtypes = []
     for dtype in weight_dtypes:
         for weight in packed.parameters():
             weight.data = weight.data.to(dtype).to(weight.dtype)
-        found.append(torch.cat(packed_logps(packed, examples, _CHECK_BUDGET)).cpu().double().numpy())
+        logps = torch.cat(packed_logps(packed, examples, _CHECK_BUDGET))
+        logps_of_dtypes.append(logps.cpu().double().numpy())
     del packed
     return_memory()
-    return found
+    return logps_of_dtypes

@@ -28,20 +28,20 @@ class Sampling:
         A default takes what a context of `longest` tokens leaves, if that is not too little for an answer; a
         number of the user must fit. `longest` is None if no limit is known.
         """
-        left = math.inf if longest is None else longest - prompt_tokens
-        if left >= self.max_new_tokens:
+        room = math.inf if longest is None else longest - prompt_tokens
+        if room >= self.max_new_tokens:
             return self.max_new_tokens
-        return int(left) if self.is_default and left >= LEAST_ROOM else 0
+        return int(room) if self.is_default and room >= LEAST_ROOM else 0
 
 
-def sampling_for(verb: str, given: SamplingConfig, seed: int = 0) -> Sampling:
+def sampling_for(verb: str, config: SamplingConfig, seed: int = 0) -> Sampling:
     """Return the settings with which a verb samples; `train` samples at evaluations."""
     tokens, temperature = _USUAL[verb]
     return Sampling(
-        tokens if given.max_new_tokens is None else given.max_new_tokens,
-        temperature if given.temperature is None else given.temperature,
-        given.top_p,
-        given.top_k,
+        tokens if config.max_new_tokens is None else config.max_new_tokens,
+        temperature if config.temperature is None else config.temperature,
+        config.top_p,
+        config.top_k,
         seed,
-        is_default=given.max_new_tokens is None,
+        is_default=config.max_new_tokens is None,
     )

@@ -75,13 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --output: {output} is not a file in a writable folder")
     reserve_output()  # libraries must not print into the table
     table = json_stream() if kept_document() is None else sys.stderr
-    for name in [
-        name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
-    ]:
-        del os.environ[name]  # else processes that are started here would join the world of this one
+    for name in list(os.environ):
+        if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
+            del os.environ[name]  # else processes that are started here would join the world of this one
     for number in stop_signals():
         signal.signal(number, raise_terminated)
-    began = time.monotonic()
+    start = time.monotonic()
     checks = list[Check]()
     code = ExitCode.findings
     verdict = "stopped before all checks were done"
@@ -94,10 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 checks.append(check)
         code, verdict = _verdict(checks)
     finally:
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", table)
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
-        if not (output.exists() and os.path.samestat(output.stat(), os.fstat(output_descriptor()))):
+        is_screen = output.exists() and os.path.samestat(output.stat(), os.fstat(output_descriptor()))
+        if not is_screen:
             output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
         console_on(table, "plain").result("selftest", content, [])
     if options.share:
@@ -108,17 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _verdict(checks: Sequence[Check]) -> tuple[ExitCode, str]:
     import torch  # noqa: PLC0415  (slow)
 
-    if failed := [check.name for check in checks if check.outcome == "failed"]:
-        return ExitCode.findings, f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}"
+    faulty = [check.name for check in checks if check.outcome == "failed"]
+    if faulty:
+        return ExitCode.findings, f"{len(faulty)} of {len(checks)} checks failed: {', '.join(faulty)}"
     if not any("allowed" in check.values and check.outcome == "passed" for check in checks):
         return ExitCode.findings, "no two ways of training could be compared"
     gpus = torch.cuda.device_count()
-    on = "these GPUs"
-    if gpus < 2:
-        on = "this GPU; sharding over several was not tried"
-    if not gpus:
-        on = "one CPU process; without a GPU no GPU kernel and no sharding was tried"
-    return ExitCode.completed, f"every way of training that was tried gives the same steps on {on}"
+    machine = "these GPUs"
+    if gpus == 1:
+        machine = "this GPU; sharding over several was not tried"
+    elif not gpus:
+        machine = "one CPU process; without a GPU no GPU kernel and no sharding was tried"
+    return ExitCode.completed, f"every way of training that was tried gives the same steps on {machine}"
 
 
 def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:

@@ -45,26 +45,28 @@ def main(points: Points) -> int:
             with locked(folder.lock, "searches here", "wait until it ends, or set another run.name"):
                 search = Search(points, folder, console)
                 is_stopped = search.run(search.waiting())
-                found = search.found()
+                facts_of_search = search.facts()
             pool: Pool = search
         else:
             job, jobs = _place_in_array()
-            mine = list(points)[job::jobs]
-            left = [words for words in mine if not is_finished(points[words])]
-            share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
-            console.say(f"sweep: {len(points):,} points{share}, {len(mine) - len(left):,} finished")
+            points_of_job = list(points)[job::jobs]
+            unfinished = [words for words in points_of_job if not is_finished(points[words])]
+            share = "" if jobs == 1 else f", {len(points_of_job):,} of them for this job of the array"
+            count = len(points_of_job) - len(unfinished)
+            console.say(f"sweep: {len(points):,} points{share}, {count:,} finished")
             pool = Pool(points, folder, console, first.section_of(SweepConfig))
-            is_stopped = pool.run(iter(left))
-            found = {}
-        results = sweep_results(pool.points, pool.ends, folder, found)
+            is_stopped = pool.run(iter(unfinished))
+            facts_of_search = {}
+        results = sweep_results(pool.points, pool.ends, folder, facts_of_search)
         lines = [*sweep_lines(results, pool.points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
             lines.append("stopped: the same command continues with the points that are not finished")
         console.result("sweep", results, lines)
-    failed = [code for code in pool.codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
-    if failed and not is_stopped:
-        return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
-    return ExitCode.preempted if is_stopped or any(pool.codes.values()) else ExitCode.completed
+    codes = list(pool.codes.values())
+    faults = [code for code in codes if code not in (ExitCode.completed, ExitCode.preempted)]
+    if faults and not is_stopped:
+        return faults[0] if faults[0] in set(ExitCode) else ExitCode.failed
+    return ExitCode.preempted if is_stopped or any(codes) else ExitCode.completed
 
 
 def check_points(points: Points) -> None:

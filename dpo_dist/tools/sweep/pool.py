@@ -32,7 +32,8 @@ from dpo_dist.training.start.preflight import checked_console
 from dpo_dist.training.start.run_state import read_state
 
 Words = tuple[str, ...]
-_PROGRESS_SECONDS, _WATCH_SECONDS = 60.0, 2.0
+_PROGRESS_SECONDS = 60.0
+_WATCH_SECONDS = 2.0
 ELSEWHERE = "trained by another process"
 """The outcome of a point whose run another process has locked."""
 
@@ -67,7 +68,9 @@ def warm_up() -> None:
 
 def _ending(code: int) -> str:
     """Return an exit code in a word or two: completed, diverged, invalid, signal 9."""
-    return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
+    if code in set(ExitCode):
+        return ExitCode(code).name
+    return f"signal {-code if code < 0 else code - 128}"
 
 
 def point_end(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, str]]:
@@ -81,10 +84,8 @@ def point_end(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, 
                 pass
         except ConfigError:
             return ExitCode.preempted, (ELSEWHERE, "")
-    return code, (
-        _ending(code),
-        "" if code in (ExitCode.completed, ExitCode.preempted) else _last_line(printed),
-    )
+    error = "" if code in (ExitCode.completed, ExitCode.preempted) else _last_line(printed)
+    return code, (_ending(code), error)
 
 
 def screen_since(screen: Path, start: int) -> str:
@@ -158,7 +159,10 @@ class Pool:
         has_more = True
         due = time.monotonic() + _PROGRESS_SECONDS
         while (has_more and not self._received) or self._running:
-            while self._free and not self._received and (words := next(waiting, None)) is not None:
+            while self._free and not self._received:
+                words = next(waiting, None)
+                if words is None:
+                    break
                 self._start(words)
             has_more = not self._free
             for descriptor in wait(list(self._running), _WATCH_SECONDS) if self._running else ():
@@ -171,9 +175,10 @@ class Pool:
             due += _PROGRESS_SECONDS if time.monotonic() > due else 0.0
         for number, handler in before.items():
             signal.signal(number, handler)
-        for words in filter(lambda words: is_finished(self.points[words]), list(self.ends)):
-            self.codes[words] = ExitCode.completed
-            self.ends[words] = (_ending(ExitCode.completed), "")
+        for words in self.ends:
+            if is_finished(self.points[words]):
+                self.codes[words] = ExitCode.completed
+                self.ends[words] = (_ending(ExitCode.completed), "")
         return bool(self._received)
 
     def is_hopeless(self, words: Words) -> bool:  # noqa: ARG002
@@ -186,15 +191,15 @@ class Pool:
     def _end(self, descriptor: Any) -> None:
         """Record how a process and its point ended, and free its GPUs."""
         os.close(descriptor)
-        ended = self._running.pop(descriptor)
-        words = ended.words
-        ended.process.join()
-        self._free.append(ended.gpus)
+        point = self._running.pop(descriptor)
+        words = point.words
+        point.process.join()
+        self._free.append(point.gpus)
         run = RunFolder(self.points[words].run.path)
-        self.codes[words], self.ends[words] = point_end(run, ended.process.exitcode, ended.printed())
+        self.codes[words], self.ends[words] = point_end(run, point.process.exitcode, point.printed())
         self.ended(words)
-        spent = duration(time.monotonic() - ended.began)
-        self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
+        outcome, _ = self.ends[words]
+        self._console.say(f"{' '.join(words)}: {outcome} after {duration(time.monotonic() - point.began)}")
 
     def _start(self, words: Words) -> None:
         config = self.points[words].with_sections(SweepConfig())
@@ -231,9 +236,9 @@ def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus
     """Do a point's work and exit with its code; write what it prints to the file `screen`."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # else Ctrl-C would reach the point twice, directly and from the sweep
-    written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    file = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for descriptor in {1, 2, output_descriptor()}:
-        os.dup2(written, descriptor)
+        os.dup2(file, descriptor)
     os.environ[SWEEP_VARIABLE] = "1"
     end_at_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())

@@ -185,7 +185,7 @@ class Search(Pool):
             trial.set_user_attr(_OUTCOME, str(outcome))
             self._study.tell(trial, values[max(values)] if state is TrialState.COMPLETE else None, state)
 
-    def found(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Return what sweep.json has about the search: also the value of each completed trial."""
         outcomes = Counter[str]()
         values = {}

@@ -106,7 +106,7 @@ def test_a_search_trains_what_optuna_samples_and_optuna_reads_it(tmp_path: Path)
         assert trial.params["optim.lr"] == float(f"{trial.params['optim.lr']:.4g}"), "of few digits"
     rates = [trial.params["optim.lr"] for trial in study.trials]
     assert sum(rate < 3e-5 for rate in rates[:10]) in range(2, 9), "on a logarithmic scale"
-    found = search.found()
+    found = search.facts()
     assert found["trials"] == {"completed": 15}
     best = max(trained, key=lambda words: score(search.points[words]))
     settings = found["best"]["settings"]
@@ -136,7 +136,7 @@ def test_another_seed_is_another_search_and_the_lowest_loss_is_the_best(tmp_path
             return end(config, RunOutcome.completed)
 
         trained += run(search, train)
-        assert search.found()["best"]["value"] == 0.4
+        assert search.facts()["best"]["value"] == 0.4
     assert len(set(trained)) == 6
 
 
@@ -193,8 +193,8 @@ def test_a_point_that_diverges_is_bad_and_not_tried_again(tmp_path: Path) -> Non
     assert len(run(search_in(tmp_path, space), lambda config: end(config, RunOutcome.diverged))) == 2
     search = search_in(tmp_path, space)
     assert run(search) == []
-    assert search.found()["trials"] == {"diverged": 2}
-    assert search.found()["best"] is None
+    assert search.facts()["trials"] == {"diverged": 2}
+    assert search.facts()["best"] is None
     assert {trial.state for trial in study_in(tmp_path).trials} == {TrialState.PRUNED}
 
 
@@ -259,7 +259,7 @@ def test_a_point_below_the_median_of_the_others_is_stopped_once_and_said(tmp_pat
     # The search is killed here: at the next start the point is not begun again.
     search = search_in(tmp_path, space)
     assert list(search.waiting()) == []
-    assert search.found()["trials"]["pruned"] == 2
+    assert search.facts()["trials"]["pruned"] == 2
     assert search.ends[first] == search.ends[second] == ("pruned", "")
 
 

@@ -256,13 +256,9 @@ class Comparison:
         near = np.full(count, -1, dtype=np.int32)
         for key, later in near_copies.matches.items():
             near[near_copies.indexes[key]] = later
-        repeated = equal_records(prompts)
-        other_responses = _without(repeated, copies)
         of_near = None
         if near_copies.is_sample:  # it is not known which other records are near copies
             of_near = _Sample(count - _count(copies), len(near_copies.indexes))
-        else:
-            other_responses[list(near_copies.matches.values())] = -1
         hits = np.full(count, -1, dtype=np.int32)
         hits[self._hits] = self._hits
         near_only = self._within_a_part(_without(near, opposed))
@@ -274,7 +270,7 @@ class Comparison:
             "duplicates": _count(copies),
             "near_duplicates": _estimate(_count(near), of_near) + _count(copies),
             "contradictions": _count(opposed),
-            "repeated_prompts": _count(repeated),
+            "repeated_prompts": _count(equal_records(prompts)),
             "leaked_prompts": _count(leaked),
             "near_leaked_prompts": _estimate(_count(only_near), of_leaks) + _count(leaked),
             "benchmark_hits": _count(hits),
@@ -283,7 +279,6 @@ class Comparison:
             *self._partner_findings("duplicates", copies),
             *self._partner_findings("near_duplicates", near_only, (), near_numbers, of_near),
             *self._partner_findings("contradictions", opposed),
-            *self._partner_findings("repeated_prompts", other_responses),
             *self._leak_findings("train_eval_leak", leaked, numbers),
             *self._leak_findings("near_train_eval_leak", only_near, numbers, of_leaks),
             *self._partner_findings("benchmark_overlap", hits, overlaps),
@@ -397,7 +392,5 @@ def _other_numbers(partners: Partners, numbers: TextKeys, sample: _Sample | None
     return f"{count} of them with other numbers in the prompt" if count else ""
 
 
-def _without(partners: Partners, *others: Partners) -> Partners:
-    for other in others:
-        partners = np.where(other >= 0, np.int32(-1), partners)
-    return partners
+def _without(partners: Partners, others: Partners) -> Partners:
+    return np.where(others >= 0, np.int32(-1), partners)

@@ -118,7 +118,7 @@ class Observer:
         processor: ImageProcessor | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
-        self._whole = self._config.without_limits()
+        self._without_limits = self._config.without_limits()
         self._tokenizer = tokenizer
         self._benchmark = benchmark
         self._processor = processor
@@ -230,16 +230,17 @@ class Observer:
 
     def _encode(self, record: PreferenceRecord, facts: RecordFacts, tokenizer: Tokenizer) -> set[str]:
         """Add the facts about the record's tokens; return the names of faults in a kept record's tokens."""
-        whole = encoded = encode_record(record, self._config, tokenizer, self._processor)
+        encoded = encode_record(record, self._config, tokenizer, self._processor)
+        uncut = encoded
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
-            whole = encode_record(record, self._whole, tokenizer, self._processor)
-        if not isinstance(whole, BadRecord):
-            facts.tokens = _lengths(whole.example, record.labelled_side)
-            pictures = zip(facts.images, whole.example.images, strict=True)
+            uncut = encode_record(record, self._without_limits, tokenizer, self._processor)
+        if not isinstance(uncut, BadRecord):
+            facts.tokens = _lengths(uncut.example, record.labelled_side)
+            pictures = zip(facts.images, uncut.example.images, strict=True)
             facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
-            best = whole if isinstance(encoded, BadRecord) else encoded
+            best = uncut if isinstance(encoded, BadRecord) else encoded
             if not isinstance(best, BadRecord):
                 counts = [int(mask.sum()) for mask in best.example.masks]
                 other = 0 if facts.pair.side else counts[-1]
@@ -249,7 +250,7 @@ class Observer:
             facts.dropped = encoded.reason
             facts.detail = encoded.detail
             return set()
-        assert not isinstance(whole, BadRecord)
+        assert not isinstance(uncut, BadRecord)
         assert facts.tokens is not None
         example = encoded.example
         prompt = len(encoded.example.prompt_ids)
@@ -266,16 +267,16 @@ class Observer:
             "response_tokens": sum(lengths[index] for index in members),
             "trained_tokens": sum(int(example.masks[index].sum()) for index in members),
         }
-        start = whole.example.prompt_ids[:2]
+        start = uncut.example.prompt_ids[:2]
         bos = tokenizer.bos_token_id
         names = set(facts.changed)
         if bos is not None and start.tolist() == [bos, bos]:
             names.add("doubled_bos")
         special = set(tokenizer.all_special_ids)
-        for ids in whole.example.responses:
+        for ids in uncut.example.responses:
             if len(ids) > 1 and ids[-1] == ids[-2] and int(ids[-1]) in special:
                 names.add("doubled_end")
-        if min(map(len, whole.example.responses)) <= 2:  # the last token ends the turn
+        if min(map(len, uncut.example.responses)) <= 2:  # the last token ends the turn
             names.add("one_token_response")
         return names
 

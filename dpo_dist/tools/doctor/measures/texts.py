@@ -41,8 +41,8 @@ _THOUGHT_TAG = re.compile(
     r"|(?P<end>[<\[]/(?:\w+:)?(?:think|thinking|thought|reasoning)[>\]])",
     re.IGNORECASE | re.MULTILINE,
 )
-_LOOP = 0.5
 _FEWEST_LOOP_WORDS = 20
+_LOOP = 0.5
 """Share of a response's words in its longest passage that occurs twice, from which on it is a loop. Of 5,000
 responses of public datasets those that loop have 0.6 and more, all others below 0.45."""
 # Roles that often have several turns in a row.
@@ -95,16 +95,17 @@ def plain_texts(record: PreferenceRecord) -> Texts:
     prompt = record.prompt
     messages = turns_of(prompt, "user")
     turns = tuple((message.role, _turn_text(message)) for message in messages)
-    responses = (
-        response if isinstance(response, str) else "\n".join(map(_turn_text, response))
-        for response in record.responses
-    )
-    return Texts(turns, tuple(responses))
+    return Texts(turns, tuple(map(_response_text, record.responses)))
+
+
+def _response_text(response: Response) -> str:
+    return response if isinstance(response, str) else "\n".join(map(_turn_text, response))
 
 
 def _turn_text(message: Message) -> str:
     parts = [str(message.fields[name]) for name in THOUGHT_FIELDS if message.fields.get(name)]
-    parts += [with_marks(message.content)] if message.content else []
+    if message.content:
+        parts.append(with_marks(message.content))
     if message.fields.get("tool_calls"):
         parts.append(
             json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
@@ -140,16 +141,16 @@ def names_model(response: str) -> bool:
 def is_loop(text: str) -> bool:
     """Return whether a text, or the second half of it, repeats one passage."""
     words = WORD.findall(text.casefold())
+    if len(words) < _FEWEST_LOOP_WORDS:
+        return False
     parts = (words, words[len(words) // 2 :])
-    return len(words) >= _FEWEST_LOOP_WORDS and any(
-        longest_repeat(part) >= _LOOP * len(part) for part in parts
-    )
+    return any(longest_repeat(part) >= _LOOP * len(part) for part in parts)
 
 
 def has_open_thought(text: str) -> bool:
     """Return whether the last tag of a thought starts one."""
-    *_, last = [None, *_THOUGHT_TAG.finditer(text)]
-    return last is not None and last["end"] is None
+    tags = list(_THOUGHT_TAG.finditer(text))
+    return bool(tags) and tags[-1]["end"] is None
 
 
 _SCRIPTS = {
@@ -179,9 +180,10 @@ def speaks_differently(texts: Sequence[str], languages: Sequence[str | None]) ->
     if None not in languages[:2]:
         return languages[0] != languages[1]
     prompt, response = map(main_script, texts[:2])
-    if prompt is None or response is None or (prompt != response == "Latin" and languages[1] is None):
+    if prompt is None or response is None:
         return None
-    return prompt != response
+    is_unclear = prompt != response == "Latin" and languages[1] is None
+    return None if is_unclear else prompt != response
 
 
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
@@ -190,15 +192,15 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     is_dialogue = isinstance(record.prompt, Dialogue)
     responses = texts.responses
     following = pairwise((*roles, "assistant") if is_dialogue else roles)
-    asked = contents[-1].strip()
-    whole = "\n".join(text for role, text in texts.turns if role != "system").strip()
-    taught = [turn.content for turn in taught_turns(record) if turn.role == "assistant"]
-    starting = [each for each in map(str.strip, responses) if whole and each.startswith(whole)]
+    last_turn = contents[-1].strip()
+    prompt = "\n".join(text for role, text in texts.turns if role != "system").strip()
+    targets = [turn.content for turn in taught_turns(record) if turn.role == "assistant"]
+    bare = list(map(str.strip, responses))
     properties = {
         **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
         "tools": bool(record.tools),
-        "looping_response": any(map(is_loop, taught)),
-        "thought_not_closed": any(map(has_open_thought, taught)),
+        "looping_response": any(map(is_loop, targets)),
+        "thought_not_closed": any(map(has_open_thought, targets)),
         "completion": len(responses) == 1 and record.scores is None,
         "labelled_good": record.labelled_side == "chosen",
         "labelled_bad": record.labelled_side == "rejected",
@@ -210,11 +212,14 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "same_role_twice": any(role == next_ and role not in _REPEATABLE_ROLES for role, next_ in following),
         "prompt_ends_with_assistant": roles[-1] == "assistant" and not is_dialogue,
         "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
-        "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
-        "response_starts_with_prompt": any(each != whole for each in starting),
-        **(_pair_properties(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
-        **_side_properties({side: responses[0]} if (side := record.labelled_side) else {}),
+        "response_repeats_prompt": last_turn != "" and last_turn in bare,
+        "response_starts_with_prompt": prompt != ""
+        and any(each.startswith(prompt) and each != prompt for each in bare),
     }
+    if len(responses) > 1:
+        properties |= _pair_properties(record, responses[0], responses[-1])
+    if record.labelled_side is not None:
+        properties |= _side_properties(record.labelled_side, responses[0])
     return (name for name, applies in properties.items() if applies)
 
 
@@ -223,26 +228,27 @@ def _pair_properties(record: PreferenceRecord, chosen: str, rejected: str) -> di
     words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
     # Words without their order give a lower bound of the edit distance. Responses of several turns are left
     # out below: they may share the user's turns.
-    nearly_equal = ((words - others) + (others - words)).total() < _NEARLY_EQUAL * (words + others).total()
+    differing = ((words - others) + (others - words)).total()
+    nearly_equal = differing < _NEARLY_EQUAL * (words + others).total()
+    has_one_turn = all(isinstance(each, str) or len(each) == 1 for each in record.responses)
     best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
     return {
         "scored": record.scores is not None,
         "score_ties": best == worst,
         "score_inversions": best < worst,
-        **_side_properties({"chosen": chosen, "rejected": rejected}),
+        **_side_properties("chosen", chosen),
+        **_side_properties("rejected", rejected),
         "chosen_longer": len(chosen) > len(rejected),
         "one_response_starts_the_other": shorter != "" and longer.startswith(shorter),
-        "nearly_equal_sides": nearly_equal
-        and all(isinstance(each, str) or len(each) == 1 for each in record.responses),
+        "nearly_equal_sides": nearly_equal and has_one_turn,
     }
 
 
-def _side_properties(texts: Mapping[str, str]) -> dict[str, bool]:
-    sides = texts.items()
+def _side_properties(side: str, text: str) -> dict[str, bool]:
     return {
-        **{f"refusal_{side}": is_refusal(text) for side, text in sides},
-        **{f"model_name_{side}": names_model(text) for side, text in sides},
-        **{f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS for side, text in sides},
+        f"refusal_{side}": is_refusal(text),
+        f"model_name_{side}": names_model(text),
+        f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS,
     }
 
 
@@ -256,8 +262,9 @@ def calls_in(response: Response) -> list[Fields]:
     for message in turns_of(response):
         if message.role == "assistant":
             calls += (call["function"] for call in message.fields.get("tool_calls", ()))
-            written = map(from_json, _WRITTEN_CALL.findall(message.content))
-            calls += (call for call in written if isinstance(call, Mapping) and "name" in call)
+            for call in map(from_json, _WRITTEN_CALL.findall(message.content)):
+                if isinstance(call, Mapping) and "name" in call:
+                    calls.append(call)
     return calls
 
 
@@ -271,17 +278,19 @@ def call_faults(record: PreferenceRecord) -> Iterator[str]:
     calls = calls_in((*prompt, *taught_turns(record)))
     functions = [tool.get("function", tool) for tool in record.tools]
     defined = {function["name"]: function for function in functions if "name" in function}
-    others = [turn.content for turn in prompt if turn.role != "assistant"] if not defined else []
-    others += [json.dumps(function, default=str) for function in functions if "name" not in function]
+    others = [json.dumps(function, default=str) for function in functions if "name" not in function]
+    if not defined:
+        others += [turn.content for turn in prompt if turn.role != "assistant"]
     for call in calls:
         function = defined.get(call["name"])
         if function is None:
             if not any(str(call["name"]) in text for text in others):
                 yield "undefined_tool"
             continue
-        parameters, given = function.get("parameters"), call.get("arguments")
+        parameters = function.get("parameters")
         required = parameters.get("required") if isinstance(parameters, Mapping) else None
-        if isinstance(required, list) and set(map(str, required)) - set(given or ()):
+        arguments = set(call.get("arguments") or ())
+        if isinstance(required, list) and set(map(str, required)) - arguments:
             yield "missing_argument"
 
 
@@ -375,17 +384,19 @@ def subtract_features(first: Mapping[str, float], second: Mapping[str, float]) -
 def measure_features(response: str) -> dict[str, float]:
     """Return the features of a response; an absent one is 0."""
     bare = response.strip()
-    measured = {
-        name: float(feature(response, bare))
-        for features in _FEATURES.values()
-        for name, feature in features.items()
-    }
+    values = {}
+    for features in _FEATURES.values():
+        for name, feature in features.items():
+            values[name] = float(feature(response, bare))
     starts = zip(_FIRST, _WORD.findall(response[:_EDGE_CHARACTERS]), strict=False)
     ends = zip(_LAST, _WORD.findall(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
-    return measured | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}
+    for place, word in (*starts, *ends):
+        values[f"{place} {word!r}"] = 1.0
+    return values
 
 
-_MOST_RUN, _FEWEST_RUN = 13, 8
+_MOST_RUN = 13
+_FEWEST_RUN = 8
 _QUESTIONS = ("content", "prompt", "question", "problem", "instruction", "input")
 _ITEM_FIELDS = (*_QUESTIONS, "text", "turns", "messages")
 
@@ -408,12 +419,14 @@ class Benchmark:
 
     def item_in(self, prompt: str, *responses: str) -> str | None:
         """Return the origin of an item that overlaps with a record; a short item must equal the prompt."""
-        if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
+        item = self.whole.get(" ".join(plain_words(prompt)))
+        if item is not None:
             return item
         for words in map(plain_words, (prompt, *responses)):
-            for size, known in self.runs.items():
-                if (run := next((run for run in _runs(words, size) if run in known), None)) is not None:
-                    return known[run]
+            for size, origins in self.runs.items():
+                for run in _runs(words, size):
+                    if run in origins:
+                        return origins[run]
         return None
 
 

@@ -421,7 +421,7 @@ def test_benchmark_files_of_several_kinds(name: str, content: str, line: int, tm
 # Findings with their records, each counted by a plain script too; then those above a note.
 FINDINGS: dict[str, tuple[str, str]] = {
     "hh_rlhf_sample.jsonl": (
-        "dropped 9, markup_in_text 45, one_response_starts_the_other 1, repeated_prompts 1, "
+        "dropped 9, markup_in_text 45, one_response_starts_the_other 1, "
         "response_repeats_prompt 2, response_starts_with_prompt 1, short_response 3, turns 4",
         "markup_in_text",
     ),
@@ -437,7 +437,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     ),
     "ranked_oasst_history_zh.json": (
         "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, "
-        "one_response_starts_the_other 2, prompt_language_differs 2, repeated_prompts 4, "
+        "one_response_starts_the_other 2, prompt_language_differs 2, "
         "response_repeats_prompt 4, response_starts_with_prompt 6, short_response 16",
         "dropped, length_bias, response_repeats_prompt",
     ),

@@ -16,9 +16,11 @@ from dpo_dist.config.metrics import METRICS
 from dpo_dist.tools.pages.charts import (
     PANELS,
     Axis,
+    Curves,
     Line,
     chart,
     charts,
+    charts_of_runs,
     draw_curves,
     histogram,
     panel_lines,
@@ -111,6 +113,13 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
         if step % every == 0:
             found.append({"step": step, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7})
     return found
+
+
+def test_a_comparison_has_one_line_of_steps_for_each_run() -> None:
+    rows = [{"step": float(step), "loss": 1 / (1 + step)} for step in range(1, 101)]
+    few = rows[:5]  # too few for a moving mean: their values themselves are drawn
+    [figure] = charts_of_runs([Curves("a", "sigmoid", rows), Curves("b", "sigmoid", few)], "pair", ())
+    assert len(paths(figure, "smooth")) == len(data_of(figure)["lines"]) == 2
 
 
 def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
