@@ -53,7 +53,7 @@ _SPARE_POSITIONS = 8
 # Parts of the names of options that make training random (dropout, layerdrop, router_jitter_noise), and
 # RWKV's rescale_every, which divides weights in place in evaluation: an export would write the divided
 # weights.
-_NOISES = ("drop", "jitter", "noise", "rescale_every")
+NOISES = ("drop", "jitter", "noise", "rescale_every")
 
 # Routers that draw experts at random in training, by `model_type`: the router's module, and an option that is
 # named noise but is a threshold for the experts' weights (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
@@ -155,7 +155,7 @@ def is_noise(name: str, value: object, model_type: str) -> bool:
     """Return whether an option of a configuration makes training differ from evaluation."""
     _, threshold = SAMPLING_ROUTERS.get(model_type, ("", ""))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and name != threshold and any(noise in name for noise in _NOISES)
+    return is_number and name != threshold and any(noise in name for noise in NOISES)
 
 
 def switch_off_noise(model_config: Any) -> None:

@@ -46,4 +46,9 @@ def __getattr__(name: str) -> Any:
     kind = name.removesuffix("Trainer").removesuffix("Config")
     if kind in _OTHERS and kind != name:
         raise ImportError(f"dpo_dist.trl has the trainers of DPO and KTO only; {name}: {_OTHERS[kind]}")
+    if not name.startswith("_") and is_installed("trl"):
+        import trl  # noqa: PLC0415
+
+        if name in trl.__all__:  # the other names that scripts of DPO and KTO import: get_dataset, callbacks
+            return getattr(trl, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ from dpo_dist.data import Example
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import first_line
 from dpo_dist.foundation.process import this_rank
-from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.architectures import NOISES, recorded_arrangement
 from dpo_dist.model.attention.kernels import PACKED, choose_backend, packed_attention
 from dpo_dist.model.exactness import Rounding, rounded_once_more
 from dpo_dist.model.flops import compute_costs, step_flops
@@ -150,7 +150,8 @@ class PackedForward:
         """Whether each call asks the reference; else those with the adapter off, or with TRL's copy of it."""
         # Without the model: a copy of the model computes by its own weights.
         self._own: Callable[..., Any] = model.forward.__func__
-        self._is_checked = False
+        self._checked = set[bool]()
+        """The modes (training or not) in which packed values were compared: noise is in training only."""
         self._costs: ComputeCosts | None = None
         if fallback.reason:
             return
@@ -221,13 +222,15 @@ class PackedForward:
     def _computed(
         self, model: PreTrainedModel, fallback: Fallback, rows: CountedRows, own: Callable[[], Any]
     ) -> Any:
-        """Return the values of one packed sequence; at the first call they are compared with TRL's.
+        """Return the values of one packed sequence; they are compared with TRL's once in each mode.
 
         All ranks compare at the same call, also one whose rows count no token: forwards may be collective.
         """
-        if not self._is_checked:
-            self._is_checked = True
-            faults = gathered(self._fault(model, rows, own))
+        if model.training not in self._checked:
+            self._checked.add(model.training)
+            gpus = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(gpus):  # TRL's forward draws the same noise as without a comparison
+                faults = gathered(self._fault(model, rows, own))
             if fault := next(filter(None, faults), ""):
                 fallback.stop(fault)
                 return own()
@@ -236,6 +239,8 @@ class PackedForward:
     @torch.no_grad()
     def _fault(self, model: PreTrainedModel, rows: CountedRows, own: Callable[[], Any]) -> str:
         """Return how packed log-probs differ from TRL's; empty if rounding explains it."""
+        if model.training and (source := _noise(model)):  # of a fresh adapter only gradients show it
+            return f"{source} is on"
 
         def values(outputs: Any) -> Tensor:
             logps: Tensor = outputs.log_probs.float().cpu()[torch.from_numpy(rows.places)]
@@ -329,12 +334,12 @@ def why_padded(models: Sequence[PreTrainedModel], adapters: Iterable[Any], train
         return "the adapter writes virtual tokens before each row"
     if trainer.aux_loss_enabled:
         return "the loss of routers counts the tokens of padded rows"
-    if trainer.args.neftune_noise_alpha:
-        return "neftune_noise_alpha adds noise to embeddings"
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         return "FSDP 1 hides the weights of layers; write fsdp_config={'version': 2}"
-    if trainer.args.torch_compile:
-        return "torch_compile compiles a forward for rows of one shape"
+    if trainer.args.torch_compile or any(model._compiled_call_impl is not None for model in models):
+        return "a forward is compiled for rows of one shape"
+    if trainer.args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha is on"
     return next(filter(None, map(_why_unpackable, models)), "")
 
 
@@ -347,16 +352,19 @@ def _why_unpackable(model: PreTrainedModel) -> str:
         return f"{kind} cannot be packed"
     if rope_limit(text) is not None:
         return "position embeddings depend on the longest sequence"
-    if any(map(_is_random, model.modules())):
-        return "dropout is on"
+    if noise := _noise(model):
+        return f"{noise} is on"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model's layers are on several devices"
     return ""
 
 
-def _is_random(module: nn.Module) -> bool:
-    """Return whether a module drops or shakes values in training."""
-    if isinstance(module, nn.Dropout):  # only these are switched off by TRL
-        return module.p > 0
-    shares = [value for name, value in vars(module).items() if "dropout" in name or "jitter" in name]
-    return any(isinstance(share, float) and share > 0 for share in shares)
+def _noise(model: PreTrainedModel) -> str:
+    """Return the name of what makes training random; empty if nothing does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return "dropout"
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and any(part in name for part in NOISES):
+                return str(name)
+    return ""

@@ -124,6 +124,11 @@ class _OlderNames:
             _say(f"{type(self).__name__}: use_cpu is True, because there is no accelerator")
         super().__init__(*arguments, **today)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be of TRL's class in files: others open `training_args.bin` without this package."""
+        kind = {DPOConfig: trl.DPOConfig, KTOConfig: trl.KTOConfig}.get(type(self), type(self))
+        return object.__new__, (kind,), vars(self)
+
 
 class DPOConfig(_OlderNames, trl.DPOConfig):  # type: ignore[misc]
     """TRL's `DPOConfig`, which takes older names of its arguments, too."""

@@ -125,6 +125,24 @@ def test_a_model_that_differs_when_packed_is_computed_by_trl(caplog: pytest.LogC
     assert caplog.text.count("TRL's own forward, with padding: log-probs differ by") == 1
 
 
+def test_noise_of_a_models_own_code_is_that_of_trl() -> None:
+    packed, own, fallback = packed_and_own("llama")
+    batch = BATCHES["another order"]
+    for model in (packed, own):
+        model.model.layers[0].register_forward_hook(
+            lambda layer, _, hidden: hidden + layer.training * torch.rand_like(hidden)
+        )
+    assert_equal(packed, own, batch)
+    assert not fallback.reason
+    values = []
+    for model in (packed, own):
+        model.train()
+        torch.manual_seed(0)
+        values.append(computed(model, batch)[0]["log_probs"])
+    assert torch.equal(*values)
+    assert "log-probs differ by" in fallback.reason
+
+
 def test_rows_may_be_padded_at_the_left() -> None:
     batch = padded((LONG, tokens(5, 1), None), (tokens(4, 3), tokens(6, 4), None), at_left=True)
     packed, own, fallback = packed_and_own("llama")

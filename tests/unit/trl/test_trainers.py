@@ -172,22 +172,59 @@ def test_a_subclass_may_have_its_own_loss(folder: Path, pairs: Any, caplog: pyte
     assert is_packed(trained[1], caplog.text)
 
 
-def test_dropout_is_computed_by_trl(
-    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def _set_dropout(model: Any, name: str) -> None:
+    for module in model.modules():
+        if hasattr(module, name) and (name != "p" or isinstance(module, torch.nn.Dropout)):
+            setattr(module, name, 0.5)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in the first step", "after an evaluation"])
+@pytest.mark.parametrize(
+    "noise", ["dropout", "attention_dropout", "neftune_noise_alpha", "dropout, set late"]
+)
+def test_noise_in_training_is_that_of_trl(
+    noise: str,
+    early: bool,
+    folder: Path,
+    pairs: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def dropping() -> LoraConfig:
         return LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5)
 
+    def noisy(folder: Path) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        _set_dropout(model, noise)
+        return model
+
     monkeypatch.setattr(f"{__name__}.lora", dropping)
-    trained = [
-        trainer_of(home, folder, pairs, adapter="new", disable_dropout=False, max_steps=2)
-        for home in (trl, guest)
-    ]
-    for trainer in trained:
-        torch.manual_seed(0)
-        trainer.train()
-    assert_same(trained[1], trained[0], exact=0, weights=0)
-    assert caplog.text.count("computed by TRL's own forward, with padding: dropout is on") == 1
+    monkeypatch.setattr(f"{__name__}.load", noisy)
+    case: dict[str, Any] = {"max_steps": 2, "eval_dataset": pairs.select([1, 2]), "eval_on_start": early}
+    if noise == "neftune_noise_alpha":
+        case |= {noise: 5.0}
+    elif noise != "attention_dropout":
+        case |= {"adapter": "new", "disable_dropout": noise != "dropout"}
+    trained = []
+    for home in (trl, guest):
+        trained.append(trainer_of(home, folder, pairs, **case))
+        if noise == "dropout, set late":
+            _set_dropout(trained[-1].model, "p")
+        trained[-1].train()
+    was_packed = early and noise == "dropout, set late"
+    assert_same(trained[1], trained[0], exact=1e-5 if was_packed else 0, weights=2e-5 if was_packed else 0)
+    reason = noise.removesuffix(", set late")
+    assert caplog.text.count(f"computed by TRL's own forward, with padding: {reason} is on") == 1
+
+
+def test_a_compiled_forward_is_that_of_trl(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(folder)
+    model.compile(backend="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    guest.DPOTrainer(model=model, args=arguments(), train_dataset=pairs, processing_class=tokenizer)
+    assert caplog.text.count("with padding: a forward is compiled for rows of one shape") == 1
 
 
 def test_attention_that_drops_is_computed_by_trl(
