@@ -227,38 +227,6 @@ def test_a_compiled_forward_is_that_of_trl(
     assert caplog.text.count("with padding: a forward is compiled for rows of one shape") == 1
 
 
-def test_attention_that_drops_is_computed_by_trl(
-    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """TRL switches off modules of dropout only."""
-    trained = []
-    for home in (trl, guest):
-        trainer = trainer_of(home, folder, pairs, max_steps=2, gradient_checkpointing=False)
-        for layer in trainer.model.model.layers:
-            layer.self_attn.attention_dropout = 0.5
-        options = {"args": arguments(max_steps=2), "train_dataset": pairs, "ref_model": trainer.ref_model}
-        again = home.DPOTrainer(trainer.model, processing_class=trainer.processing_class, **options)
-        torch.manual_seed(0)
-        again.train()
-        trained.append(again)
-    assert_same(trained[1], trained[0], exact=0, weights=0)
-    assert caplog.text.count("computed by TRL's own forward, with padding: dropout is on") == 1
-
-
-def test_noise_of_embeddings_is_computed_by_trl(
-    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    trained = [
-        trainer_of(home, folder, pairs, adapter="new", neftune_noise_alpha=5, max_steps=2)
-        for home in (trl, guest)
-    ]
-    for trainer in trained:
-        torch.manual_seed(0)
-        trainer.train()
-    assert_same(trained[1], trained[0], exact=0, weights=0)
-    assert caplog.text.count("with padding: neftune_noise_alpha adds noise") == 1
-
-
 def test_fsdp_1_is_computed_by_trl(folder: Path) -> None:
     """It runs on accelerators only."""
     trainer = SimpleNamespace(
