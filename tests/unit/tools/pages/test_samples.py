@@ -1,12 +1,13 @@
 """Responses side by side: different words marked; which samples of a run its page shows."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.pages.samples import choose, mark_differences, samples_section
+from dpo_dist.tools.pages.samples import choose, mark_differences, samples_section, worst_pairs
 from tests.support.sample_files import GOOD, sample, write_samples
 
 
@@ -61,3 +62,12 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
     ]
     assert (found["step"], found["prompts"], found["file"]) == (1000300, 1, "step-1000300.jsonl")
     assert samples_section(RunFolder(tmp_path / "none")) == {}
+
+
+def test_a_labelled_response_is_shown_with_its_reward(tmp_path: Path) -> None:
+    row = {"origin": "a.jsonl:1", "prompt": "why", "margin": -0.5}
+    file = tmp_path / "worst.jsonl"
+    file.write_text("\n".join(json.dumps({**row, side: "so"}) for side in ("chosen", "rejected")))
+    good, bad = worst_pairs(file)
+    assert "reward -0.5" in good
+    assert "reward 0.5" in bad
