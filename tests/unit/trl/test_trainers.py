@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.trainer.utils import add_fused_lm_head
 
 from dpo_dist import trl as guest
 from dpo_dist.trl import older_names, trainers
@@ -225,6 +226,19 @@ def test_a_compiled_forward_is_that_of_trl(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     guest.DPOTrainer(model=model, args=arguments(), train_dataset=pairs, processing_class=tokenizer)
     assert caplog.text.count("with padding: a forward is compiled for rows of one shape") == 1
+
+
+def test_a_reference_that_a_script_replaces_is_computed_by_trl(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = [trainer_of(home, folder, pairs, max_steps=2) for home in (trl, guest)]
+    for trainer in trained:
+        add_fused_lm_head(reference := load(folder))
+        trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+        torch.nn.init.normal_(trainer.ref_model.lm_head.weight, generator=torch.Generator().manual_seed(1))
+        trainer.train()
+    assert_same(trained[1], trained[0])
+    assert caplog.text.count("another ref_model is computed by TRL's own forward") == 1
 
 
 def test_fsdp_1_is_computed_by_trl(folder: Path) -> None:
