@@ -23,7 +23,7 @@ _STEPS = """
 import json, sys
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data import DataSource
 from dpo_dist.foundation.errors import DataError
 results = []
 config = DataConfig(cache=sys.argv[1])
