@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.distributed import deepspeed_config, zero
 from tests.e2e.test_evaluate import scores
 from tests.simulated_cuda import device
@@ -155,7 +156,7 @@ def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
     run = on_cpu(assets, "full")
     wanted = [numbers(pair) for pair in scores(run)]
     (run / "evaluation" / "scores.jsonl").unlink()
-    ended = run_module("dpo_dist.verbs.evaluate", [f"run.dir={run}"], report=tmp_path)
+    ended = run_module(VERBS["evaluate"].module, [f"run.dir={run}"], report=tmp_path)
     assert ended.code == 0, ended.output
     [report] = tmp_path.iterdir()
     assert json.loads(report.read_text())["peak_bytes"] > 0, "on CUDA"
