@@ -7,11 +7,11 @@ from statistics import fmean
 
 from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import loss_unit
-from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
-from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
+from dpo_dist.kit import ACCURACIES, MAIN, METRICS, PREFIX, RunFolder
 
 Ends = Sequence[float] | None
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpo_dist.config.load import saved_config
-from dpo_dist.config.run_folder import is_checkpoint
-from dpo_dist.config.schema import UNSET, Dtype, ImagesConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.kit import UNSET, Dtype, ModelConfig, RunConfig, is_checkpoint, saved_config, short_name
 from dpo_dist.model.files.manifest import check_base
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
@@ -36,7 +35,6 @@ from dpo_dist.tools.sampling.respond import (
 )
 from dpo_dist.tools.sampling.settings import LEAST_ROOM, Sampling
 from dpo_dist.training.export import checkpoint_as_model
-from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.config.run_folder import check_writable
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import (
     DataConfig,
     DataSource,
@@ -37,8 +35,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.kit import PackedCausalLM, Run, RunConfig, check_writable, packed_logps
 from dpo_dist.model.files.folder import hub_commit
-from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
@@ -68,7 +66,6 @@ from dpo_dist.tools.sampling.respond import (
 )
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.training.export import checkpoint_as_model
-from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
 PROMPTS_AT_ONCE = 16

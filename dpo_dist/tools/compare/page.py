@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.metrics import METRICS
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, percent_of, pluralize, without_secrets
+from dpo_dist.kit import METRICS
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.pages.charts import Interval, Point, scatter

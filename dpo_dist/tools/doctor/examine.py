@@ -12,8 +12,7 @@ import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
-from dpo_dist.config.losses import LossConfig, balancing_weight
-from dpo_dist.config.schema import UNSET, ModelConfig, RunConfig
+from dpo_dist.config.losses import balancing_weight
 from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Part, Record, SourceConfig, source_labels
 from dpo_dist.data.config import OnBadRecord, TextTemplate
 from dpo_dist.encoded.build import (
@@ -21,17 +20,13 @@ from dpo_dist.encoded.build import (
     Preparation,
     no_progress,
 )
-from dpo_dist.encoded.dataset import (
-    PreferenceDataset,
-    check_fits_loss,
-    check_ids_in_vocabulary,
-    open_dataset,
-)
+from dpo_dist.encoded.dataset import check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.encoded.workers import in_chunks, in_order
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.types import Tokenizer
+from dpo_dist.kit import UNSET, LossConfig, ModelConfig, PreferenceDataset, RunConfig
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts

@@ -5,11 +5,9 @@ checkpoints on `data.eval` or `evaluation.data`. Reference log-probs come from t
 computed and stored.
 """
 
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.kit import RunConfig, check_start, checked_console, run_verb
 from dpo_dist.tools.evaluation.start import find_evaluation_models
-from dpo_dist.training.start.preflight import check_start, checked_console
 
 
 def main(config: RunConfig) -> int:

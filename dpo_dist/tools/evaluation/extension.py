@@ -1,8 +1,8 @@
 """The verb `evaluate`, and its keys."""
 
-from dpo_dist.config.extensions import Extension, Verb
 from dpo_dist.data import Source
 from dpo_dist.foundation.fields import Names, NonEmpty, key, schema, section
+from dpo_dist.kit import Extension, Verb
 
 
 @schema

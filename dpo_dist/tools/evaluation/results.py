@@ -12,12 +12,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.kit import ALL, AUC, METRICS, LossConfig, PreferenceDataset, RunFolder, results_name
 from dpo_dist.objective.metrics import (
     CustomMetrics,
     MetricPlan,

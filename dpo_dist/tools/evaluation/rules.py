@@ -1,6 +1,7 @@
 """Rules between the keys of the verb `evaluate`."""
 
-from dpo_dist.config.rules import Rule, once, unweighted, without_images
+from dpo_dist.config.rules import once, unweighted, without_images
+from dpo_dist.kit import Rule
 
 _RULES = [once("evaluation.data"), unweighted("evaluation.data"), without_images("evaluation.data")]
 

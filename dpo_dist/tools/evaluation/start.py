@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_dist.config.run_folder import RunFolder, is_checkpoint, no_model_error
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.run_folder import no_model_error
+from dpo_dist.kit import ReferenceMode, RunConfig, RunFolder, is_checkpoint, locate_model
 from dpo_dist.tools.evaluation.extension import EvaluationConfig
-from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel, locate_model
+from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 
 
 def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:

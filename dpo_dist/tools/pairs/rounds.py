@@ -14,16 +14,15 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from dpo_dist.config.command_line import write_command
-from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
+from dpo_dist.config.load import differing_keys, from_yaml
 from dpo_dist.config.rules import value_at
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.kit import ModelConfig, ReferenceMode, RunConfig, RunFolder, to_yaml
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (

@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_dist.config.schema import (
-    ZERO_STAGES,
-    Dtype,
-    Offload,
-    ParallelismKind,
-    ReferenceMode,
-    RunConfig,
-    TrainerConfig,
-)
+from dpo_dist.config.schema import ZERO_STAGES, Offload, ParallelismKind, TrainerConfig
+from dpo_dist.kit import Dtype, ReferenceMode, RunConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.tools.plan.extension import PlanConfig

@@ -13,14 +13,13 @@ import yaml
 from transformers import AutoConfig
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.load import complete_config, load_run_config, to_yaml
-from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.load import complete_config
 from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.text import duration, percent, pluralize, size
+from dpo_dist.kit import LossConfig, ModelConfig, RunConfig, load_run_config, to_yaml
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import load_config, without_weights

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from dpo_dist.config.run_folder import LAST_EVALUATION
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
+from dpo_dist.kit import MetricsRow, Run, RunConfig
 from dpo_dist.objective.metrics import PairColumn, PairValues
 from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
 from dpo_dist.tools.pages.charts import draw_curves
@@ -17,11 +17,10 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.sampling.keys import SamplesConfig
 from dpo_dist.tools.tables import closing_table
-from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
+from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.protocols import OnMoment, Reporting
 from dpo_dist.training.reporting.recorder import OnRow, PlainRecorder, opened_trackers
 from dpo_dist.training.start.inputs import Inputs
-from dpo_dist.training.start.open_run import Run
 
 
 @dataclass(frozen=True)

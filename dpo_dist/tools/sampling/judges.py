@@ -17,7 +17,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
 from dpo_dist.data.records import as_fields
 from dpo_dist.data.text.tokenizer import tokenizer_facts
@@ -25,6 +24,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.user_code import find_function, user_function
+from dpo_dist.kit import ModelConfig
 from dpo_dist.model.architectures import context_length
 from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights, tokenizer_digest

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
+from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
 from dpo_dist.data import (
     BadRecord,
     DataConfig,
@@ -30,6 +30,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.kit import ModelConfig, Run, RunConfig
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.sampling.client import Client
@@ -48,7 +49,7 @@ from dpo_dist.tools.sampling.respond import (
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.start.inputs import on_every_rank
-from dpo_dist.training.start.open_run import Run, join
+from dpo_dist.training.start.open_run import join
 
 _FAILED = "failed"
 

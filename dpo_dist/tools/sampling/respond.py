@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import FusedLayers, ModelConfig
+from dpo_dist.config.schema import FusedLayers
 from dpo_dist.data import (
     BadRecord,
     DataConfig,
@@ -29,6 +29,7 @@ from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
+from dpo_dist.kit import ModelConfig, PackedCausalLM
 from dpo_dist.model.architectures import context_length
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import (
@@ -42,7 +43,6 @@ from dpo_dist.model.files.load import load_config, load_encoder, load_packed, lo
 from dpo_dist.model.files.manifest import check_base, check_undamaged
 from dpo_dist.model.files.stops import find_stop_ids, folder_stops
 from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
-from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.engine import scoring_config
 from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError

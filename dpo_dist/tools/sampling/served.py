@@ -19,13 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data import Example, PreferenceRecord, TokenIds
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
-from dpo_dist.model.packed import packed_logps
+from dpo_dist.kit import Dtype, ModelConfig, packed_logps
 from dpo_dist.tools.sampling.client import Choice, Client, CompletionReply, RefusedError
 from dpo_dist.tools.sampling.generate import Request, Sample
 from dpo_dist.tools.sampling.keys import ServerConfig

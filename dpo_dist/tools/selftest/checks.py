@@ -21,16 +21,14 @@ from typing import Any, NamedTuple, Self
 
 import psutil
 
-from dpo_dist.config.load import load_run_config
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, Lack, first_line, lack_behind
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
+from dpo_dist.kit import Dtype, RunFolder, checked_console, load_run_config
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
-from dpo_dist.training.start.preflight import checked_console
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
@@ -145,8 +143,8 @@ def train_without_overlap(words: Sequence[str]) -> int:
     config = load_run_config(words, verb="train")
     stop = StopRequest()
     with stop.listening(), checked_console(config, trains=True) as console:
+        from dpo_dist.kit import train  # noqa: PLC0415  (slow)
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
-        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 
         return train(config, console, stop, reporting())
 

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.batching.content_keys import Keys
-from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
-from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.config.schema import ReferenceConfig
+from dpo_dist.kit import LossConfig, ModelConfig, PreferenceDataset, ReferenceMode
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, StoredLogps, read_fingerprints
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES

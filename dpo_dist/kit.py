@@ -1,0 +1,137 @@
+"""What tools take from the trainer: a module below `tools/` and `compat/` imports nothing else of it.
+
+Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids) and `dpo_dist.foundation`.
+
+- **A verb**: `extension.py` in a tool's folder has an `Extension`, with `Verb`s, keys and `Rule`s; `unused`
+  and `to_unset` make rules and remedies, `needs_of` and `check_rules` check them. `run_verb` runs a verb with
+  its configuration; `checked_console` checks packages and the place, `check_start` also files and models.
+- **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
+  `LossKind`, `ReferenceMode`, `UNSET`. `load_run_config` reads words, `saved_config` a run's file, `to_yaml`
+  writes one; `run_keys` has all keys.
+- **Folders**: `RunFolder` has the files of a run, and a tool adds its own as `PathBelow`; `check_writable`
+  checks one, `is_checkpoint` knows a checkpoint. `locate_model` finds what a user calls a model, `short_name`
+  names it.
+- **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`
+  and `LOSS_METRICS`; names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts. A
+  `MetricsRow` has the values of a step or evaluation; `finite` reads one.
+- **A run**: `train` trains; a `Run` has its configuration, processes and console.
+- **Models and data**: `PackedCausalLM` scores examples by `packed_logps`; a `PreferenceDataset` has them.
+
+Each name is imported when it is asked for: a tool that reads files imports no torch.
+"""
+
+from importlib import import_module  # noqa: TID251  (no code of the user)
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_dist.config.command_line import run_verb
+    from dpo_dist.config.extensions import Extension, Verb
+    from dpo_dist.config.keys import run_keys
+    from dpo_dist.config.load import load_run_config, saved_config, to_yaml
+    from dpo_dist.config.losses import LossConfig, LossKind
+    from dpo_dist.config.metrics import (
+        ACCURACIES,
+        ALL,
+        AUC,
+        LOSS_METRICS,
+        MAIN,
+        METRICS,
+        PREFIX,
+        find_metric,
+        results_name,
+    )
+    from dpo_dist.config.rules import Rule, check_rules, needs_of, to_unset, unused
+    from dpo_dist.config.run_folder import PathBelow, RunFolder, check_writable, is_checkpoint
+    from dpo_dist.config.schema import UNSET, Direction, Dtype, ModelConfig, ReferenceMode, RunConfig
+    from dpo_dist.encoded.dataset import PreferenceDataset
+    from dpo_dist.model.packed import PackedCausalLM, packed_logps
+    from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
+    from dpo_dist.training.run import train
+    from dpo_dist.training.start.named_models import locate_model, short_name
+    from dpo_dist.training.start.open_run import Run
+    from dpo_dist.training.start.preflight import check_start, checked_console
+
+__all__ = [
+    "ACCURACIES",
+    "ALL",
+    "AUC",
+    "LOSS_METRICS",
+    "MAIN",
+    "METRICS",
+    "PREFIX",
+    "UNSET",
+    "Direction",
+    "Dtype",
+    "Extension",
+    "LossConfig",
+    "LossKind",
+    "MetricsRow",
+    "ModelConfig",
+    "PackedCausalLM",
+    "PathBelow",
+    "PreferenceDataset",
+    "ReferenceMode",
+    "Rule",
+    "Run",
+    "RunConfig",
+    "RunFolder",
+    "Verb",
+    "check_rules",
+    "check_start",
+    "check_writable",
+    "checked_console",
+    "find_metric",
+    "finite",
+    "is_checkpoint",
+    "load_run_config",
+    "locate_model",
+    "needs_of",
+    "packed_logps",
+    "results_name",
+    "run_keys",
+    "run_verb",
+    "saved_config",
+    "short_name",
+    "to_unset",
+    "to_yaml",
+    "train",
+    "unused",
+]
+
+_NAMES = {
+    "config.command_line": ("run_verb",),
+    "config.extensions": ("Extension", "Verb"),
+    "config.keys": ("run_keys",),
+    "config.load": ("load_run_config", "saved_config", "to_yaml"),
+    "config.losses": ("LossConfig", "LossKind"),
+    "config.metrics": (
+        "ACCURACIES",
+        "ALL",
+        "AUC",
+        "LOSS_METRICS",
+        "MAIN",
+        "METRICS",
+        "PREFIX",
+        "find_metric",
+        "results_name",
+    ),
+    "config.rules": ("Rule", "check_rules", "needs_of", "to_unset", "unused"),
+    "config.run_folder": ("PathBelow", "RunFolder", "check_writable", "is_checkpoint"),
+    "config.schema": ("UNSET", "Direction", "Dtype", "ModelConfig", "ReferenceMode", "RunConfig"),
+    "encoded.dataset": ("PreferenceDataset",),
+    "model.packed": ("PackedCausalLM", "packed_logps"),
+    "training.reporting.metrics_log": ("MetricsRow", "finite"),
+    "training.run": ("train",),
+    "training.start.named_models": ("locate_model", "short_name"),
+    "training.start.open_run": ("Run",),
+    "training.start.preflight": ("check_start", "checked_console"),
+}
+"""The same names by the module that has them; a test compares them with the imports above."""
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a name when it is asked for: some import torch, which takes seconds."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"dpo_dist.{_MODULE_OF[name]}"), name)
