@@ -14,6 +14,9 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`
   and `LOSS_METRICS`; names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts. A
   `MetricsRow` has the values of a step or evaluation; `finite` reads one.
+- **Evaluations**: `write_evaluation` writes one, `evaluation_cells` are its table of `EVALUATION_METRICS`,
+  `count_trained` counts prompts that a model knows from its training. `bootstrap_intervals` and
+  `wilson_interval` are intervals of means and shares, of values in a `Column`.
 - **A run**: `train` trains; a `Run` has its configuration, processes and console.
 - **Models and data**: `PackedCausalLM` scores examples by `packed_logps`; a `PreferenceDataset` has them.
 
@@ -45,6 +48,10 @@ if TYPE_CHECKING:
     from dpo_dist.config.schema import UNSET, Direction, Dtype, ModelConfig, ReferenceMode, RunConfig
     from dpo_dist.encoded.dataset import PreferenceDataset
     from dpo_dist.model.packed import PackedCausalLM, packed_logps
+    from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
+    from dpo_dist.training.evaluation.results import write_evaluation
+    from dpo_dist.training.evaluation.table import EVALUATION_METRICS, evaluation_cells
+    from dpo_dist.training.evaluation.trained_prompts import count_trained
     from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
     from dpo_dist.training.run import train
     from dpo_dist.training.start.named_models import locate_model, short_name
@@ -55,11 +62,13 @@ __all__ = [
     "ACCURACIES",
     "ALL",
     "AUC",
+    "EVALUATION_METRICS",
     "LOSS_METRICS",
     "MAIN",
     "METRICS",
     "PREFIX",
     "UNSET",
+    "Column",
     "Direction",
     "Dtype",
     "Extension",
@@ -76,10 +85,13 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "Verb",
+    "bootstrap_intervals",
     "check_rules",
     "check_start",
     "check_writable",
     "checked_console",
+    "count_trained",
+    "evaluation_cells",
     "find_metric",
     "finite",
     "is_checkpoint",
@@ -96,6 +108,8 @@ __all__ = [
     "to_yaml",
     "train",
     "unused",
+    "wilson_interval",
+    "write_evaluation",
 ]
 
 _NAMES = {
@@ -120,6 +134,10 @@ _NAMES = {
     "config.schema": ("UNSET", "Direction", "Dtype", "ModelConfig", "ReferenceMode", "RunConfig"),
     "encoded.dataset": ("PreferenceDataset",),
     "model.packed": ("PackedCausalLM", "packed_logps"),
+    "objective.intervals": ("Column", "bootstrap_intervals", "wilson_interval"),
+    "training.evaluation.results": ("write_evaluation",),
+    "training.evaluation.table": ("EVALUATION_METRICS", "evaluation_cells"),
+    "training.evaluation.trained_prompts": ("count_trained",),
     "training.reporting.metrics_log": ("MetricsRow", "finite"),
     "training.run": ("train",),
     "training.start.named_models": ("locate_model", "short_name"),

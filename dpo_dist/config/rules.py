@@ -301,6 +301,9 @@ RULES = (
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     without_images("data.train"),
     without_images("data.eval"),
+    once("evaluation.data"),
+    unweighted("evaluation.data"),
+    without_images("evaluation.data"),
     unused_beside(
         "data.ranked",
         "data.train",

@@ -2,44 +2,22 @@
 
 import math
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import loss_unit
 from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import duration, percent, pluralize, size
+from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
-from dpo_dist.kit import ACCURACIES, MAIN, METRICS, PREFIX, RunFolder
+from dpo_dist.kit import MAIN, METRICS, RunFolder
 
-Ends = Sequence[float] | None
-
-EVALUATION_METRICS = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
     RunOutcome.preempted: "stopped after {}; the same command resumes from there",
     RunOutcome.diverged: "diverged after {}",
 }
-
-
-def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return one line per row, with aligned columns; the columns `numbers` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if at in numbers else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def with_interval(value: float | None, ends: Ends, form: str) -> str:
-    """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
@@ -95,22 +73,3 @@ def describe_reference(report: Fields) -> str:
     if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
         return str(report.get("mode", ""))
     return f"cached: {pluralize(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
-
-
-def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
-    """Return a row of titles, then a row of metrics with 95 % intervals for all pairs and for each source."""
-    names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
-    unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
-    rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]
-    for label, row in results.items():
-        keys = [PREFIX + name for name in names]
-        cells = [
-            with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "" for key in keys
-        ]
-        rows.append([label, f"{row['eval_pairs']:,}", *cells])
-    return rows
-
-
-def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
-    """Return the table of an evaluation, a line per row."""
-    return aligned(evaluation_cells(results, EVALUATION_METRICS))

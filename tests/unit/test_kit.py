@@ -13,11 +13,13 @@ pytestmark = pytest.mark.slow
 
 KIT = "dpo_dist.kit"
 NAMES = """
-    ACCURACIES ALL AUC LOSS_METRICS MAIN METRICS PREFIX UNSET Direction Dtype Extension LossConfig
-    LossKind MetricsRow ModelConfig PackedCausalLM PathBelow PreferenceDataset ReferenceMode Rule
-    Run RunConfig RunFolder Verb check_rules check_start check_writable checked_console find_metric
-    finite is_checkpoint load_run_config locate_model needs_of packed_logps results_name run_keys
-    run_verb saved_config short_name to_unset to_yaml train unused
+    ACCURACIES ALL AUC EVALUATION_METRICS LOSS_METRICS MAIN METRICS PREFIX UNSET Column Direction
+    Dtype Extension LossConfig LossKind MetricsRow ModelConfig PackedCausalLM PathBelow
+    PreferenceDataset ReferenceMode Rule Run RunConfig RunFolder Verb bootstrap_intervals
+    check_rules check_start check_writable checked_console count_trained evaluation_cells
+    find_metric finite is_checkpoint load_run_config locate_model needs_of packed_logps results_name
+    run_keys run_verb saved_config short_name to_unset to_yaml train unused wilson_interval
+    write_evaluation
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
@@ -28,9 +30,9 @@ ELSEWHERE = {
     "config.advice": "OFF Advice",
     "config.command_line": "write_command",
     "config.compose": "FAILURES Command names_chosen parse_overrides read_keys",
-    "config.identity": "RunIdentity kinds_in settings",
+    "config.identity": "kinds_in settings",
     "config.keys": "group_folders preset_names strip_indices verb_keys",
-    "config.load": "changed_keys complete_config differing_keys from_yaml load_command read_saved",
+    "config.load": "complete_config differing_keys from_yaml load_command read_saved",
     "config.losses": "KINDS balancing_weight kinds_using loss_unit",
     "config.metrics": """
         ACCURACY_CHART AUC_CHART CUSTOM ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS
@@ -38,12 +40,10 @@ ELSEWHERE = {
     """,
     "config.mistakes": "as_tree composition_error fits likely_name",
     "config.rules": """
-        HOLD_OUT JUDGED_METRICS best_direction once resolve_reference rules_of unweighted value_at
-        without_evaluations without_images
+        HOLD_OUT JUDGED_METRICS best_direction resolve_reference rules_of value_at
+        without_evaluations
     """,
-    "config.run_folder": """
-        LAST_EVALUATION checkpoint_name checkpoint_step existing_run no_model_error strip_key
-    """,
+    "config.run_folder": "LAST_EVALUATION checkpoint_name checkpoint_step existing_run strip_key",
     "config.schema": """
         KIND_OF_STAGE SCHEMA ZERO_STAGES AttentionBackend ConsoleStyle ExportedWeights FusedLayers
         ImagesConfig Offload OptimConfig ParallelismConfig ParallelismKind ReferenceConfig
@@ -51,50 +51,40 @@ ELSEWHERE = {
     """,
     "config.verbs": "VERBS",
     "distributed": "deepspeed_config",
-    "distributed.checkpoint.saver": "checkpoint_state load_checkpoint_weights open_checkpoint",
     "distributed.deepspeed_config": "policy_config unsharded_loading",
     "distributed.memory": "explain_out_of_memory return_memory",
     "distributed.processes.world": "Interrupted Stops",
     "distributed.zero": "Engine",
     "encoded.build": "EncodingProgress Preparation no_progress",
-    "encoded.dataset": """
-        PromptImages check_fits_loss check_ids_in_vocabulary columns_errors open_dataset
-    """,
+    "encoded.dataset": "PromptImages check_fits_loss check_ids_in_vocabulary open_dataset",
     "encoded.store": "EncodedSource",
     "encoded.workers": "in_chunks in_order",
     "model.architectures": "context_length recorded_arrangement",
     "model.attention.kernels": "check_kernel choose_backend",
     "model.exactness": "LONGEST Agree Rounding StartCheck changes trial_examples",
     "model.files.folder": """
-        ADAPTER_CONFIG base_warnings check_tokenizer_files description_folder has_tokenizer
-        hub_commit is_adapter local_model_folder model_folder read_model_json start_folder
-        tokenizer_folder
+        ADAPTER_CONFIG check_tokenizer_files description_folder hub_commit is_adapter
+        local_model_folder model_folder read_model_json start_folder tokenizer_folder
     """,
     "model.files.load": """
-        TORCH_DTYPES Encoder check_contents_at_hand check_same_vocabulary load_config load_encoder
-        load_packed load_tokenizer load_weights tokenizer_digest without_weights
+        TORCH_DTYPES Encoder check_contents_at_hand load_config load_encoder load_packed
+        load_tokenizer load_weights tokenizer_digest without_weights
     """,
     "model.files.manifest": "check_base check_undamaged write_manifest",
     "model.files.save": "copy_tokenizer write_merged writing_errors",
     "model.files.stops": "find_stop_ids folder_stops write_stops",
-    "model.flops": """
-        REACHED_SHARES compute_costs matmul_peak recomputed_share step_flops visited_experts
-    """,
+    "model.flops": "REACHED_SHARES matmul_peak recomputed_share step_flops visited_experts",
     "model.images": "ImageReader",
     "model.library_internals": "fill_conversions",
-    "model.lora": "TRAINED adapter_off add_adapter add_saved load_adapter",
+    "model.lora": "TRAINED adapter_off add_saved load_adapter",
     "model.numerics": "has_fp16_products",
     "model.packed": "accepted_inputs reset_rope rope_limit",
-    "objective.losses": "RunningMeans",
-    "objective.metrics": """
-        CustomMetrics MetricPlan PairColumn PairValues custom_metrics length_members measure_pairs
-    """,
-    "reference.digest": "digest_model digest_on_every_node",
-    "reference.engine": "fault_agreement load_for_scoring load_reference scoring_config",
+    "objective.metrics": "PairColumn PairValues",
+    "reference.digest": "digest_model",
+    "reference.engine": "fault_agreement load_reference scoring_config",
     "reference.store": "LogpStore StoredLogps read_fingerprints",
     "training.clock": "WORKS Work",
     "training.export": "checkpoint_as_model",
-    "training.reference": "prepare_reference",
     "training.reporting.metrics_log": """
         MetricsLog final_and_best is_collapsed logps_by_side metrics_by_source read_latest_rows
         stored_rows write_tables
@@ -107,13 +97,9 @@ ELSEWHERE = {
         BYTES_PER_QUANTIZED_WEIGHT GPUS_PER_NODE Footprint disk_bytes footprint host_bytes
         quantization_notes quantized_weights state_bytes stored_notes
     """,
-    "training.start.inputs": """
-        EvaluationInputs Inputs load_evaluation_inputs loads_whole on_every_rank shared_model_folder
-    """,
-    "training.start.named_models": "EVALUATION_MODEL_KEY EvaluatedModel",
-    "training.start.open_run": "DEFAULT_TOKENS has_bf16_products join open_run",
-    "training.start.run_state": "Identity check_identity read_state",
-    "training.steps.step": "Objective evaluate",
+    "training.start.inputs": "Inputs on_every_rank",
+    "training.start.open_run": "DEFAULT_TOKENS has_bf16_products join",
+    "training.start.run_state": "read_state",
 }
 """What tools take from modules of the trainer themselves, by the module: this list may only shrink."""
 GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")

@@ -248,7 +248,7 @@ def test_tests_call_each_function_of_a_wall(wall: str) -> None:
 
 
 TOOLS = re.compile(
-    r"dpo_dist\.tools\.(chat|compare|convert|doctor|evaluation|pairs|plan|report|selftest|sweep)\."
+    r"dpo_dist\.tools\.(chat|compare|convert|doctor|pairs|plan|report|selftest|sweep)\."
 )
 """Matches the modules of a tool; the other ones of `tools` are what several tools use."""
 

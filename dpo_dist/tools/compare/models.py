@@ -35,12 +35,11 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.kit import PackedCausalLM, Run, RunConfig, check_writable, packed_logps
+from dpo_dist.kit import PackedCausalLM, Run, RunConfig, check_writable, count_trained, packed_logps
 from dpo_dist.model.files.folder import hub_commit
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
-from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.judges import Judge, open_judge

@@ -22,6 +22,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, firs
 from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.foundation.text import aligned
 from dpo_dist.kit import ModelConfig, ReferenceMode, RunConfig, RunFolder, to_yaml
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.pairs.folder import PairsFolder
@@ -33,7 +34,6 @@ from dpo_dist.tools.sampling.keys import (
     ServerConfig,
 )
 from dpo_dist.tools.sampling.rules import SAMPLING_KEYS
-from dpo_dist.tools.tables import aligned
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 

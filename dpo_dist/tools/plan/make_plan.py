@@ -18,7 +18,7 @@ from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
-from dpo_dist.foundation.text import duration, percent, pluralize, size
+from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.kit import LossConfig, ModelConfig, RunConfig, load_run_config, to_yaml
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.files.folder import description_folder, start_folder
@@ -32,7 +32,6 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
 )
 from dpo_dist.tools.plan.extension import PlanConfig
-from dpo_dist.tools.tables import aligned
 from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes, stored_notes
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]

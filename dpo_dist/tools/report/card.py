@@ -29,10 +29,10 @@ from dpo_dist.kit import (
     ModelConfig,
     RunConfig,
     RunFolder,
+    evaluation_cells,
 )
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.verdict import verdict
-from dpo_dist.tools.tables import evaluation_cells
 
 _Row = Mapping[str, Any]
 

@@ -15,10 +15,12 @@ from dpo_dist.config.metrics import CUSTOM, ENTROPIES, MISMATCH, PAIR_METRICS, T
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
+from dpo_dist.foundation.text import aligned
 from dpo_dist.kit import (
     ACCURACIES,
     ALL,
     AUC,
+    EVALUATION_METRICS,
     LOSS_METRICS,
     MAIN,
     METRICS,
@@ -34,7 +36,6 @@ from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_classes
 from dpo_dist.tools.pages.samples import samples_side_by_side
 from dpo_dist.tools.report.facts import MARGIN, values
 from dpo_dist.tools.report.run import PageFacts, verdict_for_page
-from dpo_dist.tools.tables import EVALUATION_METRICS, aligned
 
 _KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
 _NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")

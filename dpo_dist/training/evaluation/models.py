@@ -7,6 +7,9 @@ from pathlib import Path
 
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
+from dpo_dist.config.metrics import ALL
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     load_checkpoint_weights,
@@ -16,18 +19,18 @@ from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
-from dpo_dist.kit import ALL, ModelConfig, PackedCausalLM, Run, RunConfig, RunFolder
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
 from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.lora import add_adapter, load_adapter
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
-from dpo_dist.tools.evaluation.results import Results, write_evaluation
-from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.training.evaluation.results import Results, write_evaluation
+from dpo_dist.training.evaluation.table import evaluation_table
+from dpo_dist.training.evaluation.trained_prompts import count_trained
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,
@@ -36,7 +39,7 @@ from dpo_dist.training.start.inputs import (
     shared_model_folder,
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
-from dpo_dist.training.start.open_run import open_run
+from dpo_dist.training.start.open_run import Run, open_run
 from dpo_dist.training.start.run_state import Identity, check_identity, read_state
 from dpo_dist.training.steps.step import Objective, evaluate
 

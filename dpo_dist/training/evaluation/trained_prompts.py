@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_dist.config.load import saved_config
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data import DataSource, Part, PreferenceRecord, SourceConfig, prompt_hash
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DpoDistError, first_line
-from dpo_dist.kit import RunFolder, saved_config
 
 
 def count_trained(model: str, prompts: Iterable[int], unit: str, console: Console) -> int | None:
