@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_dist.config.command_line import run_verb
     from dpo_dist.config.extensions import Extension, Verb
+    from dpo_dist.config.identity import kinds_in
     from dpo_dist.config.keys import run_keys
-    from dpo_dist.config.load import load_run_config, saved_config, to_yaml
-    from dpo_dist.config.losses import LossConfig, LossKind
+    from dpo_dist.config.load import complete_config, load_run_config, to_yaml
+    from dpo_dist.config.losses import LossConfig, LossKind, loss_unit
     from dpo_dist.config.metrics import (
         ACCURACIES,
         ALL,
@@ -44,39 +45,80 @@ if TYPE_CHECKING:
         results_name,
     )
     from dpo_dist.config.rules import Rule, check_rules, needs_of, to_unset, unused
-    from dpo_dist.config.run_folder import PathBelow, RunFolder, check_writable, is_checkpoint
-    from dpo_dist.config.schema import UNSET, Direction, Dtype, ModelConfig, ReferenceMode, RunConfig
+    from dpo_dist.config.run_folder import (
+        LAST_EVALUATION,
+        PathBelow,
+        RunFolder,
+        check_writable,
+        existing_run,
+        is_checkpoint,
+        strip_key,
+    )
+    from dpo_dist.config.schema import (
+        UNSET,
+        ZERO_STAGES,
+        Direction,
+        Dtype,
+        ModelConfig,
+        Offload,
+        ParallelismKind,
+        ReferenceMode,
+        RunConfig,
+        TrainerConfig,
+    )
     from dpo_dist.encoded.dataset import PreferenceDataset
+    from dpo_dist.model.files.load import TORCH_DTYPES
+    from dpo_dist.model.flops import REACHED_SHARES, matmul_peak
     from dpo_dist.model.packed import PackedCausalLM, packed_logps
     from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
     from dpo_dist.training.evaluation.results import write_evaluation
     from dpo_dist.training.evaluation.table import EVALUATION_METRICS, evaluation_cells
     from dpo_dist.training.evaluation.trained_prompts import count_trained
-    from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
+    from dpo_dist.training.reporting.history import RunHistory
+    from dpo_dist.training.reporting.metrics_log import (
+        MetricsLog,
+        MetricsRow,
+        final_and_best,
+        finite,
+        is_collapsed,
+        logps_by_side,
+        metrics_by_source,
+    )
     from dpo_dist.training.run import train
+    from dpo_dist.training.start.footprint import GPUS_PER_NODE, Footprint, Shapes, policy_without_weights
     from dpo_dist.training.start.named_models import locate_model, short_name
-    from dpo_dist.training.start.open_run import Run
+    from dpo_dist.training.start.open_run import DEFAULT_TOKENS, Run
     from dpo_dist.training.start.preflight import check_start, checked_console
 
 __all__ = [
     "ACCURACIES",
     "ALL",
     "AUC",
+    "DEFAULT_TOKENS",
     "EVALUATION_METRICS",
+    "GPUS_PER_NODE",
+    "LAST_EVALUATION",
     "LOSS_METRICS",
     "MAIN",
     "METRICS",
     "PREFIX",
+    "REACHED_SHARES",
+    "TORCH_DTYPES",
     "UNSET",
+    "ZERO_STAGES",
     "Column",
     "Direction",
     "Dtype",
     "Extension",
+    "Footprint",
     "LossConfig",
     "LossKind",
+    "MetricsLog",
     "MetricsRow",
     "ModelConfig",
+    "Offload",
     "PackedCausalLM",
+    "ParallelismKind",
     "PathBelow",
     "PreferenceDataset",
     "ReferenceMode",
@@ -84,26 +126,39 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunFolder",
+    "RunHistory",
+    "Shapes",
+    "TrainerConfig",
     "Verb",
     "bootstrap_intervals",
     "check_rules",
     "check_start",
     "check_writable",
     "checked_console",
+    "complete_config",
     "count_trained",
     "evaluation_cells",
+    "existing_run",
+    "final_and_best",
     "find_metric",
     "finite",
     "is_checkpoint",
+    "is_collapsed",
+    "kinds_in",
     "load_run_config",
     "locate_model",
+    "logps_by_side",
+    "loss_unit",
+    "matmul_peak",
+    "metrics_by_source",
     "needs_of",
     "packed_logps",
+    "policy_without_weights",
     "results_name",
     "run_keys",
     "run_verb",
-    "saved_config",
     "short_name",
+    "strip_key",
     "to_unset",
     "to_yaml",
     "train",
@@ -115,9 +170,10 @@ __all__ = [
 _NAMES = {
     "config.command_line": ("run_verb",),
     "config.extensions": ("Extension", "Verb"),
+    "config.identity": ("kinds_in",),
     "config.keys": ("run_keys",),
-    "config.load": ("load_run_config", "saved_config", "to_yaml"),
-    "config.losses": ("LossConfig", "LossKind"),
+    "config.load": ("complete_config", "load_run_config", "to_yaml"),
+    "config.losses": ("LossConfig", "LossKind", "loss_unit"),
     "config.metrics": (
         "ACCURACIES",
         "ALL",
@@ -130,18 +186,49 @@ _NAMES = {
         "results_name",
     ),
     "config.rules": ("Rule", "check_rules", "needs_of", "to_unset", "unused"),
-    "config.run_folder": ("PathBelow", "RunFolder", "check_writable", "is_checkpoint"),
-    "config.schema": ("UNSET", "Direction", "Dtype", "ModelConfig", "ReferenceMode", "RunConfig"),
+    "config.run_folder": (
+        "LAST_EVALUATION",
+        "PathBelow",
+        "RunFolder",
+        "check_writable",
+        "existing_run",
+        "is_checkpoint",
+        "strip_key",
+    ),
+    "config.schema": (
+        "UNSET",
+        "ZERO_STAGES",
+        "Direction",
+        "Dtype",
+        "ModelConfig",
+        "Offload",
+        "ParallelismKind",
+        "ReferenceMode",
+        "RunConfig",
+        "TrainerConfig",
+    ),
     "encoded.dataset": ("PreferenceDataset",),
+    "model.files.load": ("TORCH_DTYPES",),
+    "model.flops": ("REACHED_SHARES", "matmul_peak"),
     "model.packed": ("PackedCausalLM", "packed_logps"),
     "objective.intervals": ("Column", "bootstrap_intervals", "wilson_interval"),
     "training.evaluation.results": ("write_evaluation",),
     "training.evaluation.table": ("EVALUATION_METRICS", "evaluation_cells"),
     "training.evaluation.trained_prompts": ("count_trained",),
-    "training.reporting.metrics_log": ("MetricsRow", "finite"),
+    "training.reporting.history": ("RunHistory",),
+    "training.reporting.metrics_log": (
+        "MetricsLog",
+        "MetricsRow",
+        "final_and_best",
+        "finite",
+        "is_collapsed",
+        "logps_by_side",
+        "metrics_by_source",
+    ),
     "training.run": ("train",),
+    "training.start.footprint": ("GPUS_PER_NODE", "Footprint", "Shapes", "policy_without_weights"),
     "training.start.named_models": ("locate_model", "short_name"),
-    "training.start.open_run": ("Run",),
+    "training.start.open_run": ("DEFAULT_TOKENS", "Run"),
     "training.start.preflight": ("check_start", "checked_console"),
 }
 """The same names by the module that has them; a test compares them with the imports above."""

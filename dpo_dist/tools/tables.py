@@ -5,13 +5,11 @@ import shlex
 from collections.abc import Sequence
 from statistics import fmean
 
-from dpo_dist.config.identity import kinds_in
-from dpo_dist.config.losses import loss_unit
 from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
-from dpo_dist.kit import MAIN, METRICS, RunFolder
+from dpo_dist.kit import MAIN, METRICS, RunFolder, kinds_in, loss_unit
 
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",

@@ -13,27 +13,30 @@ pytestmark = pytest.mark.slow
 
 KIT = "dpo_dist.kit"
 NAMES = """
-    ACCURACIES ALL AUC EVALUATION_METRICS LOSS_METRICS MAIN METRICS PREFIX UNSET Column Direction
-    Dtype Extension LossConfig LossKind MetricsRow ModelConfig PackedCausalLM PathBelow
-    PreferenceDataset ReferenceMode Rule Run RunConfig RunFolder Verb bootstrap_intervals
-    check_rules check_start check_writable checked_console count_trained evaluation_cells
-    find_metric finite is_checkpoint load_run_config locate_model needs_of packed_logps results_name
-    run_keys run_verb saved_config short_name to_unset to_yaml train unused wilson_interval
-    write_evaluation
+    ACCURACIES ALL AUC DEFAULT_TOKENS EVALUATION_METRICS GPUS_PER_NODE LAST_EVALUATION LOSS_METRICS
+    MAIN METRICS PREFIX REACHED_SHARES TORCH_DTYPES UNSET ZERO_STAGES Column Direction Dtype
+    Extension Footprint LossConfig LossKind MetricsLog MetricsRow ModelConfig Offload PackedCausalLM
+    ParallelismKind PathBelow PreferenceDataset ReferenceMode Rule Run RunConfig RunFolder
+    RunHistory Shapes TrainerConfig Verb bootstrap_intervals check_rules check_start check_writable
+    checked_console complete_config count_trained evaluation_cells existing_run final_and_best
+    find_metric finite is_checkpoint is_collapsed kinds_in load_run_config locate_model
+    logps_by_side loss_unit matmul_peak metrics_by_source needs_of packed_logps
+    policy_without_weights results_name run_keys run_verb short_name strip_key to_unset to_yaml
+    train unused wilson_interval write_evaluation
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
     "batching.content_keys": "Keys",
-    "batching.costs": "Arrangement ComputeCosts",
+    "batching.costs": "ComputeCosts",
     "batching.pack": "joined_inputs",
     "batching.plan": "shares_in_bins",
     "config.advice": "OFF Advice",
     "config.command_line": "write_command",
     "config.compose": "FAILURES Command names_chosen parse_overrides read_keys",
-    "config.identity": "kinds_in settings",
+    "config.identity": "settings",
     "config.keys": "group_folders preset_names strip_indices verb_keys",
-    "config.load": "complete_config differing_keys from_yaml load_command read_saved",
-    "config.losses": "KINDS balancing_weight kinds_using loss_unit",
+    "config.load": "differing_keys from_yaml load_command",
+    "config.losses": "KINDS balancing_weight kinds_using",
     "config.metrics": """
         ACCURACY_CHART AUC_CHART CUSTOM ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS
         TERMS is_evaluation
@@ -43,11 +46,10 @@ ELSEWHERE = {
         HOLD_OUT JUDGED_METRICS best_direction resolve_reference rules_of value_at
         without_evaluations
     """,
-    "config.run_folder": "LAST_EVALUATION checkpoint_name checkpoint_step existing_run strip_key",
+    "config.run_folder": "checkpoint_name checkpoint_step",
     "config.schema": """
-        KIND_OF_STAGE SCHEMA ZERO_STAGES AttentionBackend ConsoleStyle ExportedWeights FusedLayers
-        ImagesConfig Offload OptimConfig ParallelismConfig ParallelismKind ReferenceConfig
-        TrackerName TrainerConfig
+        KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights FusedLayers ImagesConfig
+        OptimConfig ParallelismConfig ReferenceConfig TrackerName
     """,
     "config.verbs": "VERBS",
     "distributed": "deepspeed_config",
@@ -59,7 +61,7 @@ ELSEWHERE = {
     "encoded.dataset": "PromptImages check_fits_loss check_ids_in_vocabulary open_dataset",
     "encoded.store": "EncodedSource",
     "encoded.workers": "in_chunks in_order",
-    "model.architectures": "context_length recorded_arrangement",
+    "model.architectures": "context_length",
     "model.attention.kernels": "check_kernel choose_backend",
     "model.exactness": "LONGEST Agree Rounding StartCheck changes trial_examples",
     "model.files.folder": """
@@ -67,13 +69,12 @@ ELSEWHERE = {
         local_model_folder model_folder read_model_json start_folder tokenizer_folder
     """,
     "model.files.load": """
-        TORCH_DTYPES Encoder check_contents_at_hand load_config load_encoder load_packed
-        load_tokenizer load_weights tokenizer_digest without_weights
+        Encoder check_contents_at_hand load_config load_encoder load_packed load_tokenizer
+        load_weights tokenizer_digest
     """,
     "model.files.manifest": "check_base check_undamaged write_manifest",
     "model.files.save": "copy_tokenizer write_merged writing_errors",
     "model.files.stops": "find_stop_ids folder_stops write_stops",
-    "model.flops": "REACHED_SHARES matmul_peak recomputed_share step_flops visited_experts",
     "model.images": "ImageReader",
     "model.library_internals": "fill_conversions",
     "model.lora": "TRAINED adapter_off add_saved load_adapter",
@@ -85,21 +86,12 @@ ELSEWHERE = {
     "reference.store": "LogpStore StoredLogps read_fingerprints",
     "training.clock": "WORKS Work",
     "training.export": "checkpoint_as_model",
-    "training.reporting.metrics_log": """
-        MetricsLog final_and_best is_collapsed logps_by_side metrics_by_source read_latest_rows
-        stored_rows write_tables
-    """,
     "training.reporting.protocols": "OnMoment Reporting",
     "training.reporting.recorder": "OnRow PlainRecorder opened_trackers",
     "training.start.dry_run": "dry_run start_in_words",
     "training.start.environment": "PACKAGES package_versions",
-    "training.start.footprint": """
-        BYTES_PER_QUANTIZED_WEIGHT GPUS_PER_NODE Footprint disk_bytes footprint host_bytes
-        quantization_notes quantized_weights state_bytes stored_notes
-    """,
     "training.start.inputs": "Inputs on_every_rank",
-    "training.start.open_run": "DEFAULT_TOKENS has_bf16_products join",
-    "training.start.run_state": "read_state",
+    "training.start.open_run": "has_bf16_products join",
 }
 """What tools take from modules of the trainer themselves, by the module: this list may only shrink."""
 GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")

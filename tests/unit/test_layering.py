@@ -247,9 +247,7 @@ def test_tests_call_each_function_of_a_wall(wall: str) -> None:
     assert {name for name in functions if not name.startswith("_")} <= called
 
 
-TOOLS = re.compile(
-    r"dpo_dist\.tools\.(chat|compare|convert|doctor|pairs|plan|report|selftest|sweep)\."
-)
+TOOLS = re.compile(r"dpo_dist\.tools\.(chat|compare|convert|doctor|pairs|plan|report|selftest|sweep)\.")
 """Matches the modules of a tool; the other ones of `tools` are what several tools use."""
 
 

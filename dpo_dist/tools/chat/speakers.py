@@ -15,7 +15,7 @@ from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, Prefere
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.kit import UNSET, Dtype, ModelConfig, RunConfig, is_checkpoint, saved_config, short_name
+from dpo_dist.kit import UNSET, Dtype, ModelConfig, RunConfig, RunHistory, is_checkpoint, short_name
 from dpo_dist.model.files.manifest import check_base
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
@@ -182,7 +182,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     folder = Path(location).expanduser()
     above = map(ComparisonFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
-    config = RunConfig() if run is None else saved_config(run.config)
+    config = RunConfig() if run is None else RunHistory(run).config()
     products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
     emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
     dtype = Dtype.fp32 if emulated else config.model.dtype

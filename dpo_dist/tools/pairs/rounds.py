@@ -119,7 +119,8 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     files.remove_abandoned(folder.parent)  # a start that was killed may have left a whole model
     # Slow to import.
     from dpo_dist.data import trained_stops  # noqa: PLC0415
-    from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
+    from dpo_dist.kit import TORCH_DTYPES  # noqa: PLC0415
+    from dpo_dist.model.files.load import load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.manifest import write_manifest  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
     from dpo_dist.model.files.stops import write_stops  # noqa: PLC0415

@@ -10,24 +10,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_dist.config.schema import ZERO_STAGES, Offload, ParallelismKind, TrainerConfig
-from dpo_dist.kit import Dtype, ReferenceMode, RunConfig
-from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
+from dpo_dist.kit import (
+    DEFAULT_TOKENS,
+    GPUS_PER_NODE,
+    REACHED_SHARES,
+    TORCH_DTYPES,
+    ZERO_STAGES,
+    Dtype,
+    Footprint,
+    Offload,
+    ParallelismKind,
+    ReferenceMode,
+    RunConfig,
+    Shapes,
+    TrainerConfig,
+    matmul_peak,
+)
 from dpo_dist.tools.plan.extension import PlanConfig
 from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.settings import sampling_for
-from dpo_dist.training.start.footprint import (
-    BYTES_PER_QUANTIZED_WEIGHT,
-    GPUS_PER_NODE,
-    Footprint,
-    disk_bytes,
-    footprint,
-    host_bytes,
-    quantized_weights,
-    state_bytes,
-)
-from dpo_dist.training.start.open_run import DEFAULT_TOKENS
 
 PROMPT_SHARE = 0.3
 _GPUS = {
@@ -99,10 +100,7 @@ class Estimate:
     data: Data
     machine: Machine
     needs: Footprint
-    weights: int
-    trained: int
-    states: float  # bytes of a trained weight's master weight and optimizer states
-    layers: int
+    shapes: Shapes
     steps: int
     micro_batch: int  # tokens
     times: int  # micro-batches of a process in a step
@@ -112,14 +110,9 @@ class Estimate:
     dequantizing: float  # seconds in which weights are computed from fewer bits
 
     @property
-    def number(self) -> int:
-        """Bytes of a weight."""
-        return TORCH_DTYPES[self.config.model.dtype].itemsize
-
-    @property
     def whole(self) -> float:
         """Bytes of all weights."""
-        return float(self.number * self.weights)
+        return float(self.shapes.number * self.shapes.weights)
 
     @property
     def largest(self) -> int | None:
@@ -134,12 +127,12 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on rank 0's node."""
-        return host_bytes(self.config, self.weights, self.trained, self.states, self.machine.gpus)
+        return self.shapes.host_bytes(self.machine.gpus)
 
     @property
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes, by kind."""
-        taken = disk_bytes(self.config, self.weights, self.trained, self.states)
+        taken = self.shapes.disk_bytes()
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
         return taken
@@ -151,8 +144,8 @@ class Estimate:
         is_wide = self.config.parallelism.reduce_in_float32
         if is_wide is None:
             is_wide = self.machine.gpus > GPUS_PER_NODE
-        gradients = float((4 if is_wide else self.number) * self.trained)
-        sent = self.number * self.trained + gradients  # bytes of a step
+        gradients = float((4 if is_wide else self.shapes.number) * self.shapes.trained)
+        sent = self.shapes.number * self.shapes.trained + gradients  # bytes of a step
         if self._is_sharded:
             # Weights are gathered twice a micro-batch, or twice a step if nodes keep copies (hpz).
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
@@ -168,9 +161,9 @@ class Estimate:
         if parallelism.offload_parameters is not Offload.none:  # copied for forward, and again for backward
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
-            seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            moved = 2 * self.states + 4 + self.number  # bytes that CPU Adam reads and writes
-            seconds += moved * self.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
+            seconds += (4 + self.shapes.number) * self.shapes.trained / gpus / _PCIE
+            moved = 2 * self.shapes.states + 4 + self.shapes.number  # bytes that CPU Adam reads and writes
+            seconds += moved * self.shapes.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
         return self.steps * seconds
 
     @property
@@ -185,7 +178,7 @@ class Estimate:
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
-        generating = tokens * self.layers * _SHARDED_TOKEN
+        generating = tokens * self.shapes.layers * _SHARDED_TOKEN
         return evaluations * (gathers * self.whole / self._link + generating)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
@@ -230,52 +223,49 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     """Return the estimate of training `causal_lm`, the policy on the meta device."""
     gpus = machine.gpus
     model = config.model
-    text = causal_lm.config.get_text_config()
+    shapes = Shapes(config, causal_lm)
     prompt = PROMPT_SHARE * data.tokens
     response = data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     computed = (1 - data.saved) * data.tokens
     of_pair = round(computed), round(data.targets), round(attended), round(data.image_tokens)
-    work = data.pairs * step_flops(causal_lm).step(*of_pair)
+    work = data.pairs * shapes.flops(*of_pair)
     useful = work / (gpus * machine.flops)
-    again = recomputed_share(model)
-    useful *= _EXPERTS if visited_experts(text) else 1.0
+    again = shapes.recomputed_share
+    useful *= _EXPERTS if shapes.has_experts else 1.0
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
-    needs = footprint(config, causal_lm, gpus)
+    needs = shapes.footprint(gpus)
     micro_batch = _micro_batch(config.trainer, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
-    without = footprint(plain, causal_lm, gpus)
+    without = Shapes(plain, causal_lm).footprint(gpus)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config.trainer, without, machine))
     # A pair above the budget has a micro-batch of its own.
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
-    dequantized = 0.0  # bytes that are moved to dequantize all weights once
-    if (kind := model.quantization) is not None:
-        moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # bytes for a weight
-        dequantized = moved * quantized_weights(causal_lm)
     steps = math.ceil(data.pairs / config.trainer.global_batch_pairs)
-    layers = int(text.num_hidden_layers)
     return Estimate(
         config,
         data,
         machine,
         needs,
-        weights=sum(map(torch.numel, causal_lm.parameters())),
-        trained=sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad),
-        states=state_bytes(config.optim, config.trainer, causal_lm),
-        layers=layers,
+        shapes,
         steps=steps,
         micro_batch=micro_batch,
         times=times,
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
-        launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * dequantized / (_DEQUANTIZING * machine.bandwidth),
+        launching=(1 + again) * steps * times * shapes.layers * _LAUNCHES,
+        dequantizing=2
+        * (1 + again)
+        * steps
+        * times
+        * shapes.dequantized
+        / (_DEQUANTIZING * machine.bandwidth),
     )
 
 

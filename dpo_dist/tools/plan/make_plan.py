@@ -10,19 +10,23 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from transformers import AutoConfig
 
-from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.load import complete_config
 from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
-from dpo_dist.kit import LossConfig, ModelConfig, RunConfig, load_run_config, to_yaml
-from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.files.folder import description_folder, start_folder
-from dpo_dist.model.files.load import load_config, without_weights
+from dpo_dist.kit import (
+    GPUS_PER_NODE,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    Shapes,
+    complete_config,
+    load_run_config,
+    policy_without_weights,
+    to_yaml,
+)
 from dpo_dist.tools.plan.estimate import (
     MFU_RANGE,
     PROMPT_SHARE,
@@ -32,7 +36,6 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
 )
 from dpo_dist.tools.plan.extension import PlanConfig
-from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes, stored_notes
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
@@ -60,8 +63,8 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
     causal_lm = _without_weights(config.model)
-    is_packed = recorded_arrangement(causal_lm.config.get_text_config().model_type) is Arrangement.packed
-    shares = config.trainer.prefix_tree and is_packed
+    shapes = Shapes(config, causal_lm)
+    shares = config.trainer.prefix_tree and shapes.is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
     data = planned_data(
         config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
@@ -75,11 +78,10 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     is_elsewhere = config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count()
     lines = [
         *(["this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu"] * is_elsewhere),
-        f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
+        f"{config.model.path}: {shapes.weights / 1e9:.3g}e9 weights, {shapes.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
-        *stored_notes(config.model, causal_lm),
-        *quantization_notes(config.model, config.reference, causal_lm),
+        *shapes.notes(),
         _verdict(found),
         f"host memory of a node: {size(found.host)}; disk: "
         f"{', '.join(f'{size(taken)} {name}' for name, taken in found.disk.items())}",
@@ -228,12 +230,7 @@ def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
 
 def _without_weights(model: ModelConfig) -> Any:
     """Return the model without weights; models of shipped presets need no network."""
-    if (shape := own_table(Path(__file__).with_name("shapes.yaml")).get(model.path)) is not None:
-        model_config = AutoConfig.for_model(**shape)
-    else:
-        folder = description_folder(model.path, model.revision, needs_weights=False)
-        model_config = load_config(folder, model)
-    return without_weights(model_config, model, start_folder(model))
+    return policy_without_weights(model, own_table(Path(__file__).with_name("shapes.yaml")).get(model.path))
 
 
 def _suggest(found: Estimate, causal_lm: Any) -> str | None:

@@ -4,17 +4,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import existing_run, strip_key
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import first_few, pluralize
-from dpo_dist.kit import RunFolder
+from dpo_dist.kit import RunFolder, RunHistory, existing_run, strip_key
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.run import PageFacts, write_page
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
 
 
 def _runs(paths: Sequence[str]) -> list[RunFolder]:
@@ -55,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in compare_runs(runs, path):
                 print_line(line)
         else:
-            rows = read_latest_rows(first)
+            history = RunHistory(first)
+            rows = history.latest_rows()
             write_page(first, path, rows)
             if options.output is None and rows:
                 draw_curves(rows, first.curves, first.path.name)
                 print_line(f"curves: {first.curves}")
-                write_tables(first)
+                history.write_tables()
             remove_abandoned(first.metrics)  # a start that was killed may have left half a picture
         facts = zip(runs, map(PageFacts, runs), strict=True)
         results = [

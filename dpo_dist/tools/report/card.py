@@ -12,7 +12,6 @@ from markupsafe import Markup
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS
 from dpo_dist.config.metrics import TERMS
-from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.config.schema import ExportedWeights
 from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
@@ -21,6 +20,7 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
 from dpo_dist.kit import (
     ACCURACIES,
+    LAST_EVALUATION,
     MAIN,
     PREFIX,
     LossConfig,

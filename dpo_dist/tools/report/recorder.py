@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.kit import MetricsRow, PreferenceDataset, Run, RunConfig, write_evaluation
+from dpo_dist.kit import (
+    LAST_EVALUATION,
+    MetricsLog,
+    MetricsRow,
+    PreferenceDataset,
+    Run,
+    RunConfig,
+    write_evaluation,
+)
 from dpo_dist.objective.metrics import PairColumn, PairValues
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.pages.thumbnails import shown_prompt
@@ -24,7 +31,6 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.sampling.keys import SamplesConfig
 from dpo_dist.tools.tables import closing_table
-from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.protocols import OnMoment, Reporting
 from dpo_dist.training.reporting.recorder import OnRow, PlainRecorder, opened_trackers
 from dpo_dist.training.start.inputs import Inputs

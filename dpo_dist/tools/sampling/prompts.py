@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import ParallelismConfig
 from dpo_dist.data import (
     BadRecord,
     DataConfig,
@@ -30,7 +30,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.kit import ModelConfig, Run, RunConfig
+from dpo_dist.kit import ModelConfig, ParallelismKind, Run, RunConfig
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.sampling.client import Client

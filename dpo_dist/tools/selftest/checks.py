@@ -27,8 +27,7 @@ from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
-from dpo_dist.kit import Dtype, RunFolder, checked_console, load_run_config
-from dpo_dist.training.reporting.metrics_log import read_latest_rows
+from dpo_dist.kit import Dtype, RunFolder, RunHistory, checked_console, load_run_config
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
@@ -125,7 +124,7 @@ def train_rows(
     usual += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
     usual += ["trainer.global_batch_pairs=16", "console.style=json"]  # so that errors can be read
     fault = run_python(name, [*program, *usual, *words], gpus, code)
-    rows: RunRows = [] if fault else read_latest_rows(run)
+    rows: RunRows = [] if fault else RunHistory(run).latest_rows()
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not fault else run.path, ignore_errors=True)
     if not fault and (done := [row["step"] for row in rows]) != [*steps]:
@@ -217,7 +216,7 @@ def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
     """Describe each GPU, and time matrix products on each alone, which shows a slow one."""
     import torch  # noqa: PLC0415  (slow)
 
-    from dpo_dist.model.flops import matmul_peak  # noqa: PLC0415
+    from dpo_dist.kit import matmul_peak  # noqa: PLC0415
 
     if not gpus:
         yield Check("GPU", "measured", "there is none")

@@ -24,11 +24,10 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
-from dpo_dist.kit import RunConfig, RunFolder, checked_console
+from dpo_dist.kit import RunConfig, RunFolder, RunHistory, checked_console
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points
-from dpo_dist.training.start.run_state import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS, _WATCH_SECONDS = 60.0, 2.0
@@ -38,7 +37,7 @@ ELSEWHERE = "trained by another process"
 
 def is_finished(config: RunConfig) -> bool:
     """Return whether a point's run is completed with these settings."""
-    state = read_state(RunFolder(config.run.path))
+    state = RunHistory(RunFolder(config.run.path)).state()
     if state is None or state.outcome is not RunOutcome.completed:
         return False
     return state.identity.get("run_digest") == config.identity.digest

@@ -15,12 +15,11 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
-from dpo_dist.kit import Direction, RunFolder, finite
+from dpo_dist.kit import Direction, RunFolder, RunHistory, finite
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import SearchSpace, point_settings
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
-from dpo_dist.training.reporting.metrics_log import stored_rows
 
 _PRUNED = "pruned"
 _OUTCOME = "outcome"  # the trial's attribute
@@ -134,7 +133,7 @@ class Search(Pool):
 
     def _report(self, words: Words) -> dict[int, float]:
         """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
-        rows = stored_rows(RunFolder(self.points[words].run.path))
+        rows = RunHistory(RunFolder(self.points[words].run.path)).rows()
         values = dict[int, float]()
         for row in rows:
             value = finite(row, self._by)
