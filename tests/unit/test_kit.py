@@ -13,85 +13,70 @@ pytestmark = pytest.mark.slow
 
 KIT = "dpo_dist.kit"
 NAMES = """
-    ACCURACIES ALL AUC DEFAULT_TOKENS EVALUATION_METRICS GPUS_PER_NODE LAST_EVALUATION LOSS_METRICS
-    MAIN METRICS PREFIX REACHED_SHARES TORCH_DTYPES UNSET ZERO_STAGES Column Direction Dtype
-    Extension Footprint LossConfig LossKind MetricsLog MetricsRow ModelConfig Offload PackedCausalLM
-    ParallelismKind PathBelow PreferenceDataset ReferenceMode Rule Run RunConfig RunFolder
-    RunHistory Shapes TrainerConfig Verb bootstrap_intervals check_rules check_start check_writable
-    checked_console complete_config count_trained evaluation_cells existing_run final_and_best
-    find_metric finite is_checkpoint is_collapsed kinds_in load_run_config locate_model
-    logps_by_side loss_unit matmul_peak metrics_by_source needs_of packed_logps
-    policy_without_weights results_name run_keys run_verb short_name strip_key to_unset to_yaml
-    train unused wilson_interval write_evaluation
+    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE
+    LAST_EVALUATION LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET
+    ZERO_STAGES Column Direction Dtype Engine Extension Footprint LossConfig LossKind MetricsLog
+    MetricsRow ModelConfig ModelSource NotFiniteError Offload PackedCausalLM ParallelismKind
+    PathBelow PreferenceDataset ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes
+    TrainerConfig Verb WrongGenerationError balancing_weight best_direction bootstrap_intervals
+    can_mix_lengths check_rules check_start check_writable checked_console checkpoint_as_model
+    complete_config context_length count_trained description_folder digest_model dry_run
+    evaluation_cells existing_run extend final_and_best find_files find_metric find_model
+    find_stop_ids finite fits hub_commit image_inputs in_chunks is_checkpoint is_collapsed
+    joined_run kinds_in kinds_using load_config load_encoder load_run_config local_model_folder
+    locate_model logps_by_side loss_unit matmul_peak merge_adapter metrics_by_source needs_of
+    packed_logps parse_overrides policy_without_weights results_name return_memory run_keys run_verb
+    short_name strip_key to_unset to_yaml train unsharded_loading unused value_at wilson_interval
+    write_command write_evaluation
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
     "batching.content_keys": "Keys",
     "batching.costs": "ComputeCosts",
-    "batching.pack": "joined_inputs",
     "batching.plan": "shares_in_bins",
     "config.advice": "OFF Advice",
-    "config.command_line": "write_command",
-    "config.compose": "FAILURES Command names_chosen parse_overrides read_keys",
+    "config.compose": "Command names_chosen read_keys",
     "config.identity": "settings",
     "config.keys": "group_folders preset_names strip_indices verb_keys",
     "config.load": "differing_keys from_yaml load_command",
-    "config.losses": "KINDS balancing_weight kinds_using",
+    "config.losses": "KINDS",
     "config.metrics": """
-        ACCURACY_CHART AUC_CHART CUSTOM ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS
-        TERMS is_evaluation
+        ACCURACY_CHART AUC_CHART ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS
+        is_evaluation
     """,
-    "config.mistakes": "as_tree composition_error fits likely_name",
-    "config.rules": """
-        HOLD_OUT JUDGED_METRICS best_direction resolve_reference rules_of value_at
-        without_evaluations
-    """,
+    "config.mistakes": "as_tree composition_error likely_name",
+    "config.rules": "HOLD_OUT JUDGED_METRICS resolve_reference rules_of without_evaluations",
     "config.run_folder": "checkpoint_name checkpoint_step",
     "config.schema": """
-        KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights FusedLayers ImagesConfig
-        OptimConfig ParallelismConfig ReferenceConfig TrackerName
+        KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights ImagesConfig OptimConfig
+        ReferenceConfig TrackerName
     """,
     "config.verbs": "VERBS",
     "distributed": "deepspeed_config",
-    "distributed.deepspeed_config": "policy_config unsharded_loading",
-    "distributed.memory": "explain_out_of_memory return_memory",
+    "distributed.memory": "explain_out_of_memory",
     "distributed.processes.world": "Interrupted Stops",
-    "distributed.zero": "Engine",
     "encoded.build": "EncodingProgress Preparation no_progress",
     "encoded.dataset": "PromptImages check_fits_loss check_ids_in_vocabulary open_dataset",
     "encoded.store": "EncodedSource",
-    "encoded.workers": "in_chunks in_order",
-    "model.architectures": "context_length",
+    "encoded.workers": "in_order",
     "model.attention.kernels": "check_kernel choose_backend",
-    "model.exactness": "LONGEST Agree Rounding StartCheck changes trial_examples",
-    "model.files.folder": """
-        ADAPTER_CONFIG check_tokenizer_files description_folder hub_commit is_adapter
-        local_model_folder model_folder read_model_json start_folder tokenizer_folder
-    """,
-    "model.files.load": """
-        Encoder check_contents_at_hand load_config load_encoder load_packed load_tokenizer
-        load_weights tokenizer_digest
-    """,
-    "model.files.manifest": "check_base check_undamaged write_manifest",
-    "model.files.save": "copy_tokenizer write_merged writing_errors",
-    "model.files.stops": "find_stop_ids folder_stops write_stops",
-    "model.images": "ImageReader",
+    "model.exactness": "Agree",
+    "model.files.folder": "check_tokenizer_files model_folder start_folder",
+    "model.files.load": "Encoder check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
     "model.library_internals": "fill_conversions",
-    "model.lora": "TRAINED adapter_off add_saved load_adapter",
+    "model.lora": "adapter_off",
     "model.numerics": "has_fp16_products",
-    "model.packed": "accepted_inputs reset_rope rope_limit",
+    "model.packed": "rope_limit",
     "objective.metrics": "PairColumn PairValues",
-    "reference.digest": "digest_model",
-    "reference.engine": "fault_agreement load_reference scoring_config",
+    "reference.engine": "fault_agreement load_reference",
     "reference.store": "LogpStore StoredLogps read_fingerprints",
     "training.clock": "WORKS Work",
-    "training.export": "checkpoint_as_model",
     "training.reporting.protocols": "OnMoment Reporting",
     "training.reporting.recorder": "OnRow PlainRecorder opened_trackers",
-    "training.start.dry_run": "dry_run start_in_words",
+    "training.start.dry_run": "start_in_words",
     "training.start.environment": "PACKAGES package_versions",
     "training.start.inputs": "Inputs on_every_rank",
-    "training.start.open_run": "has_bf16_products join",
+    "training.start.open_run": "has_bf16_products",
 }
 """What tools take from modules of the trainer themselves, by the module: this list may only shrink."""
 GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")

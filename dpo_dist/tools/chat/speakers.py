@@ -15,26 +15,33 @@ from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, Prefere
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.kit import UNSET, Dtype, ModelConfig, RunConfig, RunHistory, is_checkpoint, short_name
-from dpo_dist.model.files.manifest import check_base
+from dpo_dist.kit import (
+    UNSET,
+    Dtype,
+    ModelConfig,
+    ModelSource,
+    NotFiniteError,
+    RunConfig,
+    RunHistory,
+    WrongGenerationError,
+    can_mix_lengths,
+    checkpoint_as_model,
+    find_files,
+    image_inputs,
+    is_checkpoint,
+    short_name,
+)
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.compare.folder import ComparisonFolder
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError, can_mix_lengths, image_inputs
 from dpo_dist.tools.sampling.respond import (
-    ModelSource,
     Responder,
-    check_model_files,
-    find_files,
-    load_source,
     not_finite,
     open_responder,
     usable_prompt,
     wrong_generation,
 )
 from dpo_dist.tools.sampling.settings import LEAST_ROOM, Sampling
-from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
@@ -170,10 +177,8 @@ def open_speakers(
         )
     # The base gets the run's tokenizer and template, as its reference did.
     source = find_files(first.model.path, first.model, "model.path")
-    check_base(
-        first.responder.source.folder, source.folder, lambda: digest_model(source.folder, first.store).base
-    )
-    base = load_source(source, first.model, _device())
+    source.check_is_base_of(first.responder.source.folder, first.store)
+    base = source.load(first.model, _device())
     return [first, replace(first, name=BASE, causal_lm=base, messages=[], images=[])]
 
 
@@ -194,7 +199,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
     source = find_files(location, model, key)
     store = None if run is None else Path(config.reference.store)
-    check_model_files(source, store)
+    source.check(store)
     return replace(_loaded(name, source, model, data, say), store=store)
 
 
@@ -207,7 +212,7 @@ def _loaded(
             return _loaded(name, source, replace(model, images=ImagesConfig()), data, say)
         except ConfigError as error:
             say(f"{name} cannot read images: {error.message}: {error.got}")
-    return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)
+    return Speaker(name, open_responder(source, model, data), source.load(model, _device()), model)
 
 
 def _device() -> torch.device:

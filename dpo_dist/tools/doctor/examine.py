@@ -12,7 +12,6 @@ import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
-from dpo_dist.config.losses import balancing_weight
 from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Part, Record, SourceConfig, source_labels
 from dpo_dist.data.config import OnBadRecord, TextTemplate
 from dpo_dist.encoded.build import (
@@ -22,12 +21,21 @@ from dpo_dist.encoded.build import (
 )
 from dpo_dist.encoded.dataset import check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.encoded.store import EncodedSource
-from dpo_dist.encoded.workers import in_chunks, in_order
+from dpo_dist.encoded.workers import in_order
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.types import Tokenizer
-from dpo_dist.kit import UNSET, LossConfig, ModelConfig, PreferenceDataset, RunConfig
-from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.kit import (
+    UNSET,
+    LossConfig,
+    ModelConfig,
+    PreferenceDataset,
+    RunConfig,
+    balancing_weight,
+    description_folder,
+    in_chunks,
+)
+from dpo_dist.model.files.folder import start_folder
 from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
@@ -231,7 +239,7 @@ class PreparedData(NamedTuple):
 
 def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> PreparedData:
     """Encode the data of a run with its model's tokenizer."""
-    from dpo_dist.model.files.load import load_config, load_encoder  # noqa: PLC0415  (slow)
+    from dpo_dist.kit import load_config, load_encoder  # noqa: PLC0415  (slow)
 
     folder = description_folder(model.path, model.revision, needs_weights=False)
     encoder = load_encoder(folder, start_folder(model), model)

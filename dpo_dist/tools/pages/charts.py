@@ -15,11 +15,11 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, TERMS
+from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
-from dpo_dist.kit import AUC, METRICS, PREFIX, find_metric
+from dpo_dist.kit import AUC, CUSTOM, METRICS, PREFIX, TERMS, find_metric
 from dpo_dist.tools.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]

@@ -11,12 +11,12 @@ from dpo_dist.kit import (
     RunConfig,
     RunFolder,
     check_rules,
+    local_model_folder,
     locate_model,
     needs_of,
     to_unset,
     unused,
 )
-from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.tools.sampling.keys import PairsConfig, PairsMethod
 from dpo_dist.tools.sampling.rules import SAMPLING_KEYS

@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS
-from dpo_dist.config.metrics import TERMS
 from dpo_dist.config.schema import ExportedWeights
 from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
@@ -23,6 +22,7 @@ from dpo_dist.kit import (
     LAST_EVALUATION,
     MAIN,
     PREFIX,
+    TERMS,
     LossConfig,
     LossKind,
     MetricsRow,

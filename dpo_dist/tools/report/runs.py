@@ -10,8 +10,7 @@ from statistics import fmean, stdev
 
 from markupsafe import Markup
 
-from dpo_dist.config.losses import kinds_using
-from dpo_dist.config.metrics import CUSTOM, ENTROPIES, MISMATCH, PAIR_METRICS, TERMS
+from dpo_dist.config.metrics import ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
@@ -20,15 +19,18 @@ from dpo_dist.kit import (
     ACCURACIES,
     ALL,
     AUC,
+    CUSTOM,
     EVALUATION_METRICS,
     LOSS_METRICS,
     MAIN,
     METRICS,
+    TERMS,
     Direction,
     MetricsRow,
     RunFolder,
     find_metric,
     finite,
+    kinds_using,
     results_name,
 )
 from dpo_dist.tools.pages import render

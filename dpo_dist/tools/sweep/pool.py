@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dpo_dist.config.command_line import write_command
 from dpo_dist.config.schema import ConsoleStyle
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunOutcome, exit_after
@@ -24,7 +23,7 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
-from dpo_dist.kit import RunConfig, RunFolder, RunHistory, checked_console
+from dpo_dist.kit import RunConfig, RunFolder, RunHistory, checked_console, write_command
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points

@@ -1,9 +1,9 @@
 """Rules between the keys of a sweep."""
 
 from dpo_dist.config.mistakes import likely_name
-from dpo_dist.config.rules import HOLD_OUT, JUDGED_METRICS, best_direction
+from dpo_dist.config.rules import HOLD_OUT, JUDGED_METRICS
 from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.kit import ACCURACIES, PREFIX, Rule, RunConfig, unused
+from dpo_dist.kit import ACCURACIES, PREFIX, Rule, RunConfig, best_direction, unused
 from dpo_dist.tools.sweep.extension import SweepConfig
 
 

@@ -10,12 +10,11 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dpo_dist.config.rules import best_direction
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
-from dpo_dist.kit import Direction, RunFolder, RunHistory, finite
+from dpo_dist.kit import Direction, RunFolder, RunHistory, best_direction, finite
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import SearchSpace, point_settings

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,8 @@ from dpo_dist.config.schema import (
     Offload,
     OptimConfig,
     OptimizerKind,
+    ParallelismConfig,
+    ParallelismKind,
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
@@ -136,6 +139,16 @@ def open_run(
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
         with warn_of_recompiles(console.warn):
             yield Run(config, grouped, console, stop, began)
+
+
+@contextlib.contextmanager
+def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager[Any]) -> Iterator[Run]:
+    """Join the processes, each of which loads whole models; rank 0 holds the lock."""
+    whole = ParallelismConfig(ParallelismKind.ddp)
+    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    with contextlib.ExitStack() as locks, join(config, deepspeed_config, console) as world:
+        world.on_main(lambda: locks.enter_context(lock))
+        yield Run(config, world, console)
 
 
 @contextlib.contextmanager
