@@ -1,24 +1,45 @@
-"""What tools take from the trainer: a module below `tools/` and `compat/` imports nothing else of it.
+"""What tools take from the trainer: a module below `tools/` and `compat/` imports from here.
 
 Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids) and `dpo_dist.foundation`.
 
-- **A verb**: `extension.py` in a tool's folder has an `Extension`, with `Verb`s, keys and `Rule`s; `unused`
-  and `to_unset` make rules and remedies, `needs_of` and `check_rules` check them. `run_verb` runs a verb with
-  its configuration; `checked_console` checks packages and the place, `check_start` also files and models.
+- **A verb**: `extension.py` in a tool's folder has an `Extension`, with `Verb`s, keys and `Rule`s; `unused`,
+  `to_unset` and `HOLD_OUT` make rules and remedies, `needs_of` and `check_rules` check them. `run_verb` runs
+  a verb with its configuration, `checked_console` and `check_start` check what it needs, `dry_run` answers
+  `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
-  `LossKind`, `ReferenceMode`, `UNSET`. `load_run_config` reads words, `saved_config` a run's file, `to_yaml`
-  writes one; `run_keys` has all keys.
-- **Folders**: `RunFolder` has the files of a run, and a tool adds its own as `PathBelow`; `check_writable`
-  checks one, `is_checkpoint` knows a checkpoint. `locate_model` finds what a user calls a model, `short_name`
-  names it.
-- **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`
-  and `LOSS_METRICS`; names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts. A
-  `MetricsRow` has the values of a step or evaluation; `finite` reads one.
+  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceMode`, `UNSET`. `load_run_config` reads words, of which
+  `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config` checks a changed one,
+  `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a value, `value_at` has it.
+- **Losses**: `kinds_in` names those of a run's settings, `kinds_using` those with an option, `loss_unit` says
+  what they count, `balancing_weight` balances labels.
+- **Folders**: `RunFolder` has the files of a run, with `LAST_EVALUATION`, and a tool adds its own as
+  `PathBelow`; `check_writable` checks one, `existing_run` and `strip_key` read its name on a command line.
+  `is_checkpoint` knows a checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls
+  a model, `short_name` names it.
+- **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
+  `CUSTOM`, `TERMS` and `LOSS_METRICS`; `best_direction` and `likely_metric` are for names that users write.
+  Names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts.
+- **A run on disk**: `RunHistory` has what it wrote, a `MetricsLog` keeps a `MetricsRow` for each step and
+  evaluation. `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` and
+  `metrics_by_source` sum rows up.
 - **Evaluations**: `write_evaluation` writes one, `evaluation_cells` are its table of `EVALUATION_METRICS`,
   `count_trained` counts prompts that a model knows from its training. `bootstrap_intervals` and
   `wilson_interval` are intervals of means and shares, of values in a `Column`.
-- **A run**: `train` trains; a `Run` has its configuration, processes and console.
-- **Models and data**: `PackedCausalLM` scores examples by `packed_logps`; a `PreferenceDataset` has them.
+- **A run at work**: `train` trains; a `Run` has its configuration, processes and console, and `joined_run` is
+  one in which each process loads whole models; `unsharded_loading` and `return_memory` are for these.
+- **A model's files**: a `ModelSource` is checked, loaded to generate (`load`) and to score (`load_packed`);
+  `find_files` finds one, `find_model` also names it by a digest. `description_folder` and
+  `local_model_folder` find folders, `hub_commit` and `digest_model` say which version they have.
+  `load_config` and `load_encoder` read what is not weights, `context_length` and `find_stop_ids` say where
+  texts end. `TORCH_DTYPES` are the dtypes of weights, `has_products` says whether a CPU computes in one.
+  `merge_adapter` writes a merged model.
+- **Scores and generation**: a `PackedCausalLM` scores examples by `packed_logps`; an `Engine` has the policy
+  of a run. `can_mix_lengths` checks that a model generates what it predicts, `extend` generates, with images
+  by `image_inputs`; faults are `NotFiniteError` and `WrongGenerationError`.
+- **Data**: `prepare_data` encodes those of a run, each source as a `PreferenceDataset`; `saved_by_tree` says
+  what its shared prefixes save, `in_chunks` divides records.
+- **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights`, its `Footprint` those of a
+  device. `matmul_peak`, `REACHED_SHARES`, `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates.
 
 Each name is imported when it is asked for: a tool that reads files imports no torch.
 """
@@ -48,7 +69,17 @@ if TYPE_CHECKING:
         results_name,
     )
     from dpo_dist.config.mistakes import fits
-    from dpo_dist.config.rules import Rule, best_direction, check_rules, needs_of, to_unset, unused, value_at
+    from dpo_dist.config.rules import (
+        HOLD_OUT,
+        Rule,
+        best_direction,
+        check_rules,
+        likely_metric,
+        needs_of,
+        to_unset,
+        unused,
+        value_at,
+    )
     from dpo_dist.config.run_folder import (
         LAST_EVALUATION,
         PathBelow,
@@ -60,7 +91,6 @@ if TYPE_CHECKING:
     )
     from dpo_dist.config.schema import (
         UNSET,
-        ZERO_STAGES,
         Direction,
         Dtype,
         ModelConfig,
@@ -68,7 +98,6 @@ if TYPE_CHECKING:
         ParallelismKind,
         ReferenceMode,
         RunConfig,
-        TrainerConfig,
     )
     from dpo_dist.distributed.deepspeed_config import unsharded_loading
     from dpo_dist.distributed.memory import return_memory
@@ -87,6 +116,7 @@ if TYPE_CHECKING:
         extend,
         image_inputs,
     )
+    from dpo_dist.model.numerics import has_products
     from dpo_dist.model.packed import PackedCausalLM, packed_logps
     from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
     from dpo_dist.reference.digest import digest_model
@@ -111,6 +141,7 @@ if TYPE_CHECKING:
     from dpo_dist.training.start.named_models import locate_model, short_name
     from dpo_dist.training.start.open_run import DEFAULT_TOKENS, Run, joined_run
     from dpo_dist.training.start.preflight import check_start, checked_console
+    from dpo_dist.training.start.prepared_data import prepare_data, saved_by_tree
 
 __all__ = [
     "ACCURACIES",
@@ -121,6 +152,7 @@ __all__ = [
     "EVALUATION_METRICS",
     "FAILURES",
     "GPUS_PER_NODE",
+    "HOLD_OUT",
     "LAST_EVALUATION",
     "LOSS_METRICS",
     "MAIN",
@@ -130,7 +162,6 @@ __all__ = [
     "TERMS",
     "TORCH_DTYPES",
     "UNSET",
-    "ZERO_STAGES",
     "Column",
     "Direction",
     "Dtype",
@@ -156,7 +187,6 @@ __all__ = [
     "RunFolder",
     "RunHistory",
     "Shapes",
-    "TrainerConfig",
     "Verb",
     "WrongGenerationError",
     "balancing_weight",
@@ -184,6 +214,7 @@ __all__ = [
     "find_stop_ids",
     "finite",
     "fits",
+    "has_products",
     "hub_commit",
     "image_inputs",
     "in_chunks",
@@ -192,6 +223,7 @@ __all__ = [
     "joined_run",
     "kinds_in",
     "kinds_using",
+    "likely_metric",
     "load_config",
     "load_encoder",
     "load_run_config",
@@ -206,10 +238,12 @@ __all__ = [
     "packed_logps",
     "parse_overrides",
     "policy_without_weights",
+    "prepare_data",
     "results_name",
     "return_memory",
     "run_keys",
     "run_verb",
+    "saved_by_tree",
     "short_name",
     "strip_key",
     "to_unset",
@@ -245,7 +279,17 @@ _NAMES = {
         "results_name",
     ),
     "config.mistakes": ("fits",),
-    "config.rules": ("Rule", "best_direction", "check_rules", "needs_of", "to_unset", "unused", "value_at"),
+    "config.rules": (
+        "HOLD_OUT",
+        "Rule",
+        "best_direction",
+        "check_rules",
+        "likely_metric",
+        "needs_of",
+        "to_unset",
+        "unused",
+        "value_at",
+    ),
     "config.run_folder": (
         "LAST_EVALUATION",
         "PathBelow",
@@ -257,7 +301,6 @@ _NAMES = {
     ),
     "config.schema": (
         "UNSET",
-        "ZERO_STAGES",
         "Direction",
         "Dtype",
         "ModelConfig",
@@ -265,7 +308,6 @@ _NAMES = {
         "ParallelismKind",
         "ReferenceMode",
         "RunConfig",
-        "TrainerConfig",
     ),
     "distributed.deepspeed_config": ("unsharded_loading",),
     "distributed.memory": ("return_memory",),
@@ -284,6 +326,7 @@ _NAMES = {
         "extend",
         "image_inputs",
     ),
+    "model.numerics": ("has_products",),
     "model.packed": ("PackedCausalLM", "packed_logps"),
     "objective.intervals": ("Column", "bootstrap_intervals", "wilson_interval"),
     "reference.digest": ("digest_model",),
@@ -308,6 +351,7 @@ _NAMES = {
     "training.start.named_models": ("locate_model", "short_name"),
     "training.start.open_run": ("DEFAULT_TOKENS", "Run", "joined_run"),
     "training.start.preflight": ("check_start", "checked_console"),
+    "training.start.prepared_data": ("prepare_data", "saved_by_tree"),
 }
 """The same names by the module that has them; a test compares them with the imports above."""
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

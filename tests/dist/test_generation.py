@@ -17,6 +17,7 @@ from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, Parallelis
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.model import generation
 from dpo_dist.model.generation import NotFiniteError, WrongGenerationError
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider

@@ -13,39 +13,34 @@ pytestmark = pytest.mark.slow
 
 KIT = "dpo_dist.kit"
 NAMES = """
-    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE
-    LAST_EVALUATION LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET
-    ZERO_STAGES Column Direction Dtype Engine Extension Footprint LossConfig LossKind MetricsLog
-    MetricsRow ModelConfig ModelSource NotFiniteError Offload PackedCausalLM ParallelismKind
-    PathBelow PreferenceDataset ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes
-    TrainerConfig Verb WrongGenerationError balancing_weight best_direction bootstrap_intervals
-    can_mix_lengths check_rules check_start check_writable checked_console checkpoint_as_model
-    complete_config context_length count_trained description_folder digest_model dry_run
-    evaluation_cells existing_run extend final_and_best find_files find_metric find_model
-    find_stop_ids finite fits hub_commit image_inputs in_chunks is_checkpoint is_collapsed
-    joined_run kinds_in kinds_using load_config load_encoder load_run_config local_model_folder
-    locate_model logps_by_side loss_unit matmul_peak merge_adapter metrics_by_source needs_of
-    packed_logps parse_overrides policy_without_weights results_name return_memory run_keys run_verb
-    short_name strip_key to_unset to_yaml train unsharded_loading unused value_at wilson_interval
-    write_command write_evaluation
+    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE HOLD_OUT
+    LAST_EVALUATION LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column
+    Direction Dtype Engine Extension Footprint LossConfig LossKind MetricsLog MetricsRow ModelConfig
+    ModelSource NotFiniteError Offload PackedCausalLM ParallelismKind PathBelow PreferenceDataset
+    ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
+    balancing_weight best_direction bootstrap_intervals can_mix_lengths check_rules check_start
+    check_writable checked_console checkpoint_as_model complete_config context_length count_trained
+    description_folder digest_model dry_run evaluation_cells existing_run extend final_and_best
+    find_files find_metric find_model find_stop_ids finite fits has_products hub_commit image_inputs
+    in_chunks is_checkpoint is_collapsed joined_run kinds_in kinds_using likely_metric load_config
+    load_encoder load_run_config local_model_folder locate_model logps_by_side loss_unit matmul_peak
+    merge_adapter metrics_by_source needs_of packed_logps parse_overrides policy_without_weights
+    prepare_data results_name return_memory run_keys run_verb saved_by_tree short_name strip_key
+    to_unset to_yaml train unsharded_loading unused value_at wilson_interval write_command
+    write_evaluation
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
     "batching.content_keys": "Keys",
-    "batching.costs": "ComputeCosts",
-    "batching.plan": "shares_in_bins",
     "config.advice": "OFF Advice",
     "config.compose": "Command names_chosen read_keys",
     "config.identity": "settings",
     "config.keys": "group_folders preset_names strip_indices verb_keys",
     "config.load": "differing_keys from_yaml load_command",
     "config.losses": "KINDS",
-    "config.metrics": """
-        ACCURACY_CHART AUC_CHART ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS
-        is_evaluation
-    """,
-    "config.mistakes": "as_tree composition_error likely_name",
-    "config.rules": "HOLD_OUT JUDGED_METRICS resolve_reference rules_of without_evaluations",
+    "config.metrics": "ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS is_evaluation",
+    "config.mistakes": "as_tree composition_error",
+    "config.rules": "resolve_reference rules_of without_evaluations",
     "config.run_folder": "checkpoint_name checkpoint_step",
     "config.schema": """
         KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights ImagesConfig OptimConfig
@@ -55,17 +50,15 @@ ELSEWHERE = {
     "distributed": "deepspeed_config",
     "distributed.memory": "explain_out_of_memory",
     "distributed.processes.world": "Interrupted Stops",
-    "encoded.build": "EncodingProgress Preparation no_progress",
-    "encoded.dataset": "PromptImages check_fits_loss check_ids_in_vocabulary open_dataset",
-    "encoded.store": "EncodedSource",
+    "encoded.build": "EncodingProgress no_progress",
+    "encoded.dataset": "PromptImages",
     "encoded.workers": "in_order",
     "model.attention.kernels": "check_kernel choose_backend",
     "model.exactness": "Agree",
     "model.files.folder": "check_tokenizer_files model_folder start_folder",
-    "model.files.load": "Encoder check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
+    "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
     "model.library_internals": "fill_conversions",
     "model.lora": "adapter_off",
-    "model.numerics": "has_fp16_products",
     "model.packed": "rope_limit",
     "objective.metrics": "PairColumn PairValues",
     "reference.engine": "fault_agreement load_reference",
@@ -76,7 +69,6 @@ ELSEWHERE = {
     "training.start.dry_run": "start_in_words",
     "training.start.environment": "PACKAGES package_versions",
     "training.start.inputs": "Inputs on_every_rank",
-    "training.start.open_run": "has_bf16_products",
 }
 """What tools take from modules of the trainer themselves, by the module: this list may only shrink."""
 GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")

@@ -27,12 +27,12 @@ from dpo_dist.kit import (
     can_mix_lengths,
     checkpoint_as_model,
     find_files,
+    has_products,
     image_inputs,
     is_checkpoint,
     short_name,
 )
 from dpo_dist.model.lora import adapter_off
-from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.sampling.respond import (
     Responder,
@@ -42,7 +42,6 @@ from dpo_dist.tools.sampling.respond import (
     wrong_generation,
 )
 from dpo_dist.tools.sampling.settings import LEAST_ROOM, Sampling
-from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
 """Names, in place of a path, the base of an adapter or the model from which a run started."""
@@ -188,8 +187,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     above = map(ComparisonFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
     config = RunConfig() if run is None else RunHistory(run).config()
-    products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
-    emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
+    emulated = _device().type == "cpu" and not has_products(config.model.dtype)
     dtype = Dtype.fp32 if emulated else config.model.dtype
     # Only the user can allow code, not a run's configuration; the run's template is saved with its model.
     model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)

@@ -15,7 +15,6 @@ from dpo_dist.kit import (
     GPUS_PER_NODE,
     REACHED_SHARES,
     TORCH_DTYPES,
-    ZERO_STAGES,
     Dtype,
     Footprint,
     Offload,
@@ -23,7 +22,6 @@ from dpo_dist.kit import (
     ReferenceMode,
     RunConfig,
     Shapes,
-    TrainerConfig,
     matmul_peak,
 )
 from dpo_dist.tools.plan.extension import PlanConfig
@@ -210,7 +208,7 @@ class Estimate:
 
     @property
     def _is_sharded(self) -> bool:
-        return ZERO_STAGES[self.config.parallelism.kind] == 3
+        return self.config.parallelism.kind is ParallelismKind.zero3
 
     @property
     def _link(self) -> float:
@@ -236,14 +234,14 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
     needs = shapes.footprint(gpus)
-    micro_batch = _micro_batch(config.trainer, needs, machine)
+    micro_batch = _micro_batch(config, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
     without = Shapes(plain, causal_lm).footprint(gpus)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
-        tokens = min(tokens, _micro_batch(config.trainer, without, machine))
+        tokens = min(tokens, _micro_batch(config, without, machine))
     # A pair above the budget has a micro-batch of its own.
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
@@ -269,8 +267,8 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     )
 
 
-def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> int:
-    if trainer.micro_batch_tokens != "auto":
-        return trainer.micro_batch_tokens
+def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
+    if config.trainer.micro_batch_tokens != "auto":
+        return config.trainer.micro_batch_tokens
     largest = needs.largest_micro_batch(machine.memory)
     return DEFAULT_TOKENS if largest is None else largest

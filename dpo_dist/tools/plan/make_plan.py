@@ -1,8 +1,6 @@
 """Estimate what a run takes on GPUs that you do not have; suggest the fastest settings that fit."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
+from dpo_dist.foundation.types import ProgressOf
 from dpo_dist.kit import (
     GPUS_PER_NODE,
     LossConfig,
@@ -37,8 +36,6 @@ from dpo_dist.tools.plan.estimate import (
 )
 from dpo_dist.tools.plan.extension import PlanConfig
 
-_Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
-
 _TOKENS = 700.0
 _PAIRS = 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
@@ -59,7 +56,7 @@ class Plan(NamedTuple):
     content: dict[str, Any]
 
 
-def make_plan(config: RunConfig, progress: _Progress) -> Plan:
+def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
     causal_lm = _without_weights(config.model)
@@ -173,7 +170,7 @@ def planned_data(
     data: DataConfig,
     model: ModelConfig,
     loss: LossConfig,
-    progress: _Progress,
+    progress: ProgressOf,
     sharing: int | None = None,
 ) -> Data:
     """Return an epoch's pairs and tokens: from the keys, from local data, or from the cards of hub data.
@@ -195,10 +192,10 @@ def planned_data(
         pairs = plan.pairs or round(whole * (1 - data.eval_share))
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
-    from dpo_dist.tools.doctor.examine import prepare, saved_by_tree  # noqa: PLC0415  (slow)
+    from dpo_dist.kit import prepare_data, saved_by_tree  # noqa: PLC0415  (slow)
 
     of_sources = zip(
-        prepare(data, model, loss, progress).datasets, sources, strict=False
+        prepare_data(data, model, loss, progress).datasets, sources, strict=False
     )  # evaluation data come after these
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))

@@ -35,7 +35,7 @@ from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize
-from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.model.numerics import deterministic_kernels, has_products
 from dpo_dist.training.clock import WorkClock
 from dpo_dist.training.start.environment import check_same_start
 
@@ -184,7 +184,7 @@ def say_header(run: Run) -> None:
     evaluation = first_few([source.path for source in config.data.eval])
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    if world.device.type == "cpu" and not has_bf16_products():
+    if world.device.type == "cpu" and not has_products(Dtype.bf16):
         for hint in hints_on_cpu(config.model, config.optim):
             run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
@@ -215,8 +215,3 @@ def hints_on_cpu(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
         yield ": model.dtype=fp32 is several times faster"
     if optim.kind is OptimizerKind.muon and model.adapter is None:
         yield ", in which Muon multiplies: a step of 135M weights takes minutes"
-
-
-def has_bf16_products() -> bool:
-    """Return whether this CPU multiplies matrices in bf16; others emulate it, at an eighth of the speed."""
-    return any(is_there and "bf16" in name for name, is_there in torch.cpu.get_capabilities().items())
