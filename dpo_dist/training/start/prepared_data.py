@@ -11,8 +11,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.data import DataConfig, Part, SourceConfig
-from dpo_dist.data.config import OnBadRecord, TextTemplate
+from dpo_dist.data import DataConfig, OnBadRecord, Part, SourceConfig, TextTemplate
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
