@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.advice import OFF, Advice
-from dpo_dist.config.keys import run_keys, strip_indices
+from dpo_dist.config.keys import strip_indices
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
+from dpo_dist.kit import run_keys
 
 
 @cache

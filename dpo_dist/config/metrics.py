@@ -56,17 +56,17 @@ def _pair_metric(
 _LOWEST, _HIGHEST = Direction.lowest, Direction.highest
 _REWARDS, _LOGPS, _DISTANCE = "Rewards", "Log-prob per token", "Distance from the reference"
 _MARGIN = "Margin of rewards"
-ACCURACY_CHART, AUC_CHART = "Accuracy: chosen above rejected", "AUC: good above bad responses"
+_ACCURACY_CHART, _AUC_CHART = "Accuracy: chosen above rejected", "AUC: good above bad responses"
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", _digits(".4f"), "", _LOWEST, over_pairs=True, chart="Loss"),
     "rewards/chosen": _pair_metric("reward chosen", _REWARDS, best=_HIGHEST),
     "rewards/rejected": _pair_metric("reward rejected", _REWARDS),
     "rewards/accuracies": _pair_metric(
-        "accuracy", ACCURACY_CHART, best=_HIGHEST, by_group=True, is_share=True
+        "accuracy", _ACCURACY_CHART, best=_HIGHEST, by_group=True, is_share=True
     ),
     "rewards/margins": _pair_metric("margin", _MARGIN, best=_HIGHEST, by_group=True),
-    AUC: Metric("AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART),
+    AUC: Metric("AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=_AUC_CHART),
     **{
         name: Metric(f"loss term {kind}", _digits(".4f"), best=_LOWEST, chart=f"Loss term: {kind}")
         for kind, name in TERMS.items()

@@ -12,7 +12,7 @@ NAMED_CODE = {
     "model.trust_remote_code": "Python code of model folders is run",
     LOSS_FUNCTION: "Python code of the loss is run",
     METRICS_FUNCTION: "Python code of metrics is run",
-    **dict.fromkeys(("data.train", "data.eval"), "Python code of a reader of data is run"),
+    **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }
 for _extension in extensions():
     NAMED_CODE |= _extension.named_code

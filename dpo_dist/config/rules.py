@@ -203,13 +203,18 @@ def best_direction(metric: str) -> Direction | None:
     return METRICS[max(named, key=len)].best if named else None
 
 
-JUDGED_METRICS = [PREFIX + name for name in METRICS if METRICS[name].best]
+_JUDGED_METRICS = [PREFIX + name for name in METRICS if METRICS[name].best]
 """Metrics of evaluations with a known best direction."""
+
+
+def likely_metric(name: str) -> str | None:
+    """Return the evaluation metric with a known best direction that is probably meant."""
+    return likely_name(name, _JUDGED_METRICS)
 
 
 def _instead_of_metric(name: str) -> Remedy:
     listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
-    guess = likely_name(name, JUDGED_METRICS)
+    guess = likely_metric(name)
     return Remedy.to_rename(name, guess) + f" {listed}" if guess else Remedy(listed)
 
 
@@ -301,6 +306,9 @@ RULES = (
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     without_images("data.train"),
     without_images("data.eval"),
+    once("evaluation.data"),
+    unweighted("evaluation.data"),
+    without_images("evaluation.data"),
     unused_beside(
         "data.ranked",
         "data.train",

@@ -18,7 +18,7 @@ from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
-from dpo_dist.data import DataConfig
+from dpo_dist.data import DataConfig, Source
 from dpo_dist.foundation.fields import (
     LARGEST_INTEGER,
     Names,
@@ -404,6 +404,22 @@ class EncodeConfig:
     """The part of the data to encode, in an array of N jobs; the job that finds all parts joins them."""
 
 
+@schema
+class EvaluationConfig:
+    """The models and pairs that `dpo-dist evaluate` scores."""
+
+    model: NonEmpty | Names | None = key(None, accepts="a path, or a list of paths")
+    """Folder or hub name of a model or of an adapter on `model.path`, a checkpoint
+    (`<run.dir>/checkpoints/step-000100`), or a list; null: `<run.dir>/model`."""
+    data: list[Source] = key([])
+    """Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."""
+
+    @property
+    def models(self) -> list[str | None]:
+        """The models to evaluate, one after the other."""
+        return list(self.model) if isinstance(self.model, list) else [self.model]
+
+
 def _with_extensions(cls: type[T]) -> type[T]:
     """Add the sections of tools to the keys of a run."""
     for extension in extensions():
@@ -431,6 +447,7 @@ class RunConfig:
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     encode: EncodeConfig = section(EncodeConfig, free=True, verbs="encode")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
+    evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
 
     def section_of(self, kind: type[T]) -> T:
         """Return the section of this class of keys: a tool's own."""

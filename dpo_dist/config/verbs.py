@@ -31,6 +31,21 @@ _OWN = {
         is_one_process=True,
         takes_words=("run.dir",),
     ),
+    "evaluate": Verb(
+        "dpo_dist.verbs.evaluate",
+        "score pairs with trained models and the reference",
+        ("model.path",),
+        reuses_config=True,
+        takes_words=("run.dir",),
+        reads=(
+            *("data", "loss", "loss.kind", "loss.terms", "loss.reference_free", "metrics"),
+            *("reference", "reference.path", "reference.quantization"),
+            *("model.attention", "model.fused", "model.quantization"),
+            *("parallelism", "parallelism.kind", "parallelism.timeout_seconds"),
+            *("trainer.deterministic", "trainer.micro_batch_tokens", "trainer.prefix_tree"),
+            "trainer.seed",
+        ),
+    ),
     "store": Verb(
         "dpo_dist.verbs.store",
         "list, verify and clean a store of reference log-probs",

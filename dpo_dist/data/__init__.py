@@ -5,7 +5,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 `BadRecord`. docs/data_alone.md begins with five lines.
 
 - **Configuration**: `DataConfig` has the limits and the template, `SourceConfig` one source (`Source`: also
-  as a path), `DataFormat` the formats.
+  as a path), `DataFormat` the formats; `OnBadRecord` and `TextTemplate` are values of keys.
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.
@@ -28,7 +28,7 @@ from importlib import import_module  # noqa: TID251  (no code of the user)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpo_dist.data.config import DataConfig, DataFormat, Source, SourceConfig
+    from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Source, SourceConfig, TextTemplate
     from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
     from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
     from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
@@ -78,6 +78,7 @@ __all__ = [
     "ImageProcessor",
     "Mask",
     "Message",
+    "OnBadRecord",
     "Origin",
     "Outcome",
     "Part",
@@ -89,6 +90,7 @@ __all__ = [
     "Source",
     "SourceConfig",
     "SourceLengths",
+    "TextTemplate",
     "TokenIds",
     "UnusableRecordError",
     "describe_counts",
@@ -105,7 +107,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    "config": ("DataConfig", "DataFormat", "Source", "SourceConfig"),
+    "config": ("DataConfig", "DataFormat", "OnBadRecord", "Source", "SourceConfig", "TextTemplate"),
     "counts": ("DataCounts", "Outcome", "describe_counts", "named_in_one_line"),
     "encode": ("EncodedExample", "EncodedRecord", "encode_record"),
     "example": ("Example", "ImageInput", "Mask", "TokenIds"),

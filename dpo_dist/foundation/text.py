@@ -1,11 +1,11 @@
-"""Numbers as texts for people; secrets in texts replaced by `***`."""
+"""Numbers and tables as texts for people; secrets in texts replaced by `***`."""
 
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -91,6 +91,25 @@ def size(count: float) -> str:
     while abs(count) >= (10_000 if _UNITS[unit] == "GiB" else _KIBI / 10) and unit < len(_UNITS) - 1:
         count, unit = count / _KIBI, unit + 1
     return f"{count:,.1f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return one line per row, with aligned columns; the columns `numbers` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if at in numbers else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def with_interval(value: float | None, ends: Sequence[float] | None, form: str) -> str:
+    """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
 
 
 HIDDEN = "***"

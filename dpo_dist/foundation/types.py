@@ -1,6 +1,7 @@
 """Names of types that modules of several rooms use, and the values of nested fields."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ Fields: TypeAlias = Mapping[str, Any]
 """Fields of a JSON object or of a table's row, by name."""
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 """A name for annotations: transformers takes seconds to import."""
+ProgressOf: TypeAlias = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+"""Makes from a title and a unit a context that yields a progress function, as `Console.progress` does."""
 
 
 class CheckReport(NamedTuple):

@@ -76,15 +76,22 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+", maxsplit=1)[0].split(".")[:2])
 
 
-def has_fp16_products() -> bool:
-    """Return whether this CPU multiplies matrices in fp16, by the same check as DeepSpeed's."""
-    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+def has_products(dtype: Dtype) -> bool:
+    """Return whether this CPU multiplies matrices in `dtype`; others emulate bf16, at an eighth of the speed.
+
+    That of fp16 is the same check as DeepSpeed's.
+    """
+    if dtype is Dtype.bf16:
+        return any(is_there and "bf16" in name for name, is_there in torch.cpu.get_capabilities().items())
+    if dtype is Dtype.fp16:
+        has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
     """Check that `device` supports `dtype`: a GPU bf16 without slow emulation, a CPU fp16."""
-    if device.type == "cpu" and dtype is Dtype.fp16 and not has_fp16_products():
+    if device.type == "cpu" and dtype is Dtype.fp16 and not has_products(dtype):
         raise ConfigError(
             "this CPU does not compute in fp16",
             where="model.dtype",

@@ -2,43 +2,20 @@
 
 import math
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from dpo_dist.config.identity import kinds_in
-from dpo_dist.config.losses import loss_unit
-from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
-from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import duration, percent, pluralize, size
+from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
+from dpo_dist.kit import MAIN, METRICS, RunFolder, kinds_in, loss_unit
 
-Ends = Sequence[float] | None
-
-EVALUATION_METRICS = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
     RunOutcome.preempted: "stopped after {}; the same command resumes from there",
     RunOutcome.diverged: "diverged after {}",
 }
-
-
-def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return one line per row, with aligned columns; the columns `numbers` are aligned to the right."""
-    columns = []
-    for at, column in enumerate(zip(*rows, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if at in numbers else cell.ljust(width) for cell in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-
-
-def with_interval(value: float | None, ends: Ends, form: str) -> str:
-    """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
-    if value is None:
-        return "-"
-    if not ends:
-        return f"{value:{form}}"
-    return f"{value:{form}} [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
@@ -100,22 +77,3 @@ def describe_reference(report: Fields) -> str:
     if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
         return str(report.get("mode", ""))
     return f"cached: {pluralize(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
-
-
-def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
-    """Return a row of titles, then a row of metrics with 95 % intervals for all pairs and for each source."""
-    names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
-    unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
-    rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]
-    for label, row in results.items():
-        cells = [label, f"{row['eval_pairs']:,}"]
-        for name in names:
-            key = PREFIX + name
-            cells.append(with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "")
-        rows.append(cells)
-    return rows
-
-
-def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
-    """Return the table of an evaluation, a line per row."""
-    return aligned(evaluation_cells(results, EVALUATION_METRICS))

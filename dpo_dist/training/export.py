@@ -66,6 +66,7 @@ from dpo_dist.model.files.stored import plain_config, plain_weights
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.reference.digest import description_digest, digest_model
+from dpo_dist.reference.model_source import find_model
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
@@ -291,3 +292,21 @@ def export_average(
                 stops += trained_stops(load_tokenizer(temporary, model), data)
             write_stops(temporary, members[0], stops)
             write_manifest(temporary, None)
+
+
+def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:
+    """Write an adapter's base with the adapter merged into its weights, in `model.dtype`.
+
+    The base is merged without quantization. The folder is written whole or not at all. `store` caches the
+    digests of weight files.
+    """
+    remove_abandoned(folder.parent)  # a start that was killed may have left a whole model
+    source = find_model(str(adapter), model, store, "model.adapter")
+    dtype = TORCH_DTYPES[model.dtype]
+    code = model.trust_remote_code
+    with writing_errors(folder), staged_folder(folder) as temporary:
+        write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
+        copy_tokenizer(source.tokenizer_folder, temporary)
+        stops = trained_stops(load_tokenizer(temporary, model), data)
+        write_stops(temporary, source.folder, stops)
+        write_manifest(temporary, None)

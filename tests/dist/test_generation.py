@@ -17,10 +17,10 @@ from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, Parallelis
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.model import generation
+from dpo_dist.model.generation import NotFiniteError, WrongGenerationError
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.tools.sampling import check
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
 from dpo_dist.tools.sampling.generate import Request, Sample, generate_together
 from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.steps.step import Objective, evaluate
@@ -194,13 +194,13 @@ def without_padding(folder: Path, spoiled: int | None, world: World, _folder: Pa
         load_policy(ModelConfig(str(folder), dtype=Dtype.fp32), world),
         Stops(StopRequest(), world),
     )
-    own = check.changes
+    own = generation.changes
 
     def changes(logps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         is_spoiled = world.rank == spoiled and logps.dim() == 3  # of a batch
         return own(logps, others) + float(is_spoiled)
 
-    with mock.patch.object(check, "changes", changes):
+    with mock.patch.object(generation, "changes", changes):
         try:
             samples = generate_together(policy, requests(), GREEDY, STOPS, 10**6, stops)
         except WrongGenerationError as fault:

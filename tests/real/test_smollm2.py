@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist import api
+from dpo_dist.config.schema import Dtype
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.training.start.open_run import has_bf16_products
+from dpo_dist.model.numerics import has_products
 from examples.demo.make import make_records
 from tests.real.smollm2 import model_folder
 from tests.support.launch import ROOT, environment, history, run_verb, summary
@@ -31,7 +32,7 @@ RULE = "Aye, captain!"
 ADDED = [
     "trainer.global_batch_pairs=4",
     "sampling.max_new_tokens=20",
-    *([] if has_bf16_products() else ["model.dtype=fp32"]),
+    *([] if has_products(Dtype.bf16) else ["model.dtype=fp32"]),
 ]
 """Half of the page's batch and of its samples' length, which halve their time, and what the page says to add
 without bf16."""
@@ -115,7 +116,7 @@ def test_log_probs_and_gradients_in_float32_are_those_of_transformers(
     assert max(relative.values()) < 1e-4
 
 
-@pytest.mark.skipif(not has_bf16_products(), reason="bf16 is emulated on this CPU, which takes minutes")
+@pytest.mark.skipif(not has_products(Dtype.bf16), reason="bf16 is emulated on this CPU, which takes minutes")
 @torch.no_grad()
 def test_packed_bf16_is_not_noisier_than_padded_batches_of_transformers(
     model: Path, pairs: list[EncodedExample], exact: list[Tensor]

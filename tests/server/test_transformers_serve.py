@@ -16,9 +16,10 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
+from dpo_dist.reference.model_source import find_files
 from dpo_dist.tools.sampling import served
 from dpo_dist.tools.sampling.keys import ServerConfig
-from dpo_dist.tools.sampling.respond import find_files, open_responder, respond
+from dpo_dist.tools.sampling.respond import open_responder, respond
 from dpo_dist.tools.sampling.served import check_served, open_server
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.tiny_model import write_model

@@ -25,9 +25,10 @@ from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.save import write_merged
+from dpo_dist.reference.model_source import find_files
 from dpo_dist.tools.sampling.generate import Request
 from dpo_dist.tools.sampling.keys import ServerConfig
-from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, usable_prompt
+from dpo_dist.tools.sampling.respond import Responder, open_responder, usable_prompt
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support import tiny

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 FACE = "dpo_dist.data"
 TRAINER = """
-    DataConfig DataFormat SourceConfig
+    DataConfig DataFormat OnBadRecord Source SourceConfig TextTemplate
     DataSource Part full_name read_records source_labels write_records
     BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record VOTES prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record trained_stops
@@ -23,15 +23,15 @@ TRAINER = """
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 TOOLS = """
-    DataConfig DataFormat Source SourceConfig DataSource Part source_labels
+    DataConfig DataFormat OnBadRecord SourceConfig DataSource Part source_labels
     BadRecord Dialogue IMAGE ImageFile Message Origin PreferenceRecord Prompt Record Response
     UnusableRecordError prompt_hash turns_of
-    ChatTemplate EncodedExample ImageProcessor encode_record trained_stops unread_fields
+    ChatTemplate EncodedExample ImageProcessor encode_record unread_fields
     Example ImageInput Mask TokenIds DataCounts named_in_one_line
 """
 """Names of the face that tools take."""
 MODULES_FOR_TOOLS = {
-    "config": "OnBadRecord TEMPLATE_DATE TextTemplate",
+    "config": "TEMPLATE_DATE",
     "counts": "DROPPED_PROMPT_PREFIX count_lines counts_in_one_line in_words reason_remedy",
     "encode": "encode_pair",
     "images": "decode_image",

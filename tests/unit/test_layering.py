@@ -37,7 +37,7 @@ def modules() -> dict[str, ast.Module]:
 
 LAYERS = (
     *("foundation", "data", "config", "objective", "batching", "encoded", "model", "distributed"),
-    *("reference", "training", "tools", "compat", "verbs"),
+    *("reference", "training", "kit", "tools", "compat", "verbs"),
 )
 ROOMS = {
     "accelerate": r"distributed\.|training\.reporting\.trackers",
@@ -53,12 +53,14 @@ ROOMS = {
 
 
 @functools.cache
-def homes_of_face() -> dict[str, str]:
-    """Return the names of the face `dpo_dist.data`, each with its name in the module that has it."""
-    tree = ast.parse((PACKAGE / "data" / "__init__.py").read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    aliases = [(node.module, alias.name) for node in imports for alias in node.names]
-    return {f"dpo_dist.data.{name}": f"{module}.{name}" for module, name in aliases}
+def homes_of_faces() -> dict[str, str]:
+    """Return the names of the data's face and of the kit, each with its name in its own module."""
+    homes = dict[str, str]()
+    for face, file in (("dpo_dist.data", "data/__init__.py"), ("dpo_dist.kit", "kit.py")):
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                homes |= {f"{face}.{alias.name}": f"{node.module}.{alias.name}" for alias in node.names}
+    return homes
 
 
 def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
@@ -68,7 +70,7 @@ def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names = (f"{node.module}.{alias.name}" for alias in node.names)
-            yield from (homes_of_face().get(name, name) for name in names)
+            yield from (homes_of_faces().get(name, name) for name in names)
 
 
 def run_at_import(node: ast.AST, *, for_types: bool = False) -> Iterator[ast.AST]:
@@ -245,9 +247,7 @@ def test_tests_call_each_function_of_a_wall(wall: str) -> None:
     assert {name for name in functions if not name.startswith("_")} <= called
 
 
-TOOLS = re.compile(
-    r"dpo_dist\.tools\.(chat|compare|convert|doctor|evaluation|pairs|plan|report|selftest|sweep)\."
-)
+TOOLS = re.compile(r"dpo_dist\.tools\.(chat|compare|convert|doctor|pairs|plan|report|selftest|sweep)\.")
 """Matches the modules of a tool; the other ones of `tools` are what several tools use."""
 
 

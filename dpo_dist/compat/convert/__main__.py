@@ -10,11 +10,11 @@ from pathlib import Path
 
 from dpo_dist.compat.convert.reading import read
 from dpo_dist.compat.convert.translate import translate_run
-from dpo_dist.config.compose import FAILURES
 from dpo_dist.config.mistakes import composition_error
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
+from dpo_dist.kit import FAILURES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from dpo_dist.compat.other_trainers import trainer_of
 from dpo_dist.config.compose import read_keys
-from dpo_dist.config.keys import run_keys
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import HIDDEN
+from dpo_dist.kit import run_keys
 
 _PROGRAMS = (
     ("open-instruct", r"(.*/)?open_instruct/dpo\w*\.py", ""),

@@ -35,10 +35,8 @@ from dpo_dist.compat.other_trainers import (
     is_switch,
     names_of,
 )
-from dpo_dist.config.compose import parse_overrides
-from dpo_dist.config.keys import run_keys, verb_keys
-from dpo_dist.config.losses import LossKind, kinds_using
-from dpo_dist.config.mistakes import as_tree, fits
+from dpo_dist.config.keys import verb_keys
+from dpo_dist.config.mistakes import as_tree
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
@@ -46,6 +44,7 @@ from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.kit import LossKind, fits, kinds_using, parse_overrides, run_keys
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}

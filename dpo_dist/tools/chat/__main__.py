@@ -13,11 +13,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_dist.config.run_folder import strip_key
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.training.start.named_models import locate_model
+from dpo_dist.kit import locate_model, strip_key
 
 if TYPE_CHECKING:
     from dpo_dist.data import ImageFile

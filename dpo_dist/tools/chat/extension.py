@@ -1,6 +1,6 @@
 """The verb `chat`."""
 
-from dpo_dist.config.extensions import Extension, Verb
+from dpo_dist.kit import Extension, Verb
 
 EXTENSION = Extension(
     verbs={

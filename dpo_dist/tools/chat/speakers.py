@@ -10,34 +10,38 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpo_dist.config.load import saved_config
-from dpo_dist.config.run_folder import is_checkpoint
-from dpo_dist.config.schema import UNSET, Dtype, ImagesConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.model.files.manifest import check_base
-from dpo_dist.model.lora import adapter_off
-from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.compare.folder import ComparisonFolder
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError, can_mix_lengths, image_inputs
-from dpo_dist.tools.sampling.respond import (
+from dpo_dist.kit import (
+    UNSET,
+    Dtype,
+    ModelConfig,
     ModelSource,
-    Responder,
-    check_model_files,
+    NotFiniteError,
+    RunConfig,
+    RunHistory,
+    WrongGenerationError,
+    can_mix_lengths,
+    checkpoint_as_model,
     find_files,
-    load_source,
+    has_products,
+    image_inputs,
+    is_checkpoint,
+    short_name,
+)
+from dpo_dist.model.lora import adapter_off
+from dpo_dist.tools.compare.folder import ComparisonFolder
+from dpo_dist.tools.sampling.respond import (
+    Responder,
     not_finite,
     open_responder,
     usable_prompt,
     wrong_generation,
 )
 from dpo_dist.tools.sampling.settings import LEAST_ROOM, Sampling
-from dpo_dist.training.export import checkpoint_as_model
-from dpo_dist.training.start.named_models import short_name
-from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
 """Names, in place of a path, the base of an adapter or the model from which a run started."""
@@ -172,23 +176,18 @@ def open_speakers(
         )
     # The base gets the run's tokenizer and template, as its reference did.
     source = find_files(first.model.path, first.model, "model.path")
-    check_base(
-        first.responder.source.folder, source.folder, lambda: digest_model(source.folder, first.store).base
-    )
-    base = load_source(source, first.model, _device())
+    source.check_is_base_of(first.responder.source.folder, first.store)
+    base = source.load(first.model, _device())
     return [first, replace(first, name=BASE, causal_lm=base, messages=[], images=[])]
 
 
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
     """Load a model; one in a run's folder gets that run's configuration."""
     folder = Path(location).expanduser()
-    run = None
-    if folder.is_dir():
-        above = map(ComparisonFolder, folder.absolute().parents[:2])
-        run = next((run for run in above if run.state.is_file()), None)
-    config = RunConfig() if run is None else saved_config(run.config)
-    products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
-    emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
+    above = map(ComparisonFolder, folder.absolute().parents[:2])
+    run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
+    config = RunConfig() if run is None else RunHistory(run).config()
+    emulated = _device().type == "cpu" and not has_products(config.model.dtype)
     dtype = Dtype.fp32 if emulated else config.model.dtype
     # Only the user can allow code, not a run's configuration; the run's template is saved with its model.
     model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)
@@ -198,7 +197,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
     source = find_files(location, model, key)
     store = None if run is None else Path(config.reference.store)
-    check_model_files(source, store)
+    source.check(store)
     return replace(_loaded(name, source, model, data, say), store=store)
 
 
@@ -211,7 +210,7 @@ def _loaded(
             return _loaded(name, source, replace(model, images=ImagesConfig()), data, say)
         except ConfigError as error:
             say(f"{name} cannot read images: {error.message}: {error.got}")
-    return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)
+    return Speaker(name, open_responder(source, model, data), source.load(model, _device()), model)
 
 
 def _device() -> torch.device:

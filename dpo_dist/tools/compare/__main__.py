@@ -6,11 +6,10 @@ and, with a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`), 
 after the finished parts. docs/evaluate.md explains the files.
 """
 
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.kit import RunConfig, run_verb
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import check_comparison
 

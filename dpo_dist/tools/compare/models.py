@@ -13,8 +13,6 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.config.run_folder import check_writable
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import (
     DataConfig,
     DataSource,
@@ -29,20 +27,29 @@ from dpo_dist.data import (
     turns_of,
 )
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
-from dpo_dist.distributed.deepspeed_config import unsharded_loading
-from dpo_dist.distributed.memory import return_memory
-from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.model.files.folder import hub_commit
-from dpo_dist.model.packed import PackedCausalLM, packed_logps
+from dpo_dist.kit import (
+    ModelSource,
+    PackedCausalLM,
+    Run,
+    RunConfig,
+    check_writable,
+    checkpoint_as_model,
+    count_trained,
+    hub_commit,
+    in_chunks,
+    joined_run,
+    packed_logps,
+    return_memory,
+    unsharded_loading,
+)
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
-from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.judges import Judge, open_judge
@@ -55,20 +62,15 @@ from dpo_dist.tools.sampling.prompts import (
     find_model_together,
     first_records,
     good_records,
-    joined_run,
     open_judge_together,
 )
 from dpo_dist.tools.sampling.respond import (
     Completions,
-    ModelSource,
     Responder,
-    load_packed_source,
     open_responder,
     usable_prompt,
 )
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
-from dpo_dist.training.export import checkpoint_as_model
-from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
 PROMPTS_AT_ONCE = 16
@@ -152,7 +154,7 @@ class ComparedModel:
         world = self.prompts.run.world
         with unsharded_loading(world):
             processor = self.responder.processor
-            return load_packed_source(self.source, config.model, longest, world.device, processor)
+            return self.source.load_packed(config.model, longest, world.device, processor)
 
     def room(self, record: PreferenceRecord) -> int | None:
         """Return the most tokens of a response to a prompt; None: the model cannot be asked."""

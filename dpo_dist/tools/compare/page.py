@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.metrics import METRICS
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import number, percent_of, pluralize, without_secrets
+from dpo_dist.foundation.text import aligned, number, percent_of, pluralize, with_interval, without_secrets
+from dpo_dist.kit import METRICS
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.pages.charts import Interval, Point, scatter
@@ -21,7 +21,6 @@ from dpo_dist.tools.pages.samples import (
     prompt_items,
     response_in_data,
 )
-from dpo_dist.tools.tables import aligned, with_interval
 
 _Row = Mapping[str, Any]
 Pair = tuple[str, str]

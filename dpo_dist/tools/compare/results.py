@@ -9,7 +9,7 @@ import numpy as np
 import py3langid  # noqa: F401  (without this package the comparison would silently lack languages)
 
 from dpo_dist.data import PreferenceRecord
-from dpo_dist.tools.intervals import Column, bootstrap_intervals
+from dpo_dist.kit import Column, bootstrap_intervals
 from dpo_dist.tools.sampling.judges import Judge, Question
 from dpo_dist.tools.sampling.keys import PairsConfig, Verdicts
 from dpo_dist.tools.text_facts import text_facts

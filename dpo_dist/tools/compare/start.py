@@ -4,16 +4,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config.rules import Rule, check_rules
-from dpo_dist.config.run_folder import is_checkpoint
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.kit import Rule, RunConfig, check_rules, is_checkpoint, locate_model, short_name
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig
-from dpo_dist.training.start.named_models import locate_model, short_name
 
 MODELS_KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)

@@ -2,8 +2,8 @@
 
 from enum import StrEnum
 
-from dpo_dist.config.extensions import Extension, Verb
 from dpo_dist.foundation.fields import key, schema, section
+from dpo_dist.kit import Extension, Verb
 
 FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 

@@ -1,6 +1,6 @@
 """The files of the doctor."""
 
-from dpo_dist.config.run_folder import PathBelow, RunFolder
+from dpo_dist.kit import PathBelow, RunFolder
 
 
 class DoctorFolder(RunFolder):

@@ -10,7 +10,7 @@ from dpo_dist.data import DataConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, number, percent, pluralize, without_secrets
+from dpo_dist.foundation.text import aligned, as_yaml, number, percent, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
@@ -18,7 +18,6 @@ from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.findings import Finding, Level
 from dpo_dist.tools.pages.charts import histogram
 from dpo_dist.tools.pages.render import page
-from dpo_dist.tools.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""

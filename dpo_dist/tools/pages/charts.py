@@ -15,19 +15,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import (
-    ACCURACY_CHART,
-    AUC,
-    AUC_CHART,
-    CUSTOM,
-    METRICS,
-    PREFIX,
-    TERMS,
-    find_metric,
-)
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
+from dpo_dist.kit import ACCURACIES, AUC, CUSTOM, METRICS, PREFIX, TERMS, find_metric
 from dpo_dist.tools.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]
@@ -308,12 +299,13 @@ class Panel:
         return key.rsplit("/", 1)[-1].removesuffix("_per_token")
 
 
+_ACCURACY, _AUC = (METRICS[name].chart for name in ACCURACIES)
 PANELS = (
     Panel("Loss", in_image=True),
     *(Panel(METRICS[name].chart) for name in TERMS.values()),
     Panel("Loss above that of soft labels"),
-    Panel(ACCURACY_CHART, in_image=True),
-    Panel(AUC_CHART, in_image=True),
+    Panel(_ACCURACY, in_image=True),
+    Panel(_AUC, in_image=True),
     Panel("Margin of rewards", in_image=True),
     Panel("Rewards", in_image=True),
     Panel("Log-ratio of mismatched responses"),
@@ -436,7 +428,7 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.08, "top": 0.9, "hspace": 0.35, "wspace": 0.2}
-    absent = ACCURACY_CHART if any(AUC in row for row in rows) else AUC_CHART
+    absent = _ACCURACY if any(AUC in row for row in rows) else _AUC
     panels = [panel for panel in PANELS if panel.in_image and panel.title != absent]
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
         axes.set_xlabel("step")

@@ -11,9 +11,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.run_folder import RunFolder, checkpoint_step
+from dpo_dist.config.run_folder import checkpoint_step
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import number, percent, pluralize
+from dpo_dist.kit import RunFolder
 from dpo_dist.tools.pages.render import part
 from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails
 from dpo_dist.tools.text_facts import WORD, text_facts

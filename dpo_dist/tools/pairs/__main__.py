@@ -7,12 +7,10 @@ after the finished parts. docs/evaluate.md has a command for each method.
 import os
 import sys
 
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import console_on, open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.kit import RunConfig, RunFolder, run_verb
 from dpo_dist.tools.pairs.rounds import run_rounds
 from dpo_dist.tools.pairs.start import check_pairs
 from dpo_dist.tools.sampling.keys import PairsConfig, PairsMethod

@@ -1,7 +1,7 @@
 """The verb `pairs`, and its keys."""
 
-from dpo_dist.config.extensions import Extension, Verb
 from dpo_dist.foundation.fields import section
+from dpo_dist.kit import Extension, Verb
 from dpo_dist.tools.sampling.keys import PairsConfig
 
 EXTENSION = Extension(

@@ -1,6 +1,6 @@
 """The files of `pairs` and of its rounds."""
 
-from dpo_dist.config.run_folder import PathBelow, RunFolder
+from dpo_dist.kit import PathBelow, RunFolder
 
 
 class PairsFolder(RunFolder):

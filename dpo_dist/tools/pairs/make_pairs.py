@@ -11,18 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.run_folder import check_writable
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.data.records import as_fields
-from dpo_dist.distributed.memory import return_memory
-from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.kit import ModelSource, Run, RunConfig, check_writable, in_chunks, joined_run, return_memory
 from dpo_dist.tools.pairs.files import (
     check_output,
     image_fields,
@@ -43,17 +40,14 @@ from dpo_dist.tools.sampling.prompts import (
     find_model_together,
     first_records,
     generation_settings,
-    joined_run,
     open_judge_together,
 )
 from dpo_dist.tools.sampling.respond import (
     Completion,
     Completions,
-    ModelSource,
     open_generator,
 )
 from dpo_dist.tools.sampling.settings import sampling_for
-from dpo_dist.training.start.open_run import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64

@@ -13,17 +13,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
-from dpo_dist.config.command_line import write_command
-from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
-from dpo_dist.config.rules import value_at
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.data import DataConfig, SourceConfig
+from dpo_dist.config.load import differing_keys, from_yaml
+from dpo_dist.data import SourceConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.foundation.text import aligned
+from dpo_dist.kit import ReferenceMode, RunConfig, RunFolder, to_yaml, value_at, write_command
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (
@@ -34,7 +32,6 @@ from dpo_dist.tools.sampling.keys import (
     ServerConfig,
 )
 from dpo_dist.tools.sampling.rules import SAMPLING_KEYS
-from dpo_dist.tools.tables import aligned
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
@@ -111,32 +108,6 @@ def run_command(command: str) -> int:
     if received and code not in _REASONS:
         raise SystemExit(128 + received[0])  # as shells number it
     return code
-
-
-def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:
-    """Write an adapter's base with the adapter merged into its weights, in `model.dtype`.
-
-    The base is merged without quantization. The folder is written whole or not at all. `store` caches the
-    digests of weight files.
-    """
-    files.remove_abandoned(folder.parent)  # a start that was killed may have left a whole model
-    # Slow to import.
-    from dpo_dist.data import trained_stops  # noqa: PLC0415
-    from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
-    from dpo_dist.model.files.manifest import write_manifest  # noqa: PLC0415
-    from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
-    from dpo_dist.model.files.stops import write_stops  # noqa: PLC0415
-    from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
-
-    source = find_model(str(adapter), model, store, "model.adapter")
-    dtype = TORCH_DTYPES[model.dtype]
-    code = model.trust_remote_code
-    with writing_errors(folder), files.staged_folder(folder) as temporary:
-        write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
-        copy_tokenizer(source.tokenizer_folder, temporary)
-        stops = trained_stops(load_tokenizer(temporary, model), data)
-        write_stops(temporary, source.folder, stops)
-        write_manifest(temporary, None)
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
@@ -288,6 +259,8 @@ class _Rounds:
         if self.config.model.adapter is not None and not folder.policy.exists():
             self.say(f"round {number}: merging the adapter into {stage.model.path}")
             store = Path(stage.reference.store)
+            from dpo_dist.kit import merge_adapter  # noqa: PLC0415  (slow)
+
             merge_adapter(folder.training.model, folder.policy, stage.model, stage.data, store)
         summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
         facts = {

@@ -1,6 +1,6 @@
 """Rules between the keys of `pairs` that hold for every verb; those of the verb itself are in `start`."""
 
-from dpo_dist.config.rules import Rule
+from dpo_dist.kit import Rule
 
 _RULES = [
     Rule(

@@ -3,16 +3,23 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.rules import Rule, check_rules, needs_of, to_unset, unused
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.data import DataSource, SourceConfig
 from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.model.files.folder import local_model_folder
+from dpo_dist.kit import (
+    UNSET,
+    Rule,
+    RunConfig,
+    RunFolder,
+    check_rules,
+    local_model_folder,
+    locate_model,
+    needs_of,
+    to_unset,
+    unused,
+)
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.tools.sampling.keys import PairsConfig, PairsMethod
 from dpo_dist.tools.sampling.rules import SAMPLING_KEYS
-from dpo_dist.training.start.named_models import locate_model
 
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:

@@ -8,10 +8,9 @@ settings that fit and have the shortest epoch. Exit code 1: the run does not fit
 import os
 import sys
 
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.kit import RunConfig, run_verb
 
 
 def main(config: RunConfig) -> int:

@@ -10,31 +10,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_dist.config.schema import (
-    ZERO_STAGES,
+from dpo_dist.kit import (
+    DEFAULT_TOKENS,
+    GPUS_PER_NODE,
+    REACHED_SHARES,
+    TORCH_DTYPES,
     Dtype,
+    Footprint,
     Offload,
     ParallelismKind,
     ReferenceMode,
     RunConfig,
-    TrainerConfig,
+    Shapes,
+    matmul_peak,
 )
-from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.tools.plan.extension import PlanConfig
 from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.settings import sampling_for
-from dpo_dist.training.start.footprint import (
-    BYTES_PER_QUANTIZED_WEIGHT,
-    GPUS_PER_NODE,
-    Footprint,
-    disk_bytes,
-    footprint,
-    host_bytes,
-    quantized_weights,
-    state_bytes,
-)
-from dpo_dist.training.start.open_run import DEFAULT_TOKENS
 
 PROMPT_SHARE = 0.3
 _GPUS = {
@@ -106,10 +98,7 @@ class Estimate:
     data: Data
     machine: Machine
     needs: Footprint
-    weights: int
-    trained: int
-    states: float  # bytes of a trained weight's master weight and optimizer states
-    layers: int
+    shapes: Shapes
     steps: int
     micro_batch: int  # tokens
     times: int  # micro-batches of a process in a step
@@ -119,14 +108,9 @@ class Estimate:
     dequantizing: float  # seconds in which weights are computed from fewer bits
 
     @property
-    def number(self) -> int:
-        """Bytes of a weight."""
-        return TORCH_DTYPES[self.config.model.dtype].itemsize
-
-    @property
     def whole(self) -> float:
         """Bytes of all weights."""
-        return float(self.number * self.weights)
+        return float(self.shapes.number * self.shapes.weights)
 
     @property
     def largest(self) -> int | None:
@@ -141,30 +125,30 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on rank 0's node."""
-        return host_bytes(self.config, self.weights, self.trained, self.states, self.machine.gpus)
+        return self.shapes.host_bytes(self.machine.gpus)
 
     @property
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes, by kind."""
-        sizes = disk_bytes(self.config, self.weights, self.trained, self.states)
+        taken = self.shapes.disk_bytes()
         if self.config.reference.mode is ReferenceMode.cached:
-            sizes["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
-        return sizes
+            taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
+        return taken
 
     @property
     def sending(self) -> float:
         """Seconds in which GPUs exchange weights and gradients."""
         parallelism = self.config.parallelism
-        is_wide = parallelism.reduce_in_float32
+        is_wide = self.config.parallelism.reduce_in_float32
         if is_wide is None:
             is_wide = self.machine.gpus > GPUS_PER_NODE
-        gradients = float((4 if is_wide else self.number) * self.trained)
-        step_bytes = self.number * self.trained + gradients
+        gradients = float((4 if is_wide else self.shapes.number) * self.shapes.trained)
+        sent = self.shapes.number * self.shapes.trained + gradients  # bytes of a step
         if self._is_sharded:
             # Weights are gathered twice a micro-batch, or twice a step if nodes keep copies (hpz).
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
-            step_bytes = self.times * gradients + gathers * self.whole
-        return self.steps * step_bytes / self._link
+            sent = self.times * gradients + gathers * self.whole
+        return self.steps * sent / self._link
 
     @property
     def on_host(self) -> float:
@@ -175,9 +159,9 @@ class Estimate:
         if parallelism.offload_parameters is not Offload.none:  # copied for forward, and again for backward
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
-            seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            adam_bytes = 2 * self.states + 4 + self.number  # that CPU Adam reads and writes
-            seconds += adam_bytes * self.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
+            seconds += (4 + self.shapes.number) * self.shapes.trained / gpus / _PCIE
+            moved = 2 * self.shapes.states + 4 + self.shapes.number  # bytes that CPU Adam reads and writes
+            seconds += moved * self.shapes.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
         return self.steps * seconds
 
     @property
@@ -191,9 +175,8 @@ class Estimate:
         has_room = 2 * self.whole < self.machine.memory - self.needs.total_bytes(0)
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
-        of_policy = math.ceil(self.steps / every) if every and samples.prompts else 1
-        evaluations = 1 + of_policy
-        generating = tokens * self.layers * _SHARDED_TOKEN
+        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
+        generating = tokens * self.shapes.layers * _SHARDED_TOKEN
         return evaluations * (gathers * self.whole / self._link + generating)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
@@ -206,14 +189,11 @@ class Estimate:
         phases = {"training": epochs * (training + self.on_host)}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
-            is_once = mode is ReferenceMode.cached
-            name = "reference, once for all runs" if is_once else "reference"
+            once = ", once for all runs" if mode is ReferenceMode.cached else ""
             # Scoring also sends and waits less than training, about in proportion to its computing.
-            share = (min(1.0, epochs) if is_once else epochs) * self.scoring / self.computing
-            phases[name] = share * training
-        if self.sampling:
-            phases["samples"] = epochs * self.sampling
-        return phases
+            scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
+            phases[f"reference{once}"] = scored * training
+        return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def hours(self) -> dict[str, list[float]]:
         """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
@@ -222,83 +202,73 @@ class Estimate:
         epochs = self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
-        run_seconds = [sum(self.seconds(share, epochs).values()) for share in MFU_RANGE]
-        hours = {
-            "epoch_seconds": [sum(self.seconds(share).values()) for share in MFU_RANGE],
-            "run_seconds": run_seconds,
-        }
-        if price is not None:
-            hours["price"] = [seconds / 3600 * self.machine.gpus * price for seconds in run_seconds]
-        return hours
+        once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))
+        prices = {} if price is None else {"price": [end / 3600 * self.machine.gpus * price for end in runs]}
+        return {"epoch_seconds": once, "run_seconds": runs, **prices}
 
     @property
     def _is_sharded(self) -> bool:
-        return ZERO_STAGES[self.config.parallelism.kind] == 3
+        return self.config.parallelism.kind is ParallelismKind.zero3
 
     @property
     def _link(self) -> float:
         """Bytes a second between GPUs."""
         gpus = self.machine.gpus
-        if gpus == 1:
-            return math.inf
-        return _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
+        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
     """Return the estimate of training `causal_lm`, the policy on the meta device."""
     gpus = machine.gpus
     model = config.model
-    text = causal_lm.config.get_text_config()
+    shapes = Shapes(config, causal_lm)
     prompt = PROMPT_SHARE * data.tokens
     response = data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     computed = (1 - data.saved) * data.tokens
     of_pair = round(computed), round(data.targets), round(attended), round(data.image_tokens)
-    work = data.pairs * step_flops(causal_lm).step(*of_pair)
+    work = data.pairs * shapes.flops(*of_pair)
     useful = work / (gpus * machine.flops)
-    again = recomputed_share(model)
-    useful *= _EXPERTS if visited_experts(text) else 1.0
+    again = shapes.recomputed_share
+    useful *= _EXPERTS if shapes.has_experts else 1.0
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
-    needs = footprint(config, causal_lm, gpus)
-    micro_batch = _micro_batch(config.trainer, needs, machine)
+    needs = shapes.footprint(gpus)
+    micro_batch = _micro_batch(config, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
-    without = footprint(plain, causal_lm, gpus)
+    without = Shapes(plain, causal_lm).footprint(gpus)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
-        tokens = min(tokens, _micro_batch(config.trainer, without, machine))
+        tokens = min(tokens, _micro_batch(config, without, machine))
     # A pair above the budget has a micro-batch of its own.
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
-    dequantized = 0.0  # bytes that are moved to dequantize all weights once
-    if model.quantization is not None:
-        weight_bytes = BYTES_PER_QUANTIZED_WEIGHT[model.quantization] + TORCH_DTYPES[model.dtype].itemsize
-        dequantized = weight_bytes * quantized_weights(causal_lm)
     steps = math.ceil(data.pairs / config.trainer.global_batch_pairs)
-    layers = int(text.num_hidden_layers)
     return Estimate(
         config,
         data,
         machine,
         needs,
-        weights=sum(map(torch.numel, causal_lm.parameters())),
-        trained=sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad),
-        states=state_bytes(config.optim, config.trainer, causal_lm),
-        layers=layers,
+        shapes,
         steps=steps,
         micro_batch=micro_batch,
         times=times,
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
-        launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * dequantized / (_DEQUANTIZING * machine.bandwidth),
+        launching=(1 + again) * steps * times * shapes.layers * _LAUNCHES,
+        dequantizing=2
+        * (1 + again)
+        * steps
+        * times
+        * shapes.dequantized
+        / (_DEQUANTIZING * machine.bandwidth),
     )
 
 
-def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> int:
-    if trainer.micro_batch_tokens != "auto":
-        return trainer.micro_batch_tokens
+def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
+    if config.trainer.micro_batch_tokens != "auto":
+        return config.trainer.micro_batch_tokens
     largest = needs.largest_micro_batch(machine.memory)
     return DEFAULT_TOKENS if largest is None else largest

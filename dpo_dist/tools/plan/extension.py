@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from dpo_dist.config.extensions import Extension, Verb
 from dpo_dist.foundation.fields import key, schema, section
+from dpo_dist.kit import Extension, Verb
 
 GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
 

@@ -1,8 +1,6 @@
 """Estimate what a run takes on GPUs that you do not have; suggest the fastest settings that fit."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,20 +8,24 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from transformers import AutoConfig
 
-from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.load import complete_config, load_run_config, to_yaml
-from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
-from dpo_dist.foundation.text import duration, percent, pluralize, size
-from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.files.folder import description_folder, start_folder
-from dpo_dist.model.files.load import load_config, without_weights
+from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
+from dpo_dist.foundation.types import ProgressOf
+from dpo_dist.kit import (
+    GPUS_PER_NODE,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    Shapes,
+    complete_config,
+    load_run_config,
+    policy_without_weights,
+    to_yaml,
+)
 from dpo_dist.tools.plan.estimate import (
     MFU_RANGE,
     PROMPT_SHARE,
@@ -33,10 +35,6 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
 )
 from dpo_dist.tools.plan.extension import PlanConfig
-from dpo_dist.tools.tables import aligned
-from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes, stored_notes
-
-_Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 _TOKENS = 700.0
 _PAIRS = 60_000  # UltraFeedback's
@@ -58,51 +56,47 @@ class Plan(NamedTuple):
     content: dict[str, Any]
 
 
-def make_plan(config: RunConfig, progress: _Progress) -> Plan:
+def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
     causal_lm = _without_weights(config.model)
-    is_packed = recorded_arrangement(causal_lm.config.get_text_config().model_type) is Arrangement.packed
-    shares = config.trainer.prefix_tree and is_packed
+    shapes = Shapes(config, causal_lm)
+    shares = config.trainer.prefix_tree and shapes.is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
     data = planned_data(
         config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
     )
-    costs = estimate(config, data, machine, causal_lm)
-    parts = costs.needs.parts
-    total = costs.needs.total_bytes(costs.micro_batch)
-    activations = total - sum(parts.values())
-    rows = [*parts.items(), (f"{costs.micro_batch:,} tokens", activations)]
-    rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", total))
-    table = aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))
-    disk = ", ".join(f"{size(part)} {name}" for name, part in costs.disk.items())
+    found = estimate(config, data, machine, causal_lm)
+    parts = found.needs.parts
+    used = found.needs.total_bytes(found.micro_batch)
+    activations = used - sum(parts.values())
+    rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
+    rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
+    is_elsewhere = config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count()
     lines = [
-        f"{config.model.path}: {costs.weights / 1e9:.3g}e9 weights, {costs.trained / 1e9:.3g}e9 "
+        *(["this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu"] * is_elsewhere),
+        f"{config.model.path}: {shapes.weights / 1e9:.3g}e9 weights, {shapes.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
-        *(f"  {line}" for line in table),
-        *stored_notes(config.model, causal_lm),
-        *quantization_notes(config.model, config.reference, causal_lm),
-        _verdict(costs),
-        f"host memory of a node: {size(costs.host)}; disk: {disk}",
+        *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
+        *shapes.notes(),
+        _verdict(found),
+        f"host memory of a node: {size(found.host)}; disk: "
+        f"{', '.join(f'{size(taken)} {name}' for name, taken in found.disk.items())}",
+        *(_hours(found) if found.fits else []),
     ]
-    if config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count():
-        lines.insert(0, "this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu")
     content: dict[str, Any] = {
-        "fits": costs.fits,
-        "bytes": {**parts, "micro-batch": activations},
-        "host_bytes": costs.host,
-        "disk_bytes": costs.disk,
-        "micro_batch_tokens": costs.largest,
+        "fits": found.fits,
+        "bytes": parts | {"micro-batch": activations},
+        "host_bytes": found.host,
+        "disk_bytes": found.disk,
+        "micro_batch_tokens": found.largest,
         "saved_by_prefixes": data.saved,
+        **(found.hours() if found.fits else {}),
     }
-    if costs.fits:
-        lines += _hours(costs)
-        content |= costs.hours()
     if config.section_of(PlanConfig).suggest:
-        overrides = _suggest(costs, causal_lm)
-        content["suggested"] = overrides
-        lines.append(f"suggested: {overrides}" if overrides else "nothing fits: take more GPUs or an adapter")
-    return Plan(costs.fits, lines, content)
+        content["suggested"] = suggested = _suggest(found, causal_lm)
+        lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
+    return Plan(found.fits, lines, content)
 
 
 def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
@@ -115,31 +109,30 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
         return []
     machine = choose_machine(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    costs = estimate(config, data, machine, _without_weights(config.model))
-    lines = [("plan", f"{_verdict(costs)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
-    if costs.fits:
+    found = estimate(config, data, machine, _without_weights(config.model))
+    lines = [("plan", f"{_verdict(found)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
+    if found.fits:
         pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
-        lines.append(("hours", f"{_span(*costs.hours()['epoch_seconds'])} for {pairs}"))
+        lines.append(("hours", f"{_span(*found.hours()['epoch_seconds'])} for {pairs}"))
     return lines
 
 
-def _verdict(costs: Estimate) -> str:
+def _verdict(found: Estimate) -> str:
     room = "the memory that a token takes in this architecture is not known: begin with small micro-batches"
-    if costs.largest is not None:
-        room = f"there is room for micro-batches of {costs.largest:,} tokens"
-    if costs.fits:
+    if found.largest is not None:
+        room = f"there is room for micro-batches of {found.largest:,} tokens"
+    if found.fits:
         return f"fits: {room}"
-    if costs.config.section_of(PlanConfig).suggest:
-        return f"does not fit: {room}"
-    return f"does not fit: {room}; `dpo-dist plan plan.suggest=true` looks for settings that fit"
+    hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
+    return f"does not fit: {room}{'' if found.config.section_of(PlanConfig).suggest else hint}"
 
 
-def _hours(costs: Estimate) -> list[str]:
+def _hours(found: Estimate) -> list[str]:
     """Return the lines about the time of each phase, and about its bottleneck."""
-    data = costs.data
-    trainer = costs.config.trainer
-    hours = costs.hours()
-    fast, slow = map(costs.seconds, MFU_RANGE)
+    data = found.data
+    trainer = found.config.trainer
+    hours = found.hours()
+    fast, slow = (found.seconds(reached) for reached in MFU_RANGE)
     times = [[name, _span(fast[name], slow[name])] for name in fast]
     times.append(["in all, at 38 to 27 % of the datasheet's operations", _span(*hours["epoch_seconds"])])
     length = f"trainer.max_steps={trainer.max_steps}"
@@ -148,19 +141,17 @@ def _hours(costs: Estimate) -> list[str]:
     times.append([f"this run, {length}", _span(*hours["run_seconds"])])
     if "price" in hours:
         times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
-    epoch = f"{pluralize(data.pairs, costs.config.loss.unit)} of {data.tokens:,.0f} tokens"
-    if data.image_tokens:
-        epoch += f", {data.image_tokens:,.0f} of them of images"
-    elif costs.config.model.images is not None:
-        epoch += ", without the work of the vision tower, as the images are not known"
-    if data.saved >= 0.01:
-        epoch += f", {percent(data.saved)} of them saved by shared prefixes"
+    pairs = pluralize(data.pairs, found.config.loss.unit)
+    of_images = f", {data.image_tokens:,.0f} of them of images" if data.image_tokens else ""
+    if found.config.model.images is not None and not data.image_tokens:
+        of_images = ", without the work of the vision tower, as the images are not known"
+    fewer = f", {percent(data.saved)} of them saved by shared prefixes" if data.saved >= 0.01 else ""
     lines = [
-        f"an epoch of {epoch} ({data.basis}):",
+        f"an epoch of {pairs} of {data.tokens:,.0f} tokens{of_images}{fewer} ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
-    if costs.sending > costs.computing / MFU_RANGE[0]:
-        has_gain = costs.machine.gpus > GPUS_PER_NODE and costs.config.parallelism.hpz == 1
+    if found.sending > found.computing / MFU_RANGE[0]:
+        has_gain = found.machine.gpus > GPUS_PER_NODE and found.config.parallelism.hpz == 1
         by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if has_gain else ""
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; raise "
@@ -179,7 +170,7 @@ def planned_data(
     data: DataConfig,
     model: ModelConfig,
     loss: LossConfig,
-    progress: _Progress,
+    progress: ProgressOf,
     sharing: int | None = None,
 ) -> Data:
     """Return an epoch's pairs and tokens: from the keys, from local data, or from the cards of hub data.
@@ -190,38 +181,35 @@ def planned_data(
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
     if not sources or any(map(_is_on_hub, sources)):
-        sizes = list(filter(None, map(_by_its_card, sources)))
+        known = [_by_its_card(source) for source in sources]
+        sizes = [entry for entry in known if entry is not None]
         basis = "by the cards of the data"
-        if not sizes or len(sizes) < len(sources):
+        if not sizes or len(sizes) < len(known):
             sizes = [(_PAIRS, _TOKENS)]
             basis = "assumed"
-        all_pairs = sum(pairs for pairs, _ in sizes)
+        whole = sum(pairs for pairs, _ in sizes)
         tokens = sum(pairs * each for pairs, each in sizes)
-        pairs = plan.pairs or round(all_pairs * (1 - data.eval_share))
-        basis += "; set plan.pairs and plan.tokens_per_pair"
-        return Data(pairs, plan.tokens_per_pair or tokens / all_pairs, basis)
-    from dpo_dist.tools.doctor.examine import prepare, saved_by_tree  # noqa: PLC0415  (slow)
+        pairs = plan.pairs or round(whole * (1 - data.eval_share))
+        how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
+        return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
+    from dpo_dist.kit import prepare_data, saved_by_tree  # noqa: PLC0415  (slow)
 
-    datasets_of_sources = prepare(data, model, loss, progress).datasets
-    with_weights = []
-    for datasets, source in zip(datasets_of_sources, sources, strict=False):  # evaluation data come after
-        if datasets:
-            with_weights.append((datasets[0], source.weight))
-    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in with_weights)))
-    tokens_of_each = []
-    image_tokens = 0.0
-    for dataset, weight in with_weights:
-        tokens_of_each.append(int(dataset.piece_tokens.sum()) * weight / pairs)
-        if dataset.images:
-            image_tokens += int(dataset.images.prompt_tokens.sum()) * weight
-    tokens = sum(tokens_of_each)
+    of_sources = zip(
+        prepare_data(data, model, loss, progress).datasets, sources, strict=False
+    )  # evaluation data come after these
+    used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
+    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
+    of_each = [int(dataset.piece_tokens.sum()) * weight / pairs for dataset, weight in used]
+    tokens = sum(of_each)
+    images = (
+        sum(int(data.images.prompt_tokens.sum()) * weight for data, weight in used if data.images) / pairs
+    )
     saved = 0.0
     if sharing is not None and plan.tokens_per_pair is None:
-        for (dataset, weight), part in zip(with_weights, tokens_of_each, strict=True):
+        for (dataset, weight), part in zip(used, of_each, strict=True):
             together = max(1, round(sharing * len(dataset) * weight / pairs))
             saved += saved_by_tree(dataset, together) * part / tokens
-    tokens_per_pair = plan.tokens_per_pair or tokens
-    return Data(plan.pairs or pairs, tokens_per_pair, "of data.train", image_tokens / pairs, saved)
+    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved)
 
 
 def _is_on_hub(source: SourceConfig) -> bool:
@@ -234,28 +222,20 @@ def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
     pairs, tokens = own_table(Path(__file__).with_name("data_sizes.yaml")).get(name, (0, 0.0))
     if source.format is DataFormat.completion:  # a prompt with one response
         tokens *= (1 + PROMPT_SHARE) / 2
-    if not pairs:
-        return None
-    return min(pairs, source.limit or pairs) * source.weight, tokens
+    return (min(pairs, source.limit or pairs) * source.weight, tokens) if pairs else None
 
 
 def _without_weights(model: ModelConfig) -> Any:
     """Return the model without weights; models of shipped presets need no network."""
-    shape = own_table(Path(__file__).with_name("shapes.yaml")).get(model.path)
-    if shape is not None:
-        model_config = AutoConfig.for_model(**shape)
-    else:
-        folder = description_folder(model.path, model.revision, needs_weights=False)
-        model_config = load_config(folder, model)
-    return without_weights(model_config, model, start_folder(model))
+    return policy_without_weights(model, own_table(Path(__file__).with_name("shapes.yaml")).get(model.path))
 
 
-def _suggest(costs: Estimate, causal_lm: Any) -> str | None:
+def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     """Return the overrides that fit with the shortest epoch; None if nothing fits."""
     seconds: dict[str, float] = {}
-    former = yaml.safe_load(to_yaml(costs.config))
+    former = yaml.safe_load(to_yaml(found.config))
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # presets keep them
-    quantized = [] if costs.config.model.adapter is None else _QUANTIZED
+    quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
 
     @cache  # composing takes longer than the estimate
@@ -266,11 +246,10 @@ def _suggest(costs: Estimate, causal_lm: Any) -> str | None:
     for words, layers in (*_ALTERNATIVES, *quantized):
         try:
             base = composed(words)
-            model = replace(base.model, gradient_checkpointing=layers)
-            config = complete_config(replace(base, model=model))
+            changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
         except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
             continue
-        alternative = estimate(config, costs.data, costs.machine, causal_lm)
-        if alternative.fits and alternative.largest:
-            seconds[f"{words} {key}={layers}"] = alternative.hours()["epoch_seconds"][0]
+        tried = estimate(changed, found.data, found.machine, causal_lm)
+        if tried.fits and tried.largest:
+            seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"][0]
     return min(seconds, key=lambda words: seconds[words], default=None)

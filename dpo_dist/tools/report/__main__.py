@@ -4,16 +4,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import RunFolder, existing_run, strip_key
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import first_few, pluralize
+from dpo_dist.kit import RunFolder, RunHistory, existing_run, strip_key
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.run import PageFacts, write_page
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
 
 
 def _runs(paths: Sequence[str]) -> list[RunFolder]:
@@ -56,12 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             [run] = runs
             path = options.output or run.report
-            rows = read_latest_rows(run)
+            history = RunHistory(run)
+            rows = history.latest_rows()
             write_page(run, path, rows)
             if options.output is None and rows:
                 draw_curves(rows, run.curves, run.path.name)
                 print_line(f"curves: {run.curves}")
-                write_tables(run)
+                history.write_tables()
             remove_abandoned(run.metrics)  # a start that was killed may have left half a picture
         results = []
         for run in runs:

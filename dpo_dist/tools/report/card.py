@@ -10,19 +10,29 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind
-from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
+from dpo_dist.config.losses import KINDS
+from dpo_dist.config.schema import ExportedWeights
 from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
+from dpo_dist.kit import (
+    ACCURACIES,
+    LAST_EVALUATION,
+    MAIN,
+    PREFIX,
+    TERMS,
+    LossConfig,
+    LossKind,
+    MetricsRow,
+    ModelConfig,
+    RunConfig,
+    RunFolder,
+    evaluation_cells,
+)
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.verdict import verdict
-from dpo_dist.tools.tables import evaluation_cells
-from dpo_dist.training.reporting.metrics_log import MetricsRow
 
 _Row = Mapping[str, Any]
 

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from dpo_dist.config.identity import kinds_in
-from dpo_dist.config.losses import KINDS, LossKind, loss_unit
-from dpo_dist.config.metrics import ACCURACIES, METRICS, PREFIX, is_evaluation
+from dpo_dist.config.losses import KINDS
+from dpo_dist.config.metrics import is_evaluation
 from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
-from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
+from dpo_dist.kit import ACCURACIES, METRICS, PREFIX, LossKind, MetricsRow, finite, kinds_in, loss_unit
 
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10

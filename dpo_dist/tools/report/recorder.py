@@ -1,27 +1,41 @@
 """Record a run on rank 0: write metrics rows to files and trackers, and the report at the end."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.run_folder import LAST_EVALUATION
-from dpo_dist.config.schema import RunConfig
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
+from dpo_dist.foundation.text import without_secrets
+from dpo_dist.kit import (
+    LAST_EVALUATION,
+    MetricsLog,
+    MetricsRow,
+    PreferenceDataset,
+    Run,
+    RunConfig,
+    write_evaluation,
+)
 from dpo_dist.objective.metrics import PairColumn, PairValues
-from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
 from dpo_dist.tools.pages.charts import draw_curves
+from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.sampling.keys import SamplesConfig
 from dpo_dist.tools.tables import closing_table
-from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
 from dpo_dist.training.reporting.protocols import OnMoment, Reporting
 from dpo_dist.training.reporting.recorder import OnRow, PlainRecorder, opened_trackers
 from dpo_dist.training.start.inputs import Inputs
-from dpo_dist.training.start.open_run import Run
+
+_WORST = 8
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,42 @@ class RunRecorder(PlainRecorder):
         with warn_on_bug("the closing table", run.warn):
             lines = [*closing_table(folder, rows, final_summary), *lines]
         self.end(final_summary, lines)
+
+
+def write_worst(
+    file: Path,
+    values: PairValues,
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_unpaired: bool = False,
+) -> None:
+    """Write the pairs with the lowest negative margins and their texts, whole or not at all.
+
+    For labelled records: good ones with the lowest, and bad ones with the highest rewards.
+    """
+    lines = []
+    order = np.argsort(values.margin, kind="stable")
+    worst = order[:_WORST]
+    sides = [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
+    if is_unpaired:
+        worst = np.concatenate([order[side][: _WORST // 2] for side in sides])
+    for index in worst.tolist():
+        if values.margin[index] < 0:
+            example = dataset.example(index)
+            origin = without_secrets(str(dataset.origin(index)))
+            row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
+            texts = {"chosen": example.responses[0], "rejected": example.responses[-1]}
+            if is_unpaired:
+                side = "chosen" if values.tokens_chosen[index] > 0 else "rejected"
+                texts = {side: example.responses[0]}
+            prompt, images = shown_prompt(example, dataset.images)
+            for name, ids in {"prompt": prompt, **texts}.items():
+                row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+            if images:
+                row["images"] = images
+            lines.append(json.dumps(row) + "\n")
+    files.write_text(file, "".join(lines))
 
 
 def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> RunRecorder:

@@ -8,15 +8,24 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dpo_dist.config.load import read_saved
-from dpo_dist.config.metrics import ALL, MARGIN_PERCENTILES, METRICS, results_name
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.metrics import MARGIN_PERCENTILES
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import COUNTS_OF_OTHERS
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
 from dpo_dist.foundation.types import Fields
+from dpo_dist.kit import (
+    ALL,
+    LAST_EVALUATION,
+    METRICS,
+    MetricsRow,
+    RunFolder,
+    RunHistory,
+    final_and_best,
+    metrics_by_source,
+    results_name,
+)
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Level
 from dpo_dist.tools.pages.charts import charts, distribution, histogram
@@ -26,12 +35,6 @@ from dpo_dist.tools.report.facts import MARGIN, RunFacts, last
 from dpo_dist.tools.report.verdict import RUN_RULES
 from dpo_dist.tools.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
-from dpo_dist.training.reporting.metrics_log import (
-    MetricsRow,
-    final_and_best,
-    metrics_by_source,
-    read_latest_rows,
-)
 
 _BINS = 32  # of the histogram of margins
 _ROOM = 0.02  # the share of its width that is free on both sides
@@ -65,14 +68,13 @@ class PageFacts:
     """
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
-        # Also a configuration of another version.
-        config = read_saved(folder.config) if folder.config.exists() else {}
-        self.config: Fields = without_secrets(config)
+        history = RunHistory(folder)
+        self.config: Fields = without_secrets(history.written_config())
         self.doctor = _fields(DoctorFolder(folder.path).doctor_report)
         self.environment = _fields(folder.environment)
         self.state = _fields(folder.state)
         summary = _fields(folder.summary)
-        rows = read_latest_rows(folder) if rows is None else rows
+        rows = history.latest_rows() if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)

@@ -10,34 +10,34 @@ from statistics import fmean, stdev
 
 from markupsafe import Markup
 
-from dpo_dist.config.losses import kinds_using
-from dpo_dist.config.metrics import (
+from dpo_dist.config.metrics import ENTROPIES, MISMATCH, PAIR_METRICS
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.streams import printable
+from dpo_dist.foundation.text import aligned
+from dpo_dist.kit import (
     ACCURACIES,
     ALL,
     AUC,
     CUSTOM,
-    ENTROPIES,
+    EVALUATION_METRICS,
     LOSS_METRICS,
     MAIN,
     METRICS,
-    MISMATCH,
-    PAIR_METRICS,
     TERMS,
+    Direction,
+    MetricsRow,
+    RunFolder,
     find_metric,
+    finite,
+    kinds_using,
     results_name,
 )
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Direction
-from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.files import write_text
-from dpo_dist.foundation.streams import printable
 from dpo_dist.tools.pages import render
 from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_classes
 from dpo_dist.tools.pages.samples import samples_side_by_side
 from dpo_dist.tools.report.facts import MARGIN, values
 from dpo_dist.tools.report.run import PageFacts, verdict_for_page
-from dpo_dist.tools.tables import EVALUATION_METRICS, aligned
-from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
 _KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
 _NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")

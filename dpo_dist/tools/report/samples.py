@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.distributed.processes.world import Interrupted
-from dpo_dist.distributed.zero import Engine
-from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, pluralize
-from dpo_dist.model.architectures import context_length
-from dpo_dist.model.files.load import load_config
-from dpo_dist.model.files.stops import find_stop_ids
+from dpo_dist.kit import (
+    Engine,
+    NotFiniteError,
+    PreferenceDataset,
+    ReferenceMode,
+    Run,
+    WrongGenerationError,
+    context_length,
+    find_stop_ids,
+    load_config,
+)
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.pages.thumbnails import shown_prompt
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
 from dpo_dist.tools.sampling.generate import Request, generate_together
 from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import texts_after
@@ -34,7 +38,6 @@ from dpo_dist.tools.text_facts import (
     text_facts,
 )
 from dpo_dist.training.start.inputs import Inputs
-from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
 _BATCH_TOKENS = 16384

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dpo_dist.config.losses import balancing_weight
 from dpo_dist.config.metrics import EXCESS, MISMATCH
 from dpo_dist.data import DataCounts
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent, pluralize
+from dpo_dist.kit import MetricsRow, balancing_weight, finite, is_collapsed, logps_by_side
 from dpo_dist.tools.findings import Finding, FindingRule, Level
 from dpo_dist.tools.report.facts import (
     FEWEST_PAIRS,
@@ -32,7 +32,6 @@ from dpo_dist.tools.report.facts import (
     pooled,
     values,
 )
-from dpo_dist.training.reporting.metrics_log import MetricsRow, finite, is_collapsed, logps_by_side
 
 # Tuned numbers: what is compared, with what. These were chosen; the rules were tried on the runs of the entry
 # "The verdict's first line on spoiled and healthy runs" in benchmarks/log.md (2026-11-23).

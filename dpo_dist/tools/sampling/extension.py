@@ -1,7 +1,7 @@
 """What sampling adds: how responses are drawn, and those at evaluations."""
 
-from dpo_dist.config.extensions import Extension
 from dpo_dist.foundation.fields import section
+from dpo_dist.kit import Extension
 from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 
 EXTENSION = Extension(

@@ -19,11 +19,10 @@ from transformers import (
 
 from dpo_dist.data import ImageInput, TokenIds
 from dpo_dist.distributed.processes.world import Stops
-from dpo_dist.distributed.zero import Engine
+from dpo_dist.kit import Engine, NotFiniteError, WrongGenerationError, can_mix_lengths, extend
 from dpo_dist.model.exactness import Agree
 from dpo_dist.model.packed import rope_limit
 from dpo_dist.reference.engine import fault_agreement
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError, can_mix_lengths, extend
 from dpo_dist.tools.sampling.settings import Sampling
 
 

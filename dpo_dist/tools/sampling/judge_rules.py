@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from dpo_dist.config.rules import Rule, to_unset, unused
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.user_code import user_function
+from dpo_dist.kit import Rule, RunConfig, to_unset, unused
 from dpo_dist.tools.sampling.keys import PairsConfig
 
 JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"

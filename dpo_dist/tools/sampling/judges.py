@@ -17,7 +17,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
 from dpo_dist.data.records import as_fields
 from dpo_dist.data.text.tokenizer import tokenizer_facts
@@ -25,10 +24,9 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.user_code import find_function, user_function
-from dpo_dist.model.architectures import context_length
-from dpo_dist.model.files.folder import description_folder, model_folder
-from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights, tokenizer_digest
-from dpo_dist.reference.digest import digest_model
+from dpo_dist.kit import ModelConfig, context_length, description_folder, digest_model, load_config
+from dpo_dist.model.files.folder import model_folder
+from dpo_dist.model.files.load import load_tokenizer, load_weights, tokenizer_digest
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
 from dpo_dist.tools.sampling.client import ChatReply, Client, RefusedError
 from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts

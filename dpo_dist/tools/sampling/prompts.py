@@ -4,14 +4,13 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data import (
     BadRecord,
     DataConfig,
@@ -23,24 +22,28 @@ from dpo_dist.data import (
 )
 from dpo_dist.data.config import TEMPLATE_DATE
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.distributed.deepspeed_config import policy_config, unsharded_loading
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
-from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.model.files.folder import description_folder
+from dpo_dist.kit import (
+    ModelConfig,
+    ModelSource,
+    Run,
+    RunConfig,
+    description_folder,
+    find_files,
+    find_model,
+    unsharded_loading,
+)
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import (
     Generate,
-    ModelSource,
     Responder,
-    find_files,
-    find_model,
     open_responder,
     respond,
     usable_prompt,
@@ -48,7 +51,6 @@ from dpo_dist.tools.sampling.respond import (
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.start.inputs import on_every_rank
-from dpo_dist.training.start.open_run import Run, join
 
 _FAILED = "failed"
 
@@ -246,16 +248,6 @@ def find_model_together(name: str, run: Run, key: str) -> ModelSource:
     """Return the files of a model on every rank; rank 0 downloads first. Collective."""
     find = partial(find_model, name, run.config.model, Path(run.config.reference.store), key)
     return on_every_rank(run, find, f"reading the files of {name} to identify it")
-
-
-@contextmanager
-def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager[Any]) -> Iterator[Run]:
-    """Join the processes, each of which loads whole models; rank 0 holds the lock."""
-    parallelism = ParallelismConfig(ParallelismKind.ddp)
-    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
-    with ExitStack() as locks, join(config, deepspeed_config, console) as world:
-        world.on_main(lambda: locks.enter_context(lock))
-        yield Run(config, world, console)
 
 
 Read: TypeAlias = Callable[[DataSource], Iterator[PreferenceRecord | BadRecord]]

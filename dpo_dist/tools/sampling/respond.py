@@ -4,14 +4,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import FusedLayers, ModelConfig
 from dpo_dist.data import (
     BadRecord,
     DataConfig,
@@ -28,92 +26,18 @@ from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
-from dpo_dist.model.architectures import context_length
-from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.files.folder import (
-    ADAPTER_CONFIG,
-    is_adapter,
-    model_folder,
-    read_model_json,
-    tokenizer_folder,
+from dpo_dist.kit import (
+    ModelConfig,
+    ModelSource,
+    NotFiniteError,
+    WrongGenerationError,
+    context_length,
+    find_stop_ids,
+    load_config,
+    load_encoder,
 )
-from dpo_dist.model.files.load import load_config, load_encoder, load_packed, load_weights, tokenizer_digest
-from dpo_dist.model.files.manifest import check_base, check_undamaged
-from dpo_dist.model.files.stops import find_stop_ids, folder_stops
-from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
-from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.digest import digest_model
-from dpo_dist.reference.engine import scoring_config
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
 from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.settings import Sampling
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """The files of a model that responds; for an adapter `folder` is the base's."""
-
-    name: str  # as configured
-    key: str  # of the configuration, for errors
-    folder: Path
-    adapter: Path | None
-    revision: str | None
-    digest: str  # of all files on which responses depend, with the tokenizer's
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The adapter's folder if it has a tokenizer, else the model's."""
-        return tokenizer_folder(self.folder, self.adapter)
-
-    def provenance(self) -> dict[str, Any]:
-        """Return name, revision and digest, as records store them."""
-        return {"name": self.name, "revision": self.revision, "digest": self.digest}
-
-
-def find_files(
-    name: str, model: ModelConfig, key: str, find: Callable[..., Path] = model_folder
-) -> ModelSource:
-    """Return the files of a model or adapter, given as folder or hub name; the digest is empty.
-
-    `model.revision` counts for `model.path` only. `find` is `model_folder`, which downloads a hub model, or
-    `description_folder`, which downloads no weights.
-    """
-    revision = model.revision if name == model.path else None
-    folder = find(name, revision, key, accepts_adapter=True)
-    adapter = None
-    if is_adapter(folder):
-        adapter = folder
-        adapter_config: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
-        base = str(adapter_config.get("base_model_name_or_path"))
-        commit = adapter_config.get("revision")
-        folder = find(base, None if Path(base).expanduser().is_dir() else commit, key)
-    return ModelSource(name, key, folder, adapter, revision, "")
-
-
-def check_model_files(source: ModelSource, store: Path | None) -> None:
-    """Check files that this program wrote, and the base of an adapter; `store` caches digests.
-
-    Reads no weights of other people's models.
-    """
-    memo = None if store is None else store / MEMO_FOLDER
-    check_undamaged(source.folder, memo)
-    if source.adapter is not None:
-        check_undamaged(source.adapter, memo)
-        check_base(source.adapter, source.folder, lambda: digest_model(source.folder, store).base)
-
-
-def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSource:
-    """Return the same as `find_files`, with the digest of the files, which `store` caches."""
-    source = find_files(name, model, key)
-    folder = source.folder
-    adapter = source.adapter
-    files = digest_model(folder, store, remote_code=model.trust_remote_code, adapter=adapter)
-    parts = [files.digest, tokenizer_digest(source.tokenizer_folder)]
-    if model.images is not None:
-        parts.append(tokenizer_digest(folder, with_images=True))
-    parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
-    return replace(source, digest=text_digest(" ".join(parts)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,35 +94,8 @@ def open_generator(
 ) -> tuple[Responder, Generate]:
     """Load a whole model onto `device`; return its responder and the function that generates."""
     responder = open_responder(source, model, data)
-    causal_lm = load_source(source, model, device)
+    causal_lm = source.load(model, device)
     return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
-
-
-def load_source(source: ModelSource, model: ModelConfig, device: torch.device) -> Any:
-    """Return a transformers model, whole on `device`, with the adapter if `source` has one."""
-    model_config = load_config(source.folder, model)
-    causal_lm: Any = load_weights(source.folder, model_config, model, device, key=source.key)
-    if source.adapter is not None:
-        add_saved(causal_lm, source.adapter, TRAINED, source.key)
-    return causal_lm.eval()
-
-
-def load_packed_source(
-    source: ModelSource,
-    model: ModelConfig,
-    longest: int,
-    device: torch.device,
-    processor: ImageProcessor | None = None,
-) -> PackedCausalLM:
-    """Return the model, checked, for log-probs of sequences of up to `longest` tokens."""
-    model_config = replace(scoring_config(model, model.quantization), fused=FusedLayers.none)
-    packed = load_packed(source.folder, model_config, longest, device, source.key)
-    if source.adapter is not None:
-        load_adapter(packed, source.adapter, source.key)
-    packed.eval()
-    images = () if processor is None else processor.invented
-    StartCheck(packed, packed, device, longest, source.key, images=images).choose_arrangement()
-    return packed
 
 
 _FIELD = THOUGHT_FIELDS[0]

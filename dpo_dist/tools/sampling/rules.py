@@ -1,9 +1,9 @@
 """Rules between the keys of how models respond."""
 
-from dpo_dist.config.rules import Rule, unused, without_evaluations
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.rules import without_evaluations
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.fields import schema_fields
+from dpo_dist.kit import Rule, RunConfig, unused
 from dpo_dist.tools.sampling.keys import (
     CompareConfig,
     PairsConfig,

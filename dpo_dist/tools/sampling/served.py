@@ -19,17 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data import Example, PreferenceRecord, TokenIds
-from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
-from dpo_dist.model.packed import packed_logps
+from dpo_dist.kit import Dtype, ModelConfig, ModelSource, packed_logps, return_memory
 from dpo_dist.tools.sampling.client import Choice, Client, CompletionReply, RefusedError
 from dpo_dist.tools.sampling.generate import Request, Sample
 from dpo_dist.tools.sampling.keys import ServerConfig
-from dpo_dist.tools.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
+from dpo_dist.tools.sampling.respond import Responder, usable_prompt
 from dpo_dist.tools.sampling.settings import Sampling
 
 _URL = "sampling.endpoint.url"
@@ -320,7 +318,7 @@ def _logps(
 ) -> list[npt.NDArray[np.float64]]:
     """Return our log-probs, [tokens], by weights rounded to each dtype in turn; the model is freed."""
     longest = max(len(example.prompt_ids) for example in examples) + CHECK_TOKENS + 1
-    packed = load_packed_source(server.responder.source, model, longest, device)
+    packed = server.responder.source.load_packed(model, longest, device)
     logps_of_dtypes = []
     for dtype in weight_dtypes:
         for weight in packed.parameters():

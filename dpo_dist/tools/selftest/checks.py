@@ -21,16 +21,13 @@ from typing import Any, NamedTuple, Self
 
 import psutil
 
-from dpo_dist.config.load import load_run_config
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, Lack, first_line, lack_behind
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
-from dpo_dist.training.reporting.metrics_log import read_latest_rows
-from dpo_dist.training.start.preflight import checked_console
+from dpo_dist.kit import Dtype, RunFolder, RunHistory, checked_console, load_run_config
 
 HANGS_SECONDS = 120  # for a process that waits for another one
 _RUN_SECONDS = 900  # for a whole run
@@ -142,10 +139,8 @@ def train_rows(
         "console.style=json",  # so that errors can be read
     ]
     fault = run_python(name, [*program, *usual, *words], gpus, code)
-    rows = RunRows()
-    for row in [] if fault else read_latest_rows(run):
-        if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS):
-            rows.append(row)
+    rows: RunRows = [] if fault else RunHistory(run).latest_rows()
+    rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not fault else run.path, ignore_errors=True)
     numbers = [row["step"] for row in rows]
     if not fault and numbers != [*steps]:
@@ -163,8 +158,8 @@ def train_without_overlap(words: Sequence[str]) -> int:
     config = load_run_config(words, verb="train")
     stop = StopRequest()
     with stop.listening(), checked_console(config, trains=True) as console:
+        from dpo_dist.kit import train  # noqa: PLC0415  (slow)
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
-        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 
         return train(config, console, stop, reporting())
 
@@ -246,7 +241,7 @@ def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
     """Describe each GPU, and time matrix products on each alone, which shows a slow one."""
     import torch  # noqa: PLC0415  (slow)
 
-    from dpo_dist.model.flops import matmul_peak  # noqa: PLC0415
+    from dpo_dist.kit import matmul_peak  # noqa: PLC0415
 
     if not gpus:
         yield Check("GPU", "measured", "there is none")

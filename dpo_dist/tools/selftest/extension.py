@@ -1,6 +1,6 @@
 """The verb `selftest`."""
 
-from dpo_dist.config.extensions import Extension, Verb
+from dpo_dist.kit import Extension, Verb
 
 EXTENSION = Extension(
     verbs={

@@ -18,16 +18,14 @@ if __name__ == "__main__":
 import os
 from pathlib import Path
 
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.kit import RunFolder, check_start, run_verb
 from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
-from dpo_dist.training.start.preflight import check_start
 
 
 def main(points: Points) -> int:
@@ -113,8 +111,9 @@ def check(points: Points) -> CheckReport:
     Points that load the same inputs are checked once. A point with other inputs has facts about them.
     """
     check_points(points)
+    from dpo_dist.kit import dry_run  # noqa: PLC0415  (slow)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.start.dry_run import dry_run, start_in_words  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.dry_run import start_in_words  # noqa: PLC0415  (slow)
 
     loaded = dict[str, CheckReport]()
     facts = list[tuple[str, str]]()

@@ -1,7 +1,7 @@
 """The verb `sweep`, and its keys."""
 
-from dpo_dist.config.extensions import Extension, Verb
 from dpo_dist.foundation.fields import NonEmpty, key, schema, section
+from dpo_dist.kit import Extension, Verb
 
 
 @schema

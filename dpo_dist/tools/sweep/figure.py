@@ -10,10 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.metrics import LOSS_METRICS, MAIN, PREFIX, find_metric
 from dpo_dist.foundation.files import staged_file, write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
+from dpo_dist.kit import LOSS_METRICS, MAIN, PREFIX, find_metric
 from dpo_dist.tools.pages.charts import COLORS, Axis, color_classes
 from dpo_dist.tools.pages.render import part
 

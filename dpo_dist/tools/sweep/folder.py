@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_dist.config.run_folder import PathBelow, RunFolder
+from dpo_dist.kit import PathBelow, RunFolder
 
 
 class SweepFolder(RunFolder):

@@ -13,18 +13,25 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from dpo_dist.config.compose import FAILURES, Command, names_chosen, parse_overrides
-from dpo_dist.config.keys import group_folders, preset_names, run_keys
+from dpo_dist.config.compose import Command, names_chosen
+from dpo_dist.config.keys import group_folders, preset_names
 from dpo_dist.config.load import load_command
-from dpo_dist.config.metrics import ACCURACIES, LOSS_METRICS, PREFIX
-from dpo_dist.config.mistakes import fits
-from dpo_dist.config.rules import value_at
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
 from dpo_dist.foundation.text import first_few
 from dpo_dist.foundation.user_code import find_function
+from dpo_dist.kit import (
+    ACCURACIES,
+    FAILURES,
+    LOSS_METRICS,
+    PREFIX,
+    RunConfig,
+    fits,
+    parse_overrides,
+    run_keys,
+    value_at,
+)
 from dpo_dist.tools.sweep.extension import SweepConfig
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]

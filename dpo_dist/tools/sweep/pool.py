@@ -16,20 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dpo_dist.config.command_line import write_command
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ConsoleStyle, RunConfig
+from dpo_dist.config.schema import ConsoleStyle
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunOutcome, exit_after
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.kit import RunConfig, RunFolder, RunHistory, checked_console, write_command
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points
-from dpo_dist.training.start.preflight import checked_console
-from dpo_dist.training.start.run_state import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS = 60.0
@@ -40,7 +37,7 @@ ELSEWHERE = "trained by another process"
 
 def is_finished(config: RunConfig) -> bool:
     """Return whether a point's run is completed with these settings."""
-    state = read_state(RunFolder(config.run.path))
+    state = RunHistory(RunFolder(config.run.path)).state()
     if state is None or state.outcome is not RunOutcome.completed:
         return False
     return state.identity.get("run_digest") == config.identity.digest
@@ -251,8 +248,8 @@ def _train_point(config: RunConfig) -> int:
     """Train as the verb `train` does, in this process; return the exit code."""
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_console(config, trains=True) as console:
+        from dpo_dist.kit import train  # noqa: PLC0415  (slow)
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
-        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 
         return train(config, console, stop, reporting())
 

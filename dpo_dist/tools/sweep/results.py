@@ -7,12 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.metrics import ALL, MAIN, PREFIX, find_metric
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.text import number
+from dpo_dist.kit import ALL, MAIN, PREFIX, RunConfig, RunFolder, find_metric
 from dpo_dist.tools.pages.charts import Line, chart
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs

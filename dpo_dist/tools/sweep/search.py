@@ -10,18 +10,15 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dpo_dist.config.rules import best_direction
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
+from dpo_dist.kit import Direction, RunFolder, RunHistory, best_direction, finite
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import SearchSpace, point_settings
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
-from dpo_dist.training.reporting.metrics_log import finite, stored_rows
 
 _PRUNED = "pruned"
 _OUTCOME = "outcome"  # the trial's attribute
@@ -135,7 +132,7 @@ class Search(Pool):
 
     def _report(self, words: Words) -> dict[int, float]:
         """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
-        rows = stored_rows(RunFolder(self.points[words].run.path))
+        rows = RunHistory(RunFolder(self.points[words].run.path)).rows()
         values = dict[int, float]()
         for row in rows:
             value = finite(row, self._by)

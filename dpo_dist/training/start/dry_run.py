@@ -51,7 +51,7 @@ from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder
 from dpo_dist.model.files.load import Encoder, check_contents_at_hand, check_same_vocabulary, load_encoder
-from dpo_dist.model.numerics import has_fp16_products
+from dpo_dist.model.numerics import has_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, custom_metrics
 from dpo_dist.training.start.footprint import quantization_notes
@@ -125,7 +125,7 @@ def dry_run(
         lines.append((note.about, "warning: " * note.is_warning + note.text))
     notes = quantization_notes(config.model, config.reference, causal_lm)
     lines += (("experts", note) for note in notes)
-    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
+    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_products(Dtype.fp16)):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
     for evaluated in models:
         _check_evaluated(evaluated, config.model, encoder)

@@ -5,14 +5,15 @@ docs/scaling.md has them as a table.
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.run_folder import checkpoint_folders
@@ -36,8 +37,9 @@ from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.experts import packable, unpackable
-from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.model.flops import visited_experts
+from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
+from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
 from dpo_dist.model.layers import (
     attention_layers,
     decoder_layers,
@@ -90,6 +92,101 @@ class Footprint:
     def total_bytes(self, tokens: int) -> float:
         """Return the bytes of training with micro-batches of `tokens`, as far as they are known."""
         return sum(self.parts.values()) + tokens * (self.per_token or 0.0)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the shapes of a run's model say of its bytes and FLOPs, for a program that does not train it."""
+
+    config: RunConfig
+    causal_lm: Any  # the policy on the meta device; see `policy_without_weights`
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the model's responses are packed, so that they can share prefixes."""
+        text = self.causal_lm.config.get_text_config()
+        return recorded_arrangement(text.model_type) is Arrangement.packed
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a token visits some experts of many."""
+        return visited_experts(self.causal_lm.config.get_text_config()) > 0
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self.causal_lm.config.get_text_config().num_hidden_layers)
+
+    @cached_property
+    def weights(self) -> int:
+        """All weights."""
+        return _count_weights(self.causal_lm)
+
+    @cached_property
+    def trained(self) -> int:
+        """Weights that are trained."""
+        return sum(weight.numel() for weight in self.causal_lm.parameters() if weight.requires_grad)
+
+    @cached_property
+    def states(self) -> float:
+        """Bytes of a trained weight's master weight and optimizer states."""
+        return state_bytes(self.config.optim, self.config.trainer, self.causal_lm)
+
+    @property
+    def number(self) -> int:
+        """Bytes of a weight that is not quantized."""
+        return TORCH_DTYPES[self.config.model.dtype].itemsize
+
+    @property
+    def dequantized(self) -> float:
+        """Bytes that are moved to dequantize all weights once."""
+        kind = self.config.model.quantization
+        if kind is None:
+            return 0.0
+        return (BYTES_PER_QUANTIZED_WEIGHT[kind] + self.number) * quantized_weights(self.causal_lm)
+
+    @property
+    def recomputed_share(self) -> float:
+        """The FLOPs that gradient checkpointing computes again, as a share of a step's."""
+        return recomputed_share(self.config.model)
+
+    def flops(self, tokens: int, targets: int, attended: int, image_tokens: int) -> float:
+        """Return the FLOPs of a training step with these counts."""
+        return step_flops(self.causal_lm).step(tokens, targets, attended, image_tokens)
+
+    def footprint(self, processes: int) -> Footprint:
+        """Return the footprint of each of `processes` that train the model."""
+        return footprint(self.config, self.causal_lm, processes)
+
+    def host_bytes(self, gpus: int) -> float:
+        """Return the bytes of host memory on rank 0's node, which reads the model and writes checkpoints."""
+        on_node = min(gpus, GPUS_PER_NODE)
+        whole = float(self.number * self.weights)
+        states = self.states
+        if self.config.parallelism.offload_optimizer is not Offload.none:
+            states += 4  # gradients
+        policy = 0.0 if self.config.parallelism.offload_parameters is Offload.none else whole
+        return on_node * PROCESS_BYTES + whole + on_node / gpus * (states * self.trained + policy)
+
+    def disk_bytes(self) -> dict[str, float]:
+        """Return the bytes of a checkpoint, and of the model or the adapter that a run ends with."""
+        return disk_bytes(self.config, self.weights, self.trained, self.states)
+
+    def notes(self) -> list[str]:
+        """Return lines about weights whose files are quantized, and about those that cannot be."""
+        model = self.config.model
+        stored = stored_notes(model, self.causal_lm)
+        return [*stored, *quantization_notes(model, self.config.reference, self.causal_lm)]
+
+
+def policy_without_weights(model: ModelConfig, shape: Mapping[str, Any] | None = None) -> Any:
+    """Return the policy on the meta device; with `shape`, values of its config.json, without its files."""
+    if shape is not None:
+        model_config = AutoConfig.for_model(**shape)
+    else:
+        folder = description_folder(model.path, model.revision, needs_weights=False)
+        model_config = load_config(folder, model)
+    return without_weights(model_config, model, start_folder(model))
 
 
 def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
@@ -146,18 +243,6 @@ def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = Non
         by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
         states += 1 - by_muon  # the other weights have AdamW's second state
     return 4.0 * (1 + states + (trainer.ema_decay is not None))
-
-
-def host_bytes(config: RunConfig, weights: int, trained: int, states: float, gpus: int) -> float:
-    """Return the bytes of host memory on rank 0's node, where the model is read and checkpoints are written.
-
-    `states`: of `state_bytes`.
-    """
-    whole, on_node = float(TORCH_DTYPES[config.model.dtype].itemsize * weights), min(gpus, GPUS_PER_NODE)
-    if config.parallelism.offload_optimizer is not Offload.none:
-        states += 4  # gradients
-    policy = 0.0 if config.parallelism.offload_parameters is Offload.none else whole
-    return on_node * PROCESS_BYTES + whole + on_node / gpus * (states * trained + policy)
 
 
 def disk_bytes(config: RunConfig, weights: int, trained: int, states: float) -> dict[str, float]:

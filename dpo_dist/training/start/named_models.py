@@ -23,6 +23,7 @@ from dpo_dist.config.schema import (
     ExportedWeights,
     FinalModel,
     ModelConfig,
+    ReferenceMode,
     RunConfig,
 )
 from dpo_dist.foundation.errors import ConfigError
@@ -90,6 +91,35 @@ class EvaluatedModel:
             facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
+
+
+def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
+    """Return the configuration and the models of the verb `evaluate`.
+
+    The configuration has no training data. Its reference's log-probs come from the store, also if training
+    computes them with `reference.mode` `live` or `adapter`: the model is the same.
+    """
+    data, reference = config.data, config.reference
+    evaluation = config.evaluation
+    if evaluation.data:
+        data = replace(data, eval=evaluation.data, eval_share=0.0)
+    if reference.mode in (ReferenceMode.adapter, ReferenceMode.live):
+        bits = (
+            config.model.quantization if reference.mode is ReferenceMode.adapter else reference.quantization
+        )
+        reference = replace(reference, mode=ReferenceMode.cached, quantization=bits)
+    data = replace(data, train=[]) if data.eval else data
+    config = replace(config, data=data, reference=reference)
+    config.data.check_has_evaluation_data("evaluate models on")
+    run = RunFolder(config.run.path)
+    if None in evaluation.models and not run.model.is_dir():
+        pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"
+        raise no_model_error(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
+    paths = [
+        locate_model(str(run.model) if model is None else model, EVALUATION_MODEL_KEY)
+        for model in evaluation.models
+    ]
+    return config, [EvaluatedModel(path, is_checkpoint(Path(path))) for path in paths]
 
 
 def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,8 @@ from dpo_dist.config.schema import (
     Offload,
     OptimConfig,
     OptimizerKind,
+    ParallelismConfig,
+    ParallelismKind,
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
@@ -32,7 +35,7 @@ from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize
-from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.model.numerics import deterministic_kernels, has_products
 from dpo_dist.training.clock import WorkClock
 from dpo_dist.training.start.environment import check_same_start
 
@@ -139,6 +142,16 @@ def open_run(
 
 
 @contextlib.contextmanager
+def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager[Any]) -> Iterator[Run]:
+    """Join the processes, each of which loads whole models; rank 0 holds the lock."""
+    whole = ParallelismConfig(ParallelismKind.ddp)
+    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    with contextlib.ExitStack() as locks, join(config, deepspeed_config, console) as world:
+        world.on_main(lambda: locks.enter_context(lock))
+        yield Run(config, world, console)
+
+
+@contextlib.contextmanager
 def warn_of_recompiles(warn: Callable[[str], None]) -> Iterator[None]:
     """Print a warning, once, if torch stops compiling layers inside the block."""
     dynamo, handler = logging.getLogger("torch._dynamo"), logging.Handler(logging.WARNING)
@@ -171,7 +184,7 @@ def say_header(run: Run) -> None:
     evaluation = first_few([source.path for source in config.data.eval])
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    if world.device.type == "cpu" and not has_bf16_products():
+    if world.device.type == "cpu" and not has_products(Dtype.bf16):
         for hint in hints_on_cpu(config.model, config.optim):
             run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
@@ -202,8 +215,3 @@ def hints_on_cpu(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
         yield ": model.dtype=fp32 is several times faster"
     if optim.kind is OptimizerKind.muon and model.adapter is None:
         yield ", in which Muon multiplies: a step of 135M weights takes minutes"
-
-
-def has_bf16_products() -> bool:
-    """Return whether this CPU multiplies matrices in bf16; others emulate it, at an eighth of the speed."""
-    return any(is_there and "bf16" in name for name, is_there in torch.cpu.get_capabilities().items())

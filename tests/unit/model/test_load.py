@@ -31,7 +31,7 @@ from dpo_dist.model.files.load import (
     without_weights,
 )
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.tools.sampling.respond import find_model
+from dpo_dist.reference.model_source import find_model
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal

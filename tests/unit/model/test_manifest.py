@@ -10,8 +10,8 @@ from dpo_dist.config.schema import ModelConfig
 from dpo_dist.foundation.errors import CheckpointError, DpoDistError
 from dpo_dist.model.files.manifest import MODEL_MANIFEST, check_undamaged, find_damage, write_manifest
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.reference.model_source import find_model
 from dpo_dist.tools.chat.speakers import open_speakers
-from dpo_dist.tools.sampling.respond import find_model
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 

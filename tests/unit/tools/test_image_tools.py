@@ -24,6 +24,7 @@ from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_packed
+from dpo_dist.reference.model_source import find_model
 from dpo_dist.tools.chat.speakers import open_images, open_speakers
 from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
@@ -39,7 +40,7 @@ from dpo_dist.tools.sampling import judges
 from dpo_dist.tools.sampling.judges import EndpointJudge, FunctionJudge, Question, RewardModel
 from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.tools.sampling.prompts import good_records
-from dpo_dist.tools.sampling.respond import find_model, open_generator, open_responder, respond
+from dpo_dist.tools.sampling.respond import open_generator, open_responder, respond
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.image_model import image_pair, write_image_model, write_pictures
 from tests.support.image_processors import image_tokenizer

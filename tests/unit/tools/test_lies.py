@@ -14,11 +14,12 @@ import pytest
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.reference.model_source import find_files
 from dpo_dist.tools.sampling import client as clients
 from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import EndpointJudge
 from dpo_dist.tools.sampling.keys import EndpointConfig, ServerConfig
-from dpo_dist.tools.sampling.respond import find_files, open_responder
+from dpo_dist.tools.sampling.respond import open_responder
 from dpo_dist.tools.sampling.served import open_server
 from tests.support.tiny_model import write_model
 

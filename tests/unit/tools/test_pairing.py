@@ -18,6 +18,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.reference.model_source import ModelSource
 from dpo_dist.tools.pairs.make_pairs import (
     PairResults,
     different_prompts,
@@ -34,7 +35,7 @@ from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judgement
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.tools.sampling.prompts import Parts, Prompts
-from dpo_dist.tools.sampling.respond import Completion, Completions, ModelSource
+from dpo_dist.tools.sampling.respond import Completion, Completions
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server

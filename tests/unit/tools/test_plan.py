@@ -256,7 +256,7 @@ def test_experts_take_longer_than_a_dense_model_of_their_active_size() -> None:
     experts = estimated(kind="mixtral", num_local_experts=8, num_experts_per_tok=1)
     dense = estimated()
     assert experts.computing == pytest.approx(1.5 * dense.computing, rel=1e-3)
-    assert experts.weights > 4 * dense.weights
+    assert experts.shapes.weights > 4 * dense.shapes.weights
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,13 @@ def test_bytes_of_hosts_and_disks(words: list[str], host: float, disk: dict[str,
 
 def test_an_adapter_writes_itself_and_a_quantized_base_keeps_what_is_not_linear() -> None:
     found = estimated(*ADAPTER)
-    assert found.disk == pytest.approx({"a checkpoint": 12 * found.trained, "the model": 2 * found.trained})
-    assert found.weights - found.trained == P
+    assert found.disk == pytest.approx(
+        {"a checkpoint": 12 * found.shapes.trained, "the model": 2 * found.shapes.trained}
+    )
+    assert found.shapes.weights - found.shapes.trained == P
     quantized = estimated(*ADAPTER, "model.quantization=nf4")
     nf4 = 0.5 + 1 / 64 + 4 / 64 / 256
-    expected = nf4 * (P - EMBEDDINGS - NORMS) + 2 * (EMBEDDINGS + NORMS) + 2 * found.trained
+    expected = nf4 * (P - EMBEDDINGS - NORMS) + 2 * (EMBEDDINGS + NORMS) + 2 * found.shapes.trained
     assert quantized.needs.parts["weights"] == pytest.approx(expected)
 
 

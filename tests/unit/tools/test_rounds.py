@@ -160,7 +160,7 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
         merged.append((str(adapter), str(folder)))
         folder.mkdir()
 
-    monkeypatch.setattr("dpo_dist.tools.pairs.rounds.merge_adapter", merge)
+    monkeypatch.setattr("dpo_dist.training.export.merge_adapter", merge)
     verbs = Verbs()
     with pytest.raises(KeyboardInterrupt):
         do(verbs, *ADAPTER)

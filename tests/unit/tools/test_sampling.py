@@ -37,9 +37,9 @@ from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, R
 from dpo_dist.distributed.processes.world import Interrupted, Stops
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.model.generation import NotFiniteError
+from dpo_dist.reference.model_source import find_model
 from dpo_dist.tools.pairs.files import pair_fields, write_results
-from dpo_dist.tools.pairs.rounds import merge_adapter
-from dpo_dist.tools.sampling.check import NotFiniteError
 from dpo_dist.tools.sampling.generate import (
     Request,
     Sample,
@@ -51,8 +51,9 @@ from dpo_dist.tools.sampling.generate import (
 )
 from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.prompts import check_model
-from dpo_dist.tools.sampling.respond import Completion, Responder, find_model, open_generator, respond
+from dpo_dist.tools.sampling.respond import Completion, Responder, open_generator, respond
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
+from dpo_dist.training.export import merge_adapter
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of

@@ -18,11 +18,12 @@ from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.reference.model_source import find_files
 from dpo_dist.tools.sampling import client as clients
 from dpo_dist.tools.sampling import served
 from dpo_dist.tools.sampling.client import Client, RefusedError
 from dpo_dist.tools.sampling.keys import ServerConfig
-from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, respond
+from dpo_dist.tools.sampling.respond import Responder, open_responder, respond
 from dpo_dist.tools.sampling.served import (
     Server,
     check_served,

@@ -11,11 +11,10 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.tools.evaluation import models as loading
-from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
-from dpo_dist.tools.evaluation.start import find_evaluation_models
+from dpo_dist.training.evaluation import models as loading
+from dpo_dist.training.evaluation.models import check_origin, load_evaluated
 from dpo_dist.training.start.inputs import folder_of_own_tokenizer
-from dpo_dist.training.start.named_models import EvaluatedModel, find_export_paths
+from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluation_models, find_export_paths
 from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.alone import ALONE

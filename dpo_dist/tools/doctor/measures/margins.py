@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.batching.content_keys import Keys
-from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
-from dpo_dist.encoded.dataset import PreferenceDataset
-from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.config.schema import ReferenceConfig
+from dpo_dist.kit import LossConfig, ModelConfig, PreferenceDataset, ReferenceMode, description_folder
+from dpo_dist.model.files.folder import start_folder
 from dpo_dist.reference.store import LogpStore, StoredLogps, read_fingerprints
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding
@@ -96,7 +95,7 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> list[LogpSto
     if not fingerprints:
         return []
     # Imports DeepSpeed, which takes seconds.
-    from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
+    from dpo_dist.kit import digest_model  # noqa: PLC0415
 
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path", needs_weights=False)

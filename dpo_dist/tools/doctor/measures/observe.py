@@ -17,6 +17,7 @@ from dpo_dist.data import (
     EncodedExample,
     ImageFile,
     ImageProcessor,
+    OnBadRecord,
     Origin,
     Part,
     PreferenceRecord,
@@ -25,7 +26,6 @@ from dpo_dist.data import (
     prompt_hash,
     unread_fields,
 )
-from dpo_dist.data.config import OnBadRecord
 from dpo_dist.data.images import decode_image
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.foundation.types import Tokenizer

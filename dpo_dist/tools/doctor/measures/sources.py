@@ -25,11 +25,11 @@ from sklearn.preprocessing import StandardScaler
 from dpo_dist.data import DataConfig, named_in_one_line
 from dpo_dist.data.counts import reason_remedy
 from dpo_dist.foundation.text import percent
+from dpo_dist.kit import wilson_interval
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import GROUPS, speaks_differently, subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
 from dpo_dist.tools.findings import Finding
-from dpo_dist.tools.intervals import wilson_interval
 from dpo_dist.tools.pages.charts import distribution
 from dpo_dist.tools.text_facts import detect_language
 

@@ -22,10 +22,11 @@ from dpo_dist.data.records import Part, prompt_hash
 from dpo_dist.encoded import workers
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
-from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
+from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine
 from dpo_dist.tools.doctor.measures.texts import read_benchmarks
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, RULE_BY_KIND
 from dpo_dist.tools.findings import Level
+from dpo_dist.training.start.prepared_data import prepare_data
 from tests.support import tiny
 from tests.support.doctor_data import (
     Pair,
@@ -480,7 +481,9 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
 
 def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]]:
     of_model = replace(config.model, path=str(model))
-    encoded = prepare(config.data, of_model, config.loss, lambda *_: contextlib.nullcontext(lambda *_: None))
+    encoded = prepare_data(
+        config.data, of_model, config.loss, lambda *_: contextlib.nullcontext(lambda *_: None)
+    )
     return [list(map(len, of_source)) for of_source in encoded.datasets], encoded.refusals
 
 
@@ -517,7 +520,7 @@ def test_a_source_says_what_a_prefix_tree_saves_of_its_tokens(tmp_path: Path, mo
     progress = lambda *_: contextlib.nullcontext(lambda *_: None)  # noqa: E731
     agent, clean = (source["prefix"] for source in diagnose(config, progress).sources)
     assert clean["tree_share"] < 0.01
-    [dataset] = prepare(config.data, config.model, config.loss, progress).datasets[0]
+    [dataset] = prepare_data(config.data, config.model, config.loss, progress).datasets[0]
 
     def least(indices: Sequence[int]) -> int:
         rows = [row.tobytes() for index in indices for row in input_rows(dataset.example(index))]

@@ -9,10 +9,10 @@ import pytest
 
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Origin
+from dpo_dist.objective.intervals import wilson_interval
 from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource, LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.findings import Level
-from dpo_dist.tools.intervals import wilson_interval
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 

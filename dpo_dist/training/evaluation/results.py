@@ -1,6 +1,5 @@
 """Compute and write the results of an evaluation: metrics with intervals, and the scores of every pair."""
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -10,22 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import without_secrets
-from dpo_dist.objective.metrics import (
-    CustomMetrics,
-    MetricPlan,
-    PairValues,
-    length_members,
-    measure_pairs,
-)
-from dpo_dist.tools.intervals import (
+from dpo_dist.objective.intervals import (
     ENDS,
     FEWEST_PROMPTS,
     Column,
@@ -33,12 +23,17 @@ from dpo_dist.tools.intervals import (
     resamples,
     with_width,
 )
-from dpo_dist.tools.pages.thumbnails import shown_prompt
+from dpo_dist.objective.metrics import (
+    CustomMetrics,
+    MetricPlan,
+    PairValues,
+    length_members,
+    measure_pairs,
+)
 
 _Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 
-_WORST = 8
 _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 
 
@@ -184,42 +179,6 @@ def write_scores(
             scores = {name: column[index].item() for name, column in columns.items()}
             record = {"source": label, "file": origin.source, "line": origin.line, **scores}
             lines.write(files.json_line(files.for_json(record)))
-
-
-def write_worst(
-    file: Path,
-    values: PairValues,
-    dataset: PreferenceDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    is_unpaired: bool = False,
-) -> None:
-    """Write the pairs with the lowest negative margins and their texts, whole or not at all.
-
-    For labelled records: good ones with the lowest, and bad ones with the highest rewards.
-    """
-    lines = []
-    order = np.argsort(values.margin, kind="stable")
-    worst = order[:_WORST]
-    sides = [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
-    if is_unpaired:
-        worst = np.concatenate([order[side][: _WORST // 2] for side in sides])
-    for index in worst.tolist():
-        if values.margin[index] < 0:
-            example = dataset.example(index)
-            origin = without_secrets(str(dataset.origin(index)))
-            row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
-            texts = {"chosen": example.responses[0], "rejected": example.responses[-1]}
-            if is_unpaired:
-                side = "chosen" if values.tokens_chosen[index] > 0 else "rejected"
-                texts = {side: example.responses[0]}
-            prompt, images = shown_prompt(example, dataset.images)
-            for name, ids in {"prompt": prompt, **texts}.items():
-                row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-            if images:
-                row["images"] = images
-            lines.append(json.dumps(row) + "\n")
-    files.write_text(file, "".join(lines))
 
 
 def write_evaluation(

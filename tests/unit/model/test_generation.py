@@ -15,9 +15,9 @@ from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.generation import NotFiniteError, WrongGenerationError
 from dpo_dist.tools.chat.speakers import Speaker
 from dpo_dist.tools.report.samples import RunSamples, SamplePrompt
-from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
 from dpo_dist.tools.sampling.generate import Request, generate
 from dpo_dist.tools.sampling.respond import Responder, respond
 from dpo_dist.tools.sampling.settings import Sampling

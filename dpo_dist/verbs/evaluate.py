@@ -8,7 +8,7 @@ computed and stored.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.tools.evaluation.start import find_evaluation_models
+from dpo_dist.training.start.named_models import find_evaluation_models
 from dpo_dist.training.start.preflight import check_start, checked_console
 
 
@@ -16,7 +16,7 @@ def main(config: RunConfig) -> int:
     """Write metrics with confidence intervals, and the scores of every pair; return the exit code."""
     config, models = find_evaluation_models(config)
     with checked_console(config) as console:
-        from dpo_dist.tools.evaluation.models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
+        from dpo_dist.training.evaluation.models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
         return evaluate_models(config, models, console)
 

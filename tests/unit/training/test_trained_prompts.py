@@ -8,7 +8,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.records import prompt_hash
 from dpo_dist.foundation.console import Console, LineScreen
-from dpo_dist.tools.evaluation.trained_prompts import count_trained
+from dpo_dist.training.evaluation.trained_prompts import count_trained
 from tests.support.records import good, jsonl
 
 PROMPTS = [f"question {number}" for number in range(20)]

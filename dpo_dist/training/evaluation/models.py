@@ -28,9 +28,9 @@ from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
-from dpo_dist.tools.evaluation.results import Results, write_evaluation
-from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.training.evaluation.results import Results, write_evaluation
+from dpo_dist.training.evaluation.table import evaluation_table
+from dpo_dist.training.evaluation.trained_prompts import count_trained
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.objective.intervals import bootstrap_intervals
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, PairValues
-from dpo_dist.tools.evaluation.results import labelled_columns, results
-from dpo_dist.tools.intervals import bootstrap_intervals
-from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.training.evaluation.results import labelled_columns, results
+from dpo_dist.training.evaluation.table import evaluation_table
 
 PAIRS = 40
 

@@ -1,1 +1,0 @@
-"""Score pairs with trained models, and say how sure the means are."""

@@ -1,0 +1,1 @@
+"""Scores of pairs by trained models, and how sure the means are."""

@@ -1,0 +1,48 @@
+"""A run on disk, which may still be training: its configuration, rows and state. Imports no torch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_dist.config.load import read_saved, saved_config
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.training.reporting.metrics_log import (
+    MetricsRow,
+    read_latest_rows,
+    stored_rows,
+    write_tables,
+)
+from dpo_dist.training.start.run_state import RunState, read_state
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What a run has written to its folder."""
+
+    folder: RunFolder
+
+    def config(self) -> RunConfig:
+        """Return the configuration; raise ConfigError if this version cannot read it."""
+        return saved_config(self.folder.config)
+
+    def written_config(self) -> dict[str, Any]:
+        """Return the values of config.yaml, also of another version; empty without the file."""
+        return read_saved(self.folder.config) if self.folder.config.exists() else {}
+
+    def state(self) -> RunState | None:
+        """Return how far the run is; None if it has not begun."""
+        return read_state(self.folder)
+
+    def rows(self) -> Iterator[MetricsRow]:
+        """Yield the rows of all logged steps and evaluations."""
+        return stored_rows(self.folder)
+
+    def latest_rows(self, step: float = math.inf) -> list[MetricsRow]:
+        """Return the rows up to a step, of a long run a sample with the first, newest and best ones."""
+        return read_latest_rows(self.folder, step)
+
+    def write_tables(self) -> None:
+        """Write the rows as log_history.json and training_metrics.csv."""
+        write_tables(self.folder)

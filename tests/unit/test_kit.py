@@ -1,0 +1,105 @@
+"""The kit: what tools take from the trainer."""
+
+import ast
+import sys
+
+import pytest
+
+import dpo_dist.kit
+from tests.unit.test_border import taken
+from tests.unit.test_layering import PACKAGE, modules
+
+pytestmark = pytest.mark.slow
+
+KIT = "dpo_dist.kit"
+NAMES = """
+    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE HOLD_OUT
+    LAST_EVALUATION LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column
+    Direction Dtype Engine Extension Footprint LossConfig LossKind MetricsLog MetricsRow ModelConfig
+    ModelSource NotFiniteError Offload PackedCausalLM ParallelismKind PathBelow PreferenceDataset
+    ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
+    balancing_weight best_direction bootstrap_intervals can_mix_lengths check_rules check_start
+    check_writable checked_console checkpoint_as_model complete_config context_length count_trained
+    description_folder digest_model dry_run evaluation_cells existing_run extend final_and_best
+    find_files find_metric find_model find_stop_ids finite fits has_products hub_commit image_inputs
+    in_chunks is_checkpoint is_collapsed joined_run kinds_in kinds_using likely_metric load_config
+    load_encoder load_run_config local_model_folder locate_model logps_by_side loss_unit matmul_peak
+    merge_adapter metrics_by_source needs_of packed_logps parse_overrides policy_without_weights
+    prepare_data results_name return_memory run_keys run_verb saved_by_tree short_name strip_key
+    to_unset to_yaml train unsharded_loading unused value_at wilson_interval write_command
+    write_evaluation
+"""
+"""All names of the kit: a new one is a decision."""
+ELSEWHERE = {
+    "batching.content_keys": "Keys",
+    "config.advice": "OFF Advice",
+    "config.compose": "Command names_chosen read_keys",
+    "config.identity": "settings",
+    "config.keys": "group_folders preset_names strip_indices verb_keys",
+    "config.load": "differing_keys from_yaml load_command",
+    "config.losses": "KINDS",
+    "config.metrics": "ENTROPIES EXCESS MARGIN_PERCENTILES MISMATCH PAIR_METRICS is_evaluation",
+    "config.mistakes": "as_tree composition_error",
+    "config.rules": "resolve_reference rules_of without_evaluations",
+    "config.run_folder": "checkpoint_name checkpoint_step",
+    "config.schema": """
+        KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights ImagesConfig OptimConfig
+        ReferenceConfig TrackerName
+    """,
+    "config.verbs": "VERBS",
+    "distributed": "deepspeed_config",
+    "distributed.memory": "explain_out_of_memory",
+    "distributed.processes.world": "Interrupted Stops",
+    "encoded.build": "EncodingProgress no_progress",
+    "encoded.dataset": "PromptImages",
+    "encoded.workers": "in_order",
+    "model.attention.kernels": "check_kernel choose_backend",
+    "model.exactness": "Agree",
+    "model.files.folder": "check_tokenizer_files model_folder start_folder",
+    "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
+    "model.library_internals": "fill_conversions",
+    "model.lora": "adapter_off",
+    "model.packed": "rope_limit",
+    "objective.metrics": "PairColumn PairValues",
+    "reference.engine": "fault_agreement load_reference",
+    "reference.store": "LogpStore StoredLogps read_fingerprints",
+    "training.clock": "WORKS Work",
+    "training.reporting.protocols": "OnMoment Reporting",
+    "training.reporting.recorder": "OnRow PlainRecorder opened_trackers",
+    "training.start.dry_run": "start_in_words",
+    "training.start.environment": "PACKAGES package_versions",
+    "training.start.inputs": "Inputs on_every_rank",
+}
+"""What tools take from modules of the trainer themselves, by the module: this list may only shrink."""
+GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")
+OPEN = ("dpo_dist.kit", "dpo_dist.data", "dpo_dist.foundation", *(guest.rstrip(".") for guest in GUESTS))
+"""Rooms from which a tool takes what it likes; test_border.py lists what it takes from `data`."""
+
+
+def test_a_tool_takes_from_the_trainer_what_the_kit_has() -> None:
+    used = set[str]()
+    others = set[tuple[str, str]]()
+    for module, tree in modules().items():
+        if module.startswith(GUESTS):
+            for home, name in taken(tree):
+                if home == KIT:
+                    used.add(name)
+                elif not f"{home}.{name}.".startswith(tuple(f"{room}." for room in OPEN)):
+                    others.add((home.removeprefix("dpo_dist").removeprefix("."), name))
+    assert used == set(NAMES.split())
+    assert others == {(home, name) for home, names in ELSEWHERE.items() for name in names.split()}
+
+
+def test_the_trainer_takes_nothing_from_the_kit() -> None:
+    for module, tree in modules().items():
+        assert module.startswith(GUESTS) or KIT not in {home for home, _ in taken(tree)}, module
+
+
+def test_the_kit_has_each_of_its_names_from_the_module_that_defines_it() -> None:
+    imports = {name: home for home, name in taken(ast.parse((PACKAGE / "kit.py").read_text()))}
+    assert sorted(imports) == sorted(dpo_dist.kit.__all__) == sorted(NAMES.split())
+    for name, home in imports.items():
+        assert getattr(dpo_dist.kit, name) is getattr(sys.modules[home], name)
+        assert f"`{name}`" in str(dpo_dist.kit.__doc__), name
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = dpo_dist.kit.Trainer
