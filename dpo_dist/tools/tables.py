@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
-from dpo_dist.config.identity import kinds_in
+from dpo_dist.config.identity import loss_kinds
 from dpo_dist.config.losses import loss_unit
 from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
@@ -62,7 +62,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     if "train_seconds" in summary:
         spent.append(f"{duration(summary['train_seconds'])} of training")
         if "pairs_per_second" in summary:
-            unit = loss_unit(kinds_in(summary.get("settings") or {}))
+            unit = loss_unit(loss_kinds(summary.get("settings") or {}))
             spent.append(pluralize(summary.get("pairs_seen", 0), unit))
             spent.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
         if shares := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:

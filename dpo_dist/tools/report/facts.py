@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from dpo_dist.config.identity import kinds_in
+from dpo_dist.config.identity import loss_kinds
 from dpo_dist.config.losses import KINDS, LossKind, loss_unit
 from dpo_dist.config.metrics import ACCURACIES, METRICS, PREFIX, is_evaluation
 from dpo_dist.foundation import text
@@ -60,7 +60,7 @@ class RunFacts:
         self.rows = rows
         self.summary = summary
         self.data_findings = findings
-        self.kinds = kinds_in(summary.get("settings") or {})
+        self.kinds = loss_kinds(summary.get("settings") or {})
         self.unit = loss_unit(self.kinds)
         self.accuracy_key = ACCURACIES[self.unit == "record"]
         self.accuracy_title = METRICS[self.accuracy_key].title
