@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 import dpo_dist
-from dpo_dist.config.extensions import extensions
+from dpo_dist.config.extensions import Verb, extensions
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.installed import pages
@@ -38,7 +38,9 @@ def main() -> int:
     mistake = [f"there is no verb {verb!r}; {_suggest(verb)}".rstrip("; ")] if verb and not is_asked else []
     if mistake and ErrorPrinter().is_document:
         exit_after(lambda: _refuse(verb))
-    tools = {name: row for extension in extensions() for name, row in extension.verbs.items()}
+    tools: dict[str, Verb] = {}
+    for extension in extensions():
+        tools |= extension.verbs
     runs = {name: row for name, row in VERBS.items() if name not in tools}
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
     for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
@@ -65,20 +67,24 @@ def _suggest(verb: str) -> Remedy:
     from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.foundation.fields import choices  # noqa: PLC0415  (slow)
 
-    if answers := advice().equivalents(verb, "methods"):
+    answers = advice().equivalents(verb, "methods")
+    if answers:
         return Remedy(answers[0])
     if verb.startswith("-"):
-        own = {"-v": "--version"}.get(verb.lower(), verb)
-        if near := get_close_matches(own, ("--version", "--help"), 1, 0.8):
+        option = {"-v": "--version"}.get(verb.lower(), verb)
+        near = get_close_matches(option, ("--version", "--help"), 1, 0.8)
+        if near:
             return Remedy.to_rename(verb, near[0])
         return Remedy(f"options come after the verb: dpo-dist train {verb}")
     if "=" in verb or verb.endswith((".yaml", ".yml")):
         return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb), remove=(verb,))
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
-    if written := [*advice().equivalents(verb, "verbs"), *losses]:
-        is_whole = not re.search(r"\b[A-Z]+\b", written[0])  # else only the user knows which run
-        return Remedy(f"write dpo-dist {written[0]}", tuple(written[0].split()) * is_whole)
-    if guesses := get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1):
+    commands = [*advice().equivalents(verb, "verbs"), *losses]
+    if commands:
+        is_whole = not re.search(r"\b[A-Z]+\b", commands[0])  # else only the user knows which run
+        return Remedy(f"write dpo-dist {commands[0]}", tuple(commands[0].split()) * is_whole)
+    guesses = get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)
+    if guesses:
         return Remedy.to_rename(verb, guesses[0])
     return Remedy("dpo-dist without a verb lists the verbs")
 

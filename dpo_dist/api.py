@@ -107,7 +107,8 @@ def load_model(
     of the longest prompt plus response. Raises an error if no arrangement gives the log-probs of the
     model's own forward.
     """
-    config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
+    config = ModelConfig(path=path, dtype=dtype)
+    device = torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
     StartCheck(model, model, device, max_length).choose_arrangement()
     return model
@@ -167,8 +168,10 @@ def pair_logps(
 def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStore]]:
     """Open the folder `reference.store` for reading; return a store for each reference and its numerics."""
     root = Path(folder)
-    read = map(read_fingerprint, find_fingerprint_folders(root))
-    return [(known, LogpStore(root, known)) for known in read if known is not None]
+    fingerprints = map(read_fingerprint, find_fingerprint_folders(root))
+    return [
+        (fingerprint, LogpStore(root, fingerprint)) for fingerprint in fingerprints if fingerprint is not None
+    ]
 
 
 def stored_pair_logps(
@@ -185,9 +188,11 @@ def as_guest() -> Iterator[None]:
 
     `join_world` does so for Accelerate and DeepSpeed, the console for streams and logging.
     """
-    had_bars, had_fault_handler = bars.is_progress_bar_enabled(), faulthandler.is_enabled()
+    had_bars = bars.is_progress_bar_enabled()
+    had_fault_handler = faulthandler.is_enabled()
     had_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    states, cell_size = (random.getstate(), np.random.get_state()), csv.field_size_limit()
+    states = (random.getstate(), np.random.get_state())
+    cell_size = csv.field_size_limit()
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     gpus = [torch.cuda.current_device()] if has_cuda else []
     bars.disable_progress_bar()  # in a notebook each would stay as an output of its own
@@ -239,23 +244,24 @@ def train(
         The content of summary.json, and `run_dir`. `exit` is `completed` or `preempted`; `stopped_by` has
         the reason of a stop.
     """
-    named = {"data.train": train, "data.eval": eval}
-    records_by_key = {key: records for key, records in named.items() if records is not None}
+    sources = {"data.train": train, "data.eval": eval}
+    records_by_key = {key: records for key, records in sources.items() if records is not None}
     for key, records in records_by_key.items():
         if isinstance(records, str | Path | Mapping):
             remedy = f"give a list of mappings; pass a path as a word: {key}=[pairs.jsonl]"
             raise ConfigError("records must be a list", where=key, got=type(records).__name__, remedy=remedy)
     if on_row is not None and not callable(on_row):
         raise ConfigError("on_row must be a function", where="on_row", got=repr(on_row), remedy="pass one")
-    given = load_run_config([*words, *(f"{key}=[records.jsonl]" for key in records_by_key)])
-    folder = Path(given.data.cache) / "records"
-    own: dict[str, Any] = {
+    base = load_run_config([*words, *(f"{key}=[records.jsonl]" for key in records_by_key)])
+    folder = Path(base.data.cache) / "records"
+    overrides: dict[str, Any] = {
         key: [str(write_records(records, folder, key))] for key, records in records_by_key.items()
     }
-    if own and given.model.images is not None and given.data.images is None:
-        own["data.images"] = str(Path.cwd())  # paths of images mean what they mean to the script
-    words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items())]
-    config, faults = load_run_config(words, verb="train"), list[Exception]()
+    if overrides and base.model.images is not None and base.data.images is None:
+        overrides["data.images"] = str(Path.cwd())  # paths of images mean what they mean to the script
+    words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items())]
+    config = load_run_config(words, verb="train")
+    faults = list[Exception]()
     request = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
 
     def wishes(moment: Moment) -> set[Wish]:
@@ -326,7 +332,8 @@ def _sum_pairs(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alph
     """Return the log-probs summed per response over the tokens that the loss counts."""
     if not pairs:
         raise ValueError("pairs is empty: pass at least one pair")
-    batch, values = pack(pairs, response_keys(pairs)), torch.cat(list(logps))
+    batch = pack(pairs, response_keys(pairs))
+    values = torch.cat(list(logps))
     device = values.device
     if batch.mask is not None:
         values = values[torch.from_numpy(batch.mask).to(device)]

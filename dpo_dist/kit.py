@@ -10,8 +10,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   `LossKind`, `Offload`, `ParallelismKind`, `ReferenceMode`, `UNSET`. `load_run_config` reads words, of which
   `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config` checks a changed one,
   `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a value, `value_at` has it.
-- **Losses**: `kinds_in` names those of a run's settings, `kinds_using` those with an option, `loss_unit` says
-  what they count, `balancing_weight` balances labels.
+- **Losses**: `loss_kinds` names those of a run's settings, `kinds_using` those with an option, `loss_unit`
+  says what they count, `balancing_weight` balances labels.
 - **Folders**: `RunFolder` has the files of a run, with `LAST_EVALUATION`, and a tool adds its own as
   `PathBelow`; `check_writable` checks one, `existing_run` and `strip_key` read its name on a command line.
   `is_checkpoint` knows a checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from dpo_dist.config.command_line import run_verb, write_command
     from dpo_dist.config.compose import FAILURES, parse_overrides
     from dpo_dist.config.extensions import Extension, Verb
-    from dpo_dist.config.identity import kinds_in
+    from dpo_dist.config.identity import loss_kinds
     from dpo_dist.config.keys import run_keys
     from dpo_dist.config.load import complete_config, load_run_config, to_yaml
     from dpo_dist.config.losses import LossConfig, LossKind, balancing_weight, kinds_using, loss_unit
@@ -221,7 +221,6 @@ __all__ = [
     "is_checkpoint",
     "is_collapsed",
     "joined_run",
-    "kinds_in",
     "kinds_using",
     "likely_metric",
     "load_config",
@@ -230,6 +229,7 @@ __all__ = [
     "local_model_folder",
     "locate_model",
     "logps_by_side",
+    "loss_kinds",
     "loss_unit",
     "matmul_peak",
     "merge_adapter",
@@ -261,7 +261,7 @@ _NAMES = {
     "config.command_line": ("run_verb", "write_command"),
     "config.compose": ("FAILURES", "parse_overrides"),
     "config.extensions": ("Extension", "Verb"),
-    "config.identity": ("kinds_in",),
+    "config.identity": ("loss_kinds",),
     "config.keys": ("run_keys",),
     "config.load": ("complete_config", "load_run_config", "to_yaml"),
     "config.losses": ("LossConfig", "LossKind", "balancing_weight", "kinds_using", "loss_unit"),

@@ -25,9 +25,7 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds, images: Sequence[
 
 def response_keys(examples: Iterable[Example]) -> Keys:
     """Return the content keys of all responses, as in a reference store; uint64 [responses, 2]."""
-    keys = (
-        response_key(example.prompt_ids, ids, example.images)
-        for example in examples
-        for ids in example.responses
-    )
+    keys: list[bytes] = []
+    for example in examples:
+        keys += [response_key(example.prompt_ids, ids, example.images) for ids in example.responses]
     return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)

@@ -71,7 +71,8 @@ class ComputeCosts:
 
         The more `own` tokens, the less.
         """
-        row, pairs = shared + own, causal_pairs(shared)
+        row = shared + own
+        pairs = causal_pairs(shared)
         if self.is_masked:
             # A whole row is computed in blocks up to the diagonal, own queries behind a mask with all keys.
             pairs = np.minimum(pairs, causal_pairs(row) + row * _BLOCK // 2 - own * row)
@@ -125,7 +126,8 @@ def example_sizes(
     """
     firsts = np.cumsum(counts) - counts
     prompts = np.repeat(prompt_tokens, counts)
-    rows, shared = prompts + response_tokens - 1, prompts
+    rows = prompts + response_tokens - 1
+    shared = prompts
     if costs.shares_prefixes:
         shared = np.maximum(shared, costs.worth_sharing(prompts + begins, rows))
     # How often a prompt is computed.

@@ -172,14 +172,17 @@ def pack(
     }
     rows = [indices[number] for number in range(len(segments))]
     # Not `prefixes.input_rows`, which has words of images' digests in the place of the placeholders.
-    ids = [np.concatenate((e.prompt_ids, ids[:-1])) for e in examples for ids in e.responses]
+    ids: list[TokenIds] = []
+    responses: list[TokenIds] = []
+    for example in examples:
+        ids += [np.concatenate((example.prompt_ids, response[:-1])) for response in example.responses]
+        responses += example.responses
     positions = [np.arange(shared, shared + own) for _, shared, own in segments]
-    responses = [response for example in examples for response in example.responses]
     # A row ends before the response's last token, so its last len(response) tokens predict the response.
     predictors = [row[-len(response) :] for row, response in zip(rows, responses, strict=True)]
     mask = None
     if any(example.trained for example in examples):
-        mask = np.concatenate([mask for example in examples for mask in example.masks])
+        mask = np.concatenate([*itertools.chain.from_iterable(example.masks for example in examples)])
     is_target = slice(None) if mask is None else mask
     numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
     target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
@@ -207,7 +210,8 @@ def dummy_batch(dummy_image: ImageInput | None = None) -> PackedBatch:
     `dummy_image`: see `pack`.
     """
     ids = np.zeros(1, dtype=np.int32)
-    example, keys = Example(np.zeros(2, dtype=np.int32), (ids, ids)), np.empty((0, 2), dtype=np.uint64)
+    example = Example(np.zeros(2, dtype=np.int32), (ids, ids))
+    keys = np.empty((0, 2), dtype=np.uint64)
     batch = pack([example], keys, dummy_image=dummy_image)
     # A gap of 1: losses take its logarithm, and 0 times an infinite loss is nan.
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
@@ -215,7 +219,9 @@ def dummy_batch(dummy_image: ImageInput | None = None) -> PackedBatch:
 
 def _images(examples: Sequence[Example], dummy: ImageInput | None) -> PackedImages | None:
     """Return the images of these examples, or `dummy` if they have none."""
-    distinct = {image.digest: image for example in examples for image in example.images}
+    distinct: dict[bytes, ImageInput] = {}
+    for example in examples:
+        distinct |= {image.digest: image for image in example.images}
     members = list(distinct.values()) or ([] if dummy is None else [dummy])
     if not members:
         return None
@@ -240,8 +246,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     padded = []
     for part in parts:
-        missing = [size - own for size, own in zip(largest, part.shape[1:], strict=True)]
-        padded.append(pad(part, [n for end in reversed(missing) for n in (0, end)]))  # the last dim is first
+        ends: list[int] = []
+        for most, size in zip(
+            reversed(largest), reversed(part.shape[1:]), strict=True
+        ):  # the last dim is first
+            ends += [0, most - size]
+        padded.append(pad(part, ends))
     return torch.cat(padded)
 
 

@@ -77,7 +77,8 @@ class Shares(NamedTuple):
 
 def shares_in_bins(sizes: ExampleSizes, costs: ComputeCosts, bins: Bins) -> Shares:
     """Return what examples share with others of their bin; `pack` may find that they share more."""
-    prefixes, shared = sizes.prefixes, np.zeros_like(sizes.tokens)
+    prefixes = sizes.prefixes
+    shared = np.zeros_like(sizes.tokens)
     if prefixes is None:
         return Shares(shared, np.zeros_like(sizes.costs), shared)
     order = _order_by_ids(prefixes, bins)
@@ -125,7 +126,8 @@ def _fill_together(
         return np.repeat(bins, np.diff([*starts, len(order)]))[np.argsort(order)]
 
     # A bin for each even bundle, or the bundles of those that share most as if each were one example.
-    even, alike = ordered.cut_evenly(world_size), ordered.cut(in_runs=True)
+    even = ordered.cut_evenly(world_size)
+    alike = ordered.cut(in_runs=True)
     filled, number = _fill_fewest(*ordered.bundle_sizes(alike), world_size, budget - ordered.common)
     candidates = [
         plain,
@@ -155,14 +157,18 @@ class _Ordered:
     """
 
     def __init__(self, sizes: ExampleSizes, shares: Shares, order: Counts, budget: int):
-        shared_tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
+        shared_tokens = shares.tokens[order]
+        saved = np.stack((shares.memory, shares.time))[:, order]
         # Every bin computes the prefix that all examples share: `bundle_sizes` and its caller's budget leave
         # it out. The first example shares it, too, although no example is before it.
         # Three rows of 150 tokens, of which the second shares 100 with the first, the third 130 with the
         # second: saved [100, 100, 130], common 100, own [50, 50, 20], ends [0, 50, 100, 120].
-        if 0 < (least := saved[:, 1:].min(axis=1))[0] < budget:
-            saved[:, 0] = least
-        self._budget, self.common, self._saved = budget, int(saved[0, 0]), saved
+        common = saved[:, 1:].min(axis=1)
+        if 0 < common[0] < budget:
+            saved[:, 0] = common
+        self._budget = budget
+        self.common = int(saved[0, 0])
+        self._saved = saved
         self._own = np.stack((sizes.tokens, sizes.costs))[:, order] - saved
         self._ends = np.insert(np.cumsum(self._own, axis=1), 0, 0, axis=1).tolist()
         # A run goes on while an example shares clearly more with the one before than all examples share.
@@ -181,16 +187,17 @@ class _Ordered:
 
         With `in_runs`, only examples that share clearly more than all do are in one bundle.
         """
-        starts, start, last = list[int](), 0, len(self._run_ends)
+        starts = list[int]()
+        start = 0
+        last = len(self._run_ends)
         while start < last:
             starts.append(start)
             # A bundle has `ends[stop] - ends[start] + saved[start]`. With the rows of `__init__` and a budget
             # of 200, the first ends before the largest end up to 0 - 100 + 200, which is that of two rows.
-            limits = zip(self._ends, self._saved[:, start], (self._budget, cap), strict=True)
-            fitting = (
-                min(bisect_right(ends, ends[start] - saved + limit) for ends, saved, limit in limits) - 1
-            )
-            start = max(start + 1, min(fitting, self._run_ends[start] if in_runs else last))
+            of_sizes = zip(self._ends, self._saved[:, start], (self._budget, cap), strict=True)
+            stops = [bisect_right(ends, ends[start] - saved + limit) - 1 for ends, saved, limit in of_sizes]
+            run_end = self._run_ends[start] if in_runs else last
+            start = max(start + 1, min(*stops, run_end))
         return starts
 
     def cut_evenly(self, world_size: int) -> list[int]:
@@ -231,7 +238,8 @@ def _fill_evenly(
     descending = np.zeros(micro_batches)
     costliest = np.sort(costs)[::-1][::world_size][:micro_batches]
     descending[: len(costliest)] = costliest
-    targets, left = np.empty(micro_batches), costs.sum() / world_size
+    targets = np.empty(micro_batches)
+    left = costs.sum() / world_size
     for micro_batch in range(micro_batches):
         targets[micro_batch] = max(left / (micro_batches - micro_batch), min(descending[micro_batch], left))
         left -= targets[micro_batch]
@@ -251,11 +259,11 @@ def _fill_evenly(
             return None
         lowest_first = open_bins[np.argsort(loads[open_bins], kind="stable")][: len(costs) - done]
         batch = slice(done, done + len(lowest_first))
-        fits = (loads[lowest_first] - loads[lowest_first[0]] <= costs[batch]) & (
-            free[lowest_first] >= tokens[batch]
-        )
+        is_before_second = loads[lowest_first] - loads[lowest_first[0]] <= costs[batch]
+        fits = is_before_second & (free[lowest_first] >= tokens[batch])
         count = len(fits) if fits.all() else int(fits.argmin())
-        batch, lowest_first = slice(done, done + count), lowest_first[:count]
+        batch = slice(done, done + count)
+        lowest_first = lowest_first[:count]
         loads[lowest_first] += costs[batch]
         free[lowest_first] -= tokens[batch]
         bins[costliest_first[batch]] = lowest_first
@@ -277,7 +285,8 @@ def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> t
 
     filled = _fill_rows_evenly(rows, longest, world_size, budget)
     budget = min(budget, tokens(filled[0]))
-    while (budget := budget // 2) >= _ENOUGH_TOKENS:
+    while budget // 2 >= _ENOUGH_TOKENS:
+        budget //= 2
         smaller = _fill_rows_evenly(rows, longest, world_size, budget)
         if tokens(smaller[0]) > _LESS_PADDING * tokens(filled[0]):
             break
@@ -313,7 +322,8 @@ def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
         most = capacity // int(longest[longest_first[start]])
         stop = max(start + 1, int(np.searchsorted(before, before[start] + most, side="right")) - 1)
         bins[longest_first[start:stop]] = number
-        start, number = stop, number + 1
+        start = stop
+        number += 1
     return bins
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.prefixes import common_tokens, input_rows
+from dpo_dist.batching.prefixes import Row, common_tokens, input_rows
 from dpo_dist.data import Example
 
 
@@ -29,12 +29,18 @@ def prefix_tree(examples: Sequence[Example], costs: ComputeCosts | None) -> list
 
     A prompt is always shared, more than that only with `costs`, where it costs less than it saves.
     """
-    rows = [row for example in examples for row in input_rows(example)]
+    rows: list[Row] = []
+    prompts_of_rows: list[int] = []
+    is_first: list[bool] = []
+    for example in examples:
+        rows += input_rows(example)
+        prompts_of_rows += [len(example.prompt_ids)] * len(example.responses)
+        is_first += [number == 0 for number in range(len(example.responses))]
     tokens = np.array([len(row) for row in rows])
-    prompts = np.array([len(example.prompt_ids) for example in examples for _ in example.responses])
-    is_first = [number == 0 for example in examples for number in range(len(example.responses))]
+    prompts = np.array(prompts_of_rows)
     plain = np.where(is_first, 0, prompts)
-    order, shared = np.arange(len(rows)), plain
+    order = np.arange(len(rows))
+    shared = plain
     if costs is not None and costs.shares_prefixes:
         # By bytes, not by ids: any order serves in which rows that begin alike are neighbours.
         by_ids = np.array(sorted(range(len(rows)), key=lambda row: rows[row].tobytes()))
@@ -42,7 +48,8 @@ def prefix_tree(examples: Sequence[Example], costs: ComputeCosts | None) -> list
         worth = costs.worth_sharing(common, tokens[by_ids])
         tree = np.where(common >= prompts[by_ids], common, worth)
         if tree.sum() > plain.sum():
-            order, shared = by_ids, tree
+            order = by_ids
+            shared = tree
     own = tokens[order] - shared
     return [Segment(*map(int, segment)) for segment in zip(order, shared, own, strict=True)]
 
@@ -52,25 +59,26 @@ def paths(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:
 
     Parts, in the order of the row's tokens: first token, and the one after the last.
     """
-    found: list[list[tuple[int, int]]] = []
-    path, start = list[tuple[int, int]](), 0
+    of_segments: list[list[tuple[int, int]]] = []
+    path = list[tuple[int, int]]()
+    start = 0
     for _, shared, own in segments:
         path = first_tokens(path, shared)
         if path and path[-1][1] == start:
             path = [*path[:-1], (path[-1][0], start + own)]
         elif own:
             path = [*path, (start, start + own)]
-        found.append(path)
+        of_segments.append(path)
         start += own
-    return found
+    return of_segments
 
 
 def first_tokens(path: Sequence[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
     """Return the parts of the first `tokens` tokens of a path."""
-    kept = []
+    parts = []
     for start, stop in path:
         if tokens <= 0:
             break
-        kept.append((start, min(stop, start + tokens)))
+        parts.append((start, min(stop, start + tokens)))
         tokens -= stop - start
-    return kept
+    return parts

@@ -107,11 +107,12 @@ def _draws(span: SourceSpan) -> int:
 def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> npt.NDArray[np.integer[Any]]:
     """Return the order of an epoch, in integers as small as the indices allow: every rank holds it."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    dtype, parts = np.min_scalar_type(max((span.stop for span in spans), default=0)), []
+    dtype = np.min_scalar_type(max((span.stop for span in spans), default=0))
+    parts = []
     for span in spans:
         indices = np.arange(span.start, span.stop, dtype=dtype)
-        whole, rest = divmod(_draws(span), len(indices)) if len(indices) else (0, 0)
-        parts += [indices] * whole
+        passes, rest = divmod(_draws(span), len(indices)) if len(indices) else (0, 0)
+        parts += [indices] * passes
         parts.append(generator.choice(indices, size=rest, replace=False) if rest else indices[:0])
     order = np.concatenate(parts)
     del parts
@@ -121,15 +122,16 @@ def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> npt.ND
 
 def check_batch(sampler: BatchSampler, unit: str = "pair") -> None:
     """Raise ConfigError if a step has more examples than the data."""
-    pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
+    pairs = sampler.pairs_per_epoch
+    batch = sampler.global_batch_pairs
     if batch > pairs:
-        meant = 2 ** int(math.log2(max(1, pairs // 8)))  # about ten steps an epoch, by a usual size
+        suggestion = 2 ** int(math.log2(max(1, pairs // 8)))  # about ten steps an epoch, by a usual size
         raise ConfigError(
             f"a step has more {unit}s than the training data",
             where="trainer.global_batch_pairs",
             got=f"{batch:,}, and {pluralize(pairs, unit)} an epoch",
             expected=f"at most {pairs:,}",
-            remedy=Remedy.to_set(f"trainer.global_batch_pairs={meant}"),
+            remedy=Remedy.to_set(f"trainer.global_batch_pairs={suggestion}"),
         )
 
 

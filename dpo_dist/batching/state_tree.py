@@ -31,14 +31,19 @@ class StateNode(NamedTuple):
 def state_nodes(segments: Sequence[Segment]) -> list[StateNode]:
     """Return the nodes of the segments, in the order of the packed sequence."""
     # Where the segments leave: behind the last token that each shares with the segment before.
-    branches, path = list[int](), list[tuple[int, int]]()
+    branches = list[int]()
+    path = list[tuple[int, int]]()
     for segment, following in zip(segments, paths(segments), strict=True):
         shared = first_tokens(path, segment.shared)
         branches.append(shared[-1][1] if shared else -1)
         path = following
-    nodes, by_end, start, places = list[StateNode](), dict[int, int](), 0, sorted(branches)
+    nodes = list[StateNode]()
+    by_end = dict[int, int]()
+    start = 0
+    places = sorted(branches)
     for segment, branch in zip(segments, branches, strict=True):
-        parent, stop = by_end.get(branch, -1), start + segment.own
+        parent = by_end.get(branch, -1)
+        stop = start + segment.own
         inside = places[bisect_right(places, start) : bisect_left(places, stop)]
         edges = sorted({start, stop, *inside})
         for first, end in pairwise(edges):
@@ -55,11 +60,17 @@ def with_contexts(segments: Sequence[Segment], width: int) -> tuple[_Tokens, _To
     Tokens are indices in the packed sequence, or -1 before a row begins; places are those of the segments'
     own tokens in this list.
     """
-    tokens, places, path, start, length = list[_Tokens](), list[_Tokens](), list[tuple[int, int]](), 0, 0
+    tokens = list[_Tokens]()
+    places = list[_Tokens]()
+    path = list[tuple[int, int]]()
+    start = 0
+    length = 0
     for segment, following in zip(segments, paths(segments), strict=True):
         before = [np.arange(*part) for part in first_tokens(path, segment.shared)]
         context = np.concatenate([np.full(width, -1), *before])[-width:] if width else np.zeros(0, np.int64)
         tokens += [context, np.arange(start, start + segment.own)]
         places.append(np.arange(length + width, length + width + segment.own))
-        start, length, path = start + segment.own, length + width + segment.own, following
+        start += segment.own
+        length += width + segment.own
+        path = following
     return np.concatenate(tokens), np.concatenate(places)

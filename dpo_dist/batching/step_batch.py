@@ -130,7 +130,8 @@ def shard_batch(
     With a `loss` the share has the responses that this loss scores, and the partners that it needs; else all
     responses, or response `which` of each example.
     """
-    is_good, partners = None, None
+    is_good = None
+    partners = None
     if loss is not None and not loss.compares_pairs:
         which = 0
         is_good = dataset.labels_good(indices) if loss.is_unpaired else None
@@ -141,15 +142,16 @@ def shard_batch(
     responses = dataset.response_indices(indices)
     chosen = responses[np.cumsum(counts) - counts]  # the first response of each example
     if which is not None:
-        responses, counts = chosen + which, np.ones_like(counts)
+        responses = chosen + which
+        counts = np.ones_like(counts)
     weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
     weights = None if weights is None or not weights.any() else weights
     # Every rank plans the whole batch: that takes milliseconds, and to be sent a plan would be one more wait.
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)
     bins = np.empty(len(indices), dtype=np.int64)
-    for number, own in enumerate(itertools.chain.from_iterable(plan)):
-        bins[own] = number
+    for number, members in enumerate(itertools.chain.from_iterable(plan)):
+        bins[members] = number
     shared = shares_in_bins(sizes, costs, bins).tokens
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
     with_images = dataset.with_images(indices)

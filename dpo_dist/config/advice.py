@@ -44,5 +44,5 @@ class Advice:
 @cache
 def advice() -> Advice:
     """Return what is known."""
-    known = hook("advice")
-    return Advice() if known is None else known()
+    extension = hook("advice")
+    return Advice() if extension is None else extension()

@@ -98,32 +98,42 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     single = [word for word in arguments if f"-{word}" in ("--check", "--help", "--version")]
     options, rest = _parser().parse_known_args([word for word in arguments if word not in single])
     rest += single
-    options.words, options.mistakes = [], []
+    options.words = []
+    options.mistakes = []
     while rest:
-        if not (word := rest.pop(0)).startswith("-"):
+        word = rest.pop(0)
+        if not word.startswith("-"):
             options.words.append(word)
             continue
         values = []
-        while "=" not in word and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-            # A switch, as of another trainer, does not take the file that follows; `--config` does.
-            if rest[0].endswith((".yaml", ".yml")) and "config" not in word:
-                break
+        while "=" not in word and rest and _is_value_of(word, rest[0]):
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
     if options.help and "=" in options.help:
-        options.words, options.help = [options.help, *options.words], ""
+        options.words = [options.help, *options.words]
+        options.help = ""
     return options
 
 
-def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
-    name, equals, value = typed.partition("=")
-    where = Typed(typed, *values)
+def _is_value_of(option: str, word: str) -> bool:
+    """Return whether a word that follows an unknown option is its value."""
+    if word.startswith("-") or "=" in word:
+        return False
+    # A switch, as of another trainer, does not take the file that follows; `--config` does.
+    return "config" in option or not word.endswith((".yaml", ".yml"))
+
+
+def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
+    name, equals, value = word.partition("=")
+    where = Typed(word, *values)
     values = [value] if equals else values
-    key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
+    key = name.lstrip("-").replace("-", "_")
+    value = "".join(values[:1])
     if len(values) > 1:
         value = f"[{','.join(values)}]"
     is_theirs = advice().is_foreign(key) or len(key) == 1
-    if key in run_keys() and ("." in key or not is_theirs):  # `--optim adamw_torch` is foreign
+    is_ours = "." in key or not is_theirs  # `--optim adamw_torch` is foreign
+    if key in run_keys() and is_ours:
         remedy = to_assign(key, value or "true")
     else:
         options = re.findall(r"--[\w-]+", _parser().format_help())
@@ -140,40 +150,41 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     None if the command sets `model.path` (for the doctor: `data.train`), has a model preset, an experiment, a
     file or `--config-dir`, or if the run has no config.yaml.
     """
-    given, needed = _given(options), VERBS[verb].needs[0]
-    if _is_whole(options, given, {"model", needed}):
+    overrides = _overrides_in(options)
+    needed = VERBS[verb].needs[0]
+    if _is_whole(options, overrides, {"model", needed}):
         return None
-    if "run.dir" not in given:
-        raise_all([unknown_key(key, str(given[key])) for key in given if key not in run_keys()])
+    if "run.dir" not in overrides:
+        raise_all([unknown_key(key, str(overrides[key])) for key in overrides if key not in run_keys()])
         raise ConfigError(
             "no run is named",
             where="run.dir",
             expected="the directory of a run: run.dir=output/run-1a2b3c4d",
             remedy=f"set run.dir, or write the run's whole command: {needed}=... and its other keys",
         )
-    file = existing_run(Path(str(given["run.dir"])).expanduser()).config
+    file = existing_run(Path(str(overrides["run.dir"])).expanduser()).config
     if not file.is_file():
         return None
     values = read_saved(file)
-    _check_code_allowed(values, given, file)
+    _check_code_allowed(values, overrides, file)
     return values
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
+def _overrides_in(options: argparse.Namespace) -> dict[str, Any]:
     """Return the values of a command's overrides by their keys."""
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
     return {override.key_or_group: override.value() for override in overrides}
 
 
-def _is_whole(options: argparse.Namespace, given: Collection[str], needed: Collection[str]) -> bool:
+def _is_whole(options: argparse.Namespace, keys: Collection[str], needed: Collection[str]) -> bool:
     """Return whether a command says more than the name of a run: a file, an experiment, one of some keys."""
     has_file = options.config_dir is not None or any("=" not in word for word in options.words)
-    return has_file or not {"experiment", *needed}.isdisjoint(given)
+    return has_file or not {"experiment", *needed}.isdisjoint(keys)
 
 
-def _check_code_allowed(values: Mapping[str, Any], given: Collection[str], file: Path) -> None:
-    """Raise ConfigError if a config.yaml runs code by keys that the command itself (`given`) lacks."""
-    options = {key: option for key, option in code_options(values).items() if key not in given}
+def _check_code_allowed(values: Mapping[str, Any], overrides: Collection[str], file: Path) -> None:
+    """Raise ConfigError if a config.yaml runs code by keys that the command itself (`overrides`) lacks."""
+    options = {key: option for key, option in code_options(values).items() if key not in overrides}
     if options:
         words = [
             f"{key}={as_written(_without_defaults(reduce(getitem, key.split('.'), values)))}"
@@ -193,33 +204,36 @@ def _without_defaults(value: Any) -> Any:
     """Return the value of a config.yaml's key as `plain` returns one: entries of data lack their defaults."""
     if not isinstance(value, list):
         return value
-    usual = asdict(SourceConfig(path="-"))
-    return [
-        {name: item for name, item in entry.items() if name not in usual or item != usual[name]}
-        if isinstance(entry, dict)
-        else entry
-        for entry in value
-    ]
+    defaults = asdict(SourceConfig(path="-")).items()
+    entries = []
+    for entry in value:
+        is_source = isinstance(entry, dict)
+        entries.append(dict(item for item in entry.items() if item not in defaults) if is_source else entry)
+    return entries
 
 
 def _check_more_than_run(options: argparse.Namespace) -> None:
     """Raise ConfigError for a command that names an existing run in place of what it trains."""
-    given = _given(options)
-    if "run.dir" not in given or _is_whole(options, given, {"model", "model.path", "data", "data.train"}):
+    overrides = _overrides_in(options)
+    if "run.dir" not in overrides or _is_whole(
+        options, overrides, {"model", "model.path", "data", "data.train"}
+    ):
         return
-    words, file = shlex.join(options.words), RunFolder(Path(str(given["run.dir"])).expanduser()).config
+    words = shlex.join(options.words)
+    file = RunFolder(Path(str(overrides["run.dir"])).expanduser()).config
     if file.is_file():
         raise ConfigError(
             "this command names a run, and not what it trains",
             where="run.dir",
-            got=str(given["run.dir"]),
+            got=str(overrides["run.dir"]),
             remedy=f"begin with the run's configuration: dpo-dist train {shlex.quote(str(file))} {words}",
         )
 
 
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
     """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads."""
-    sections = {name: text for name, text in section_meanings().items() if name in keys and "." not in name}
+    top_sections = (name for name in section_meanings() if "." not in name)
+    sections = {name: section_meanings()[name] for name in top_sections if name in keys}
     presets = presets_of(keys, folders)
     text = [
         about.strip(),
@@ -239,18 +253,18 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
 def explain(key: str, folders: Sequence[Path]) -> str:
     """Return the text of `--help KEY`: `loss.beta`, `loss`, `data.train.weight`, a group of presets."""
     name = strip_indices(key.removeprefix("+")).replace("[]", "")
-    here, below = list[Key](), list[Key]()
+    here = list[Key]()
+    below = list[Key]()
     for row in key_rows():
         full = row.name.replace("[]", "")
         if is_within(full, name):
             (here if full == name else below).append(row)
     presets = preset_names(name, folders) if re.fullmatch(r"\w+", name) else []
-    if here:
-        lines = [line for row in here for line in _facts(row)]
-    elif below or presets:
-        lines = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
-    else:
+    if not (here or below or presets):
         raise unknown_key(name)
+    lines = [] if here else [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
+    for row in here:
+        lines += _facts(row)
     if below:
         options = [(row.name, f"{row.meaning} ({row.default_words or 'must be set'})") for row in below]
         lines += ["", f"keys of {name} (default):", *_columns(options)]
@@ -269,9 +283,11 @@ def _facts(row: Key) -> list[str]:
         "verbs": ", ".join(row.verbs),
         "digest": part if row.defines_result else free,
     }
-    if own := [kind for kind in KINDS if KINDS[kind].options is row.declared_in]:
-        facts["paper"] = KINDS[own[0]].source
-    if kinds := own or kinds_using(row.name.removeprefix("loss.")):
+    declaring = [kind for kind in KINDS if KINDS[kind].options is row.declared_in]
+    if declaring:
+        facts["paper"] = KINDS[declaring[0]].source
+    kinds = declaring or kinds_using(row.name.removeprefix("loss."))
+    if kinds:
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
     return [row.name, *(f"  {label + ':':<10}{text}" for label, text in facts.items())]
 
@@ -311,7 +327,9 @@ def _run(
     options = split_words(sys.argv[1:])
     text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
-        words, folder, mistakes = options.words, options.config_dir, options.mistakes
+        words = options.words
+        folder = options.config_dir
+        mistakes = options.mistakes
         points: _Points
         if load_points is not None:
             points = load_points(words, folder, mistakes=mistakes)
@@ -352,8 +370,10 @@ def _repeated(
     parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float | None
 ) -> dict[str, tuple[str, str]]:
     """Map each variable of accelerate that repeats a key to this key and its value, for `check_launch`."""
-    kind, deepspeed = parallelism.kind, "ACCELERATE_DEEPSPEED_"
-    optimizer, weights = parallelism.offload_optimizer, parallelism.offload_parameters
+    kind = parallelism.kind
+    deepspeed = "ACCELERATE_DEEPSPEED_"
+    optimizer = parallelism.offload_optimizer
+    weights = parallelism.offload_parameters
     return {
         f"{deepspeed}CONFIG_FILE": ("parallelism.kind", ""),
         "ACCELERATE_USE_FSDP": ("parallelism.kind", ""),
@@ -375,7 +395,8 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
         return json.dumps(file_schema(group_folders(options.config_dir)), indent=1) + "\n"
     if options.help is None:
         return None
-    folders, keys = group_folders(options.config_dir), verb_keys(verb, trains=verb == "pairs")
+    folders = group_folders(options.config_dir)
+    keys = verb_keys(verb, trains=verb == "pairs")
     if options.help:
         return with_pages(explain(options.help, folders))
     command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else f"dpo-dist [launch] {verb}"
@@ -419,7 +440,8 @@ def _schema_at(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _accept_computed(value: dict[str, Any]) -> None:
     """Make the schema of a key accept `_COMPUTED` texts, and numbers where a text is wanted."""
-    kind, text = value.get("type"), {"type": "string", "pattern": _COMPUTED}
+    kind = value.get("type")
+    text = {"type": "string", "pattern": _COMPUTED}
     if "anyOf" in value:
         value["anyOf"].append(text)
     elif "$ref" in value:

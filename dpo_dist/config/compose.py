@@ -62,7 +62,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import plain_values
 from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Remedy, Typed
-from dpo_dist.foundation.types import leaves
+from dpo_dist.foundation.types import dotted_items
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -77,13 +77,17 @@ _ONE_HYDRA = threading.Lock()  # Hydra has one store and one search path in a pr
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
     """Divide the words of a command line into overrides and other words."""
-    parsed, unread = [], []
+    parsed = []
+    unread = []
     for word in words:
         key, equals, value = word.partition("=")
-        hint, override = run_keys().get(key.lstrip("+")), _parsed(word)
+        hint = run_keys().get(key.lstrip("+"))
+        override = _parsed(word)
         kinds = {hint, *get_args(hint)}
-        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is a text
-        if equals and (override is None or (takes_text and type(override.value()) in (int, float))):
+        takes_text = str in kinds and kinds.isdisjoint({int, float})
+        is_number = override is not None and type(override.value()) in (int, float)
+        is_misread = override is None or (takes_text and is_number)  # `run.name=1e3` is a text
+        if equals and is_misread:
             # Hydra's grammar refuses `~/m`, `é` and `NAME=PATH` without quotes.
             if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
                 value = "[" + ",".join(f'"{entry.strip()}"' for entry in value[1:-1].split(",")) + "]"
@@ -105,9 +109,10 @@ def _parsed(line: str) -> Override | None:
         return None
 
 
-def keys_given(override: Override) -> list[str]:
+def set_by(override: Override) -> list[str]:
     """Return the keys that an override sets; a mapping sets the keys inside it."""
-    key, value = override.key_or_group, override.value()
+    key = override.key_or_group
+    value = override.value()
     if key == "reference" and not isinstance(value, dict):
         return ["reference.mode"]
     return [key, *(f"{key}.{name}" for name in value)] if isinstance(value, dict) else [key]
@@ -116,7 +121,8 @@ def keys_given(override: Override) -> list[str]:
 def names_chosen(override: Override) -> list[str]:
     """Return the presets or experiments that an override names: `loss=ipo`, `+experiment=[a,b]`."""
     value = override.value()
-    return ["null" if name is None else str(name) for name in (value if isinstance(value, list) else [value])]
+    names = value if isinstance(value, list) else [value]
+    return ["null" if name is None else str(name) for name in names]
 
 
 class _Layer(NamedTuple):
@@ -149,9 +155,10 @@ def _named_in(defaults: Any, group: str) -> Iterator[tuple[str, Any]]:
             yield "", entry
             continue
         place, _, file = str(entry).rpartition("/")
-        for written, names in entry.items() if isinstance(entry, dict) else [(place or group, file)]:
+        by_group = entry if isinstance(entry, dict) else {place or group: file}
+        for group_key, names in by_group.items():
             for name in names if isinstance(names, list) else [names]:
-                yield str(written).split()[-1].lstrip("/"), name  # `override /loss: ipo`
+                yield str(group_key).split()[-1].lstrip("/"), name  # `override /loss: ipo`
 
 
 def _by_hydra(
@@ -167,7 +174,8 @@ def _by_hydra(
     # Hydra's words about a config.yaml that is no mapping are about something else.
     read_keys(_file_of("config", folders))
     with _ONE_HYDRA:
-        store, callers = ConfigStore.instance(), GlobalHydra.instance().hydra
+        store = ConfigStore.instance()
+        callers = GlobalHydra.instance().hydra
         store.store(_OWN, {})
         store.store(COMMAND_LINE, {"defaults": [*names, "_self_", *overrides], "hydra": search})
         GlobalHydra.instance().clear()
@@ -185,7 +193,8 @@ def _by_hydra(
             layers.append(None)
         # What Hydra's own configuration has is for programs that it starts.
         elif path != COMMAND_LINE and not path.startswith("hydra/"):
-            if not (file := _file_of(path, folders)).is_file():  # another program's, in Hydra's store
+            file = _file_of(path, folders)
+            if not file.is_file():  # another program's, in Hydra's store
                 group, _, name = path.rpartition("/")
                 raise unknown_preset(group, name, folders)
             values = {name: value for name, value in read_keys(file).items() if name != "defaults"}
@@ -201,8 +210,17 @@ def _file_of(name: str, folders: Sequence[Path]) -> Path:
     return next(filter(Path.is_file, files), files[-1])
 
 
-class Command:
-    """A command: its layers, its overrides, which win over all layers, and the mistakes in both."""
+def _is_file(word: str) -> bool:
+    return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def _is_divided(word: str, following: str) -> bool:
+    """Return whether the second word is the value of the first: `optim.lr= 1e-6`."""
+    return re.fullmatch(r"[\w.]+=", word) is not None and "=" not in following
+
+
+class Composition:
+    """A command's configuration: its layers, its overrides, which win over all layers, mistakes in both."""
 
     def __init__(
         self,
@@ -215,18 +233,20 @@ class Command:
     ) -> None:
         # The points of a sweep share a cache: the keys of each file, and what `_by_hydra` returned.
         self._cache = {} if cache is None else cache
-        files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+        files = list(filter(_is_file, words))
         words = [word for word in words if word not in files]
         # `optim.lr= 1e-6`: the second word belongs to the first.
-        pairs = [
-            [*pair] for pair in pairwise(words) if re.fullmatch(r"[\w.]+=", pair[0]) and "=" not in pair[1]
-        ]
+        pairs = [[*pair] for pair in pairwise(words) if _is_divided(*pair)]
         parsed, unread = parse_overrides(word for word in words if not any(word in pair for pair in pairs))
-        self.folders, self.overrides = folders, list[Override]()
+        self.folders = folders
+        self.overrides = list[Override]()
         self.mistakes = [*mistakes, *(unreadable(some, verb) for some in (*pairs, unread) if some)]
-        self._experiments, self._files, typed = list[_Layer](), list[_Layer](), dict[str, str | None]()
+        self._experiments = list[_Layer]()
+        self._files = list[_Layer]()
+        presets = dict[str, str | None]()
         for override in parsed:
-            if (mistake := self._mistake(override)) is not None:
+            mistake = self._mistake(override)
+            if mistake is not None:
                 self.mistakes.append(mistake)
                 continue
             self.overrides.append(override)
@@ -234,22 +254,23 @@ class Command:
                 choice = {override.key_or_group: names_chosen(override)}
                 # A typed `loss=ipo` is read as a file whose only line is `defaults: [{loss: ipo}]`: unknown
                 # names, bare `off` and experiments mean the same in both.
-                (*named, own), wrong = self._layers_of({"defaults": [choice]}, COMMAND_LINE)
-                self._experiments += named
+                (*below, last), wrong = self._layers_of({"defaults": [choice]}, COMMAND_LINE)
+                self._experiments += below
                 self.mistakes += wrong
-                typed |= own.presets
+                presets |= last.presets
         for file in files:
             layers, wrong = self._read(Path(file), file)
             self._files += layers
             self.mistakes += wrong
         self._files += [] if saved is None else [_Layer("config.yaml", {}, dict(saved))]
-        self._files.append(_Layer(COMMAND_LINE, typed, {}))
+        self._files.append(_Layer(COMMAND_LINE, presets, {}))
 
     def _read(self, file: Path, name: str, group: str = "experiment") -> _Read:
         """Return the layers of a group's file; a file that cannot be read is a mistake."""
         try:
             content = self._keys_in(file)
-            if error := advice().foreign_file(content, file):
+            error = advice().foreign_file(content, file)
+            if error:
                 raise error
             return self._layers_of(content, name, group)
         except FAILURES as error:
@@ -257,19 +278,23 @@ class Command:
 
     def _layers_of(self, content: Mapping[str, Any], name: str, group: str = "experiment") -> _Read:
         """Return a layer of a file's own keys, and those of the files in its list of `defaults`."""
-        choices, values = list[tuple[str, Any]](), OmegaConf.create()
+        choices = list[tuple[str, Any]]()
+        values = OmegaConf.create()
         for key, value in content.items():
             is_text = isinstance(value, (str, bool))  # YAML reads a bare `off` as false
             names_preset = is_text and key in run_keys() and preset_names(key, self.folders)
             if names_preset:  # `loss: ipo`, not `sampling: x`, as there are no presets of sampling
                 choices.append((key, value))
-            elif key == "defaults" or (value is None and is_dataclass(run_keys().get(str(key)))):
+            elif key == "defaults":
+                continue
+            elif value is None and is_dataclass(run_keys().get(str(key))):
                 continue  # an empty section has no keys
             elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
-        own = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
-        layers, keys = list[_Layer](), Counter(key for key, _ in leaves(content))
+        last = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
+        layers = list[_Layer]()
+        keys = Counter(key for key, _ in dotted_items(content))
         mistakes = [  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
             ConfigError(f"{key} is given twice", where=InFile(key, name), remedy="remove one of them")
             for key, count in keys.items()
@@ -278,21 +303,22 @@ class Command:
         choices += _named_in(content.get("defaults", []), group)
         for place, choice in choices:
             if not place:
-                layers.append(own)
+                layers.append(last)
                 continue
-            known = preset_names(place, self.folders)
-            # YAML reads a bare `off` as false.
-            given: Any = (likely_name("false", known) or choice) if choice is False else choice
-            if given is not None and str(given) not in known:
-                mistakes.append(unknown_preset(place, str(given), self.folders))
+            presets = preset_names(place, self.folders)
+            preset: Any = choice
+            if choice is False:  # YAML reads a bare `off` as false
+                preset = likely_name("false", presets) or choice
+            if preset is not None and str(preset) not in presets:
+                mistakes.append(unknown_preset(place, str(preset), self.folders))
             elif place in run_keys():
-                own.presets[place] = given
-            elif given is not None:
-                file = _file_of(f"{place}/{given}", self.folders)
-                below, wrong = self._read(file, f"{place}/{given}.yaml", place)
+                last.presets[place] = preset
+            elif preset is not None:
+                file = _file_of(f"{place}/{preset}", self.folders)
+                below, wrong = self._read(file, f"{place}/{preset}.yaml", place)
                 layers += below
                 mistakes += wrong
-        return layers if ("", "_self_") in choices else [*layers, own], mistakes
+        return layers if ("", "_self_") in choices else [*layers, last], mistakes
 
     def _keys_in(self, file: Path) -> dict[str, Any]:
         if file not in self._cache:
@@ -303,8 +329,10 @@ class Command:
     def set_by_presets(self) -> list[str]:
         """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
         chosen = {group: name for group, name in self._files[-1].presets.items() if name is not None}
-        files = {group: _file_of(f"{group}/{name}", self.folders) for group, name in chosen.items()}
-        return [f"{group}.{key}" for group, file in files.items() for key in self._keys_in(file)]
+        keys: list[str] = []
+        for group, name in chosen.items():
+            keys += [f"{group}.{key}" for key in self._keys_in(_file_of(f"{group}/{name}", self.folders))]
+        return keys
 
     @cached_property
     def _layers(self) -> list[_Layer]:
@@ -319,7 +347,9 @@ class Command:
         #     data/ultrafeedback, ..., config, None, model/qwen2_5_0_5b, None, None, loss/ipo, None;
         # and the layers take the places of None.
         parts: list[str | _Layer] = ["config", *self._experiments]
-        last = {group: layer for layer in self._files for group in layer.presets}
+        last: dict[str, _Layer] = {}
+        for layer in self._files:
+            last |= dict.fromkeys(layer.presets, layer)
         for layer in self._files:
             for group, name in layer.presets.items():
                 if name is not None and last[group] is layer:
@@ -329,25 +359,30 @@ class Command:
                         parts.append(_Layer("", {}, {group: plain_values(getattr(RunConfig(), group))}))
                     parts.append(preset)
             parts.append(layer)
-        chosen = {group: name for layer in self._experiments for group, name in layer.presets.items()}
+        chosen: dict[str, str | None] = {}
+        for layer in self._experiments:
+            chosen |= layer.presets
         chosen |= dict.fromkeys(last)  # a preset of a file or of the command is above experiments
         names = [part if isinstance(part, str) else _OWN for part in parts]
-        known, cache = repr((names, chosen)), self._cache
+        cache_key = repr((names, chosen))
+        cache = self._cache
         if self.folders == [config_dir()]:  # few files, so that a look at all of them costs nothing
             stamps = sorted((str(file), file.stat().st_mtime_ns) for file in config_dir().rglob("*.yaml"))
-            known, cache = f"{known} {stamps}", _ORDERED
-        if known not in cache:
-            cache[known] = _by_hydra(names, chosen, self.folders)
-        own = (part for part in parts if isinstance(part, _Layer))
+            cache_key = f"{cache_key} {stamps}"
+            cache = _ORDERED
+        if cache_key not in cache:
+            cache[cache_key] = _by_hydra(names, chosen, self.folders)
+        next_layer = (part for part in parts if isinstance(part, _Layer))
         defaults = _Layer("", {}, plain_values(RunConfig()))
-        return [defaults, *(next(own) if layer is None else layer for layer in cache[known])]
+        return [defaults, *(next(next_layer) if layer is None else layer for layer in cache[cache_key])]
 
     def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out overrides and files with mistakes."""
         config = OmegaConf.create(reduce(_merged, [layer.values for layer in self._layers]))
         for override in self.overrides:
             if not self._is_choice(override):
-                key, value = override.key_or_group, override.value()
+                key = override.key_or_group
+                value = override.value()
                 # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
@@ -356,11 +391,11 @@ class Command:
     def origin(self, key: str) -> str:
         """Return the last override, file or experiment that sets a key."""
         for override in reversed(self.overrides):
-            given = override.key_or_group
-            if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
+            set_key = override.key_or_group
+            if not self._is_choice(override) and (is_within(key, set_key) or is_within(set_key, key)):
                 # For a key inside of a typed mapping, `model.adapter.r` of `model.adapter={r: x}`, the key is
                 # the place: a remedy changes it there, and keeps the mapping's other keys.
-                return key if len(key) > len(given) else Typed(str(override.input_line))
+                return key if len(key) > len(set_key) else Typed(str(override.input_line))
         for layer in reversed(self._layers):
             with contextlib.suppress(KeyError, TypeError):
                 reduce(getitem, key.partition("[")[0].split("."), layer.values)
@@ -373,29 +408,35 @@ class Command:
 
     def _mistake(self, override: Override) -> ConfigError | None:
         """Return the error of an override whose key or form does not exist."""
-        key, line = override.key_or_group, str(override.input_line)
+        key = override.key_or_group
+        line = str(override.input_line)
         is_choice = self._is_choice(override)
         # The kind of loss decides which options exist: pydantic checks them.
         if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
             return unknown_key(key, line.partition("=")[2], where=Typed(line))
         if override.is_delete() or override.is_sweep_override():
-            message, remedy = f"{key} takes one value", _remedy_for_several(override)
+            message = f"{key} takes one value"
+            remedy = _remedy_for_several(override)
             if override.is_interval_sweep():
                 message = "an interval has no points to train"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
-            names, known = names_chosen(override), preset_names(key, self.folders)
-            if unknown := [
-                name for name in names if {name, *advice().equivalents(name, "values")}.isdisjoint(known)
-            ]:
-                return unknown_preset(key, unknown[0], self.folders)
-            message, remedy = f"{key} takes one preset", Remedy(f"write {key}=NAME: {', '.join(known)}")
-            if names:
-                meant = next(
-                    name for name in (names[0], *advice().equivalents(names[0], "values")) if name in known
-                )
-                remedy = Remedy.to_write(f"{key}={meant}", verb="choose")
-                if key == "loss" and (summed := to_assign(key, line.partition("=")[2])).write:
-                    remedy = summed + f" for their sum, or choose {key}={meant}"
+            names = names_chosen(override)
+            presets = preset_names(key, self.folders)
+            meant: list[str] = []
+            for name in names:
+                equivalents = (name, *advice().equivalents(name, "values"))
+                valid = [equivalent for equivalent in equivalents if equivalent in presets]
+                if not valid:
+                    return unknown_preset(key, name, self.folders)
+                meant += valid[:1]
+            message = f"{key} takes one preset"
+            remedy = Remedy(f"write {key}=NAME: {', '.join(presets)}")
+            if meant:
+                remedy = Remedy.to_write(f"{key}={meant[0]}", verb="choose")
+            if meant and key == "loss":
+                of_sum = to_assign(key, line.partition("=")[2])
+                if of_sum.write:
+                    remedy = of_sum + f" for their sum, or choose {key}={meant[0]}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
             message = f"{key} is a section"
             remedy = Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")
@@ -405,14 +446,16 @@ class Command:
 
     def unread_keys(self, verb: str, *, trains: bool) -> list[ConfigError]:
         """Return an error for each override whose key a verb does not read; files may have such keys."""
-        read, mistakes = verb_keys(verb, trains=trains), []
+        readable = verb_keys(verb, trains=trains)
+        mistakes = []
         for override in self.overrides:
-            for key in keys_given(override):
-                if key in run_keys() and key not in read:
+            for key in set_by(override):
+                if key in run_keys() and key not in readable:
                     where = Typed(str(override.input_line))
                     remedy = Remedy.to_remove(key) + f", a key of {', '.join(readers(key))}"
-                    if (own := f"{verb}.{key.partition('.')[2]}") in read:
-                        remedy = to_assign(own, str(override.input_line).partition("=")[2])
+                    verb_key = f"{verb}.{key.partition('.')[2]}"
+                    if verb_key in readable:
+                        remedy = to_assign(verb_key, str(override.input_line).partition("=")[2])
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
         return mistakes
 
@@ -431,18 +474,22 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _remedy_for_several(override: Override) -> Remedy:
     """Suggest an override in place of one that gives a key several values, or removes it."""
-    key, value = override.key_or_group, str(override.input_line).partition("=")[2]
+    key = override.key_or_group
+    value = str(override.input_line).partition("=")[2]
     if override.is_delete():
         return Remedy(f"write {key}=VALUE, or leave the word out")
     if override.is_interval_sweep():
         listed = f"list its values for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
         return Remedy(f"{listed}; or let it search: add sweep.trials=20 sweep.by=eval_rewards/accuracies")
     remedy = Remedy(f"write {key}=VALUE with one value")
-    if word := assignment(key, f"[{value}]"):
+    word = assignment(key, f"[{value}]")
+    if word:
         remedy = Remedy.to_write(word)
     elif re.fullmatch(r"\d+,\d+(e-?\d+)?", value):
-        meant = [word for mark in (".", "") if (word := assignment(key, value.replace(",", mark)))]
-        if meant:
-            is_decimal = "." in meant[0].partition("=")[2]
-            remedy = Remedy.to_write(meant[0]) + ": a decimal point, no comma" * is_decimal
-    return remedy + "; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
+        word = assignment(key, value.replace(",", ".")) or assignment(key, value.replace(",", ""))
+        if word:
+            is_decimal = "." in word.partition("=")[2]
+            remedy = Remedy.to_write(word) + ": a decimal point, no comma" * is_decimal
+    if override.is_discrete_sweep():
+        remedy += "; the verb sweep runs each of several values"
+    return remedy

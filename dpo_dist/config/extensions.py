@@ -75,7 +75,7 @@ def hook(name: str) -> Callable[..., Any] | None:
     """
     for extension in extensions():
         if name in extension.hooks:
-            module, _, function = extension.hooks[name].partition(":")
-            named: Callable[..., Any] = getattr(importlib.import_module(module), function)
-            return named
+            module, _, attribute = extension.hooks[name].partition(":")
+            function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+            return function
     return None

@@ -58,13 +58,13 @@ class RunIdentity:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The plain value of every `section.key` that defines the result."""
-        values = {
-            f"{section}.{option}": plain(getattr(getattr(self.config, section), option))
-            for section, content in schema_fields(self.config).items()
-            if not key_facts(content).free
-            for option, field in schema_fields(getattr(self.config, section)).items()
-            if not key_facts(field).free
-        }
+        values = {}
+        for section, field in schema_fields(self.config).items():
+            if not key_facts(field).free:
+                content = getattr(self.config, section)
+                for option, inner in schema_fields(content).items():
+                    if not key_facts(inner).free:
+                        values[f"{section}.{option}"] = plain(getattr(content, option))
         return values | {"loss.options": values["loss.options"] or None}  # {}: the defaults of the kind
 
     @cached_property
@@ -86,23 +86,23 @@ def _digest(defining: Mapping[str, Any]) -> str:
 def settings(config: Any) -> dict[str, Any]:
     """Return the settings for reports: the usual ones, a new adapter's size, values that are no default."""
     defaults = type(config)().identity.values
-    shown = {
-        key: value
-        for key, value in config.identity.values.items()
-        if key in _ALWAYS or value != defaults[key]
-    }
+    values = {}
+    for key, value in config.identity.values.items():
+        if key in _ALWAYS or value != defaults[key]:
+            values[key] = value
     if not config.loss.uses("beta"):
-        shown.pop("loss.beta", None)
+        values.pop("loss.beta", None)
     if config.loss.terms:
-        shown.pop("loss.kind", None)
-    if (adapter := config.model.adapter) is not None and adapter.path is None:
-        shown["model.adapter"] = shown["model.adapter"] | {"r": adapter.r, "alpha": adapter.alpha}
+        values.pop("loss.kind", None)
+    adapter = config.model.adapter
+    if adapter is not None and adapter.path is None:
+        values["model.adapter"] = values["model.adapter"] | {"r": adapter.r, "alpha": adapter.alpha}
     if config.model.images is not None:
-        shown["model.images"] = shown["model.images"] | {"train": str(config.model.images.train)}
-    return shown
+        values["model.images"] = values["model.images"] | {"train": str(config.model.images.train)}
+    return values
 
 
-def kinds_in(settings: Mapping[str, Any]) -> list[str]:
+def loss_kinds(settings: Mapping[str, Any]) -> list[str]:
     """Return the kinds of loss in `settings`, which may lack any key."""
     kinds = [term.get("kind") for term in settings.get("loss.terms") or ()] or [settings.get("loss.kind")]
     return list(map(str, kinds))
@@ -119,7 +119,8 @@ def title(config: Any, run_dir: Path) -> str:
     if config.loss.uses("beta"):
         parts.append(f"beta={config.loss.beta:g}")
     parts.append(f"lr={config.optim.lr:g}")
-    if (adapter := config.model.adapter) is not None:
+    adapter = config.model.adapter
+    if adapter is not None:
         new = f"{adapter.variant} r={adapter.r}"
         parts.append(new if adapter.path is None else f"continues {adapter.path}")
     if config.trainer.seed:

@@ -57,11 +57,18 @@ def _rows() -> list[Key]:
 def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]:
     hints = get_type_hints(kind)
     for option, field in schema_fields(kind).items():
-        hint, facts, default = hints[option], key_facts(field), field.get_default(call_default_factory=True)
+        hint = hints[option]
+        facts = key_facts(field)
+        default = field.get_default(call_default_factory=True)
         name = prefix + option
-        defining, used_by = defines and not facts.free, _readers_of(name, facts.verbs or verbs)
-        limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in _SIGNS]
-        bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound not in (None, LARGEST_INTEGER)]
+        defining = defines and not facts.free
+        used_by = _readers_of(name, facts.verbs or verbs)
+        bounds = []
+        for limit in field.metadata:
+            for attribute, sign in _SIGNS:
+                bound = getattr(limit, attribute, None)
+                if bound not in (None, LARGEST_INTEGER):
+                    bounds.append(f"{sign} {bound:g}")
         row = Key(
             name,
             hint,
@@ -81,12 +88,12 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
 
 def _readers_of(name: str, verbs: str) -> str:
     """Return the verbs that a key or section names, and those that name it."""
-    naming = [
-        verb
-        for verb, row in VERBS.items()
-        if name in row.reads or (row.reads_data and row.is_configured and name in DATA_KEYS)
-    ]
-    return " ".join(verb for verb in VERBS if verb in {*verbs.split(), *naming})
+    readers_of_name = []
+    for verb, row in VERBS.items():
+        reads_by_data = row.reads_data and row.is_configured and name in DATA_KEYS
+        if name in row.reads or reads_by_data or verb in verbs.split():
+            readers_of_name.append(verb)
+    return " ".join(readers_of_name)
 
 
 @cache
@@ -127,7 +134,10 @@ def group_folders(own_folder: Path | None = None) -> list[Path]:
 
 def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
     """Return the presets of a group."""
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    names: set[str] = set()
+    for folder in folders:
+        names |= {path.stem for path in (folder / group).glob("*.yaml")}
+    return sorted(names)
 
 
 def is_within(key: str, above: str) -> bool:
@@ -156,5 +166,9 @@ def strip_indices(where: str) -> str:
 def presets_of(keys: Collection[str], folders: Sequence[Path]) -> dict[str, list[str]]:
     """Return the presets that a verb with these keys uses, by their groups: it reads the group's key."""
     chosen = {"experiment": "run", "reference": "reference.mode"}  # others have the group's name
-    groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-    return {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in keys}
+    groups: set[str] = set()
+    for folder in folders:
+        groups |= {path.name for path in folder.iterdir() if path.is_dir()}
+    return {
+        group: preset_names(group, folders) for group in sorted(groups) if chosen.get(group, group) in keys
+    }

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from dpo_dist.config.compose import FAILURES, Command, keys_given
+from dpo_dist.config.compose import FAILURES, Composition, set_by
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
 from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
@@ -46,67 +46,69 @@ def load_run_config(
         ConfigError: all mistakes in keys, presets and values; without any, all contradictions between values.
     """
     find_function.cache_clear()
-    return load_command(Command(words, group_folders(own_folder), saved, mistakes, verb=verb), verb)
+    return load_command(Composition(words, group_folders(own_folder), saved, mistakes, verb=verb), verb)
 
 
-def load_command(command: Command, verb: str) -> RunConfig:
+def load_command(composition: Composition, verb: str) -> RunConfig:
     """Return the checked configuration of a parsed command. Raises ConfigError, as `load_run_config`."""
     try:
-        values = command.compose()
+        values = composition.compose()
         if verb:
             trains = verb == "pairs" and bool((values.get("pairs") or {}).get("rounds"))
-            command.mistakes += command.unread_keys(verb, trains=trains)
+            composition.mistakes += composition.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
-        command.mistakes += wrong_values(error, values, command.origin)
-        keep_terms(command.mistakes, values)
-        raise_all(command.mistakes)
+        composition.mistakes += wrong_values(error, values, composition.origin)
+        keep_terms(composition.mistakes, values)
+        raise_all(composition.mistakes)
         raise
     except FAILURES as error:
-        raise_all([*command.mistakes, composition_error(error, command.folders)])
+        raise_all([*composition.mistakes, composition_error(error, composition.folders)])
         raise
-    keep_terms(command.mistakes, values)
-    raise_all(command.mistakes)
-    given = [key for override in command.overrides for key in keys_given(override)]
-    return complete_config(config, given, verb, command.set_by_presets)
+    keep_terms(composition.mistakes, values)
+    raise_all(composition.mistakes)
+    set_keys: list[str] = []
+    for override in composition.overrides:
+        set_keys += set_by(override)
+    return complete_config(config, set_keys, verb, composition.set_by_presets)
 
 
 def complete_config(
-    config: RunConfig, given: Collection[str] = (), verb: str = "", set_by_presets: Iterable[str] = ()
+    config: RunConfig, set_keys: Collection[str] = (), verb: str = "", set_by_presets: Iterable[str] = ()
 ) -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`.
 
-    `given`: the keys of the command; `set_by_presets`: those that its presets set.
+    `set_keys`: the keys of the command; `set_by_presets`: those that its presets set.
     """
     if config.reference.mode is ReferenceMode.auto:  # resets what the mode does not use
         set_by_presets = (*set_by_presets, "reference.mode")
     rules = rules_of(verb)
-    config = reset_unused(resolve_reference(config), given, set_by_presets, rules)
+    config = reset_unused(resolve_reference(config), set_keys, set_by_presets, rules)
     check_rules(config, rules)
     if config.run.mirror is not None and is_url(config.run.mirror):
         check_url(config.run.mirror, "run.mirror")
-    named = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
+    paths = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in filter(lambda source: is_url(source.path), sources):
             check_url(source.path, key)
-        named += [(key, source.path) for source in sources]
+        paths += [(key, source.path) for source in sources]
     mistakes = []
-    for key, path in [*named, ("run.mirror", config.run.mirror)]:
-        if path and key != "model.path" and (url := with_slashes(path)):
+    for key, path in [*paths, ("run.mirror", config.run.mirror)]:
+        url = with_slashes(path) if path and key != "model.path" else ""
+        if url:
             remedy = Remedy.to_rename(path, url)
             mistakes.append(ConfigError("a URL has two slashes", where=key, got=path, remedy=remedy))
-    mistakes += [
-        ConfigError(
-            "this is the address of a page for browsers",
-            where=key,
-            got=path,
-            expected="the name on the hub, ORG/NAME",
-            remedy=_instead_of_page(key, path, name, branch),
-        )
-        for key, path in named
-        for name, branch in [name_in_address(path or "")]
-        if path and name
-    ]
+    for key, path in paths:
+        name, branch = name_in_address(path or "")
+        if path and name:
+            mistake = ConfigError(
+                "this is the address of a page for browsers",
+                where=key,
+                got=path,
+                expected="the name on the hub, ORG/NAME",
+                remedy=_instead_of_page(key, path, name, branch),
+            )
+            mistakes.append(mistake)
     raise_all(mistakes)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
@@ -194,7 +196,7 @@ def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]
     Empty if this version cannot read the file. Secrets, which the file lacks, are not compared.
     """
     try:
-        changed = differing_keys(saved_config(file).identity, identity)
+        keys = differing_keys(saved_config(file).identity, identity)
     except ConfigError:
         return {}
-    return {key: (old, new) for key, (old, new) in changed.items() if old != without_secrets(new)}
+    return {key: (old, new) for key, (old, new) in keys.items() if old != without_secrets(new)}

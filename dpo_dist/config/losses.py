@@ -350,7 +350,8 @@ def option_names(kind: LossKind) -> list[str]:
 
 def kinds_using(option: str) -> list[LossKind]:
     """Return the kinds whose formula depends on a key of `loss`: `beta`, `options.gamma`."""
-    if (name := option.removeprefix("options.")) != option:
+    name = option.removeprefix("options.")
+    if name != option:
         return [kind for kind in KINDS if name in option_names(kind)]
     return [kind for kind, facts in KINDS.items() if option in facts.uses]
 
@@ -365,17 +366,22 @@ def _options_of_kind(given: Any, info: ValidationInfo) -> Any:
 
     None for a kind without options, and for a sum: each of its terms has its own options.
     """
-    kind, is_sum = info.data.get("kind"), bool(info.data.get("terms"))
+    kind = info.data.get("kind")
+    is_sum = bool(info.data.get("terms"))
     if kind is None:  # the wrong kind is already an error
         return None
-    values = {} if given is None else vars(given) if is_dataclass(given) else given
+    values = vars(given) if is_dataclass(given) else given
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         return values  # pydantic refuses them
-    options, known = KINDS[kind].options, [] if is_sum else option_names(kind)
-    if names := [str(name) for name in values if name not in known]:
-        facts = {"kind": "" if is_sum else str(kind), "known": known, "names": names}
+    options = KINDS[kind].options
+    valid = [] if is_sum else option_names(kind)
+    names = [str(name) for name in values if name not in valid]
+    if names:
+        facts = {"kind": "" if is_sum else str(kind), "known": valid, "names": names}
         raise PydanticCustomError(NO_OPTION, "no options of {kind}: {names}; it has {known}", facts)
-    return options(**values) if known and options is not None else None
+    return options(**values) if valid and options is not None else None
 
 
 KindOptions: TypeAlias = Annotated[
@@ -472,8 +478,8 @@ class LossConfig:
 
     def options_of(self, kind_options: type[T]) -> T:
         """Return the options of this class; at their defaults if no kind of this loss has them."""
-        given = [term.options for term in self.terms] or [self.options]
-        return next((each for each in given if isinstance(each, kind_options)), kind_options())
+        entries = [term.options for term in self.terms] or [self.options]
+        return next((each for each in entries if isinstance(each, kind_options)), kind_options())
 
     @property
     def has_running_reward(self) -> bool:

@@ -18,7 +18,8 @@ CUSTOM = "custom/"
 """Prefix of the names of `metrics.function`'s metrics."""
 TERMS = {kind: f"loss/terms/{kind}" for kind in LossKind}
 """The metric of each kind of loss that is a term of `loss.terms`."""
-AUC, MISMATCH = "rewards/auc", "loss/kl"
+AUC = "rewards/auc"
+MISMATCH = "loss/kl"
 """Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
 mismatched responses, whose part above 0 is the z of `kto`."""
 EXCESS = "loss/excess"
@@ -54,9 +55,12 @@ def _pair_metric(
 
 
 _LOWEST, _HIGHEST = Direction.lowest, Direction.highest
-_REWARDS, _LOGPS, _DISTANCE = "Rewards", "Log-prob per token", "Distance from the reference"
+_REWARDS = "Rewards"
+_LOGPS = "Log-prob per token"
+_DISTANCE = "Distance from the reference"
 _MARGIN = "Margin of rewards"
-_ACCURACY_CHART, _AUC_CHART = "Accuracy: chosen above rejected", "AUC: good above bad responses"
+_ACCURACY_CHART = "Accuracy: chosen above rejected"
+_AUC_CHART = "AUC: good above bad responses"
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", _digits(".4f"), "", _LOWEST, over_pairs=True, chart="Loss"),
@@ -102,8 +106,8 @@ METRICS: Mapping[str, Metric] = {
 
 def find_metric(name: str) -> Metric:
     """Return the table's row for a metric, or for one source's metric; a custom metric has only its name."""
-    whole = max((known for known in METRICS if f"{name}/".startswith(f"{known}/")), key=len, default="")
-    return METRICS.get(whole, Metric(name))
+    longest = max((metric for metric in METRICS if f"{name}/".startswith(f"{metric}/")), key=len, default="")
+    return METRICS.get(longest, Metric(name))
 
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)

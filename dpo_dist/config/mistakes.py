@@ -35,7 +35,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import InFile, Place, Remedy, Typed, key_of
+from dpo_dist.foundation.remedies import ErrorPlace, InFile, Remedy, Typed, key_of
 
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
@@ -49,25 +49,25 @@ _SIMILAR = 0.75
 """Least similarity of a guess: a less similar one misleads more often than it helps."""
 
 
-def likely_name(word: str, known: Collection[str]) -> str | None:
-    """Return the name in `known` that the user probably meant: `ipo` for `ipoo`; None if no name is near."""
-    same: list[str] = [
-        name for name in (word.lower(), *advice().equivalents(word, "values")) if name in known
-    ]
-    if same:
-        return same[0]
+def likely_name(word: str, names: Collection[str]) -> str | None:
+    """Return the name in `names` that the user probably meant: `ipo` for `ipoo`; None if no name is near."""
+    same: list[str] = [word.lower(), *advice().equivalents(word, "values")]
+    for name in same:
+        if name in names:
+            return name
     # H100: h100-80g; 4090, rtx-4090 and 24GB: rtx4090-24g.
     part = re.sub(r"(?<=\d)gb$", "g", re.sub(r"[\s_-]", "", word.lower()))
-    parts = {name: name.split("-") for name in known if part and not name.startswith("-")}
-    if longer := [name for name in parts if any(own.endswith(part) for own in parts[name]) and "-" in name]:
-        return longer[0]
+    for name in names:
+        has_parts = "-" in name and not name.startswith("-")
+        if part and has_parts and any(longer.endswith(part) for longer in name.split("-")):
+            return name
     section, _, last = word.rpartition(".")
-    of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
+    of_section = [name for name in names if section in ("", name.rpartition(".")[0])]
     last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
     guesses = [last_parts[name] for name in get_close_matches(last, last_parts, 1, _SIMILAR)]
-    guesses += [name for name in known if name.endswith(f".{last}")]  # in another section
+    guesses += [name for name in names if name.endswith(f".{last}")]  # in another section
     if not section or not of_section:  # in a known section the common beginning makes all names similar
-        guesses += get_close_matches(word, known, 1, _SIMILAR)
+        guesses += get_close_matches(word, names, 1, _SIMILAR)
     return next(iter(guesses), None)
 
 
@@ -80,14 +80,18 @@ def _likely_values(value: Any) -> list[str]:
         return [f'"{as_written(value)}"']
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
-    if (switch := str(value).lower()) in (*ON, *OFF):
+    switch = str(value).lower()
+    if switch in (*ON, *OFF):
         return ["true" if switch in ON else "false"]
     if not isinstance(value, str):
         return []
-    if counted := re.fullmatch(r"(\d*\.?\d+) ?([kKmM])", value):
+    counted = re.fullmatch(r"(\d*\.?\d+) ?([kKmM])", value)
+    if counted:
         return [f"{float(counted[1]) * {'k': 1e3, 'm': 1e6}[counted[2].lower()]:.0f}"]
     share = re.fullmatch(r"(\d*\.?\d+) ?%", value)
-    return [as_written(float(f"{share[1]}e-2"))] if share else [f"http://{value}/v1", f"{value}/v1"]
+    if share:
+        return [as_written(float(f"{share[1]}e-2"))]
+    return [f"http://{value}/v1", f"{value}/v1"]
 
 
 def _did_you_mean(word: str) -> Remedy:
@@ -109,50 +113,53 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
 
 def _instead_of_words(words: Sequence[str], verb: str) -> Remedy:
     """Return what to write in place of words that are not overrides; the first case that fits counts."""
-    whole, first = " ".join(words), words[0]
+    text = " ".join(words)
+    first = words[0]
     # A key without =: `loss.beta 0.2` -> loss.beta=0.2; `export.merge` -> export.merge=true.
-    if first in run_keys() and "=" not in whole:
+    if first in run_keys() and "=" not in text:
         return to_assign(first, words[1] if len(words) > 1 else "true")
-    if remedy := _instead_of_form(whole):
+    remedy = _instead_of_form(text)
+    if remedy:
         return remedy
     # Spaces, a colon or round brackets: `loss.beta: 0.2`, `optim.betas=(0.9,0.95)`.
-    typed = re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)
-    if typed and typed[1] in run_keys():
-        remedy = to_assign(typed[1], typed[2].strip(" ,;"))
-        is_several = verb == "sweep" and not remedy.write
-        return Remedy.to_write(f"{typed[1]}={typed[2]}") if is_several else remedy
+    match = re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", text)
+    if match and match[1] in run_keys():
+        remedy = to_assign(match[1], match[2].strip(" ,;"))
+        if verb == "sweep" and not remedy.write:  # several values
+            return Remedy.to_write(f"{match[1]}={match[2]}")
+        return remedy
     if all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
         return _with_key(words, verb)
-    if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
+    if any(text.count(opened) != text.count(closed) for opened, closed in ("()", "[]", "{}")):
         return Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
-    if "=" not in whole:
+    if "=" not in text:
         return Remedy("write each as KEY=VALUE, such as loss.beta=0.2")
     return Remedy("put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'")
 
 
-def _instead_of_form(whole: str) -> Remedy | None:
+def _instead_of_form(text: str) -> Remedy | None:
     """Return what to write in place of a form of other programs; None for other words."""
     # A slice of `datasets`: `data.train=[org/name:train[:10%]]`.
-    if re.search(r"\w\[\d*%?:\d*%?\]", whole):
+    if re.search(r"\w\[\d*%?:\d*%?\]", text):
         part = "{path: NAME, split: train, limit: 1000}"
         return Remedy(f"a part of a source is its first records: write {part}")
     # An entry of a list by its place: `tracking.to[0]=mlflow` -> 'tracking.to=[mlflow]'.
-    if entry := re.fullmatch(r"([\w.]+)\[\d*\]((?:\.\w+)*)=(.*)", whole):
-        if entry[2]:
-            return unknown_key(f"{entry[1]}[0]{entry[2]}", entry[3]).advice
-        return (
-            to_assign(*entry.group(1, 3))
-            if entry[1] in run_keys()
-            else unknown_key(*entry.group(1, 3)).advice
-        )
+    entry = re.fullmatch(r"([\w.]+)\[\d*\]((?:\.\w+)*)=(.*)", text)
+    if entry:
+        list_key, inside, value = entry.groups()
+        if inside:
+            return unknown_key(f"{list_key}[0]{inside}", value).advice
+        if list_key in run_keys():
+            return to_assign(list_key, value)
+        return unknown_key(list_key, value).advice
     # A distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
-    called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)
+    called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", text)
     if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
         interval = f"interval({called[3].strip()},{called[4].strip()})"
         drawn = f"tag(log, {interval})" if "log" in called[2] else interval
         return Remedy.to_write(f"{called[1]}={drawn}")
     # A package of Hydra: `loss@x=ipo`.
-    is_package = "@" in whole.partition("=")[0]
+    is_package = "@" in text.partition("=")[0]
     return Remedy("remove @ and the word after it: write loss=ipo") if is_package else None
 
 
@@ -160,8 +167,10 @@ def _with_key(words: Sequence[str], verb: str) -> Remedy:
     """Return the remedy that writes values with their key: `a.jsonl` -> 'data.train=[a.jsonl]'."""
     first = words[0]
     is_size = len(words) == 1 and re.fullmatch(r"[\d.]+[bB]", first) is not None
-    if len(words) == 1 and not Path(first).exists() and (chosen := _presets_named(first, verb, is_size)):
-        return Remedy.to_write_one_of(chosen)
+    if len(words) == 1 and not Path(first).exists():
+        presets = _presets_named(first, verb, is_size)
+        if presets:
+            return Remedy.to_write_one_of(presets)
     if is_size:
         return Remedy("a size is no model: write model.path=ORG/NAME")
     keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
@@ -170,7 +179,8 @@ def _with_key(words: Sequence[str], verb: str) -> Remedy:
         keys = tuple(key for key in keys if key in lists)
     forms = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
     lead = "write the key too:"
-    if accepted := [word for word in forms if word]:
+    accepted = [word for word in forms if word]
+    if accepted:
         return Remedy.to_write_one_of(accepted, lead=lead)
     return Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
 
@@ -178,12 +188,15 @@ def _with_key(words: Sequence[str], verb: str) -> Remedy:
 def _presets_named(name: str, verb: str, is_size: bool) -> list[str]:
     """Return the words that choose the presets of this name, or the models of this size: `simpo`, `7B`."""
     keys = verb_keys(verb or "train", trains=verb == "pairs")
-    chosen = []
+    ending = f"_{name.lower().replace('.', '_')}"
+    words = []
     for group, presets in presets_of(keys, group_folders()).items():
-        of_size = [preset for preset in presets if preset.endswith(f"_{name.lower().replace('.', '_')}")]
-        meant = of_size if is_size and group == "model" else [name] * (name in presets)
-        chosen += [f"{'+' if group == 'experiment' else ''}{group}={preset}" for preset in meant]
-    return chosen
+        plus = "+" if group == "experiment" else ""
+        for preset in presets:
+            is_model_of_size = is_size and group == "model"
+            if preset.endswith(ending) if is_model_of_size else preset == name:
+                words.append(f"{plus}{group}={preset}")
+    return words
 
 
 def assignment(key: str, value: str) -> str | None:
@@ -196,20 +209,22 @@ def assignment(key: str, value: str) -> str | None:
         value = f"[{value[1:-1]}]"
     if key == "loss" and value.startswith("["):
         kinds = [kind.strip("[] '\"") for kind in value.split(",")]
-        known = choices(run_keys()["loss.kind"])
-        terms = ", ".join(f"{{kind: {likely_name(kind, known) or kind}}}" for kind in kinds)
+        loss_kinds = choices(run_keys()["loss.kind"])
+        terms = ", ".join(f"{{kind: {likely_name(kind, loss_kinds) or kind}}}" for kind in kinds)
         return assignment("loss.terms", f"[{terms}]")
     meanings = (
         word for word in advice().equivalents(value, "values") if word in choices(run_keys().get(key))
     )
     opened = re.sub(r"[^\[\]{}]", "", value)
-    while (left := opened.replace("[]", "").replace("{}", "")) != opened:
-        opened = left  # brackets that are not closed
+    while "[]" in opened or "{}" in opened:  # brackets that are not closed are left
+        opened = opened.replace("[]", "").replace("{}", "")
     closed = value + opened[::-1].translate(str.maketrans("[{", "]}"))
     closed = re.sub(r"(?<=[{,])(\s*\w+)=", r"\1: ", closed)  # {r=8}
     forms = (value, *meanings, closed, f"[{value}]")
-    accepted = (text for text in forms if text and _is_accepted(key, text))
-    return next((f"{key}={text}" for text in accepted), None)
+    for text in filter(None, forms):
+        if _is_accepted(key, text):
+            return f"{key}={text}"
+    return None
 
 
 def to_assign(key: str, value: str) -> Remedy:
@@ -218,14 +233,16 @@ def to_assign(key: str, value: str) -> Remedy:
     `loss.beta`, `0.2` -> write loss.beta=0.2; `loss.beta`, `x` -> write loss.beta=..., a number;
     `model`, `a/b` -> write model.path=a/b; `sampling.endpoint`, `http://a/v1` -> its url.
     """
-    if word := assignment(key, value):
+    word = assignment(key, value)
+    if word:
         return Remedy.to_write(word)
     if preset_names(key, group_folders()):
         return unknown_preset(key, value, group_folders()).advice
     hint = run_keys().get(key)
     if get_origin(hint) is list:
         return Remedy(f"write '{key}=[...]'")
-    if inner := nested(hint):
+    inner = nested(hint)
+    if inner:
         if "." not in key:
             return Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")
         return to_assign(f"{key}.{next(iter(schema_fields(inner)))}", value)
@@ -264,7 +281,7 @@ def fits(key: str, value: Any) -> bool:
     return True
 
 
-def unknown_key(key: str, value: str = "", *, where: str | Place = "") -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str | ErrorPlace = "") -> ConfigError:
     """Return the error for a key that does not exist; its remedy says what to write instead.
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
@@ -280,87 +297,98 @@ def unknown_key(key: str, value: str = "", *, where: str | Place = "") -> Config
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
-def _instead_of_key(typed: str, value: str) -> Remedy:
+def _instead_of_key(raw_key: str, value: str) -> Remedy:
     """Return what to write in place of a key that does not exist, with this value."""
-    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", typed)  # `data.train.0.path`, as OmegaConf writes it
+    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", raw_key)  # `data.train.0.path`, as OmegaConf writes it
     mapping, _, name = key.rpartition(".")
-    is_entry, list_key = mapping.endswith("]"), strip_indices(mapping).removesuffix("[]")
+    is_entry = mapping.endswith("]")
+    list_key = strip_indices(mapping).removesuffix("[]")
     above = all_keys().get(list_key)
     inner = nested(above.type) if above else None
-    known = [f"{mapping}.{option}" for option in schema_fields(inner)] if inner else list(run_keys())
+    valid_keys = [f"{mapping}.{option}" for option in schema_fields(inner)] if inner else list(run_keys())
 
     # A key of a list's entries: `data.train.path=a` -> 'data.train=[{path: a}]'; `{file: a}` -> path: a.
-    if mapping and key in known:
-        before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
+    if mapping and key in valid_keys:
+        before = "" if key == valid_keys[0] else f"{valid_keys[0].rpartition('.')[2]}: ..., "
         value = "" if is_entry else value  # the word would take the place of all entries
         word = f"{list_key}=[{{{before}{name}: {value or '...'}}}]"
         return Remedy(f"write this key inside an entry: '{word}'", (word,) * bool(value and not before))
     if is_entry:
-        if options := [
-            option for option in advice().equivalents(name, "sources") if f"{mapping}.{option}" in known
-        ]:
+        options = [
+            option for option in advice().equivalents(name, "sources") if f"{mapping}.{option}" in valid_keys
+        ]
+        if options:
             return Remedy(f"write {options[0]}: {value or '...'}")
-        return _instead_of_mistyped(typed, key, known, value)
+        return _instead_of_mistyped(raw_key, key, valid_keys, value)
 
     # Another trainer's name, or a key without its section: `learning_rate=1`, `max_steps=3`.
     same = advice().equivalents(key, "keys")
     remedies = advice().advice_on(key, value)
     if not same and not remedies:
-        inside = [option for option in known if option.startswith(mapping)]
+        inside = [option for option in valid_keys if option.startswith(mapping)]
         same = tuple(option for option in inside if option.rpartition(".")[2] == name)
-    if written := [fitting for other in same if (fitting := assignment(other, value))]:
-        options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
-        losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]
-        remedy = Remedy.to_write_one_of(written)
+    assignments = list(filter(None, [assignment(other, value) for other in same]))
+    if assignments:
+        losses: list[str] = []
+        for other in same:
+            if other.startswith("loss.options."):
+                losses += [f"loss={kind}" for kind in kinds_using(other.removeprefix("loss."))]
+        remedy = Remedy.to_write_one_of(assignments)
         needed = f"; this option needs {' or '.join(losses)}" if losses else ""
         return replace(remedy, text=remedy.text + needed, write=(*remedy.write, *losses[:1]))
     if remedies:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
         return remedies[0]
     if same:  # it does not accept the value: `loss_type=sigmod` -> loss=sigmoid
-        row = all_keys().get(same[0])
-        if choice := likely_name(value, choices(run_keys()["loss.kind" if same[0] == "loss" else same[0]])):
-            return _did_you_mean(f"{same[0]}={choice}")
+        ours = same[0]
+        row = all_keys().get(ours)
+        choice = likely_name(value, choices(run_keys()["loss.kind" if ours == "loss" else ours]))
+        if choice:
+            return _did_you_mean(f"{ours}={choice}")
         words = row.type_words if row else "a preset; a sum of losses is loss.terms"
-        return Remedy(f"write {same[0]}=..., {words}")
-    return _instead_of_mistyped(typed, key, known, value)
+        return Remedy(f"write {ours}=..., {words}")
+    return _instead_of_mistyped(raw_key, key, valid_keys, value)
 
 
-def _instead_of_mistyped(typed: str, key: str, known: Collection[str], value: str) -> Remedy:
+def _instead_of_mistyped(raw_key: str, key: str, valid_keys: Collection[str], value: str) -> Remedy:
     """Return the remedy that writes the nearest key, `loss.betta` -> loss.beta, or lists those there are."""
     mapping = key.rpartition(".")[0]
-    guess = likely_name(key, known)
+    guess = likely_name(key, valid_keys)
     word = assignment(guess, value) if guess and value else None
     row = all_keys().get(guess or "")
-    if guess and not word and value and row and mapping == guess.rpartition(".")[0]:
+    if guess and not value:
+        return Remedy.to_rename(raw_key, guess)
+    if guess and word:
+        return Remedy(f"did you mean {guess}?", (word,))
+    if guess and row and mapping == guess.rpartition(".")[0]:  # which does not accept the value
         return Remedy(f"did you mean {guess}, {row.type_words}?")
-    if guess and (word or not value or "[" in guess):
-        if not value:
-            return Remedy.to_rename(typed, guess)
-        return Remedy(f"did you mean {guess}?", (word,) if word else ())
-    beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
+    if guess and "[" in guess:
+        return Remedy(f"did you mean {guess}?")
+    beside = [option.rpartition(".")[2] for option in valid_keys if option.rpartition(".")[0] == mapping]
     if mapping and beside:
         return Remedy(f"the keys of {mapping} are {', '.join(beside)}")
-    sections = [option for option in known if "." not in option]
+    sections = [option for option in valid_keys if "." not in option]
     return Remedy(f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}")
 
 
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
-    known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
+    presets = preset_names(group, folders)
+    plus = "+" if group == "experiment" else ""
     remedy = Remedy(f"write {plus}{group}=NAME")
-    if len(known) == 1:
-        remedy = Remedy.to_write(f"{plus}{group}={known[0]}")
-    if remedies := advice().find_advice(group, choice):
+    if len(presets) == 1:
+        remedy = Remedy.to_write(f"{plus}{group}={presets[0]}")
+    remedies = advice().find_advice(group, choice)
+    guess = likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, presets)
+    if remedies:
         remedy = remedies[0]
         if remedy.write and group not in map(key_of, remedy.write):
             remedy = replace(remedy, remove=(*remedy.remove, group))
-    elif guess := likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
+    elif guess:
         remedy = _did_you_mean(f"{plus}{group}={guess}")
     elif group in _PRESET_PATHS:
-        accepted = [
-            word for key in _PRESET_PATHS[group] if key in run_keys() and (word := assignment(key, choice))
-        ]
-        remedy = Remedy.to_write_one_of(accepted, lead="a path is no preset: write")
+        keys = filter(run_keys().__contains__, _PRESET_PATHS[group])
+        words = filter(None, [assignment(key, choice) for key in keys])
+        remedy = Remedy.to_write_one_of(list(words), lead="a path is no preset: write")
         remedy = replace(remedy, remove=(group,))
     elif group == "experiment":
         remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
@@ -368,15 +396,15 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
         f"there is no {group} named {choice!r}",
         where=group,
         got=choice,
-        expected=f"one of {', '.join(known)}",
+        expected=f"one of {', '.join(presets)}",
         remedy=remedy,
     )
 
 
-def composition_error(error: Exception, folders: Sequence[Path], typed: str = "") -> ConfigError:
+def composition_error(error: Exception, folders: Sequence[Path], word: str = "") -> ConfigError:
     """Return the `ConfigError` for an exception of Hydra, OmegaConf or the YAML parser.
 
-    `typed`: the word that names the file that was read.
+    `word`: the word that names the file that was read.
     """
     if isinstance(error, ConfigError):
         return error
@@ -384,7 +412,7 @@ def composition_error(error: Exception, folders: Sequence[Path], typed: str = ""
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
     if isinstance(error, OSError) and error.strerror:
-        path = typed or str(error.filename)
+        path = word or str(error.filename)
         similar = similar_path(Path(path))
         is_meant = similar is not None and similar.suffix in (".yaml", ".yml")
         return ConfigError(
@@ -395,11 +423,14 @@ def composition_error(error: Exception, folders: Sequence[Path], typed: str = ""
             if is_meant
             else "check the path, which is relative to the working directory",
         )
-    where, got = "command line, or a file that it names", str(error).partition("full_key:")[0]
+    where = "command line, or a file that it names"
+    got = str(error).partition("full_key:")[0]
     if isinstance(error, yaml.MarkedYAMLError):
-        where, got = str(error.problem_mark).strip(), str(error.problem)
+        where = str(error.problem_mark).strip()
+        got = str(error.problem)
     elif isinstance(error, OmegaConfBaseException):
-        where, got = error.full_key or where, (error.msg or got).partition("full_key:")[0]
+        where = error.full_key or where
+        got = (error.msg or got).partition("full_key:")[0]
     return ConfigError(
         "the configuration cannot be composed",
         where=where,
@@ -416,9 +447,10 @@ def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
     key = ""
     for index, part in enumerate(place):
         longer = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip(".")
-        known = strip_indices(longer)
+        option = strip_indices(longer)
+        is_key = option in run_keys() or option in all_keys()
         is_last = is_unknown and index == len(place) - 1
-        if not is_last and isinstance(part, str) and known not in run_keys() and known not in all_keys():
+        if isinstance(part, str) and not is_key and not is_last:
             break
         key = longer
     return key
@@ -435,7 +467,8 @@ def wrong_values(
     # Unknown keys first: one of them may be the missing key, mistyped.
     for detail in sorted(error.errors(), key=lambda detail: detail["type"] == "missing"):
         is_unknown = detail["type"] == "unexpected_keyword_argument"
-        key, value = _key_at(detail["loc"], is_unknown=is_unknown), detail["input"]
+        key = _key_at(detail["loc"], is_unknown=is_unknown)
+        value = detail["input"]
         above, _, name = key.rpartition(".")
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
@@ -455,32 +488,37 @@ def wrong_values(
 def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
     """Return the error for an option that its kind of loss does not have."""
     place, _, name = key.rpartition(".")
-    kind, known, got = detail["ctx"]["kind"], detail["ctx"]["known"], as_written(detail["input"][name])
-    users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
+    kind = detail["ctx"]["kind"]
+    options = detail["ctx"]["known"]
+    got = as_written(detail["input"][name])
+    users = kinds_using(f"options.{name}")
+    kind_key = f"{place.removesuffix('options')}kind"
     if not kind:
         remedy = _in_a_term(name, got) + "; loss.options=null removes the options of a preset"
         return ConfigError(
             "each entry of loss.terms has its own options", where=f"{key}, loss.terms", got=got, remedy=remedy
         )
-    expected = f"an option of {kind}: {', '.join(known)}" if known else f"none, as {kind} has no options"
+    expected = f"an option of {kind}: {', '.join(options)}" if options else f"none, as {kind} has no options"
     if users:
         remedy = Remedy.to_remove(key)
         if place == "loss.options" and isinstance(origin(key), InFile):
             remedy = Remedy.to_set("loss.options=null")
         remedy += f", or choose a loss that uses it: {', '.join(sorted(users))}"
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
-        message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
+        message = f"{key} has no effect with this {kind_key}"
+        where = f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
     remedy = Remedy("remove it", drops=True)
-    if known:
-        remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
-    same = [option for option in known if f"loss.options.{option}" in advice().equivalents(name, "keys")]
+    if options:
+        remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in options)}")
+    same = [option for option in options if f"loss.options.{option}" in advice().equivalents(name, "keys")]
     others = [option.rpartition(".")[2] for option in run_keys() if option.startswith("loss.options.")]
-    if guess := next(iter(same), likely_name(name, known) or likely_name(name, others)):
+    guess = next(iter(same), likely_name(name, options) or likely_name(name, others))
+    if guess:
         remedy = Remedy.to_rename(key, f"{place}.{guess}")
         if origin(key) == key:  # inside of a typed mapping: `loss.options={gammma: 1}`
             remedy = replace(remedy, rename=(name, guess))
-        if guess not in known:
+        if guess not in options:
             remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
@@ -501,16 +539,19 @@ def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> No
     if not terms or not isinstance(terms, list):
         return
     for mistake in mistakes:
-        written = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
-        option = next((key for key in written if key.startswith("loss.options.")), None)
-        if option and "loss" in written:
-            remedy = _in_a_term(option.removeprefix("loss.options."), written[option], terms)
+        assignments = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
+        option = next((key for key in assignments if key.startswith("loss.options.")), None)
+        if option and "loss" in assignments:
+            remedy = _in_a_term(option.removeprefix("loss.options."), assignments[option], terms)
             mistake.advice = remedy + " in loss.terms"
 
 
-def _wrong_value(key: str, error: ErrorDetails, where: str | Place, values: Mapping[str, Any]) -> ConfigError:
+def _wrong_value(
+    key: str, error: ErrorDetails, where: str | ErrorPlace, values: Mapping[str, Any]
+) -> ConfigError:
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
-    hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
+    hint = row.type if row else run_keys().get(key)
+    expected = row.type_words if row else ""
     if key.endswith("]"):  # an entry of a list
         hint = nested(hint) or get_args(hint)[0]
         expected = row.accepts.removeprefix("a list of ") if row else ""
@@ -519,13 +560,17 @@ def _wrong_value(key: str, error: ErrorDetails, where: str | Place, values: Mapp
     expected = expected or describe_type(hint)
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"
-    if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
-        expected, remedy = "text that is not empty", Remedy("remove the key, or write a value")
-    elif meant := _without_quotes(key, value) or _instead_of_value(key, hint, value, where, values):
-        remedy = meant
+    is_empty_text = error["type"] == "string_pattern_mismatch" and not got.strip("' ")
+    if is_empty_text:
+        expected = "text that is not empty"
+        remedy = Remedy("remove the key, or write a value")
     else:
         default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
-        remedy = Remedy(f"set {key} to {expected}{default}", drops=bool(default))
+        remedy = (
+            _without_quotes(key, value)
+            or _instead_of_value(key, hint, value, where, values)
+            or Remedy(f"set {key} to {expected}{default}", drops=bool(default))
+        )
     return ConfigError(
         f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
     )
@@ -545,38 +590,44 @@ def _without_quotes(key: str, value: Any) -> Remedy | None:
 
 
 def _instead_of_value(
-    key: str, hint: Any, value: Any, where: str | Place, values: Mapping[str, Any]
+    key: str, hint: Any, value: Any, where: str | ErrorPlace, values: Mapping[str, Any]
 ) -> Remedy | None:
     """Return what to write in place of a value that a key of this type does not accept; None: unknown."""
     got = as_written(value)
     if isinstance(value, bool) and isinstance(where, InFile) and choices(hint):
         return Remedy("in YAML a bare on, off, yes or no is true or false: put the word in quotes")
-    if remedies := advice().find_advice(key, got):
+    remedies = advice().find_advice(key, got)
+    if remedies:
         return remedies[0]
     if got.lower() in ("none", "nil") and _is_accepted(key, "null"):
         return Remedy.to_write(f"{key}=null")
-    if choice := likely_name(got, choices(hint)):
+    choice = likely_name(got, choices(hint))
+    if choice:
         return _with_choice(key, choice, got, values)
     if get_origin(hint) is list:  # `data.eval=5%` -> data.eval_share=0.05; `data.train=a` -> 'data.train=[a]'
         shares = (got, *_likely_values(got)) if key == "data.eval" else ()
         share = next((text for text in shares if _is_accepted("data.eval_share", text)), None)
-        word = f"data.eval_share={share}" if share else assignment(key, got)
-        return Remedy.to_write(word) if word else Remedy(f"write '{key}=[...]'")
+        assigned = f"data.eval_share={share}" if share else assignment(key, got)
+        return Remedy.to_write(assigned) if assigned else Remedy(f"write '{key}=[...]'")
     if key == "model.adapter" and "/" in got:
         return Remedy.to_write(f"{key}.path={got}")
-    if inner := nested(hint):
+    inner = nested(hint)
+    if inner:
         first = next(iter(schema_fields(inner)))
         return Remedy(f"write a mapping with {first}") if key.endswith("]") else to_assign(key, got)
-    meant = next((text for text in _likely_values(value) if _is_accepted(key, text)), None)
-    return Remedy.to_write(f"{key}={meant}") if meant else _instead_of_phrase(key, got)
+    value_text = next((text for text in _likely_values(value) if _is_accepted(key, text)), None)
+    return Remedy.to_write(f"{key}={value_text}") if value_text else _instead_of_phrase(key, got)
 
 
 def _instead_of_phrase(key: str, value: str) -> Remedy | None:
     """Return what to write for a number with a name, or for a range: `8xH100`, `1..3`; None: neither."""
     section = key.rpartition(".")[0]
     counted = re.fullmatch(r"(?:(\d+) ?[x*] ?)?([A-Za-z][\w -]+)", value)
-    if counted and section == "plan" and (gpu := likely_name(counted[2], choices(run_keys()["plan.gpu"]))):
-        return Remedy.to_write(*[f"plan.gpus={counted[1]}"] * bool(counted[1]), f"plan.gpu={gpu}")
+    if counted and section == "plan":
+        number, name = counted.groups()
+        gpu = likely_name(name, choices(run_keys()["plan.gpu"]))
+        if gpu:
+            return Remedy.to_write(*[f"plan.gpus={number}"] * bool(number), f"plan.gpu={gpu}")
     ends = re.fullmatch(r"([\d.]*\d(?:e-?\d+)?) ?(?:\.\.+|:|-|to) ?([\d.]*\d(?:e-?\d+)?)", value)
     if ends is None or not all(_is_accepted(key, end) for end in ends.groups()):
         return None
@@ -594,9 +645,11 @@ def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> 
     """
     if "[" not in key:
         return _did_you_mean(f"{key}={choice}")
-    whole, _, inside = key.partition("[")
-    changed = copy.deepcopy(plain(reduce(lambda at, name: at[name], whole.split("."), values)))
+    list_key, _, inside = key.partition("[")
+    entries = copy.deepcopy(plain(reduce(lambda at, name: at[name], list_key.split("."), values)))
     *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
-    reduce(lambda at, place: at[place], places, changed)[last] = choice
-    text = as_written(changed)
-    return _did_you_mean(f"{whole}={text}") if _is_accepted(whole, text) else Remedy.to_rename(got, choice)
+    reduce(lambda at, place: at[place], places, entries)[last] = choice
+    text = as_written(entries)
+    return (
+        _did_you_mean(f"{list_key}={text}") if _is_accepted(list_key, text) else Remedy.to_rename(got, choice)
+    )

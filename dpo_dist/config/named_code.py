@@ -7,7 +7,8 @@ from typing import Any
 from dpo_dist.config.extensions import extensions
 from dpo_dist.foundation.user_code import user_function
 
-LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
+LOSS_FUNCTION = "loss.function"
+METRICS_FUNCTION = "metrics.function"
 NAMED_CODE = {
     "model.trust_remote_code": "Python code of model folders is run",
     LOSS_FUNCTION: "Python code of the loss is run",
@@ -28,7 +29,8 @@ def code_options(values: Mapping[str, Any]) -> dict[str, str]:
         value = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(value, list):
             readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
-            if readers := list(dict.fromkeys(filter(None, readers))):
+            readers = list(dict.fromkeys(filter(None, readers)))
+            if readers:
                 options[key] = f"{key} with reader {', '.join(map(str, readers))}"
         elif value:
             options[key] = f"{key}={'true' if value is True else value}"
@@ -42,7 +44,7 @@ def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
         section, _, name = key.partition(".")
         value = values[section][name]
         entries = [entry["reader"] for entry in value] if isinstance(value, list) else [value]
-        functions |= {written: key for written in entries if isinstance(written, str)}
+        functions |= {function: key for function in entries if isinstance(function, str)}
     return functions
 
 
@@ -51,6 +53,6 @@ def code_warnings(values: Mapping[str, Any]) -> list[str]:
     return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]
 
 
-def accepts_facts(written: str | None) -> bool:
+def accepts_facts(name_in_config: str | None) -> bool:
     """Return whether a loss function has an argument `facts`, which gets the `BatchFacts`."""
-    return "facts" in signature(user_function(written, LOSS_FUNCTION)).parameters
+    return "facts" in signature(user_function(name_in_config, LOSS_FUNCTION)).parameters

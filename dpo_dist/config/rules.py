@@ -106,19 +106,21 @@ def without_evaluations(key: str, or_if: Condition = lambda _: False) -> Rule:
 
 
 def reset_unused(
-    config: RunConfig, given: Collection[str], set_by_presets: Iterable[str], rules: Iterable[Rule]
+    config: RunConfig, set_keys: Collection[str], set_by_presets: Iterable[str], rules: Iterable[Rule]
 ) -> RunConfig:
     """Reset an earlier option if a key of the command takes its effect away.
 
-    `given`: keys of the command, which are never reset; `set_by_presets`: keys that its presets set.
+    `set_keys`: keys of the command, which are never reset; `set_by_presets`: keys that its presets set.
     """
     for rule in rules:
         key = re.split("[ !=]", rule.when)[0]
-        yields = not {*given, *set_by_presets}.isdisjoint(rule.yields_to)
-        if yields and key not in given and rule.is_broken(config):
+        yields = not {*set_keys, *set_by_presets}.isdisjoint(rule.yields_to)
+        if yields and key not in set_keys and rule.is_broken(config):
             *sections, name = key.split(".")
-            reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
-            config, given = SCHEMA.validate_python(values), {*given, key}
+            values = asdict(config)
+            reduce(getitem, sections, values)[name] = all_keys()[key].default
+            config = SCHEMA.validate_python(values)
+            set_keys = {*set_keys, key}
     return config
 
 
@@ -195,12 +197,13 @@ def best_direction(metric: str) -> Direction | None:
     if metric.startswith(PREFIX + CUSTOM):
         return Direction.highest
     # A metric may be for one source, bucket of lengths or percentile; `loss/kl` is not a source's `loss`.
-    named = [
+    metric_or_group = f"{metric}/"
+    names = [
         name
         for name in METRICS
-        if f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
+        if metric_or_group.startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
     ]
-    return METRICS[max(named, key=len)].best if named else None
+    return METRICS[max(names, key=len)].best if names else None
 
 
 _JUDGED_METRICS = [PREFIX + name for name in METRICS if METRICS[name].best]
@@ -554,7 +557,8 @@ def needs_of(verb: str) -> list[Rule]:
 
 def resolve_reference(config: RunConfig) -> RunConfig:
     """Replace `auto` of `reference.mode` by `none`, `adapter` or `cached`."""
-    reference, mode = config.reference, ReferenceMode.cached
+    reference = config.reference
+    mode = ReferenceMode.cached
     if reference.mode is not ReferenceMode.auto:
         return config
     if not config.loss.needs_reference:

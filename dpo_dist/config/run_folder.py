@@ -171,7 +171,8 @@ def existing_run(path: Path) -> RunFolder:
         return folder
     beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
     nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)
-    if above := [str(parent) for parent in path.parents if (parent / "config.yaml").is_file()]:
+    above = [str(parent) for parent in path.parents if (parent / "config.yaml").is_file()]
+    if above:
         nearest = above[:1]  # `path` is inside a run: its model, a checkpoint or a page
     raise ConfigError(
         "this is no run directory",
@@ -185,11 +186,11 @@ def existing_run(path: Path) -> RunFolder:
 def no_model_error(run: RunFolder, key: str, remedy: str) -> ConfigError:
     """Return the error for a run directory without a trained model, which `key` names."""
     checkpoints = checkpoint_folders(run.checkpoints)
-    named = f"the checkpoint {checkpoints[0]}" if checkpoints else "another model"
+    alternative = f"the checkpoint {checkpoints[0]}" if checkpoints else "another model"
     return ConfigError(
         "this run directory has no model",
         where=key,
         got=str(run.path),
         expected=f"{run.model}, which a run writes when it completes",
-        remedy=f"{remedy}, or name {named}",
+        remedy=f"{remedy}, or name {alternative}",
     )

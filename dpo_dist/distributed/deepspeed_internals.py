@@ -9,6 +9,7 @@ leaves; tests/unit/distributed/test_zero.py has those that would be lost).
 
 import contextlib
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -116,14 +117,16 @@ def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:
     ranges = []
     for weight in weights:
         if weight._hp_mapping is not None:  # None: no element of it is in this rank's slice
-            master, part = weight._hp_mapping.hp_fragment_address, weight._hp_mapping.lp_fragment_address
+            master = weight._hp_mapping.hp_fragment_address
+            part = weight._hp_mapping.lp_fragment_address
             ranges.append((weight, master.start, part.start, part.numel))
     return ranges
 
 
 def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[Range]:
     """Return the ranges in stage 3, which cuts each weight into equal slices; the last may be padded."""
-    ranges, start = [], 0
+    ranges = []
+    start = 0
     for weight in weights:
         first, length = shard_range(weight, rank)
         if length:
@@ -245,7 +248,7 @@ class LeafGradients:
 
     def drop_lost(self) -> set[nn.Parameter]:
         """Drop the gradients that ZeRO-3 did not reduce, or too early, and return their weights."""
-        weights = [weight for group in self._engine.optimizer.fp16_groups for weight in group]
+        weights = [*itertools.chain(*self._engine.optimizer.fp16_groups)]
         lost = {weight for weight in weights if weight.grad is not None} | self._late
         for weight in lost:
             weight.grad = None

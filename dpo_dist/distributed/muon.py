@@ -24,14 +24,16 @@ def matrices_of(causal_lm: Any) -> set[nn.Parameter]:
     Stacked experts are none, nor are an adapter's matrices on them, which are those of all experts in one.
     """
     tables = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
-    if (output := causal_lm.get_output_embeddings()) is not None:
+    output = causal_lm.get_output_embeddings()
+    if output is not None:
         tables |= set(output.parameters())
     of_experts = numbers_of_experts(causal_lm)
-    return {
-        weight
-        for weight in causal_lm.parameters()
-        if weight.requires_grad and weight.ndim == 2 and weight not in tables and id(weight) not in of_experts
-    }
+    matrices = set()
+    for weight in causal_lm.parameters():
+        is_of_layer = weight not in tables and id(weight) not in of_experts
+        if weight.requires_grad and weight.ndim == 2 and is_of_layer:
+            matrices.add(weight)
+    return matrices
 
 
 class MuonAndAdamW(torch.optim.AdamW):
@@ -64,8 +66,10 @@ class MuonAndAdamW(torch.optim.AdamW):
             state |= {"step": torch.zeros(()), MOMENTUM: torch.zeros_like(flat, requires_grad=False)}
         state["step"] += 1
         assert flat.grad is not None, "DeepSpeed sets the gradient before each step"
-        tensors, ranges = [flat.detach(), flat.grad, state[MOMENTUM]], self.ranges[flat]
-        joined, momenta = _join(tensors, ranges), {}
+        tensors = [flat.detach(), flat.grad, state[MOMENTUM]]
+        ranges = self.ranges[flat]
+        joined = _join(tensors, ranges)
+        momenta = {}
         for weight, start, _, length in ranges:
             parts = joined.get(weight) or [tensor.narrow(0, start, length) for tensor in tensors]
             matrix, matrix.grad, momentum = (part.view(weight.shape) for part in parts)
@@ -75,8 +79,8 @@ class MuonAndAdamW(torch.optim.AdamW):
             muon.state.update(momenta)
             muon.step()
         for weight, start, first, length in ranges:
-            for tensor, whole in zip(tensors, joined.get(weight, ()), strict=False):
-                tensor.narrow(0, start, length).copy_(whole.narrow(0, first, length))
+            for tensor, matrix_values in zip(tensors, joined.get(weight, ()), strict=False):
+                tensor.narrow(0, start, length).copy_(matrix_values.narrow(0, first, length))
 
 
 def _join(tensors: Sequence[Tensor], ranges: "Sequence[Range]") -> dict[nn.Parameter, list[Tensor]]:
@@ -87,9 +91,13 @@ def _join(tensors: Sequence[Tensor], ranges: "Sequence[Range]") -> dict[nn.Param
     """
     # Only matrices that are cut travel, and only to ranks that have parts of them: most of a rank's part are
     # whole matrices, and to gather all of them would take the memory that ZeRO saves.
-    rank, ranks, size = dist.get_rank(), dist.get_world_size(), tensors[0].numel()
+    rank = dist.get_rank()
+    ranks = dist.get_world_size()
+    size = tensors[0].numel()
     cut = [each for each in ranges if each[3] < each[0].numel()]
-    sent, to_send, to_receive = [tensors[0][:0]], [0] * ranks, [0] * ranks
+    sent = [tensors[0][:0]]
+    to_send = [0] * ranks
+    to_receive = [0] * ranks
     shares: list[tuple[nn.Parameter, int]] = []
     for other, (weight, start, first, length) in itertools.product(range(ranks), cut):
         begin = (rank - other) * size + start - first  # of the matrix, from the start of the other's part

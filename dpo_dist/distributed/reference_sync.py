@@ -30,14 +30,17 @@ class ReferenceSync:
         self, reference: FrozenEngine, policy: PolicyEngine, config: SyncReferenceConfig, world: World
     ):
         assert config.every is not None, "a reference without loss.sync_reference.every is never updated"
-        self._every, self._mixup, self._world = config.every, config.mixup, world
+        self._every = config.every
+        self._mixup = config.mixup
+        self._world = world
         self._reference = dict(reference.causal_lm.named_parameters())
         self._policy = dict(policy.causal_lm.named_parameters())
         first, second = (
             {(name, whole_shape(weight)) for name, weight in weights.items()}
             for weights in (self._reference, self._policy)
         )
-        if differing := sorted({name for name, _ in first ^ second}):
+        differing = sorted({name for name, _ in first ^ second})
+        if differing:
             raise ConfigError(
                 "a reference that is updated from the policy needs the policy's weight names and shapes",
                 where="loss.sync_reference, reference.path",
@@ -55,7 +58,8 @@ class ReferenceSync:
         if step % self._every:
             return
         for piece in self._slices():
-            weight, slice_ = self._policy[piece.name], piece.parts[WEIGHT]
+            weight = self._policy[piece.name]
+            slice_ = piece.parts[WEIGHT]
             shard = shard_of(weight)
             of_policy = weight.data.view(-1)[piece.start :] if shard is None else shard.data
             for start in range(0, len(slice_), _CHUNK_ELEMENTS):

@@ -78,7 +78,8 @@ class Engine:
     """A model that scores micro-batches, sharded by DeepSpeed or not."""
 
     def __init__(self, model: PackedCausalLM, engine: Any):
-        self.model, self._engine = model, engine
+        self.model = model
+        self._engine = engine
 
     @property
     def _shards_weights(self) -> bool:
@@ -197,11 +198,12 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     matrices = matrices_of(model.causal_lm) if optim.kind is OptimizerKind.muon else set()
     unmoved = without_gradient(model.causal_lm)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    decayed = [weight for weight in trained if len(whole_shape(weight)) > 1 and weight not in unmoved]
+    undecayed = {weight for weight in trained if len(whole_shape(weight)) <= 1} | unmoved
+    decayed = [weight for weight in trained if weight not in undecayed]
     parts = [
         ([weight for weight in decayed if weight in matrices], optim.weight_decay, True),
         ([weight for weight in decayed if weight not in matrices], optim.weight_decay, False),
-        ([weight for weight in trained if len(whole_shape(weight)) <= 1 or weight in unmoved], 0.0, False),
+        ([weight for weight in trained if weight in undecayed], 0.0, False),
     ]
     groups = [
         {"params": weights, "weight_decay": decay, MATRICES: are_matrices}
@@ -241,9 +243,11 @@ class PolicyEngine(Engine):
         if world.size == 1:
             reduce_in_optimizer_only(engine)
         super().__init__(model, engine)
-        if isinstance(inner := inner_optimizer(engine), MuonAndAdamW):
+        inner = inner_optimizer(engine)
+        if isinstance(inner, MuonAndAdamW):
             inner.ranges = dict(flat_masters(engine, world.rank))
-        self._world, self._current = world, ""
+        self._world = world
+        self._current = ""
         self._leaf_gradients = None
         if self._shards_weights:
             record_gather_orders(engine)

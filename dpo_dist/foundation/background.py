@@ -16,7 +16,8 @@ _END: Any = object()
 @contextlib.contextmanager
 def call_periodically(beat: Callable[[float], None]) -> Iterator[None]:
     """While the block runs, call `beat` every few seconds in a thread, with the seconds since the start."""
-    done, started = threading.Event(), time.monotonic()
+    done = threading.Event()
+    started = time.monotonic()
 
     def run() -> None:
         while not done.wait(_BEAT_SECONDS):
@@ -43,7 +44,10 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
         waiting = deque(pool.submit(next, source, _END) for _ in range(depth))
 
         def take() -> Iterator[T]:
-            while waiting and (item := waiting.popleft().result()) is not _END:
+            while waiting:
+                item = waiting.popleft().result()
+                if item is _END:
+                    return
                 waiting.append(pool.submit(next, source, _END))
                 yield item
 

@@ -43,7 +43,8 @@ LINE_SECONDS = 30.0  # between two progress lines
 _REFRESH_SECONDS = 0.5
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
-_BAR_WIDTH, _LEAST_BAR = 20, 16
+_BAR_WIDTH = 20
+_LEAST_BAR = 16
 _STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its level
 # In a scheduler's log file lines of these kinds begin with date and time; results do not.
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
@@ -59,7 +60,8 @@ class LineScreen:
     ):
         self.seconds = seconds
         self.due: float | None = None  # earliest time of the next progress line; None: now
-        self._print, self._has_times = print_line, has_times
+        self._print = print_line
+        self._has_times = has_times
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print an event or a result: `content` is for programs, `lines` for people."""
@@ -106,7 +108,8 @@ class LiveScreen(LineScreen):
         """Show progress as the live line; the terminal wraps other lines, so that commands can be copied."""
         # The window may have been resized, and rich would ask a standard stream, which may be a file.
         with contextlib.suppress(OSError, ValueError):
-            if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
+            columns = os.get_terminal_size(self._terminal.file.fileno()).columns
+            if columns:
                 self._terminal.width = columns
         if kind == "progress":
             self._update(content, lines[0])
@@ -142,7 +145,8 @@ class LiveScreen(LineScreen):
     def end_progress(self) -> None:
         """Leave the last state of training on the screen; remove the state of other work."""
         super().end_progress()
-        live, self._live = self._live, None
+        live = self._live
+        self._live = None
         if live is not None:
             live.stop()
 
@@ -157,7 +161,9 @@ class NotebookScreen(LineScreen):
         from IPython.display import display  # type: ignore[import-not-found]  # noqa: PLC0415
 
         super().__init__(self._add, _REFRESH_SECONDS)
-        self._lines, self._progress, self._stays = list[str](), "", False
+        self._lines = list[str]()
+        self._progress = ""
+        self._stays = False
         self._output = display({"text/plain": ""}, raw=True, display_id=True)
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
@@ -165,7 +171,8 @@ class NotebookScreen(LineScreen):
         if kind == "progress":
             filled = round(_BAR_WIDTH * (content["share"] or 0))
             bar = "" if content["share"] is None else "█" * filled + "░" * (_BAR_WIDTH - filled) + "  "
-            self._progress, self._stays = bar + printable_lines(lines[0]), content["work"] == TRAINING
+            self._progress = bar + printable_lines(lines[0])
+            self._stays = content["work"] == TRAINING
             self._show()
         else:
             super().print(kind, content, lines)
@@ -173,7 +180,8 @@ class NotebookScreen(LineScreen):
     def end_progress(self) -> None:
         """Keep the last state of training; remove the state of other work."""
         super().end_progress()
-        last, self._progress = self._progress, ""
+        last = self._progress
+        self._progress = ""
         if last and self._stays:
             self._lines.append(last)
         self._show()
@@ -306,7 +314,8 @@ class Console:
             if self._screen is not None and total != 0:
                 self._last_shown = time.monotonic()
                 first = first or (self._last_shown, done)
-                seconds, new = self._last_shown - first[0], done - first[1]
+                seconds = self._last_shown - first[0]
+                new = done - first[1]
                 share = done / total if total else None
                 amount = pluralize(done, unit) if total is None else f"{done:,} of {pluralize(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
@@ -388,7 +397,8 @@ def _move_handlers(streams: tuple[TextIO, TextIO], others: tuple[TextIO, TextIO]
     """Make the handlers of libraries that write to `streams` write to `others`."""
     for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", ()):
-            if (stream := vars(handler).get("stream")) in streams:
+            stream = vars(handler).get("stream")
+            if stream in streams:
                 handler.setStream(others[streams.index(stream)])
 
 
@@ -402,8 +412,11 @@ class _LogFormatter(logging.Formatter):
 @contextlib.contextmanager
 def _logging_to(stream: TextIO) -> Iterator[None]:
     """Log to `stream`, each warning once; restore the caller's logging on exit."""
-    root, warned, seen = logging.getLogger(), logging.getLogger("py.warnings"), set[str]()
-    former, had_warnings = (root.handlers[:], root.level), warnings.showwarning.__module__ == "logging"
+    root = logging.getLogger()
+    warned = logging.getLogger("py.warnings")
+    logged = set[str]()
+    former = (root.handlers[:], root.level)
+    had_warnings = warnings.showwarning.__module__ == "logging"
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
@@ -413,8 +426,8 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
     def is_new(record: logging.LogRecord) -> bool:
         """Return whether a warning was not logged before: some libraries repeat one at every step."""
         message = record.getMessage()
-        is_first = message not in seen
-        seen.add(message)
+        is_first = message not in logged
+        logged.add(message)
         return is_first
 
     warned.addFilter(is_new)

@@ -105,7 +105,10 @@ class DpoDistError(Exception):
     ) -> None:
         super().__init__(message)
         self.lacks = lacks or self.lacks
-        self.message, self.where, self.got, self.expected = message, where, got, with_pages(expected)
+        self.message = message
+        self.where = where
+        self.got = got
+        self.expected = with_pages(expected)
         self.advice = Remedy(remedy) if isinstance(remedy, str) else remedy
         self.is_printed_here: bool | None = None  # by this process; None: the processes have not joined yet
         self.parts: Sequence[DpoDistError] = ()  # the errors that this one joins
@@ -202,8 +205,11 @@ def lack_behind(error: BaseException) -> Lack | None:
 
 def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     """Raise the mistake, or one error with a line for each; do nothing if there are none."""
-    every = [part for mistake in mistakes for part in mistake.parts or (mistake,)]
-    if len(different := {mistake.block(): mistake for mistake in every}) == 1:
+    every: list[DpoDistError] = []
+    for mistake in mistakes:
+        every += mistake.parts or (mistake,)
+    different = {mistake.block(): mistake for mistake in every}
+    if len(different) == 1:
         raise every[0]
     lines = []
     for mistake in different.values():
@@ -213,12 +219,13 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
         is_said = not mistake.expected or mistake.expected in advice.text or advice.write or advice.rename
         expected = "" if is_said else f", expected {mistake.expected}"
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
-    if lines := list(dict.fromkeys(lines)):
-        whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
-        whole.parts = list(different.values())
-        lacks = {part.lacks for part in whole.parts}
-        whole.lacks = lacks.pop() if len(lacks) == 1 else None
-        raise whole
+    lines = list(dict.fromkeys(lines))
+    if lines:
+        error = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        error.parts = list(different.values())
+        lacks = {part.lacks for part in error.parts}
+        error.lacks = lacks.pop() if len(lacks) == 1 else None
+        raise error
 
 
 _LEAST_FILES = 64  # a run of one process opens some 40
@@ -351,11 +358,11 @@ class Arguments(argparse.ArgumentParser):
         options, unknown = parsed
         if not unknown:
             return options
-        typed = unknown[0].partition("=")[0]
-        near = get_close_matches(typed, re.findall(r"--[\w-]+", self.format_help()), 1, _SIMILAR_OPTION)
-        remedy: Remedy | str = self._answers.get(typed) or _EXPLAINED
-        if near and typed not in self._answers:
-            remedy = Remedy.to_rename(typed, near[0])
+        option = unknown[0].partition("=")[0]
+        near = get_close_matches(option, re.findall(r"--[\w-]+", self.format_help()), 1, _SIMILAR_OPTION)
+        remedy: Remedy | str = self._answers.get(option) or _EXPLAINED
+        if near and option not in self._answers:
+            remedy = Remedy.to_rename(option, near[0])
         raise self._refused(f"unrecognized arguments: {' '.join(unknown)}", remedy)
 
     def error(self, message: str) -> NoReturn:
@@ -385,7 +392,8 @@ class ErrorPrinter:
             if kept_document() is not None:
                 keep_document(json.dumps({"error": without_secrets(content)}))
         elif self.is_json:
-            now, stream = datetime.now().astimezone().isoformat(timespec="seconds"), json_stream()
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            stream = json_stream()
             text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
         print_line(text, stream)
 
@@ -438,14 +446,16 @@ def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> N
             words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
         exit_code = errors.print_end(code, words)
     except Exception as bug:  # any exception: the process must not hang at exit
-        if (user_error := disk_error(bug) or package_error(bug)) is not None:
+        user_error = disk_error(bug) or package_error(bug)
+        if user_error is not None:
             exit_code = errors.print_once(user_error)
         else:
             exit_code = ExitCode.failed
             message = {"code": int(exit_code), "title": "bug", "message": first_line(bug)}
             errors.print(traceback.format_exc().rstrip(), message)
     is_done = errors.is_document and errors.rank == 0 and exit_code == ExitCode.completed
-    if document := kept_document() or ('{"kind": "done"}' if is_done else ""):
+    document = kept_document() or ('{"kind": "done"}' if is_done else "")
+    if document:
         print_line(document, json_stream())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 Pydantic checks types and bounds; `Facts` are for help and digest.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -125,7 +126,7 @@ def schemas_in(hint: Any) -> list[type]:
     """Return the schemas in a type: of the entries of a list, of a mapping or null, of each alternative."""
     if isinstance(hint, type) and is_dataclass(hint):
         return [hint]
-    return [schema for part in get_args(hint) for schema in schemas_in(part)]
+    return [*itertools.chain.from_iterable(map(schemas_in, get_args(hint)))]
 
 
 def describe_type(hint: Any) -> str:
@@ -136,9 +137,11 @@ def describe_type(hint: Any) -> str:
         return "a list in brackets: [a,b]"
     if get_origin(hint) is dict:
         return "a mapping"
-    if names := choices(hint):
+    names = choices(hint)
+    if names:
         return "one of " + ", ".join(names)
-    if inner := nested(hint):
+    inner = nested(hint)
+    if inner:
         return "a mapping with " + ", ".join(schema_fields(inner))
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(hint, "any value")
@@ -151,7 +154,7 @@ def choices(hint: Any) -> list[str]:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return [member.value for member in hint]
     if get_origin(hint) in (UnionType, Union):
-        return [name for part in get_args(hint) for name in choices(part)]
+        return [*itertools.chain.from_iterable(map(choices, get_args(hint)))]
     return []
 
 
@@ -169,7 +172,8 @@ def as_written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
-        return short if float(short := f"{value:g}") == value else repr(value)
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
     return str(value) or "''"
 
 
@@ -191,13 +195,15 @@ def plain(value: Any, *, with_defaults: bool = False, with_free: bool = False) -
         return str(value) if isinstance(value, str) else value
     content = {}
     for option, field in schema_fields(value).items():
-        item, facts = getattr(value, option), key_facts(field)
+        item = getattr(value, option)
+        facts = key_facts(field)
         usual = (field.get_default(call_default_factory=True), facts.null_means)
-        if (with_free or not facts.free) and (with_defaults or item not in usual):
-            meant = facts.null_means if item is None else item
-            shown = plain(meant, with_defaults=with_defaults, with_free=with_free)
-            if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
-                content[option] = shown
+        is_wanted = (with_free or not facts.free) and (with_defaults or item not in usual)
+        if is_wanted:
+            effective = facts.null_means if item is None else item
+            plain_item = plain(effective, with_defaults=with_defaults, with_free=with_free)
+            if with_defaults or option != "options" or plain_item:  # {}: the defaults of the kind of loss
+                content[option] = plain_item
     return content
 
 

@@ -231,13 +231,13 @@ def remove_abandoned(folder: Path) -> list[Path]:
         if left is None or (left[1] and not final_name(path).exists()):
             continue
         with contextlib.suppress(OSError):  # locked, or removed by another process
-            changed = max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
+            last_change = max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             finally:
                 os.close(descriptor)
-            if time.time() > changed + _CREATED_SECONDS:
+            if time.time() > last_change + _CREATED_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path)
     return removed
@@ -371,10 +371,10 @@ def locked(
 
 def check_readable(path: Path, where: str, error: type[DpoDistError] = ConfigError) -> None:
     """Raise `error` if this user may not read a file or a folder, or not enter a folder above it."""
-    whole = path.absolute()
-    for each in (*reversed(whole.parents), whole):
+    absolute = path.absolute()
+    for each in (*reversed(absolute.parents), absolute):
         mode = os.X_OK if each.is_dir() else os.R_OK
-        mode |= os.R_OK if each == whole else 0
+        mode |= os.R_OK if each == absolute else 0
         if each.exists() and not os.access(each, mode):
             raise error(
                 f"this user may not read the {'folder' if each.is_dir() else 'file'}",

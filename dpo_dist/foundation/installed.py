@@ -26,9 +26,11 @@ def with_pages(text: str) -> str:
     folder = pages()
     with contextlib.suppress(OSError, ValueError):  # no working directory, or another one
         folder = folder.relative_to(Path.cwd())
-    return _PAGE.sub(
-        lambda found: f"{folder}/{found[1]}" if (pages() / found[1]).is_file() else found[0], text
-    )
+
+    def with_path(match: re.Match[str]) -> str:
+        return f"{folder}/{match[1]}" if (pages() / match[1]).is_file() else match[0]
+
+    return _PAGE.sub(with_path, text)
 
 
 def is_installed(package: str) -> bool:

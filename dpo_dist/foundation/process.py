@@ -43,8 +43,9 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
     value, with which the variable must agree; "": no value of the variable agrees.
     """
     for name, (key, value) in repeated.items():
-        given = environ.get(name, "").lower()
-        if given not in _OFF and not (value and (given == "auto" or _as_number(given) == _as_number(value))):
+        setting = environ.get(name, "").lower()
+        agrees = value and (setting == "auto" or _as_number(setting) == _as_number(value))
+        if setting not in _OFF and not agrees:
             raise ConfigError(
                 "an option of the launcher would have no effect",
                 where="environment: accelerate launch",

@@ -9,13 +9,13 @@ from typing import Self
 COMMAND_LINE = "command line"
 
 
-class Place(str):
+class ErrorPlace(str):
     """Where an error is, with the words of the command that it is about."""
 
     words: tuple[str, ...] = ()
 
 
-class Typed(Place):
+class Typed(ErrorPlace):
     """The place of words of the command: `command line: loss.betta=1`."""
 
     def __new__(cls, *words: str) -> Self:
@@ -25,7 +25,7 @@ class Typed(Place):
         return place
 
 
-class InFile(Place):
+class InFile(ErrorPlace):
     """The place of a key in a file, which no word of the command corrects: `loss.betta in run.yaml`."""
 
     def __new__(cls, key: str, file: object) -> Self:
@@ -33,7 +33,7 @@ class InFile(Place):
         return super().__new__(cls, f"{key} in {file}")
 
 
-class AtRecords(Place):
+class AtRecords(ErrorPlace):
     """The places of records: `pairs.jsonl:3; pairs.jsonl:7`."""
 
     records: tuple[str, ...]
@@ -111,27 +111,29 @@ class Remedy:
         """
         if isinstance(where, InFile):
             return {"write": [], "remove": []}
-        about = where.words if isinstance(where, Place) else ()
+        about = where.words if isinstance(where, ErrorPlace) else ()
         # 1. What the remedy itself says.
         # `optim.lr=0` with `drops`: this word is removed.
-        write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
+        write = [*self.write]
+        remove = [*self.remove, *(about if self.drops else ())]
         typed_keys = [key_of(word) for word in typed]
         for word in self.unset:
-            if (key := key_of(word)) in typed_keys:
+            key = key_of(word)
+            if key in typed_keys:
                 remove.append(key)
             else:
                 write.append(word)
         # `loss.betta=1` becomes loss.beta=1; a name at the key `model.path` changes in this key's word only.
         if self.rename is not None:
             # The key of a mapping, `model.adapter.rank`, is in the word of the mapping.
-            of_key = [word for word in typed if "=" in word and f"{where}.".startswith(f"{key_of(word)}.")]
-            changed = {
-                word: renamed for word in about or of_key or typed if (renamed := self._renamed(word)) != word
-            }
+            words = [word for word in typed if "=" in word]
+            of_key = [word for word in words if f"{where}.".startswith(f"{key_of(word)}.")]
             if about:
-                write = [changed.get(word, word) for word in about]
+                write = [self._renamed(word) for word in about]
             else:  # `./model-a` alone, in no known word: the first word that has the name
-                write, remove = [*changed.values()][:1], [*changed][:1]
+                of_name = [word for word in of_key or typed if self._renamed(word) != word]
+                write = [self._renamed(word) for word in of_name[:1]]
+                remove = of_name[:1]
         # 2. The words that the error is about go, where a written word does not replace them by its key.
         # optim.lr=1e-4 is written for `--lr 1e-4`: both words are removed.
         keys = {key_of(word) for word in write if "=" in word}
@@ -142,10 +144,13 @@ class Remedy:
             remove = [*(word for word in remove if word not in about), " ".join(about)]
         # 3. Other words that would win over the written ones go, too.
         # `model.dtype=fp32 model.dtype=x`: the last word of a key wins, so that only the new one is kept.
-        remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
+        repeated = {key for key in keys if typed_keys.count(key) > 1}
+        remove += [word for word in typed if key_of(word) in repeated]
         # loss=kto is written: `loss.kind` would win over it; loss={beta: 1} is no preset.
         presets = {key_of(word) for word in write if "={" not in word}
-        remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in presets]
+        for group in _CHOSEN_BY:
+            if group in presets:
+                remove += _CHOSEN_BY[group]
         # 4. What goes is named by words that the command has, or by keys.
         # `loss.beta="=0.2"`, typed without quotes, or a word without its secret: removed by its key.
         remove = [
@@ -176,16 +181,19 @@ def joined(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
     for part in parts:
         for word in part["write"]:
             least.setdefault(_chosen(word), set()).add((len(part["write"]), word))
-    known = {key: min(found)[0] for key, found in least.items()}
-    clear = {key for key, found in least.items() if [size for size, _ in found].count(known[key]) == 1}
-    whole: dict[str, list[str]] = {"write": [], "remove": []}
+    best: set[tuple[int, str]] = set()  # that are alone with the fewest words
+    for candidates in least.values():
+        fewest = min(candidates)
+        if [size for size, _ in candidates].count(fewest[0]) == 1:
+            best.add(fewest)
+    write: list[str] = []
+    remove: list[str] = []
     for part in parts:
-        own = [word for word in part["write"] if (len(part["write"]), word) == min(least[_chosen(word)])]
-        own = [word for word in own if _chosen(word) in clear]
-        if own or not part["write"]:
-            whole["write"] += own
-            whole["remove"] += part["remove"]
-    return {name: list(dict.fromkeys(words)) for name, words in whole.items()}
+        words = [word for word in part["write"] if (len(part["write"]), word) in best]
+        if words or not part["write"]:
+            write += words
+            remove += part["remove"]
+    return {"write": list(dict.fromkeys(write)), "remove": list(dict.fromkeys(remove))}
 
 
 def _chosen(word: str) -> str:

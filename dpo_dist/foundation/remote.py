@@ -13,10 +13,12 @@ from dpo_dist.foundation.text import without_secrets
 _WEB = ("http", "https")
 _CLOUD = (*_WEB, "s3", "s3a", "gs", "gcs")
 # Without these a server that accepts a connection and sends nothing would be waited for without an end.
-_CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
+_CONNECT_SECONDS = 10
+_SILENT_SECONDS = 60
 _TRIES = {"s3": 5, "s3a": 5, "gs": 6, "gcs": 6}  # of s3fs and gcsfs, for each request
 _QUERY = re.compile(r"(?<=://)([^\s?#]*)[?#][^\s'\")]+")
-_PASSWORD, _WEB_USER = re.compile("[^/@]*:[^@]*@"), re.compile("[^/@]*(:[^@]*)?@")
+_PASSWORD = re.compile("[^/@]*:[^@]*@")
+_WEB_USER = re.compile("[^/@]*(:[^@]*)?@")
 _HUB_PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/([^/]*).*)?/?"
 )
@@ -46,7 +48,8 @@ def check_url(url: str, where: str) -> None:
     is_web = protocol.lower() in _WEB
     fault = "a user or password" * bool((_WEB_USER if is_web else _PASSWORD).match(rest))
     fault = fault or "a query or fragment" * (is_web and bool(re.search("[?#]", rest)))
-    if fault := fault or "several file systems" * ("::" in url):
+    fault = fault or "several file systems" * ("::" in url)
+    if fault:
         raise ConfigError(
             f"a URL with {fault} cannot be used",
             where=where,
@@ -67,8 +70,8 @@ def check_url(url: str, where: str) -> None:
 
 def name_in_address(address: str) -> tuple[str, str]:
     """Return model or dataset, and branch, of the page on the hub with this address; "" for what it lacks."""
-    found = _HUB_PAGE.fullmatch(address)
-    return (found[1], found[2] or "") if found else ("", "")
+    match = _HUB_PAGE.fullmatch(address)
+    return (match[1], match[2] or "") if match else ("", "")
 
 
 def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
@@ -82,8 +85,8 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
     check_url(url, where or "the URL")
     protocol = url.partition("://")[0].lower()
     try:
-        own = fsspec.config.conf.get(protocol, {})  # of the user's files and environment
-        options = {name: values | own.get(name, {}) for name, values in _limits(protocol).items()}
+        user_settings = fsspec.config.conf.get(protocol, {})  # of the user's files and environment
+        options = {name: values | user_settings.get(name, {}) for name, values in _limits(protocol).items()}
         file_system, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as fault:
         raise ConfigError(
@@ -147,9 +150,11 @@ def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
         cause = (url.startswith(_WEB) and fault.__cause__) or fault
         got = shown_fault(cause)
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
-            what, remedy = "nothing is at the URL", "check the names of the bucket and of the file"
+            what = "nothing is at the URL"
+            remedy = "check the names of the bucket and of the file"
         elif isinstance(cause, PermissionError) or _DENIED.search(got):
-            what, remedy = "access to the URL is denied", "check the credentials of the environment"
+            what = "access to the URL is denied"
+            remedy = "check the credentials of the environment"
         else:
             what = "the URL cannot be reached, or not read to its end"
             remedy = "check the name of the host or bucket, the network and its proxies; then start again"

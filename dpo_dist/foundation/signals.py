@@ -21,8 +21,11 @@ from dpo_dist.foundation.errors import ExitCode, StoppedError
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import awaits_document, output_descriptor
 
-BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
-BY_CALLBACK, BY_FAULT = "a callback", "a fault of the script on rank 0: "
+BY_TRACKER = "the tracker"
+BY_STEPS = "trainer.stop_after_steps"
+BY_SECONDS = "trainer.max_seconds"
+BY_CALLBACK = "a callback"
+BY_FAULT = "a fault of the script on rank 0: "
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Signals within these seconds count as one: Ctrl-C comes from the terminal and again from the launcher.
 _REPEATED_SECONDS = 2.0
@@ -38,8 +41,9 @@ _PR_SET_PDEATHSIG = 1
 
 def stop_signals() -> tuple[signal.Signals, ...]:
     """Return the signals that ask to stop; without SIGHUP if `nohup` ignores it."""
-    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return tuple(number for number in _SIGNALS if number is not signal.SIGHUP)
+    return _SIGNALS
 
 
 exit_callbacks: list[Callable[[int], object]] = []
@@ -52,13 +56,15 @@ class StopRequest:
     def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
         self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
-        self._is_deferred, self._is_urgent = False, False
+        self._is_deferred = False
+        self._is_urgent = False
         self._first_signal = math.inf
         self.reason = ""
 
     def ask(self, reason: str) -> None:
         """Stop as soon as the progress can be saved; thread-safe."""
-        self.reason, self._is_urgent = self.reason or reason, True
+        self.reason = self.reason or reason
+        self._is_urgent = True
 
     def ask_after_step(self, reason: str) -> None:
         """Stop after the step at hand, its rows and its evaluation."""
@@ -106,14 +112,16 @@ class StopRequest:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Keep signals inside the block as requests, which the block's `vote` returns, instead of raising."""
-        before, self._is_deferred = self._is_deferred, True
+        before = self._is_deferred
+        self._is_deferred = True
         try:
             yield
         finally:
             self._is_deferred = before
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        now, is_limit = time.monotonic(), number == signal.SIGALRM
+        now = time.monotonic()
+        is_limit = number == signal.SIGALRM
         if now > self._first_signal + _REPEATED_SECONDS and not is_limit:
             _end_now(128 + number)
         if self._first_signal < math.inf or (is_limit and self.reason):

@@ -19,7 +19,8 @@ class SafeStream:
     """Writes to `stream` until a write fails, with escapes for characters that its encoding lacks."""
 
     def __init__(self, stream: TextIO):
-        self._stream, self.is_open = stream, True
+        self._stream = stream
+        self.is_open = True
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
@@ -132,7 +133,8 @@ def kept_document() -> str | None:
 
 def awaits_document() -> bool:
     """Return whether a program with `--json` has still to print a JSON document."""
-    will_print, has_begun = _document is not None, _reserved is not None
+    will_print = _document is not None
+    has_begun = _reserved is not None
     # `exit_after` begins by reserving output; later on, another process may be the one that prints.
     return will_print or not has_begun
 

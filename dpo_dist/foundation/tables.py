@@ -49,10 +49,12 @@ def map_table(file: Path) -> pa.Table | None:
     its own are its digest.
     """
     try:
-        identity, memo = file_identity(file), file.parent / MEMO_FOLDER
-        whole = pa.memory_map(str(file)).read_buffer()
-        end = max(whole.size - _DIGEST_BYTES, 0)
-        records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
+        identity = file_identity(file)
+        memo = file.parent / MEMO_FOLDER
+        content = pa.memory_map(str(file)).read_buffer()
+        end = max(content.size - _DIGEST_BYTES, 0)
+        records = content.slice(0, end)
+        digest = content.slice(end).to_pybytes().hex()
         if recall(memo, identity) != digest:
             if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
                 return None
@@ -104,9 +106,11 @@ class Columns:
     def __getitem__(self, name: str) -> Array:
         """Map a column that has values. Raises OSError: some of them are missing."""
         dtype, shape = self._kinds[name]
-        file, length = self._folder / name, self._lengths[name]
+        file = self._folder / name
+        length = self._lengths[name]
         expected = length * math.prod(shape) * dtype.itemsize
-        if (size := file.stat().st_size) != expected:
+        size = file.stat().st_size
+        if size != expected:
             raise OSError(f"{file} has {size} bytes in place of the {expected} that were written")
         return np.memmap(file, dtype, mode="r", shape=(length, *shape))
 
@@ -133,15 +137,16 @@ def stored_columns(
 
     They are absent too if the file is damaged, or they were made from something else. Raises OSError.
     """
-    if (found := _mapped(file, made_from)) is None:
+    mapped_columns = _mapped(file, made_from)
+    if mapped_columns is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(file) as folder:
             columns = Columns(folder)
             columns.write(file, {**build(columns), "made_from": made_from})
-        found = _mapped(file, made_from)
-    if found is None:
+        mapped_columns = _mapped(file, made_from)
+    if mapped_columns is None:
         raise OSError(f"{file} changed after it was written")
-    return found
+    return mapped_columns
 
 
 def _mapped(file: Path, made_from: TableFacts) -> tuple[dict[str, Any], TableFacts] | None:

@@ -24,10 +24,11 @@ def pluralize(count: int, noun: str, plural: str = "") -> str:
 
 def first_few(words: Sequence[str], noun: str = "") -> str:
     """Return the first three words and the number of the rest: "a, b, c and 2 more", or "2 pairs"."""
-    named, left = ", ".join(words[:_FEW_WORDS]), len(words) - _FEW_WORDS
+    first = ", ".join(words[:_FEW_WORDS])
+    left = len(words) - _FEW_WORDS
     if left <= 0:
-        return named
-    return f"{named} and {pluralize(left, noun) if noun else f'{left:,} more'}"
+        return first
+    return f"{first} and {pluralize(left, noun) if noun else f'{left:,} more'}"
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -73,23 +74,24 @@ def percent_of(share: float, number: int) -> str:
 
 def duration(seconds: float) -> str:
     """Return "0.4 s", "42 s", "5 min 03 s", "3 h 05 min" or "2 d 04 h"."""
-    whole = max(0, round(seconds))
+    total = max(0, round(seconds))
     if 0 < seconds < 10:
         return f"{seconds:.2g} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    if total < 86400:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 86400} d {total % 86400 // 3600:02d} h"
 
 
 def size(count: float) -> str:
     """Return a number of bytes as 64 B, 0.5 KiB or 12.3 GiB; GiB up to 10,000, as memory is sold."""
     unit = 0
     while abs(count) >= (10_000 if _UNITS[unit] == "GiB" else _KIBI / 10) and unit < len(_UNITS) - 1:
-        count, unit = count / _KIBI, unit + 1
+        count /= _KIBI
+        unit += 1
     return f"{count:,.1f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
 
 
@@ -152,16 +154,20 @@ def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> 
     values of at least 8 characters in environment variables named like `*_KEY`, `*_TOKEN`, `*_PASSWORD`.
     Token counts (`MAX_TOKENS=4096`) and existing paths (`SSH_KEY=/data/key`) are no secrets.
     """
-    secrets = {
-        written
-        for name, text in environment.items()
-        if _SECRET_VARIABLE.search(name.upper())
-        and not (name.upper().endswith("TOKENS") and text.isdecimal())
-        and not _is_path(text)
-        for given in (text, text.strip())  # programs strip the line end of a value from a file
-        if len(given.strip()) >= _SECRET_LENGTH
-        for written in (given, quote(given, safe=""), json.dumps(given)[1:-1], shlex.quote(given).strip("'"))
-    }
+    secrets: set[str] = set()
+    for name, text in environment.items():
+        if not _SECRET_VARIABLE.search(name.upper()) or len(text.strip()) < _SECRET_LENGTH:
+            continue
+        is_count = name.upper().endswith("TOKENS") and text.isdecimal()
+        if is_count or _is_path(text):
+            continue
+        for secret in (text, text.strip()):  # programs strip the line end of a value from a file
+            secrets |= {
+                secret,
+                quote(secret, safe=""),
+                json.dumps(secret)[1:-1],
+                shlex.quote(secret).strip("'"),
+            }
     return _hidden(value, sorted(secrets, key=len, reverse=True))
 
 

@@ -32,10 +32,10 @@ class CheckReport(NamedTuple):
         return "\n".join([self.verdict, *(f"  {line}" for line in [*lines, self.hint] if line)]) + "\n"
 
 
-def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of mappings inside of mappings, with their keys joined by dots."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from dotted_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -32,12 +32,12 @@ class UserFunction:
 
 
 @cache
-def find_function(written: str | None, key: str) -> UserFunction:
+def find_function(name_in_config: str | None, key: str) -> UserFunction:
     """Return the source of a function, `module:function`, without executing it.
 
     `load_run_config` clears the cache, so that every configuration reads the file anew.
     """
-    module, _, name = (written or "").partition(":")
+    module, _, name = (name_in_config or "").partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     importlib.invalidate_caches()
@@ -52,35 +52,36 @@ def find_function(written: str | None, key: str) -> UserFunction:
             f"write the module with dots and without .py, {key}=my_module:my_function; start in its "
             "folder, or add it to PYTHONPATH, on every node"
         )
-        if meant := _meant_function(written or "", key):
-            remedy = Remedy.to_set(f"{key}={meant}")
+        similar = _similar_function(name_in_config or "", key)
+        if similar:
+            remedy = Remedy.to_set(f"{key}={similar}")
         raise ConfigError(
             f"the function of {key} is not found",
             where=key,
-            got=f"{written or 'null'}, searched for in {Path.cwd()} and on Python's path: {error}",
+            got=f"{name_in_config or 'null'}, searched for in {Path.cwd()} and on Python's path: {error}",
             expected="module:function, of a module with a source file",
             remedy=remedy,
         ) from error
     return UserFunction(module, name, file, text_digest(text), text, key)
 
 
-def _meant_function(written: str, key: str) -> str:
+def _similar_function(name_in_config: str, key: str) -> str:
     """Return the function that a path or dots name, if it is there: `src/judge.py:score`, `judge.score`."""
-    path = written if ":" in written else ":".join(written.rsplit(".", 1))
+    path = name_in_config if ":" in name_in_config else ":".join(name_in_config.rsplit(".", 1))
     module, _, name = path.partition(":")
     dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
-    meant = f"{dotted}:{name}"
-    if meant == written:
+    similar = f"{dotted}:{name}"
+    if similar == name_in_config:
         return ""
     with contextlib.suppress(ConfigError):
-        find_function(meant, key)
-        return meant
+        find_function(similar, key)
+        return similar
     return ""
 
 
-def user_function(written: str | None, key: str) -> Callable[..., Any]:
+def user_function(name_in_config: str | None, key: str) -> Callable[..., Any]:
     """Return the function `module:function`; its module is executed once for each version of its text."""
-    return _load(find_function(written, key))
+    return _load(find_function(name_in_config, key))
 
 
 @cache

@@ -70,10 +70,10 @@ def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
     """
     kind = type(model_config)
     text = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
-    names_text = text not in (None, whole) and text.__name__ in (model_config.architectures or ())
+    multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
+    names_text = text not in (None, multimodal) and text.__name__ in (model_config.architectures or ())
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or ())
-    if whole is None or names_text or remote or not kind.__module__.startswith("transformers."):
+    if multimodal is None or names_text or remote or not kind.__module__.startswith("transformers."):
         return AutoModelForCausalLM
     reads_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if reads_images else AutoModelForMultimodalLM
@@ -118,17 +118,19 @@ def check_causal(model_config: Any, key: str = "model.path") -> None:
 def context_length(model_config: Any) -> int | None:
     """Return the tokens of the longest sequence that a model was made for; None: not known."""
     text = model_config.get_text_config()
-    found = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
+    positions = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
 
 
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
     """Check that a model's table of positions is long enough for `max_length`."""
-    text, positions = causal_lm.config.get_text_config(), context_length(causal_lm.config)
+    text = causal_lm.config.get_text_config()
+    positions = context_length(causal_lm.config)
     if positions is None or max_length - 1 <= positions:
         return
     tokens = set(causal_lm.get_input_embeddings().modules())  # with an adapter: the original and its copy
-    tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
+    others = (module for module in causal_lm.modules() if module not in tokens)
+    tables = [module for module in others if isinstance(module, nn.Embedding)]
     has_table = any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables)
     if has_table or text.model_type in _FIXED_POSITIONS:
         raise ConfigError(
@@ -175,7 +177,8 @@ _LOSS_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 def own_coefficient(causal_lm: Any) -> float | None:
     """Return config.json's coefficient of the load-balancing loss, by default 0; None without such a loss."""
     function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
-    text, facts = causal_lm.config.get_text_config(), vars(causal_lm)
+    text = causal_lm.config.get_text_config()
+    facts = vars(causal_lm)
     if text is not causal_lm.config:  # a model of several parts has these options in its text config
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         facts = {name: getattr(text, name, None) for name in names}
@@ -213,9 +216,13 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
 
 def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
     """Return a note on router losses in training; no note for a model without routers."""
-    if config is None or (coefficient := own_coefficient(causal_lm)) is None:
+    if config is None:
         return []
-    if (added := router_loss(config, causal_lm)) is None:
+    coefficient = own_coefficient(causal_lm)
+    if coefficient is None:
+        return []
+    added = router_loss(config, causal_lm)
+    if added is None:
         hint = f" (its own coefficient is {coefficient:g})" if coefficient else ""
         return [
             "mixture of experts: trained without the router's load-balancing loss; "

@@ -23,7 +23,7 @@ from dpo_dist.model.architectures import check_positions, recorded_arrangement
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.attention.ulysses import sharing_error
 from dpo_dist.model.flops import visited_experts
-from dpo_dist.model.layers import layer_values, partly_used_blocks, shared_weights
+from dpo_dist.model.layers import layer_values, partly_used_blocks, shared_weights, weights_of
 from dpo_dist.model.library_internals import attention_name, shards_loading
 from dpo_dist.model.packed import PackedCausalLM, reset_rope
 
@@ -34,31 +34,35 @@ Score = Callable[[PackedBatch], Tensor]
 Agree = Callable[[str], str]
 """Map this rank's fault (empty: none) to the fault of the lowest rank that has one; collective."""
 
+# Tokens of the first and of the last example. Chosen.
 _USUAL_LENGTH = 64
-# The longest sequence that is tried: attention scores of longer ones would slow down the start.
-LONGEST = 1280
 _SHORT_LENGTH = 24
-# Only token ids below this are drawn: higher ones may be untrained.
+# The longest sequence that is tried: attention scores of longer ones would slow down the start. Chosen.
+LONGEST = 1280
+# Only token ids below this are drawn: higher ones may be untrained. Chosen.
 _IDS = 10_000
 # Largest accepted difference of a token's log-prob in float32: rounding of softmax, plus a share of the
-# log-probs' standard deviation.
+# log-probs' standard deviation. Both are chosen.
 _ROUNDING = 2e-5
 _SHARE_OF_SPREAD = 5e-4
-# Largest mean difference of tokens in 16 bits: a share of log-probs' standard deviation, or a multiple of the
-# change that one more rounding of the embeddings makes.
-_SHARE_IN_16_BITS, _NOISE_FACTOR = 0.005, 2.0
-# Rounding sends a few tokens to other experts, which changes them much: one draw can miss them.
+# Largest mean difference of tokens in 16 bits: a share of log-probs' standard deviation (chosen), or a
+# multiple of the change by one more rounding of the embeddings: benchmarks/log.md, 2026-11-22, "The check at
+# start and rounding in 16 bits": rounding is at most 1.25 times this change, a fault 2.2 times or more.
+_SHARE_IN_16_BITS = 0.005
+_NOISE_FACTOR = 2.0
+# Rounding sends a few tokens to other experts, which changes them much: one draw can miss them. Chosen.
 _DRAWS_OF_EXPERTS = 3
 # Largest median change of the first tokens after a response when that response is replaced: a multiple of the
 # change by rounding, or of the change between two forwards of one batch, as some kernels do not repeat
-# results.
-_NEIGHBOUR_FACTOR, _REPEAT_FACTOR = 0.1, 5.0
+# results. All three are chosen.
+_NEIGHBOUR_FACTOR = 0.1
+_REPEAT_FACTOR = 5.0
 _TOKENS_AFTER = 8
 # Largest mean change of tokens in 16 bits when later tokens are replaced, as a share of log-probs' standard
-# deviation: the shapes are equal, so that rounding hardly changes.
+# deviation: the shapes are equal, so that rounding hardly changes. Chosen.
 _FUTURE = 0.02
 # The same with int8 weights: an outlier in one token keeps its column of inputs unrounded for all tokens
-# (arXiv:2208.07339), so that other tokens change the rounding.
+# (arXiv:2208.07339), so that other tokens change the rounding. Chosen.
 _FUTURE_IN_INT8 = 0.1
 
 
@@ -84,8 +88,8 @@ class Rounding:
             with rounded_once_more(causal_lm):
                 again = [score() for _ in range(draws)]
             noise = float(torch.stack([changes(each, logps).mean() for each in again]).mean())
-        known = logps[logps.isfinite()]
-        return logps, cls(is_float32, float(known.std()) if len(known) > 1 else 0.0, noise)
+        finite = logps[logps.isfinite()]
+        return logps, cls(is_float32, float(finite.std()) if len(finite) > 1 else 0.0, noise)
 
     @property
     def largest(self) -> float:
@@ -103,9 +107,9 @@ class Rounding:
         # that only their mean tells rounding from a fault.
         largest, mean = float(differences.max()), float(differences.mean())
         is_rounding = largest <= self.largest if self.is_float32 else mean <= self.mean
-        return (
-            "" if is_rounding else f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
-        )
+        if is_rounding:
+            return ""
+        return f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
 
 
 def changes(logps: Tensor, others: Tensor) -> Tensor:
@@ -147,8 +151,12 @@ class StartCheck:
         agree: Agree = str,
         images: Sequence[ImageInput] = (),
     ):
-        self._model, self._score, self._device, self._max_length = model, score, device, max_length
-        self._key, self._agree = key, agree
+        self._model = model
+        self._score = score
+        self._device = device
+        self._max_length = max_length
+        self._key = key
+        self._agree = agree
         self._kind = str(model.causal_lm.config.model_type)
         self._is_int8 = _is_int8(model)
         self._examples = trial_examples(model.causal_lm, max_length, images)
@@ -169,7 +177,8 @@ class StartCheck:
             "this model is not causal, or its forward is random",
             "choose a causal language model, or remove dropout and noise from the model's own code",
         )
-        model, failures = self._model, []
+        model = self._model
+        failures = []
         for arrangement, own_logits in _candidates(model, self._max_length):
             fault = self._agreed_fault(partial(self._why_inexact, arrangement, own_logits))
             if not fault:
@@ -216,7 +225,8 @@ class StartCheck:
 
     def _refuse_fault(self, work: Callable[[], str], message: str, remedy: str) -> None:
         """Raise a `ConfigError` if `work` returns a fault or fails on some rank; collective."""
-        if fault := self._agreed_fault(work):
+        fault = self._agreed_fault(work)
+        if fault:
             raise ConfigError(message, where=self._key, got=f"{self._kind}, {fault}", remedy=remedy)
 
     def _agreed_fault(self, work: Callable[[], str]) -> str:
@@ -247,9 +257,12 @@ class StartCheck:
         if self._model.images is None:
             return self._scores_as(Arrangement.single, own_logits=True)
         self._model.arrange(Arrangement.single, own_logits=True)
-        rows = [replace(example, responses=(ids,)) for example in self._examples for ids in example.responses]
+        logps = []
         with self._model.images.by_own_forward():
-            return torch.cat([self._scores(_packed([row])) for row in rows])
+            for example in self._examples:
+                for ids in example.responses:
+                    logps.append(self._scores(_packed([replace(example, responses=(ids,))])))
+        return torch.cat(logps)
 
     def _score_plainly(self) -> str:
         """Compute the plain log-probs and their change by rounding; return a fault if one is not finite."""
@@ -267,10 +280,11 @@ class StartCheck:
         first, second = self._plain[-2 * tokens :].view(2, -1)[:, : max(1, tokens // 2)]
         effect = (first - second).abs()
         mean, largest = float(effect.mean()), float(effect.max())
+        share = _FUTURE_IN_INT8 if self._is_int8 else _FUTURE
         if self._rounding.is_float32:
             is_rounding = largest <= self._rounding.largest
         else:
-            is_rounding = mean <= (_FUTURE_IN_INT8 if self._is_int8 else _FUTURE) * self._rounding.spread
+            is_rounding = mean <= share * self._rounding.spread
         return "" if is_rounding else f"a log-prob changes by {largest:.2g} nats with the tokens after it"
 
     def _why_inexact(self, arrangement: Arrangement, own_logits: bool) -> str:
@@ -297,11 +311,13 @@ class StartCheck:
         other = replace(example, responses=(first[::-1].copy(), second))
         # The prompt predicts the second response's first token, so that token is left out.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _TOKENS_AFTER, len(second)))
+
         # The median: rounding may send one token to another expert, which would decide the mean.
-        effect, repeated = (
-            float((self._scores(batch) - self._tried)[near].abs().median())
-            for batch in (_packed([other, *self._examples[1:]]), self._batch)
-        )
+        def median_change(batch: PackedBatch) -> float:
+            return float((self._scores(batch) - self._tried)[near].abs().median())
+
+        effect = median_change(_packed([other, *self._examples[1:]]))
+        repeated = median_change(self._batch)
         allowed = max(_REPEAT_FACTOR * repeated, _NEIGHBOUR_FACTOR * self._rounding.noise)
         if self._is_int8:
             allowed = max(allowed, _FUTURE_IN_INT8 * self._rounding.spread)
@@ -317,14 +333,15 @@ class StartCheck:
 
     def _sometimes_used(self) -> str:
         """Return the names of weights that only a long or only a short sequence uses; empty if none."""
-        causal_lm, long = self._model.causal_lm, self._examples[0]
+        causal_lm = self._model.causal_lm
+        long = self._examples[0]
         short = Example(long.prompt_ids[:2], (long.responses[0][:1],))
         differing = self._used(_packed([long])) ^ self._used(_packed([short]))
         for example in self._examples:  # a rank without an image encodes a dummy
             if example.images:
                 dummy = _packed([short], example.images[0])
                 differing |= self._used(_packed([example])) ^ self._used(dummy)
-        joined = {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
+        joined = weights_of(partly_used_blocks(causal_lm))
         if shards_loading():  # ZeRO-3 cannot gather and reduce a block at once if others share its weights
             joined -= shared_weights(causal_lm)
         differing -= joined
@@ -335,7 +352,9 @@ class StartCheck:
         # Read off the graph: a backward would need memory for all gradients.
         with torch.enable_grad():
             logps = self._score(batch.to(self._device))
-        seen, used, waiting = set(), set(), [logps.grad_fn]
+        seen = set()
+        used = set()
+        waiting = [logps.grad_fn]
         while waiting:
             node = waiting.pop()
             if node is not None and node not in seen:
@@ -378,11 +397,12 @@ def trial_examples(causal_lm: Any, max_length: int, images: Sequence[ImageInput]
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
     limits += (getattr(config, "compress_rates", None) or {}).values()  # tokens in one compressed key
-    tried = [limit * 5 // 4 for limit in limits if isinstance(limit, int) and limit * 5 // 4 <= LONGEST]
-    length = max(4, min(max_length, max([_USUAL_LENGTH, *tried])))
+    beyond = [limit * 5 // 4 for limit in limits if isinstance(limit, int)]
+    longest = max(length for length in (_USUAL_LENGTH, *beyond) if length <= LONGEST)
+    length = max(4, min(max_length, longest))
     short = min(length, _SHORT_LENGTH)
-    named = _named_ids(causal_lm.config) | _named_ids(config)
-    vocabulary = [id_ for id_ in range(min(config.vocab_size, _IDS)) if id_ not in named]
+    special_ids = _named_ids(causal_lm.config) | _named_ids(config)
+    vocabulary = [id_ for id_ in range(min(config.vocab_size, _IDS)) if id_ not in special_ids]
     generator = np.random.default_rng(0)
 
     def ids(count: int) -> TokenIds:
@@ -393,10 +413,14 @@ def trial_examples(causal_lm: Any, max_length: int, images: Sequence[ImageInput]
     ends = (np.concatenate((same, ids(short // 2 - len(same)))) for _ in range(2))
     text = Example(ids(short - short // 2), tuple(ends))
 
-    def with_images(used: Sequence[ImageInput], *responses: int) -> Example:
+    def with_images(shown_images: Sequence[ImageInput], *responses: int) -> Example:
         token = causal_lm.config.image_token_id
-        shown = [part for image in used for part in (np.full(image.tokens, token, np.int32), ids(4))]
-        return Example(np.concatenate((ids(3), *shown)), tuple(map(ids, responses)), images=tuple(used))
+        prompt_parts = []
+        for image in shown_images:
+            prompt_parts += [np.full(image.tokens, token, np.int32), ids(4)]
+        return Example(
+            np.concatenate((ids(3), *prompt_parts)), tuple(map(ids, responses)), images=tuple(shown_images)
+        )
 
     if not images:
         return [long, text]
@@ -405,9 +429,12 @@ def trial_examples(causal_lm: Any, max_length: int, images: Sequence[ImageInput]
 
 def _named_ids(config: Any) -> set[int]:
     """Return the token ids in a configuration's options, alone or in lists."""
-    values = [value for name, value in vars(config).items() if name.endswith(("_id", "_ids", "_index"))]
-    ids = [id_ for value in values for id_ in (value if isinstance(value, list | tuple) else [value])]
-    return {id_ for id_ in ids if isinstance(id_, int)}
+    ids: set[int] = set()
+    for name, value in vars(config).items():
+        if name.endswith(("_id", "_ids", "_index")):
+            entries = value if isinstance(value, list | tuple) else [value]
+            ids |= {entry for entry in entries if isinstance(entry, int)}
+    return ids
 
 
 def _branches(examples: Sequence[Example]) -> Iterator[Example]:
@@ -416,7 +443,8 @@ def _branches(examples: Sequence[Example]) -> Iterator[Example]:
     yield Example(long.prompt_ids[: 1 + len(long.prompt_ids) * 2 // 3], (long.responses[0][::-1],))
     for example in examples:
         if len(example.images) > 1:
-            image, prompt = example.images[0], example.prompt_ids
+            image = example.images[0]
+            prompt = example.prompt_ids
             after = np.flatnonzero(prompt == image.placeholder_id)[image.tokens - 1] + 1
             yield Example(prompt[: after + 2], example.responses[:1], images=(image,))
 
@@ -478,15 +506,16 @@ def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="call model.eval(): dropout makes log-probs random; for a PeftModel pass get_base_model()",
         )
-    head, attention = model.get_output_embeddings(), attention_name(model)
+    head = model.get_output_embeddings()
+    attention = attention_name(model)
     facts = next(model.parameters()).dtype, model.device, attention
     dtype = Dtype.fp32 if facts[0] == torch.float32 else Dtype.bf16
     backend = choose_backend(AttentionBackend.auto, dtype, model.device)
-    known = _CHECK_RESULTS.get(model)
+    result = _CHECK_RESULTS.get(model)
     try:
         packed = PackedCausalLM(model, backend, arrangement=Arrangement.padded).eval()
-        if known is not None and known.facts == facts and longest <= known.longest:
-            packed.arrange(known.arrangement, own_logits=known.own_logits)
+        if result is not None and result.facts == facts and longest <= result.longest:
+            packed.arrange(result.arrangement, own_logits=result.own_logits)
         else:
             StartCheck(packed, packed, model.device, longest, "model").choose_arrangement()
             _CHECK_RESULTS[model] = _CheckResult(facts, longest, packed.arrangement, packed.own_logits)

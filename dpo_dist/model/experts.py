@@ -60,13 +60,14 @@ def choose_products(causal_lm: Any, device: torch.device, dtype: torch.dtype) ->
 
         def in_loop(hidden: Tensor, weight: Tensor, has_inputs_first: bool = has_inputs_first) -> Tensor:
             parts = zip(torch.split(hidden, _TRIAL_GROUPS), weight, strict=True)
-            return torch.cat([part @ (own if has_inputs_first else own.mT) for part, own in parts])
+            return torch.cat([part @ (expert if has_inputs_first else expert.mT) for part, expert in parts])
 
         def at_once(hidden: Tensor, weight: Tensor, has_inputs_first: bool = has_inputs_first) -> Tensor:
             weight = weight if has_inputs_first else weight.mT
             return torch.nn.functional.grouped_mm(hidden, weight, offs=ends)
 
-        if fault := kernel_fault(in_loop, at_once, inputs, dtype):
+        fault = kernel_fault(in_loop, at_once, inputs, dtype)
+        if fault:
             log.warning(
                 "experts are computed in a loop: PyTorch's grouped_mm fails on this device: %s", fault
             )
@@ -138,10 +139,11 @@ def packings(
 
     In 4 bits, those of the names in `mxfp4` stay as they are in their files: NF4 has other numbers.
     """
-    found, stacks = dict[str, Packing | Mxfp4](), packable(causal_lm)
+    by_name = dict[str, Packing | Mxfp4]()
+    stacks = packable(causal_lm)
     for name, weight in stacks.items():
         if name in mxfp4 and kind is Quantization.nf4:
-            found[name] = Mxfp4(dtype, weight.shape)
+            by_name[name] = Mxfp4(dtype, weight.shape)
             continue
         module = name.rpartition(".")[0]
         has_inputs_first = getattr(causal_lm.get_submodule(module), "is_transposed", None)
@@ -149,8 +151,8 @@ def packings(
             shapes = [one.shape for other, one in stacks.items() if other.startswith(f"{module}.")]
             first, last = shapes[0], shapes[-1]
             has_inputs_first = first[1] == last[2] and first[2] != last[1]
-        found[name] = Packing(kind, dtype, weight.shape, has_inputs_first)
-    return found
+        by_name[name] = Packing(kind, dtype, weight.shape, has_inputs_first)
+    return by_name
 
 
 def packable(causal_lm: Any) -> dict[str, nn.Parameter]:
@@ -162,28 +164,37 @@ def packable(causal_lm: Any) -> dict[str, nn.Parameter]:
 def unpackable(causal_lm: Any) -> list[nn.Parameter]:
     """Return the experts' matrices that are neither linear layers nor can be packed."""
     packed = packable(causal_lm)
-    return [
-        weight
-        for name, module in causal_lm.named_modules()
-        if ".experts" in name and not isinstance(module, nn.Linear)
-        for own, weight in module.named_parameters(recurse=False)
-        if weight.dim() > 1 and "bias" not in own and f"{name}.{own}" not in packed
-    ]
+    others = []
+    for module_name, module in causal_lm.named_modules():
+        if ".experts" not in module_name or isinstance(module, nn.Linear):
+            continue
+        for name, weight in module.named_parameters(prefix=module_name, recurse=False):
+            is_matrix = weight.dim() > 1 and "bias" not in name.rpartition(".")[2]
+            if is_matrix and name not in packed:
+                others.append(weight)
+    return others
+
+
+def _layers_by_module(causal_lm: Any) -> dict[nn.Module, nn.Module]:
+    """Return the decoder layer of each module in one."""
+    layers: dict[nn.Module, nn.Module] = {}
+    for layer in decoder_layers(causal_lm):
+        layers |= dict.fromkeys(layer.modules(), layer)
+    return layers
 
 
 def compute_packed(causal_lm: Any, packed: Mapping[str, Packing | Mxfp4]) -> None:
     """Make modules whose weights are packed compute with the weights that these stand for."""
-    layers = {module: layer for layer in decoder_layers(causal_lm) for module in layer.modules()}
-    for name, module in list(causal_lm.named_modules()):
-        own = {
-            weight: packed[full]
-            for weight, _ in module.named_parameters(recurse=False)
-            if (full := f"{name}.{weight}") in packed
-        }
-        if own:
-            for weight, packing in own.items():
+    layers = _layers_by_module(causal_lm)
+    for module_name, module in list(causal_lm.named_modules()):
+        packings_here = {}
+        for weight, _ in module.named_parameters(recurse=False):
+            packing = packed.get(f"{module_name}.{weight}")
+            if packing is not None:
+                packings_here[weight] = packing
                 describe_whole(getattr(module, weight), packing.shape)
-            module.packings = own
+        if packings_here:
+            module.packings = packings_here
             unpack = partial(_unpacked, module)
             module.forward = partial(_forward, Block(module, module.forward), unpack, layers.get(module))
 
@@ -196,7 +207,7 @@ def compute_adapted(causal_lm: Any) -> None:
     """
     from peft.tuners.lora import ParamWrapper  # noqa: PLC0415  (slow, see lora.py)
 
-    layers = {module: layer for layer in decoder_layers(causal_lm) for module in layer.modules()}
+    layers = _layers_by_module(causal_lm)
     inside = set[nn.Module]()
     for module in causal_lm.modules():
         if not isinstance(module, ParamWrapper) or module in inside:

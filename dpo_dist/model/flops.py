@@ -1,5 +1,6 @@
 """FLOPs of a training step, compute costs of micro-batches, and peak FLOP/s of a device."""
 
+import itertools
 import time
 from dataclasses import dataclass
 from statistics import fmean
@@ -91,11 +92,14 @@ def step_flops(causal_lm: Any) -> StepFlops:
     have no gradient; modules that an adapter trains in full replace the original ones. Norms, rotations,
     softmax and the states of recurrent layers are not counted.
     """
-    text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
+    text = causal_lm.config.get_text_config()
+    output = causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    experts, visited = numbers_of_experts(causal_lm), visited_experts(text)
-    per_token, forward = 0.0, 0.0
+    experts = numbers_of_experts(causal_lm)
+    visited = visited_experts(text)
+    per_token = 0.0
+    forward = 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
         is_unused = not weight.requires_grad and any(part in name for part in _UNUSED_WEIGHTS)
@@ -129,10 +133,13 @@ def _per_image_token(causal_lm: Any) -> tuple[float, float]:
     A tower computes several patches for each placeholder, a projector one token. Frozen weights with no
     trained ones before them have a forward only.
     """
-    in_projectors, of_images = projector_weights(causal_lm), image_weights(causal_lm)
+    in_projectors = projector_weights(causal_lm)
+    of_images = image_weights(causal_lm)
     patches = patches_per_token(causal_lm.config) if of_images else 0.0
     multiplied = {module.weight for module in causal_lm.modules() if isinstance(module, _PRODUCTS)}
-    step, forward, is_reached = 0.0, 0.0, False
+    step = 0.0
+    forward = 0.0
+    is_reached = False
     for weights, times in ((of_images - in_projectors, patches), (in_projectors, 1.0)):
         is_reached = is_reached or any(weight.requires_grad for weight in weights)
         for weight in weights & multiplied:
@@ -147,7 +154,8 @@ def patches_per_token(model_config: Any) -> float:
     tokens = getattr(model_config, "mm_tokens_per_image", None)
     if tokens is not None:  # Gemma 3 pools the patches of an image of one size
         return float((vision.image_size // vision.patch_size) ** 2 / tokens)
-    sides = [getattr(part, name, None) for part in (model_config, vision) for name in _PATCHES_ON_A_SIDE]
+    parts = itertools.product((model_config, vision), _PATCHES_ON_A_SIDE)
+    sides = [getattr(part, name, None) for part, name in parts]
     ratio = getattr(model_config, "downsample_ratio", None)  # InternVL's is 0.5 for two patches on a side
     return float(next(filter(None, sides), 1 / ratio if ratio else 1)) ** 2
 
@@ -163,8 +171,8 @@ def recomputed_share(model: ModelConfig) -> float:
 
 def visited_experts(text: Any) -> int:
     """Return how many experts a token visits, the most of any layer; 0 without experts."""
-    counts = (count for name in _EXPERTS_PER_TOKEN for count in layer_values(text, name))
-    return max(filter(None, counts), default=0)
+    counts = [layer_values(text, name) for name in _EXPERTS_PER_TOKEN]
+    return max(filter(None, itertools.chain(*counts)), default=0)
 
 
 def stacked_experts(causal_lm: Any) -> dict[str, nn.Parameter]:
@@ -172,23 +180,23 @@ def stacked_experts(causal_lm: Any) -> dict[str, nn.Parameter]:
     if not visited_experts(causal_lm.config.get_text_config()):
         return {}
     of_text = set(text_part(causal_lm).modules())
-    return {
-        f"{name}.{own}": weight
-        for name, module in causal_lm.named_modules()
-        if module in of_text and not isinstance(module, nn.Conv1d)
-        for own, weight in module.named_parameters(recurse=False)
-        if len(whole_shape(weight)) == 3
-    }
+    stacks = {}
+    for module_name, module in causal_lm.named_modules():
+        if module in of_text and not isinstance(module, nn.Conv1d):
+            for name, weight in module.named_parameters(prefix=module_name, recurse=False):
+                if len(whole_shape(weight)) == 3:
+                    stacks[name] = weight
+    return stacks
 
 
 def numbers_of_experts(causal_lm: Any) -> dict[int, int]:
     """Return of how many experts each weight is, also of an adapter's matrices on stacks, by its id."""
-    found = {id(weight): whole_shape(weight)[0] for weight in stacked_experts(causal_lm).values()}
+    numbers = {id(weight): whole_shape(weight)[0] for weight in stacked_experts(causal_lm).values()}
     for module in causal_lm.modules():
         if hasattr(module, "parameter_name"):  # peft's wrapper of a stack
             matrices = (*module.lora_A.parameters(), *module.lora_B.parameters())
-            found |= {id(matrix): module.num_experts for matrix in matrices}
-    return found
+            numbers |= {id(matrix): module.num_experts for matrix in matrices}
+    return numbers
 
 
 def _per_weight(weight: Tensor) -> int:
@@ -208,7 +216,8 @@ def compute_costs(
     With `prefixes`, tokens with which several responses begin are computed once where that saves time by this
     `backend` of attention on this `device`; None: not known.
     """
-    kept, copied = _KEPT_NUMBERS * flops.hidden_numbers, float(flops.key_numbers)
+    kept_numbers = _KEPT_NUMBERS * flops.hidden_numbers
+    copied = float(flops.key_numbers)
     is_masked = backend is AttentionBackend.sdpa
     # On CUDA masked SDPA repeats keys and values for each query head. This counts as memory only: in float32
     # a row that shares nothing repeats them, too, and in 16 bits it takes about 11 / hidden size of a token
@@ -221,7 +230,7 @@ def compute_costs(
         image=flops.per_image_token / flops.per_token,
         beyond_prompts=prefixes,
         copy=_GATHER_FLOPS * flops.key_numbers / flops.per_token,
-        copy_memory=copied / kept if kept else 0.0,
+        copy_memory=copied / kept_numbers if kept_numbers else 0.0,
         is_masked=is_masked,
         per_segment=_RECURRENT_SEGMENT if flops.is_recurrent else ComputeCosts.per_segment,
     )

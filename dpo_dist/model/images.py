@@ -1,6 +1,7 @@
 """Images in a forward: encoded once, placed among the tokens, with their own positions and attention."""
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,7 +65,8 @@ class ImageReader:
         Images are encoded before the text part, so that ZeRO-3 gathers weights in one order on all ranks,
         including those that encode a dummy.
         """
-        if (images := batch.images) is None:
+        images = batch.images
+        if images is None:
             return None
         inputs = self._converted(images.inputs, batch.input_ids.device)
         features = self._owner.get_image_features(**inputs, return_dict=True)
@@ -140,12 +142,14 @@ class EncodedImages:
         """Return the inputs of the packed sequence."""
         order: list[int] = []
         for row, shared, _ in self.segments:
-            before, images = self._prompts[row][:shared], self._row_orders[row]
+            before = self._prompts[row][:shared]
+            images = self._row_orders[row]
             ends = np.cumsum([self.images.tokens[number] for number in images])
             first = np.searchsorted(ends, np.count_nonzero(before == self.reader.token), side="right")
             order += images[int(first) :]
         inputs = self._features(order)
-        if inputs and (positions := self._row_positions) is not None:
+        positions = self._row_positions if inputs else None
+        if positions is not None:
             own = torch.cat([positions[row][shared:] for row, shared, _ in self.segments])
             inputs["position_ids"] = copy_to_device(device, own.T.numpy())[:, None]
         return inputs
@@ -155,7 +159,7 @@ class EncodedImages:
         if self.images.is_dummy:
             return {}
         rows = slice(first, first + len(input_ids))
-        inputs = self._features([number for order in self._row_orders[rows] for number in order])
+        inputs = self._features([*itertools.chain.from_iterable(self._row_orders[rows])])
         if self._row_positions is not None:
             padded = pad_sequence(self._row_positions[rows], batch_first=True).permute(2, 0, 1)
             inputs["position_ids"] = copy_to_device(input_ids.device, padded.numpy())
@@ -183,8 +187,10 @@ class EncodedImages:
         return self._of_responses(self.images.order)
 
     def _of_responses(self, of_examples: Sequence[T]) -> list[T]:
-        pairs = zip(of_examples, self.layout, strict=True)
-        return [value for value, (_, *responses) in pairs for _ in responses]
+        values: list[T] = []
+        for value, (_, *responses) in zip(of_examples, self.layout, strict=True):
+            values += [value] * len(responses)
+        return values
 
     @cached_property
     def _row_positions(self) -> list[Tensor] | None:
@@ -192,7 +198,7 @@ class EncodedImages:
 
         A response goes on after the largest position of its prompt, on all axes.
         """
-        found = []
+        of_rows = []
         for prompt, order, (_, *responses) in zip(
             self.images.prompts, self.images.order, self.layout, strict=True
         ):
@@ -203,15 +209,16 @@ class EncodedImages:
             after = positions.max() + 1
             for tokens in responses:
                 further = np.tile(np.arange(after, after + tokens), (len(positions), 1))
-                found.append(torch.from_numpy(np.concatenate((positions, further), axis=1).T))
-        return found
+                of_rows.append(torch.from_numpy(np.concatenate((positions, further), axis=1).T))
+        return of_rows
 
     def _features(self, order: Sequence[int]) -> dict[str, Any]:
         """Return the input that gives the placeholders, from first to last, the features of these images."""
         if not order:
             return {}
         placed = {"pooler_output": self._placed(self.features.pooler_output, order)}
-        if (layers := getattr(self.features, "deepstack_features", None)) is not None:
+        layers = getattr(self.features, "deepstack_features", None)
+        if layers is not None:
             placed["deepstack_features"] = [self._placed(layer, order) for layer in layers]
         return {"mm_encoder_outputs": {"image": replace(self.features, **placed)}}
 

@@ -30,7 +30,8 @@ def kernel_fault(
 
     Both map the inputs, by their names, to an output; `plain` gets them in float32, rounded to `dtype` first.
     """
-    rounded, results = {name: tensor.to(dtype) for name, tensor in inputs.items()}, []
+    rounded = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    results = []
     try:
         for function, precision in ((plain, torch.float32), (kernel, dtype)):
             leaves = {
@@ -48,8 +49,8 @@ def kernel_fault(
     except Exception as error:  # a kernel can raise anything
         return first_line(error)
     names = ("output", *(f"gradient of the {name}" for name in inputs))
-    for name, wanted, got in zip(names, *results, strict=True):
-        difference = float((got - wanted).abs().max() / wanted.abs().max())
+    for name, expected, got in zip(names, *results, strict=True):
+        difference = float((got - expected).abs().max() / expected.abs().max())
         if not difference < _TOLERANCE:
             return f"its {name} differs from plain PyTorch's by {difference:.2g}"
     return ""

@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -68,14 +68,19 @@ def text_part(causal_lm: Any) -> Any:
     return causal_lm if config.get_text_config() is config else causal_lm.get_decoder()
 
 
+def weights_of(modules: Iterable[nn.Module], *, recurse: bool = True) -> set[nn.Parameter]:
+    """Return the weights of several modules, without `recurse` not those of modules inside them."""
+    return set(itertools.chain.from_iterable(module.parameters(recurse) for module in modules))
+
+
 def other_weights(causal_lm: Any) -> set[nn.Parameter]:
     """Return the weights that text does not use, such as a vision tower's; they get no gradient."""
     unreached = [module for module in causal_lm.modules() if type(module).__name__ in _NON_TEXT_CLASSES]
-    others = {weight for module in unreached for weight in module.parameters()}
-    if (text := text_part(causal_lm)) is causal_lm:
-        return others
-    used = (text, causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
-    return others | (set(causal_lm.parameters()) - {w for module in used for w in module.parameters()})
+    text = text_part(causal_lm)
+    if text is causal_lm:
+        return weights_of(unreached)
+    of_text = (text, causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    return weights_of(unreached) | (set(causal_lm.parameters()) - weights_of(of_text))
 
 
 def check_reads_images(causal_lm: Any, key: str) -> None:
@@ -84,7 +89,8 @@ def check_reads_images(causal_lm: Any, key: str) -> None:
     if has_token and "mm_encoder_outputs" in inspect.signature(causal_lm.forward).parameters:
         return
     reason = "it reads only text"
-    if others := other_weights(causal_lm):
+    others = other_weights(causal_lm)
+    if others:
         reason = f"its text model attends to images in layers of its own ({len(others)} weights), or has "
         reason += "no part for them"
     raise ConfigError(
@@ -108,19 +114,23 @@ def image_parts(causal_lm: Any) -> dict[str, nn.Module]:
     """Return the vision towers and projectors that a model has in memory, by name."""
     if text_part(causal_lm) is causal_lm:
         return {}
-    others, depth = other_weights(causal_lm), int(causal_lm.base_model is not causal_lm)
-    return {
-        name: module
-        for name, module in causal_lm.named_modules()
-        if name.count(".") <= depth and "audio" not in name
-        if (weights := set(module.parameters())) and weights <= others
-    }
+    others = other_weights(causal_lm)
+    depth = int(causal_lm.base_model is not causal_lm)
+    parts = {}
+    for name, module in causal_lm.named_modules():
+        if name.count(".") <= depth and "audio" not in name:
+            weights = set(module.parameters())
+            if weights and weights <= others:
+                parts[name] = module
+    return parts
 
 
 def image_modules(causal_lm: Any) -> dict[str, nn.Module]:
     """Return `image_parts` and all modules inside them, by name."""
-    parts = image_parts(causal_lm).items()
-    return {name: module for part, whole in parts for name, module in whole.named_modules(prefix=part)}
+    modules: dict[str, nn.Module] = {}
+    for name, part in image_parts(causal_lm).items():
+        modules |= part.named_modules(prefix=name)
+    return modules
 
 
 def image_weights(causal_lm: Any) -> set[nn.Parameter]:
@@ -128,11 +138,14 @@ def image_weights(causal_lm: Any) -> set[nn.Parameter]:
 
     They are in `image_parts` or beside them, such as what LLaVA puts between lines.
     """
-    if not (modules := image_modules(causal_lm)):
+    modules = image_modules(causal_lm)
+    if not modules:
         return set()
-    beside = {*causal_lm.base_model.parameters(recurse=False)} & other_weights(causal_lm)
-    inside = {weight for module in modules.values() for weight in module.parameters(recurse=False)}
-    return beside | inside - {w for name in modules for w in _unread(causal_lm.config, name, modules[name])}
+    beside = weights_of([causal_lm.base_model], recurse=False) & other_weights(causal_lm)
+    inside = weights_of(modules.values(), recurse=False)
+    for name, module in modules.items():
+        inside.difference_update(_unread(causal_lm.config, name, module))
+    return beside | inside
 
 
 def projector_weights(causal_lm: Any) -> set[nn.Parameter]:
@@ -141,16 +154,16 @@ def projector_weights(causal_lm: Any) -> set[nn.Parameter]:
     projectors = [module for name, module in modules.items() if name.rpartition(".")[2] in _PROJECTORS]
     if not projectors:
         return set()
-    in_towers = {weight for module in modules.values() for weight in module.parameters(recurse=False)}
-    in_projectors = {weight for module in projectors for weight in module.parameters()}
-    return image_weights(causal_lm) - in_towers | in_projectors
+    in_parts = weights_of(modules.values(), recurse=False)
+    return image_weights(causal_lm) - in_parts | weights_of(projectors)
 
 
 def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Parameter]:
     """Return the weights that `model.images.train` names."""
     if train is not TrainedImageParts.projector:
         return image_weights(causal_lm) if train is TrainedImageParts.tower else set()
-    if not (weights := projector_weights(causal_lm)):
+    weights = projector_weights(causal_lm)
+    if not weights:
         raise ConfigError(
             "this model has no projector of a known name",
             where="model.images.train",
@@ -186,28 +199,33 @@ def keep_text(causal_lm: Any, images: ImagesConfig | None = None, *, drops: bool
         weight.requires_grad_(False)
     if not drops or text_part(causal_lm) is causal_lm:
         return
-    kept = set() if images is None else {*image_parts(causal_lm).values()}
+    parts_to_keep = set() if images is None else {*image_parts(causal_lm).values()}
     for parent in (causal_lm, causal_lm.base_model):
         for name, child in list(parent.named_children()):
             weights = set(child.parameters())
-            if weights and weights <= others and child not in kept:
+            if weights and weights <= others and child not in parts_to_keep:
                 setattr(parent, name, None)
 
 
 def text_notes(causal_lm: Any) -> list[str]:
     """Return lines that name the parts that `keep_text` dropped, and those for images that it kept."""
-    parts, notes = {causal_lm, causal_lm.base_model}, list[str]()
-    dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
-    if kept := image_parts(causal_lm):
+    parts = {causal_lm, causal_lm.base_model}
+    notes = list[str]()
+    dropped = []
+    for part in parts:
+        dropped += [name for name, child in part._modules.items() if child is None]
+    of_images = image_parts(causal_lm)
+    if of_images:
         weights = image_weights(causal_lm)
-        number, total = sum(w.numel() for w in weights if w.requires_grad), sum(map(torch.numel, weights))
-        names = ", ".join(sorted(name.rpartition(".")[2] for name in kept))
+        number = sum(w.numel() for w in weights if w.requires_grad)
+        total = sum(map(torch.numel, weights))
+        names = ", ".join(sorted(name.rpartition(".")[2] for name in of_images))
         notes.append(f"images are read by {names}: {number:,} of {total:,} weights are trained")
     if dropped:
         note = "the model also reads images or sounds: only its text part is scored or trained; "
-        note = "the model also reads sounds, which the data do not have; " if kept else note
+        note = "the model also reads sounds, which the data do not have; " if of_images else note
         note += "the other parts are not in memory, and the result has them as in the model's files"
-        notes.append(f"{note}: {', '.join(dropped)}")
+        notes.append(f"{note}: {', '.join(sorted(dropped))}")
     return notes
 
 
@@ -219,8 +237,7 @@ def without_gradient(causal_lm: Any) -> set[nn.Parameter]:
     trained = {weight for weight in image_weights(causal_lm) if weight.requires_grad}
     # These choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
     indexers = [module for name, module in causal_lm.named_modules() if name.rpartition(".")[2] == "indexer"]
-    unmoved = {weight for module in indexers for weight in module.parameters()}
-    return unmoved | (other_weights(causal_lm) - trained)
+    return weights_of(indexers) | (other_weights(causal_lm) - trained)
 
 
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
@@ -264,10 +281,11 @@ def _suits_liger(config: ModelConfig, text: Any, device: torch.device) -> bool:
 def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
     """Check that the model's options can run on `device`; `text` is the configuration of its text part."""
     check_precision(config.dtype, device)
-    on_cuda, faults = device.type == "cuda", list[tuple[str, str, str, Lack | None]]()
+    on_cuda = device.type == "cuda"
+    faults = list[tuple[str, str, str, Lack | None]]()
     if config.fused is FusedLayers.liger and not _suits_liger(config, text, device):
-        known = ", ".join(sorted(EXACT_WITH_LIGER))
-        where = f"for transformers' own {known}, with their usual activation"
+        names = ", ".join(sorted(EXACT_WITH_LIGER))
+        where = f"for transformers' own {names}, with their usual activation"
         faults.append(("fused", "none", f"Liger's kernels are exact only on CUDA, {where}", None))
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.fused is FusedLayers.compile and compiler is None:
@@ -335,15 +353,16 @@ def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
     in DeepSeek-V4, where a shorter sequence has no such key. A module that always uses all its parts does no
     harm here: ZeRO-3 gathers its weights at once.
     """
-    layers = set(decoder_layers(causal_lm))
-    stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
-    inside = {module for stack in stacks for layer in stack for module in layer.modules()} - layers
-    names = [
-        name
-        for name, module in causal_lm.named_modules()
-        if hasattr(module, "compress_rate")
-        or (module in inside and any(map(_is_list_of_equals, module.children())))
-    ]
+    inside: set[nn.Module] = set()
+    for stack in causal_lm.modules():
+        if isinstance(stack, nn.ModuleList):
+            inside.update(*(layer.modules() for layer in stack))
+    inside -= set(decoder_layers(causal_lm))
+    names = []
+    for name, module in causal_lm.named_modules():
+        has_equal_parts = any(map(_is_list_of_equals, module.children()))
+        if hasattr(module, "compress_rate") or (has_equal_parts and module in inside):
+            names.append(name)
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return [causal_lm.get_submodule(name) for name in outer]
 
@@ -375,7 +394,8 @@ class Block(nn.Module):
 
     def __init__(self, block: nn.Module, compute: Callable[..., Any]):
         super().__init__()
-        self.block, self._compute = block, compute
+        self.block = block
+        self._compute = compute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the block's own forward returns."""
@@ -389,7 +409,8 @@ def _joined(block: Block, *args: Any, **kwargs: Any) -> Any:
     aliases = _Aliases.apply(*trained.values())  # type: ignore[no-untyped-call]
     output = functional_call(block, dict(zip(trained, aliases, strict=True)), args, kwargs)
     # So all weights get zeros even if none is used, and inputs a gradient, for which backward hooks wait.
-    touched = [aliases[0], *(arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad)]
+    inputs = [arg for arg in args if isinstance(arg, Tensor)]
+    touched = [aliases[0], *(tensor for tensor in inputs if tensor.requires_grad)]
     touch = torch.stack([0.0 * tensor.flatten()[0].float() for tensor in touched]).sum()
     if isinstance(output, tuple):  # with the router's output
         return (output[0] + touch.to(output[0].dtype), *output[1:])

@@ -102,7 +102,10 @@ def _packing(quantizer: Any, pack: Mapping[str, Callable[[Tensor], nn.Parameter]
         def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
             if not input_dict.keys() <= pack.keys():
                 return dict(self._own.convert(input_dict, **options))
-            tensors = {name: read[0] if isinstance(read, list) else read for name, read in input_dict.items()}
+            tensors = {
+                name: tensor_or_list[0] if isinstance(tensor_or_list, list) else tensor_or_list
+                for name, tensor_or_list in input_dict.items()
+            }
             return {name: pack[name](tensor) for name, tensor in tensors.items()}
 
     class Quantizer(quantizer):  # type: ignore[misc]
@@ -139,7 +142,8 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def name_in_model(causal_lm: Any) -> Callable[[str], str]:
     """Return a function that maps a tensor's name in a file to its name in this loaded model."""
     renamings = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightRenaming)]
-    prefix, expected = causal_lm.base_model_prefix, causal_lm.state_dict()
+    prefix = causal_lm.base_model_prefix
+    expected = causal_lm.state_dict()
 
     def renamed(name: str) -> str:
         return str(rename_source_key(name, renamings, [], prefix, expected)[0])
@@ -172,7 +176,8 @@ def plain_attention(causal_lm: Any) -> str:
 
 def text_attention(causal_lm: Any, name: str) -> dict[str, str]:
     """Return the argument of `set_attn_implementation` that sets the attention of the text part only."""
-    config, text = causal_lm.config, causal_lm.config.get_text_config()
+    config = causal_lm.config
+    text = causal_lm.config.get_text_config()
     return {part: name for part in config.sub_configs if getattr(config, part, None) is text}
 
 
@@ -217,7 +222,7 @@ def compute_beside(name: str, other: str, is_other: Callable[[], bool]) -> None:
     Masks are those of `other` where `is_other`. The function decides by its arguments: gradient checkpointing
     calls a layer again after other forwards of the model. Without that mark it computes as before.
     """
-    own = ALL_ATTENTION_FUNCTIONS.get(name)  # None for eager: each model file has its own
+    original = ALL_ATTENTION_FUNCTIONS.get(name)  # None for eager: each model file has its own
     own_mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
     if hasattr(own_mask, "is_beside"):
         return
@@ -225,8 +230,8 @@ def compute_beside(name: str, other: str, is_other: Callable[[], bool]) -> None:
     def attention(module: Any, *arguments: Any, **options: Any) -> Any:
         if hasattr(options.get("packed"), "is_beside"):
             return ALL_ATTENTION_FUNCTIONS[other](module, *arguments, **options)
-        if own is not None:
-            return own(module, *arguments, **options)
+        if original is not None:
+            return original(module, *arguments, **options)
         file = inspect.unwrap(type(module).forward).__globals__
         return file["eager_attention_forward"](module, *arguments, **options)
 
@@ -271,10 +276,10 @@ def fork_states(causal_lm: nn.Module) -> bool:
         return False
     for file in recurrent:
         for name in {*_RECURRENT, _PADDING} & vars(file).keys():
-            own = getattr(file, name)
-            if not hasattr(own, "original"):
-                forked = _none_if_whole(own) if name == _PADDING else _forked(own, _RECURRENT[name])
-                forked.original = own
+            original = getattr(file, name)
+            if not hasattr(original, "original"):
+                forked = _none_if_whole(original) if name == _PADDING else _forked(original, _RECURRENT[name])
+                forked.original = original
                 setattr(file, name, forked)
     return True
 
@@ -302,13 +307,13 @@ def recurrent_functions(
 
     Before them, the method of `packed_states` that computes them on a tree.
     """
-    called = [
-        (method, vars(file)[name].original)
-        for file in _model_files(causal_lm)
-        for name, method in _RECURRENT.items()
-        if name in vars(file)
-    ]
-    return [(method, inspect.unwrap(function), function) for method, function in called]
+    functions = []
+    for file in _model_files(causal_lm):
+        for name, method in _RECURRENT.items():
+            if name in vars(file):
+                function = vars(file)[name].original
+                functions.append((method, inspect.unwrap(function), function))
+    return functions
 
 
 def is_kernel(function: Callable[..., Any]) -> bool:
@@ -387,7 +392,9 @@ def adapters_in_use(causal_lm: nn.Module) -> frozenset[str] | None:
     for module in causal_lm.modules():
         if hasattr(module, "_disable_adapters"):
             names, is_off = adapter_state(module)
-            return frozenset() if is_off else frozenset([names] if isinstance(names, str) else names)
+            if is_off:
+                return frozenset()
+            return frozenset([names] if isinstance(names, str) else names)
     return None
 
 

@@ -66,7 +66,8 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     kind of parallelism. `start` is the folder of an adapter to continue: a frozen copy of it stays in the
     model, so that `adapter_off` can compute the policy's start.
     """
-    adapter, causal_lm = config.adapter, model.causal_lm
+    adapter = config.adapter
+    causal_lm = model.causal_lm
     assert adapter is not None
     if start is None:
         lora = _add_new(causal_lm, adapter, seed)
@@ -100,7 +101,8 @@ def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.mod
 def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
     from peft import LoraConfig  # noqa: PLC0415
 
-    targets, experts = target_layers(causal_lm, adapter), target_experts(causal_lm, adapter)
+    targets = target_layers(causal_lm, adapter)
+    experts = target_experts(causal_lm, adapter)
     if experts and adapter.variant is AdapterVariant.dora:
         raise ConfigError(
             "peft has no DoRA for stacked experts",
@@ -133,15 +135,15 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
         refused = _last_parts(differing)
         if fault:  # peft stopped at the first layer, so that those behind it differ, too
             refused = ["out_proj"] if "out_proj" in fault else list(_EXPERT_PROJECTIONS)
-        kept = [name for name in _last_parts(targets) if name not in refused]
-        kept += [target for target in _targets(adapter) if any(_matches(name, target) for name in experts)]
+        names = [name for name in _last_parts(targets) if name not in refused]
+        names += [target for target in _targets(adapter) if any(_matches(name, target) for name in experts)]
         raise ConfigError(
             "for this architecture, peft would adapt other layers than the named ones",
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
             expected="no fused experts, and no out_proj of a state-space model",
-            remedy=Remedy.to_set(f"model.adapter.target_modules=[{','.join(kept)}]")
-            if kept
+            remedy=Remedy.to_set(f"model.adapter.target_modules=[{','.join(names)}]")
+            if names
             else "name other layers",
         )
     return lora
@@ -163,40 +165,45 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
 
     with _any_fault_as_foreign(causal_lm, folder, key):
         lora = LoraConfig.from_pretrained(folder)
-        lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        on_disk, whole = modules_on_disk(folder)
+        lora.inference_mode = True
+        lora.lora_dropout = 0.0
+        lora.init_lora_weights = True
+        on_disk, in_full = modules_on_disk(folder)
         if not saved_modules(causal_lm):  # else the first adapter from this folder was checked
-            find_modules(causal_lm, whole)
+            find_modules(causal_lm, in_full)
         if image_modules(causal_lm):  # a pattern for the text model's layers may also match a tower's
             stacks = {_unwrapped(weight.rpartition(".")[0]) for weight in stacked_experts(causal_lm)}
             lora.target_modules = {layer for layer in on_disk if _unwrapped(layer) not in stacks}
         _inject(causal_lm, lora, name)
     # Neither linear layers nor stacks: a router's weights, which peft's own `all-linear` adapts, too.
     on_weights = [layer for layer in adapted_layers(causal_lm) if hasattr(layer, "parameter_name")]
-    if matrices := [layer for layer in on_weights if not _adapts_stack(layer)]:
+    matrices = [layer for layer in on_weights if not _adapts_stack(layer)]
+    if matrices:
         got = f"matrices on the {matrices[0].parameter_name} of {type(matrices[0].get_base_layer()).__name__}"
         raise _foreign_adapter(causal_lm, folder, got, key, MERGE)
     if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
         raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
     if next(causal_lm.parameters()).is_meta:  # only its shapes are used
-        if unknown := sorted(set(on_disk) - _adapted_names(causal_lm)):
+        unknown = sorted(set(on_disk) - _adapted_names(causal_lm))
+        if unknown:
             got = f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)"
             raise _foreign_adapter(causal_lm, folder, got, key)
         return lora
     with _any_fault_as_foreign(causal_lm, folder, key):
         # For modules trained in full, peft expects the names that they had before it wrapped them.
-        weights = {
-            entry if ".lora_" in entry else entry.removeprefix(PEFT_PREFIX): weight
-            for entry, weight in load_peft_weights(str(folder), device="cpu").items()
-            if not is_repeated(entry)
-        }
+        weights = {}
+        for entry, weight in load_peft_weights(str(folder), device="cpu").items():
+            if not is_repeated(entry):
+                expected = entry if ".lora_" in entry else entry.removeprefix(PEFT_PREFIX)
+                weights[expected] = weight
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
-    unset = [
-        missing
-        for missing in loaded.missing_keys
-        if (".lora_" in missing or ".modules_to_save." in missing) and f".{name}" in missing
-    ]
-    if unread := [*loaded.unexpected_keys, *unset]:
+    unset = []
+    for missing in loaded.missing_keys:
+        is_of_adapters = ".lora_" in missing or ".modules_to_save." in missing
+        if is_of_adapters and f".{name}" in missing:
+            unset.append(missing)
+    unread = [*loaded.unexpected_keys, *unset]
+    if unread:
         raise _foreign_adapter(causal_lm, folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
     return lora
 
@@ -279,27 +286,32 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
     Layers of parts for images get matrices only if a target means no other layer.
     """
-    head, for_images = causal_lm.get_output_embeddings(), image_modules(causal_lm)
+    head = causal_lm.get_output_embeddings()
+    for_images = image_modules(causal_lm)
     unmoved = without_gradient(causal_lm) - image_weights(causal_lm)
-    saved = find_modules(causal_lm, adapter.modules_to_save or [])
-    layers = [
-        name
-        for name, module in causal_lm.named_modules()
-        if _is_linear(module) and module is not head
-        if module.weight not in unmoved and not any(f"{name}.".startswith(f"{whole}.") for whole in saved)
-    ]
-    targets, experts = _targets(adapter), stacked_experts(causal_lm)
+    in_full = find_modules(causal_lm, adapter.modules_to_save or [])
+    layers = []
+    for name, module in causal_lm.named_modules():
+        if not _is_linear(module) or module is head:
+            continue
+        is_in_full = any(f"{name}.".startswith(f"{outer}.") for outer in in_full)
+        if module.weight not in unmoved and not is_in_full:
+            layers.append(name)
+    targets = _targets(adapter)
+    experts = stacked_experts(causal_lm)
     for target in targets:
         if target != _ALL_LINEAR and not any(_matches(name, target) for name in (*layers, *experts)):
-            known = [_ALL_LINEAR, *_last_parts(layers), *dict.fromkeys(map(_short_name, experts))]
+            names = [_ALL_LINEAR, *_last_parts(layers), *dict.fromkeys(map(_short_name, experts))]
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model, nor stacked experts",
                 where="model.adapter.target_modules",
                 got=target,
-                expected=f"a list of {', '.join(known)}",
+                expected=f"a list of {', '.join(names)}",
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
-    selected = {name for target in targets for name in _first_of_text(layers, target, for_images)}
+    selected: set[str] = set()
+    for target in targets:
+        selected |= {*_first_of_text(layers, target, for_images)}
     if _ALL_LINEAR in targets:
         selected |= {name for name in layers if name not in for_images}
     return [name for name in layers if name in selected]
@@ -343,8 +355,8 @@ def target_experts(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 
 def _first_of_text(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
     """Return the names that end with `ending`: the text model's, else those of image parts."""
-    found = [name for name in names if _matches(name, ending)]
-    return [name for name in found if name not in for_images] or found
+    matches = [name for name in names if _matches(name, ending)]
+    return [name for name in matches if name not in for_images] or matches
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -358,21 +370,22 @@ def _matches(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
-    """Return the full names of the modules whose names end with one of `wanted`.
+def find_modules(causal_lm: Any, endings: list[str]) -> list[str]:
+    """Return the full names of the modules whose names end with one of `endings`.
 
     They have no modules inside, except those of parts for images, such as a projector.
     """
-    if not wanted:
+    if not endings:
         return []
-    plain, for_images = [], image_modules(causal_lm)
+    plain = []
+    for_images = image_modules(causal_lm)
     for name, module in causal_lm.named_modules():
         is_whole = name in for_images and not isinstance(module, nn.ModuleList)
         weights = list(module.parameters(recurse=is_whole))
         is_leaf = is_whole or next(module.children(), None) is None
         if is_leaf and weights and all(weight.is_floating_point() for weight in weights):
             plain.append(name)
-    for ending in wanted:
+    for ending in endings:
         if not any(_matches(name, ending) for name in plain):
             raise ConfigError(
                 "this model has no such module to train in full",
@@ -381,15 +394,17 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
                 expected=", ".join(_last_parts(plain)),
                 remedy="name modules that have unquantized weights of their own",
             )
-    selected = {name for ending in wanted for name in _first_of_text(plain, ending, for_images)}
-    names = [
-        name for name in plain if name in selected and not any(name.startswith(f"{one}.") for one in selected)
-    ]
-    if len(shared := tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
+    selected: set[str] = set()
+    for ending in endings:
+        selected |= {*_first_of_text(plain, ending, for_images)}
+    inner = {name for name in selected if any(name.startswith(f"{outer}.") for outer in selected)}
+    names = [name for name in plain if name in selected - inner]
+    shared = tied_pair(causal_lm)
+    if len(shared) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
             "two modules of this model share a weight, and only one of them is named for training in full",
             where=_SAVED_KEY,
-            got=", ".join(wanted),
+            got=", ".join(endings),
             expected=" and ".join(shared),
             remedy=f"name both in {_SAVED_KEY}, or neither, so that they stay one weight",
         )
@@ -419,7 +434,11 @@ def adapted_layers(model: nn.Module) -> "list[LoraLayer]":
 
 def active_adapters(layers: "Iterable[LoraLayer]") -> frozenset[str]:
     """Return the names of the adapters that a forward uses in `layers` (see `adapted_layers`)."""
-    return frozenset(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
+    names: set[str] = set()
+    for layer in layers:
+        if not layer.disable_adapters:
+            names |= {*layer.active_adapters}
+    return frozenset(names)
 
 
 @contextmanager
@@ -472,8 +491,9 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
     # Copies that differ in the start's file stay apart. The file is read, as the model's may be
     # sharded.
-    saved = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
-    started = [saved[name] for module in shared if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
+    weights = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
+    names = [f"{PEFT_PREFIX}{module}.weight" for module in shared]
+    started = [weights[name] for name in names if name in weights]
     if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], other) for other in started):
         for copies in pair[1:]:
             copies[TRAINED].weight = pair[0][TRAINED].weight

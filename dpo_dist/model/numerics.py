@@ -110,8 +110,8 @@ def check_precision(dtype: Dtype, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Inside the block, if `wanted`, allow only kernels that repeat their results bit for bit.
+def deterministic_kernels(is_on: bool) -> Iterator[None]:
+    """Inside the block, if `is_on`, allow only kernels that repeat their results bit for bit.
 
     An operation without such a kernel raises an error. Enter the block before the first matrix product on a
     GPU, when cuBLAS reads its workspace configuration.
@@ -119,8 +119,8 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     options = torch.utils.deterministic
     callers = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory  # type: ignore[attr-defined]
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(wanted)
-    if wanted:
+    torch.use_deterministic_algorithms(is_on)
+    if is_on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Otherwise PyTorch fills every new tensor with NaN, which costs time and changes no result.
         options.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -53,7 +53,8 @@ def logit_change(model_config: Any) -> LogitChange:
         values = [getattr(model_config, name, None) for name in names]
         return [float(value) for value in values if isinstance(value, int | float) and value]
 
-    factor, divisor = math.prod(numbers(_FACTORS)), math.prod(numbers(_DIVISORS))
+    factor = math.prod(numbers(_FACTORS))
+    divisor = math.prod(numbers(_DIVISORS))
     scale = factor * divisor if model_config.model_type in _MULTIPLYING else factor / divisor
     return LogitChange(scale, min(numbers(_CAPS), default=None))
 
@@ -131,8 +132,9 @@ class PackedCausalLM(nn.Module):
         self._own_attention = plain_attention(causal_lm) if attention == PACKED else attention
         if fused is FusedLayers.compile:
             # Not whole layers: checkpointing is part of their forward, and prevents compilation.
-            for part in (part for layer in decoder_layers(causal_lm) for part in layer.children()):
-                part.compile(dynamic=True)
+            for layer in decoder_layers(causal_lm):
+                for part in layer.children():
+                    part.compile(dynamic=True)
 
     @property
     def body(self) -> Any:
@@ -145,7 +147,8 @@ class PackedCausalLM(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Return the width of the hidden states; a model in parts (BLT) has the width of its last part."""
-        config, head = self.causal_lm.config.get_text_config(), self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        head = self.causal_lm.get_output_embeddings()
         return int(getattr(config, "hidden_size", None) or head.in_features)
 
     @property
@@ -161,9 +164,9 @@ class PackedCausalLM(nn.Module):
 
     def can_pack(self, *, own_logits: bool) -> bool:
         """Return whether the model calls attention by transformers' interface and accepts positions."""
-        wanted = {"attention_mask", "position_ids", "packed", "packed_positions"}
-        accepted = accepted_inputs(self.causal_lm if own_logits else self.body, wanted)
-        return accepted == wanted and can_choose_attention(self.causal_lm)
+        names = {"attention_mask", "position_ids", "packed", "packed_positions"}
+        accepted = accepted_inputs(self.causal_lm if own_logits else self.body, names)
+        return accepted == names and can_choose_attention(self.causal_lm)
 
     def exceeds_rope_limit(self, longest: int) -> bool:
         """Return whether sequences of `longest` tokens need a forward per response (see `rope_limit`)."""
@@ -181,7 +184,8 @@ class PackedCausalLM(nn.Module):
 
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
         """Set how log-probs are computed from now on; the packed arrangement needs `can_pack`."""
-        self.arrangement, self.own_logits = arrangement, own_logits
+        self.arrangement = arrangement
+        self.own_logits = own_logits
         is_packed = arrangement is Arrangement.packed
         self._compute_by(PACKED if is_packed else self._own_attention, own_logits)
 
@@ -229,15 +233,22 @@ class PackedCausalLM(nn.Module):
         with_routing: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute `forward` on one packed sequence; each rank of `sequence` computes some of its tokens."""
-        ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
+        ids = batch.input_ids
+        positions = batch.position_ids
+        device = batch.input_ids.device
         runs = None if encoded is None else encoded.runs
         attention = packed_attention(batch.segments, self.backend, device, runs)
-        predictors, targets, repeats, share = batch.predictors, batch.targets, batch.repeats, None
+        predictors = batch.predictors
+        targets = batch.targets
+        repeats = batch.repeats
+        share = None
         if self.sequence is not None:
             share = TokenShare.from_predictors(self.sequence, len(ids), batch.target_places[1], device)
             attention = ExchangedAttention(attention, self.sequence, len(ids))
-            ids, positions = ids[share.tokens], positions[share.tokens]
-            predictors, targets = share.predictors, targets[share.targets]
+            ids = ids[share.tokens]
+            positions = positions[share.tokens]
+            predictors = share.predictors
+            targets = targets[share.targets]
         inputs: dict[str, Any] = {"position_ids": positions[None]}
         if self.forks_states:
             inputs["packed_states"] = ForkedStates(batch.segments, device)
@@ -270,7 +281,9 @@ class PackedCausalLM(nn.Module):
         all ranks gather the same weights (law L2). Their outputs are summed in float32: in fp16 the sum can
         be infinite, and 0 times infinity is NaN.
         """
-        longest, outputs, routers = rows.input_ids.shape[1], [], []
+        longest = rows.input_ids.shape[1]
+        outputs = []
+        routers = []
         targets = np.bincount(batch.target_places[0], minlength=len(rows.lengths)).tolist()
         for row, predictors in enumerate(torch.split(rows.predictors, targets)):
             ids = rows.input_ids[row : row + 1, : rows.lengths[row]]
@@ -350,7 +363,8 @@ def packed_logps(packed: PackedCausalLM, examples: Sequence[Example], budget: in
     A longer example is a micro-batch of its own.
     """
     layout = [example.layout for example in examples]
-    device, logps = next(packed.parameters()).device, list[Tensor]()
+    device = next(packed.parameters()).device
+    logps = list[Tensor]()
     for part in consecutive_batches(layout, budget, packed.arrangement):
         members = examples[part.start : part.stop]
         no_keys = np.zeros((sum(len(example.responses) for example in members), 2), dtype=np.uint64)

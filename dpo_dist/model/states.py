@@ -44,7 +44,8 @@ class _Group:
         lengths = np.array([len(span) for span in spans])
         if joined:
             tokens = np.concatenate(spans)[None]
-            ends, counts = np.append(0, lengths.cumsum()), -(-lengths // _CHUNK)
+            ends = np.append(0, lengths.cumsum())
+            counts = -(-lengths // _CHUNK)
             chunks = np.stack(
                 [np.arange(len(spans)).repeat(counts), np.concatenate([*map(np.arange, counts)])], 1
             )
@@ -91,7 +92,8 @@ class ForkedStates:
     """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device):
-        self._segments, self._device = segments, device
+        self._segments = segments
+        self._device = device
         self._contexts: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
@@ -134,7 +136,8 @@ class ForkedStates:
             torch.split(pad(tensor[0].flatten(1), (0, 0, 0, 1)).index_select(0, levels.selected), sizes)
             for tensor in inputs
         ]
-        outputs, states = list[Tensor](), dict[int, Tensor]()
+        outputs = list[Tensor]()
+        states = dict[int, Tensor]()
         for group, *parts in zip(levels.groups, *selected, strict=True):
             rows = [
                 part.view(*group.tokens.shape, *tensor.shape[2:])
@@ -236,7 +239,9 @@ def _delta_rule(text: Any, plain: Callable[..., Any], draw: Draw) -> Trial:
     else:
         # With so many values a key as in the model: kernels compute shared keys by other code.
         values = 2 * text.linear_num_value_heads // text.linear_num_key_heads
-        key, value, decay = [2, text.linear_key_head_dim], [values, text.linear_value_head_dim], [values]
+        key = [2, text.linear_key_head_dim]
+        value = [values, text.linear_value_head_dim]
+        decay = [values]
 
     def compute(
         states: ForkedStates,
@@ -249,7 +254,8 @@ def _delta_rule(text: Any, plain: Callable[..., Any], draw: Draw) -> Trial:
     ) -> Tensor:
         rows = query[None], key[None], value[None]
         # As models call it: decays are float32 in any dtype.
-        decays, rates = g[None].float(), beta[None]
+        decays = g[None].float()
+        rates = beta[None]
         return states.delta_rule(function, *rows, g=decays, beta=rates, use_qk_l2norm_in_kernel=True)[0][0]
 
     shapes = {"query": key, "key": key, "value": value, "g": decay, "beta": value[:1]}
@@ -283,19 +289,22 @@ _TRIALS = {
 
 def check_recurrent_kernels(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Check the outputs and gradients of the kernels that compute a model's recurrent layers, if any do."""
-    text, generator = causal_lm.config.get_text_config(), torch.Generator().manual_seed(0)
+    text = causal_lm.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
     takes_rule = takes_kernel(torch.empty(0, dtype=dtype, device=device))
     for method, plain, called in recurrent_functions(causal_lm):
-        if method not in _TRIALS or not is_kernel(called) or (method == "delta_rule" and not takes_rule):
+        is_refused = method == "delta_rule" and not takes_rule
+        if method not in _TRIALS or not is_kernel(called) or is_refused:
             continue
         library, trial = _TRIALS[method]
         compute, inputs = trial(text, plain, draw)
         compute = partial(compute, ForkedStates(TRIAL, device))
-        if fault := kernel_fault(partial(compute, plain), partial(compute, called), inputs, dtype):
+        fault = kernel_fault(partial(compute, plain), partial(compute, called), inputs, dtype)
+        if fault:
             raise ConfigError(
                 f"this kernel of {library} fails or gives wrong results on this device",
                 where="model.path",

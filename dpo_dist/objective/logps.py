@@ -91,12 +91,13 @@ def sum_by_response(
         # unsafe: skips the check of the lengths, for which the host would wait for the device.
         return by_pair(torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True))
 
-    tokens, whole = by_pair(response_tokens.double()), sum_targets(token_logps.double())
-    sums = whole if token_weights is None else sum_targets(token_logps.double() * token_weights.double())
+    tokens = by_pair(response_tokens.double())
+    unweighted = sum_targets(token_logps.double())
+    sums = unweighted if token_weights is None else sum_targets(token_logps.double() * token_weights.double())
     pairs = PairLogps(sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1])
     if sums.shape[1] > 2:
         pairs = replace(pairs, between=sums[:, 2:], between_tokens=tokens[:, 2:])
-    return pairs if token_weights is None else replace(pairs, whole_chosen=whole[:, 0])
+    return pairs if token_weights is None else replace(pairs, whole_chosen=unweighted[:, 0])
 
 
 def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:

@@ -61,11 +61,11 @@ class RunningMeans:
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
         """Return the means after one more step, given its means of `b h` and of the pairs' rewards."""
-        kept = config.options_of(BetaDpoOptions).momentum
+        momentum = config.options_of(BetaDpoOptions).momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs
         return RunningMeans(
-            margin=kept * before + (1 - kept) * mean_margin,
+            margin=momentum * before + (1 - momentum) * mean_margin,
             reward=self.reward + (mean_reward - self.reward) * pairs / total,
             pairs=total,
         )
@@ -123,12 +123,15 @@ def loss_and_terms(
     if config.reference_free:
         with torch.no_grad():
             reference = policy.minus(policy)
-    total, terms = torch.zeros_like(policy.chosen), {}
+    total = torch.zeros_like(policy.chosen)
+    terms = {}
     for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
         kind_loss = _kind_loss(term.kind, policy, reference, config, facts)
-        loss, terms[term.kind] = term.weight * kind_loss, kind_loss.detach()
+        loss = term.weight * kind_loss
+        terms[term.kind] = kind_loss.detach()
         if facts.pair_weights is not None and "weighting" in KINDS[term.kind].uses:
-            loss, terms[term.kind] = loss * facts.pair_weights, terms[term.kind] * facts.pair_weights
+            loss = loss * facts.pair_weights
+            terms[term.kind] = terms[term.kind] * facts.pair_weights
         total = total + loss
     return total, terms if config.terms else {}
 
@@ -140,7 +143,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         if KINDS[kind].needs_reference:
             raise ValueError(f"loss kind {kind} needs reference log-probs; pass them or set reference_free")
         reference = policy  # unused by these kinds
-    beta, ratios = config.beta, policy.minus(reference)
+    beta = config.beta
+    ratios = policy.minus(reference)
     default = KINDS[kind].smoothing
     smoothing: float | Tensor = default if config.label_smoothing is None else config.label_smoothing
     if facts.soft_label is not None:
@@ -181,7 +185,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.apo_down:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8
             return torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(-beta * ratios.margin)
         case LossKind.discopop:  # Lu et al. 2024, arXiv 2406.08414, equation 5
-            logits, tau = beta * score_margin(ratios, config), config.options_of(DiscopopOptions).tau
+            logits = beta * score_margin(ratios, config)
+            tau = config.options_of(DiscopopOptions).tau
             # One exponential: the product s(x / t) exp(-x) could be 0 times infinity.
             exponential = torch.exp(logsigmoid(logits / tau) - logits)
             return exponential - torch.sigmoid(-logits / tau) * logsigmoid(logits)
@@ -281,7 +286,8 @@ KINDS_WITH_FLOOR = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
 def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
     """Return the lowest possible loss of each pair, [pairs]: the weighted entropy of its soft label."""
     terms = list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
-    weight, label = sum(term.weight for term in terms if term.kind in KINDS_WITH_FLOOR), facts.soft_label
+    weight = sum(term.weight for term in terms if term.kind in KINDS_WITH_FLOOR)
+    label = facts.soft_label
     assert label is not None
     entropy: Tensor = torch.special.entr(label) + torch.special.entr(1 - label)
     return weight * entropy * (1.0 if facts.pair_weights is None else facts.pair_weights)
@@ -335,7 +341,8 @@ def _plackett_luce(ratios: PairLogps, beta: float) -> Tensor:
         for ratio, tokens in zip(
             reversed(ratios.between.unbind(1)), reversed(ratios.between_tokens.unbind(1)), strict=True
         ):
-            present, reward = tokens > 0, beta * ratio
+            present = tokens > 0
+            reward = beta * ratio
             from_here = torch.logaddexp(reward, below)
             loss = loss + torch.where(present, from_here - reward, 0.0)
             below = torch.where(present, from_here, below)

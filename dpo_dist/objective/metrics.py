@@ -52,7 +52,8 @@ BATCH_MARGIN = "loss/margin"
 BATCH_REWARD = "loss/reward"
 """Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
 _PAIRED_METRICS = ("rewards/accuracies", "rewards/both_fall")
-_MARGIN, _SIDES = "rewards/margins", ("rewards/chosen", "rewards/rejected")
+_MARGIN = "rewards/margins"
+_SIDES = ("rewards/chosen", "rewards/rejected")
 _LABEL_METRICS = (*_SIDES, _MARGIN)
 _LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
@@ -69,7 +70,8 @@ class CustomMetrics:
         if self.function is None:
             return {}
         values = user_function(self.function, METRICS_FUNCTION)(policy, reference, loss)
-        columns, place = {CUSTOM + name: values[name].double() for name in values}, policy.chosen
+        columns = {CUSTOM + name: values[name].double() for name in values}
+        place = policy.chosen
         is_wrong = any(
             (column.shape, column.device) != (place.shape, place.device) for column in columns.values()
         )
@@ -98,12 +100,13 @@ def custom_metrics(
         columns[[1, 3, 5]] *= ~is_good
 
     def compute(pairs: Tensor) -> dict[str, Tensor]:
-        policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])
-        given = reference if loss.needs_reference else None
-        return CustomMetrics(function).compute(policy, given, loss)
+        policy = PairLogps(*pairs[:2], *pairs[4:])
+        reference = PairLogps(*pairs[2:4], *pairs[4:]) if loss.needs_reference else None
+        return CustomMetrics(function).compute(policy, reference, loss)
 
     try:
-        values, first = compute(columns), compute(columns[:, :1])
+        values = compute(columns)
+        first = compute(columns[:, :1])
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
@@ -159,7 +162,8 @@ class MetricPlan:
 
         Groups are all pairs (""), sources and lengths. Evaluations have every metric of each source.
         """
-        loss, router = self.loss, self.loss.router
+        loss = self.loss
+        router = self.loss.router
         adds_router_losses = not self.is_evaluation
         has_aux = adds_router_losses and router.aux_coefficient is not None
         conditional = {
@@ -250,10 +254,14 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
     if all weights are 0.
     """
     means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
-    means |= {name: 0.0 for name in ("loss", EXCESS, *TERMS.values()) if name in sums and name not in means}
+    for name in ("loss", EXCESS, *TERMS.values()):
+        if name in sums:
+            means.setdefault(name, 0.0)
     for name in sums:
         if name.startswith(_MARGIN) and name not in means:
-            chosen, rejected = (means.get(side + name.removeprefix(_MARGIN)) for side in _SIDES)
+            group = name.removeprefix(_MARGIN)
+            chosen = means.get(f"rewards/chosen{group}")
+            rejected = means.get(f"rewards/rejected{group}")
             if chosen is not None and rejected is not None:
                 means[name] = chosen - rejected
     return means
@@ -287,8 +295,11 @@ def metric_sums(
 
     `terms`: as `loss_and_terms` returns them.
     """
-    loss, policy, zeros = plan.loss, pairs.policy, torch.zeros_like(pairs.policy.chosen)
-    ones, columns = torch.ones_like(zeros), _columns(plan, policy, pairs.reference)
+    loss = plan.loss
+    policy = pairs.policy
+    zeros = torch.zeros_like(pairs.policy.chosen)
+    ones = torch.ones_like(zeros)
+    columns = _columns(plan, policy, pairs.reference)
     ratios = log_ratios(policy, pairs.reference, loss)
     measured = measure_pairs(columns)
     weight = ones if pairs.facts.loss_weight is None else pairs.facts.loss_weight
@@ -316,10 +327,8 @@ def metric_sums(
 
 def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
     """Return `PairValues.by_name`, [pairs] each, on the device."""
-    rewards, missing = (
-        implicit_rewards(policy, reference, plan.loss),
-        torch.full_like(policy.chosen, torch.nan),
-    )
+    rewards = implicit_rewards(policy, reference, plan.loss)
+    missing = torch.full_like(policy.chosen, torch.nan)
     return {
         "reward_chosen": rewards.chosen,
         "reward_rejected": rewards.rejected,
@@ -339,7 +348,8 @@ def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
 
     A metric is the sum of values divided by the sum of counts: pairs, tokens, or pairs with a reference.
     """
-    margin, ones = columns["margin"], torch.ones_like(columns["margin"])
+    margin = columns["margin"]
+    ones = torch.ones_like(columns["margin"])
     has = {side: (columns[f"tokens_{side}"] > 0).to(margin) for side in ("chosen", "rejected")}
     paired = has["chosen"] * has["rejected"]
     falls = (columns["logp_chosen"] < columns["reference_chosen"]) & (
@@ -358,7 +368,8 @@ def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
         ),
     }
     for side in ("chosen", "rejected"):
-        logp, tokens = columns[f"logp_{side}"], columns[f"tokens_{side}"]
+        logp = columns[f"logp_{side}"]
+        tokens = columns[f"tokens_{side}"]
         measured[f"rewards/{side}"] = columns[f"reward_{side}"], has[side]
         measured[f"logps/{side}"] = logp, has[side]
         measured[f"logps/{side}_per_token"] = logp, tokens

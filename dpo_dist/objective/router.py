@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AUX_LOSS, Z_LOSS, BUSIEST = "router/aux_loss", "router/z_loss", "router/busiest_expert"
+AUX_LOSS = "router/aux_loss"
+Z_LOSS = "router/z_loss"
+BUSIEST = "router/busiest_expert"
 """Metrics of a step; the last is the largest share of the tokens of a layer that one expert computes."""
 
 
@@ -36,7 +38,8 @@ def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
     layers = []
     for layer_logits in logits:
         wide = layer_logits.to(torch.promote_types(layer_logits.dtype, torch.float32))
-        weights, probabilities = rows.to(wide.dtype), torch.softmax(wide, dim=-1)
+        weights = rows.to(wide.dtype)
+        probabilities = torch.softmax(wide, dim=-1)
         selected = probabilities.detach().topk(top_k, dim=-1).indices.flatten()
         counts = wide.new_zeros(wide.shape[-1]).index_add(0, selected, weights.repeat_interleave(top_k))
         squares = weights @ torch.logsumexp(wide, dim=-1).square()
@@ -62,7 +65,8 @@ class RouterLoss:
         `sums`: `routing_sums` of the micro-batch. `selected`: `selections` of the global batch; None: without
         the load-balancing loss. `unshared_tokens`: tokens of the global batch, a prompt once per response.
         """
-        layers, experts = len(sums), sums.shape[1] // 2
+        layers = len(sums)
+        experts = sums.shape[1] // 2
         tokens = layers * unshared_tokens
         parts = {}
         if selected is not None:

@@ -71,8 +71,8 @@ def digest_model(
     program wrote and that has changed since, and for an adapter of another base.
     """
     memo = store / MEMO_FOLDER if store is not None else None
-    for written in (folder, *([] if adapter is None else [adapter])):
-        check_undamaged(written, memo, with_weights=with_weights)
+    for part in (folder, *([] if adapter is None else [adapter])):
+        check_undamaged(part, memo, with_weights=with_weights)
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
     code = [folder / CONFIG_FILE, *sorted(own_code)]
     weights = weight_files(folder) if with_weights else []

@@ -172,8 +172,12 @@ class StoreFiller:
 
     def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: FillProgress) -> FillReport:
         """Score responses in rounds; while a round is scored, the round before it is written."""
-        started, done, is_stopped = time.monotonic(), 0, False
-        score, written, stored = self.load_scorer(), set[str](), 0
+        started = time.monotonic()
+        done = 0
+        is_stopped = False
+        score = self.load_scorer()
+        written = set[str]()
+        stored = 0
         pairs_per_round = max(1, self.entries_per_shard // 2) * self.world.replicas
         owners = dataset.locate_responses(missing)[0]
         if dataset.prefixes is not None and self.costs.shares_prefixes:
@@ -194,7 +198,8 @@ class StoreFiller:
                 # for which the others would wait in the next forward (law L2).
                 written |= self.world.together(writing.result)
                 writing = pool.submit(self._write_shard, keys, entries)
-                stored, done = stored + len(keys), done + round_pairs
+                stored += len(keys)
+                done += round_pairs
                 if is_stopped:
                     break
             written |= self.world.together(writing.result)
@@ -245,12 +250,12 @@ class StoreFiller:
         world = self.world
         # The ranks agree on what each micro-batch needs, because a forward is collective under ZeRO-3: a rank
         # with fewer responses, or without an image, makes the calls of the others.
-        own = []
+        needs_here = []
         for parts in micro_batches:
             pairs = np.array([part.pair for part in parts], dtype=np.int64)
             responses = sum(len(part.responses) for part in parts)
-            own.append(_Needs(max(DUMMY_RESPONSES, responses), bool(dataset.with_images(pairs).any())))
-        by_number = itertools.zip_longest(*world.gather(own), fillvalue=_Needs())
+            needs_here.append(_Needs(max(DUMMY_RESPONSES, responses), bool(dataset.with_images(pairs).any())))
+        by_number = itertools.zip_longest(*world.gather(needs_here), fillvalue=_Needs())
         needs = [_Needs(*map(max, zip(*every, strict=True))) for every in by_number]
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[StoredLogps] = []
@@ -266,7 +271,8 @@ class StoreFiller:
                     keys.append(batch.keys)
                     entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])
                 progress(number / len(needs))
-                if is_stopped := self.stops.must_stop():
+                is_stopped = self.stops.must_stop()
+                if is_stopped:
                     break
 
         def check_ids() -> None:
@@ -287,11 +293,12 @@ class StoreFiller:
         for parts, (forwards, images) in zip([*micro_batches, *dummies], needs, strict=True):
             examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
             numbers = np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])
-            known, dummy_image = dataset.keys[numbers], dataset.dummy_image() if images else None
-            is_whole = np.array_equal(response_keys(examples), known)
+            keys = dataset.keys[numbers]
+            dummy_image = dataset.dummy_image() if images else None
+            is_whole = np.array_equal(response_keys(examples), keys)
             if parts and is_whole:
                 inputs = dataset.with_inputs(examples)
-                batch = pack(inputs, known, dummy_image=dummy_image, costs=self.costs)
+                batch = pack(inputs, keys, dummy_image=dummy_image, costs=self.costs)
             else:
                 batch = dummy_batch(dummy_image)
             batch = replace(batch, forwards=forwards)
@@ -319,7 +326,8 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     visited = np.zeros(len(dataset), dtype=np.bool_)
     visited[indices] = True
     order = dataset.key_order[np.repeat(visited, np.diff(dataset.first_pieces) - 1)[dataset.key_order]]
-    hits, missing = 0, [np.empty(0, np.int64)]
+    hits = 0
+    missing = [np.empty(0, np.int64)]
     for start in range(0, len(order), RESPONSES_AT_ONCE):
         responses = order[start : start + RESPONSES_AT_ONCE]
         keys = dataset.keys[order[max(start - 1, 0) : start + RESPONSES_AT_ONCE]]

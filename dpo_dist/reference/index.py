@@ -51,14 +51,17 @@ class Index(NamedTuple):
         Fast for sorted keys, of which neighbours are found on the same pages.
         """
         first, second = keys.T
-        found = np.searchsorted(self.first_words, first)
+        rows = np.searchsorted(self.first_words, first)
         stops = np.searchsorted(self.first_words, first, side="right")
-        waiting = np.flatnonzero(found < stops)
+        waiting = np.flatnonzero(rows < stops)
         # Different keys hardly ever have the same first word.
-        while len(waiting := waiting[self.second_words[found[waiting]] != second[waiting]]):
-            found[waiting] += 1
-            waiting = waiting[found[waiting] < stops[waiting]]
-        return found, stops
+        while True:
+            waiting = waiting[self.second_words[rows[waiting]] != second[waiting]]
+            if not len(waiting):
+                break
+            rows[waiting] += 1
+            waiting = waiting[rows[waiting] < stops[waiting]]
+        return rows, stops
 
 
 _KINDS = (np.uint64, np.uint64, np.uint64, np.uint32, np.uint32, np.uint32)

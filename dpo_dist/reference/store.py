@@ -98,8 +98,11 @@ def read_fingerprints(root: Path) -> list[ReferenceFingerprint]:
 
 def find_fingerprint_folders(root: Path) -> list[Path]:
     """Return the folders of all fingerprints in a store; a store without any is an error."""
-    named = [path for path in sorted(root.glob("*")) if _FOLDER_NAME.fullmatch(path.name)]
-    begun = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
+    folders = [path for path in sorted(root.glob("*")) if _FOLDER_NAME.fullmatch(path.name)]
+    begun = []
+    for folder in folders:
+        if (folder / FINGERPRINT_FILE).exists() or any(folder.glob("*.safetensors")):
+            begun.append(folder)
     if not begun:
         raise ReferenceModelError(
             "this folder has no reference store",
@@ -145,7 +148,8 @@ class Shard:
 
     def count_damaged(self) -> int:
         """Return the number of entries whose values do not match their checksums."""
-        values, ends = self.values.data.cast("B"), (4 * self.ends).tolist()
+        values = self.values.data.cast("B")
+        ends = (4 * self.ends).tolist()
         entries = zip([0, *ends[:-1]], ends, self.checks.tolist(), strict=True)
         return sum(zlib.crc32(values[start:end]) != check for start, end, check in entries)
 
@@ -164,7 +168,8 @@ def _map_file(file: Path) -> npt.NDArray[np.uint8]:
 def list_shards(folder: Path) -> list[str]:
     """Return the names of all shards in a fingerprint's folder, including damaged ones."""
     with os.scandir(folder) as files:
-        return sorted(file.name for file in files if _SHARD_NAME.fullmatch(file.name) and file.is_file())
+        names = (file.name for file in files if file.is_file())
+        return sorted(filter(_SHARD_NAME.fullmatch, names))
 
 
 def _shard_name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
@@ -204,7 +209,8 @@ class LogpStore:
     """
 
     def __init__(self, root: Path, fingerprint: ReferenceFingerprint, names: Iterable[str] | None = None):
-        self.root, self.fingerprint = root, fingerprint
+        self.root = root
+        self.fingerprint = fingerprint
         self.folder = root / fingerprint.name
         if names is None:
             listed = list_shards(self.folder) if self.folder.is_dir() else []
@@ -291,7 +297,8 @@ class LogpStore:
             for entry in range(first, stop):
                 if index.second_words[entry] != second:
                     continue
-                start, shard = int(index.starts[entry]), int(index.shards[entry])
+                start = int(index.starts[entry])
+                shard = int(index.shards[entry])
                 values = self._contents[shard][start : start + 4 * int(index.tokens[entry])]
                 if zlib.crc32(values.data) == index.checks[entry]:
                     yield values.view(np.float32)
@@ -310,14 +317,14 @@ class LogpStore:
         Shards that are not known to be whole are read and verified.
         """
         entries, stops = self._index.locate(keys)
-        found: npt.NDArray[np.bool_] = entries < stops
+        has_entry: npt.NDArray[np.bool_] = entries < stops
         if self._unverified:
-            which = np.flatnonzero(found)
+            which = np.flatnonzero(has_entry)
             shards = self._index.shards[entries[which]]
             self._verify(sorted(self._unverified.intersection(np.unique(shards).tolist())))
             rest = which[np.isin(shards, [*self._unverified])]
-            found[rest] = [values is not None for values in self._find(keys[rest])]
-        return found
+            has_entry[rest] = [values is not None for values in self._find(keys[rest])]
+        return has_entry
 
     def _verify(self, shards: Sequence[int]) -> None:
         """Read all values of these shards; those without damage are no longer in doubt."""
@@ -327,10 +334,10 @@ class LogpStore:
             return shard is not None and not shard.count_damaged()
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            whole = {number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good}
-        self._unverified -= whole
-        self.damaged.update(self.shards[number] for number in whole.symmetric_difference(shards))
-        self.remember(self.shards[number] for number in whole)
+            intact = {number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good}
+        self._unverified -= intact
+        self.damaged.update(self.shards[number] for number in intact.symmetric_difference(shards))
+        self.remember(self.shards[number] for number in intact)
 
     def remember(self, names: Iterable[str]) -> None:
         """Count shards that were just verified or written as whole: the next start does not read them."""

@@ -9,7 +9,7 @@ from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
-from dpo_dist.kit import MAIN, METRICS, RunFolder, kinds_in, loss_unit
+from dpo_dist.kit import MAIN, METRICS, RunFolder, loss_kinds, loss_unit
 
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
@@ -60,7 +60,7 @@ def _time_facts(rows: Sequence[Fields], summary: Fields) -> Iterator[str]:
         return
     yield f"{duration(summary['train_seconds'])} of training"
     if "pairs_per_second" in summary:
-        unit = loss_unit(kinds_in(summary.get("settings") or {}))
+        unit = loss_unit(loss_kinds(summary.get("settings") or {}))
         yield pluralize(summary.get("pairs_seen", 0), unit)
         yield f"{summary['pairs_per_second']:,.1f} {unit}s/s"
     shares = [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]

@@ -65,7 +65,8 @@ class WorkClock:
     """
 
     def __init__(self, processes: int, started: float):
-        self._processes, self._marked = processes, started
+        self._processes = processes
+        self._marked = started
         self._work: Work = "starting"
         self._seconds: dict[str, float] = {}
         self._device_seconds = 0.0
@@ -81,7 +82,8 @@ class WorkClock:
         now = time.monotonic()
         self._seconds[self._work] = self._seconds.get(self._work, 0.0) + now - self._marked
         self._device_seconds += (now - self._marked) * self._processes
-        self._work, self._marked = work, now
+        self._work = work
+        self._marked = now
 
     @contextlib.contextmanager
     def measure(self, work: Work) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Write a checkpoint, or the mean of models, as a model folder: at the end of a run, and by `export`."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,15 +96,19 @@ def export_checkpoint(
     state = checkpoint_state(checkpoint)
     _check_description(config, state)
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    start, code = start_folder(config.model), config.model.trust_remote_code
-    model_config, is_whole = load_config(base, config.model), config.model.adapter is None
+    start = start_folder(config.model)
+    code = config.model.trust_remote_code
+    model_config = load_config(base, config.model)
+    is_whole = config.model.adapter is None
     causal_lm = without_weights(model_config, config.model, start, keeps_others=is_whole)
     if not is_new:
         check_contents_at_hand(base, config.model)
-        if faults := find_faults(checkpoint, 0, 1):
+        faults = find_faults(checkpoint, 0, 1)
+        if faults:
             raise damaged_checkpoint(checkpoint, faults)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
-    saved, part = read_weights(checkpoint, trained), _PARTS[config.export.weights]
+    saved = read_weights(checkpoint, trained)
+    part = _PARTS[config.export.weights]
     if part not in saved.parts:
         raise ConfigError(
             "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
@@ -114,8 +119,8 @@ def export_checkpoint(
     copies_weights = is_whole and bool(_untrained_names(causal_lm) or ignored_patterns(causal_lm))
     if config.export.merge or copies_weights:
         _check_base_weights(config, state)
-    named = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
-    dtype = named or TORCH_DTYPES[config.model.dtype]
+    own_dtype = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
+    dtype = own_dtype or TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
         weight = saved.whole(name, part=part)
@@ -131,37 +136,39 @@ def export_checkpoint(
         if is_whole:
             write_weights(temporary, causal_lm, weights, base)
         elif config.export.merge:
-            whole = model_folder(config.model.path, config.model.revision)
+            model_files = model_folder(config.model.path, config.model.revision)
             with temporary_folder(final_name(temporary)) as adapter:  # `remove_abandoned` knows this name
                 write_adapter(adapter, causal_lm, weights, torch.float32)
-                write_merged(temporary, whole, adapter, named, trust_remote_code=code)
+                write_merged(temporary, model_files, adapter, own_dtype, trust_remote_code=code)
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
-        files, template = tokenizer_folder(base, start), config.data.chat_template
+        files = tokenizer_folder(base, start)
+        template = config.data.chat_template
         tokenizer = load_tokenizer(files, config.model)
         if template is None:
             copy_tokenizer(files, temporary)
         else:
             save_tokenizer(ChatTemplate(tokenizer, template).alone(), temporary)
         write_stops(temporary, base, trained_stops(tokenizer, config.data))
-        if card is not None and (text := card(auto_class(model_config, code).__name__)):
+        text = "" if card is None else card(auto_class(model_config, code).__name__)
+        if text:
             (temporary / "README.md").write_text(text, encoding="utf-8")
         write_manifest(temporary, state["base"])
         # Load the folder as users do: weights are finite, and those of a whole model equal the trained ones.
         if config.export.check and not is_new:
             if is_adapter(temporary):
-                written = load_file(temporary / ADAPTER_WEIGHTS)
+                weights_there = load_file(temporary / ADAPTER_WEIGHTS)
             else:
-                written = dict(_load_model(temporary, trusts_code=code).named_parameters())
+                weights_there = dict(_load_model(temporary, trusts_code=code).named_parameters())
             if is_whole:
-                wrong = [name for name in saved.shapes if not torch.equal(written[name], read(name))]
+                wrong = [name for name in saved.shapes if not torch.equal(weights_there[name], read(name))]
             else:
-                wrong = [name for name, weight in written.items() if not weight.isfinite().all()]
+                wrong = [name for name, weight in weights_there.items() if not weight.isfinite().all()]
             if wrong:
                 raise CheckpointError(
                     "weights of the written folder differ from the trained ones, or are not finite",
                     where=str(temporary),
-                    got=f"{len(wrong)} of {len(written)} weights: {wrong[0]}",
+                    got=f"{len(wrong)} of {len(weights_there)} weights: {wrong[0]}",
                     remedy="report this error with the run's config.yaml; export.check=false skips this "
                     "check",
                 )
@@ -174,15 +181,15 @@ def checkpoint_as_model(
     checkpoint = checkpoint.resolve()
     trained = checkpoint.parents[1]
     digest = content_digest([checkpoint / MANIFEST])[:16]
-    written = below / f"{trained.name}-{checkpoint.name}-{digest}"
-    if not written.is_dir():
+    target = below / f"{trained.name}-{checkpoint.name}-{digest}"
+    if not target.is_dir():
         say(f"writing the weights of {checkpoint} as a model folder")
         config = saved_config(existing_run(trained).config)
         # Not that run's own setting: its configuration could run code that the caller does not trust.
         export_checkpoint(
-            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
+            checkpoint, target, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
-    return written
+    return target
 
 
 def _untrained_names(causal_lm: Any) -> set[str]:
@@ -205,8 +212,8 @@ def _untrained_tensors(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -
     unused = {name for name, weight in causal_lm.named_parameters() if weight in others}
     folder = model_folder(model.path, model.revision)
     loaded = _load_model(folder, trusts_code=model.trust_remote_code).state_dict() if names else {}
-    kept = {name: loaded[name].to(dtype) if name in unused else loaded[name] for name in names}
-    return kept | ignored_tensors(causal_lm, folder, dtype)
+    tensors = {name: loaded[name].to(dtype) if name in unused else loaded[name] for name in names}
+    return tensors | ignored_tensors(causal_lm, folder, dtype)
 
 
 def _load_model(folder: Path, *, trusts_code: bool) -> Any:
@@ -256,7 +263,8 @@ def export_model(
     versions = read_fields(RunFolder(config.run.path).environment)["packages"]
 
     def card(loader: str) -> str:
-        folder, step = RunFolder(config.run.path), checkpoint_step(checkpoint.name)
+        folder = RunFolder(config.run.path)
+        step = checkpoint_step(checkpoint.name)
         is_end = step == state["steps"]
         summary = {
             "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
@@ -287,7 +295,7 @@ def export_average(
             check_undamaged(member, None)
         with staged_folder(output, replaces=False) as temporary:
             write_mean(temporary, shares, dtype)
-            stops = [stop for member in members for stop in folder_stops(member)]
+            stops = [*itertools.chain.from_iterable(map(folder_stops, members))]
             if has_tokenizer(temporary):
                 stops += trained_stops(load_tokenizer(temporary, model), data)
             write_stops(temporary, members[0], stops)

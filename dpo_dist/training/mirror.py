@@ -60,9 +60,13 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: RunFolder, identity: RunIdentity, keep_last: int, console: Console):
-        self._url, self._folder, self._keep_last, self._console = url, folder, keep_last, console
+        self._url = url
+        self._folder = folder
+        self._keep_last = keep_last
+        self._console = console
         self._identity = identity
-        self._where, self._checkpoints = f"run.mirror={url}", folder.checkpoints.name
+        self._where = f"run.mirror={url}"
+        self._checkpoints = folder.checkpoints.name
         # Written after the checkpoints that they name, the state as the last file.
         self._written_last = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
         self._lock = threading.Lock()
@@ -71,11 +75,13 @@ class Mirror:
         self._uploading: list[Path] = []
         self._uploaded_times: dict[str, int] = {}  # by names there, the files' times in nanoseconds
         self._failure = ""
-        self._files_done, self._files_total = 0, 0  # files of this upload
+        self._files_done = 0  # of this upload
+        self._files_total = 0
         self._sent = Callback()  # its value counts bytes
         system, path = open_file_system(url, "run.mirror")
         # Other storage than folders, such as a bucket, shows whole files only.
-        self._has_folders, self._remote = not system.async_impl, DirFileSystem(path, system)
+        self._has_folders = not system.async_impl
+        self._remote = DirFileSystem(path, system)
         with remote_errors(self._where, CheckpointError):
             if self._has_folders:
                 self._remote.makedirs("", exist_ok=True)
@@ -85,7 +91,8 @@ class Mirror:
 
     def restore(self, resume: Resume) -> None:
         """Download the run if the mirror is further than the run directory; an error if it has another."""
-        if (step := self.newer_step(resume)) is not None:
+        step = self.newer_step(resume)
+        if step is not None:
             self._console.say(f"restoring step {step:,} of the run from {self._url}")
             with remote_errors(self._where, CheckpointError):
                 names = self._names()
@@ -95,7 +102,8 @@ class Mirror:
         """Return the step of a mirror that is further than the run directory; an error for another run."""
         with remote_errors(self._where, CheckpointError):
             names = self._names()
-            if (state := self._state(names)) is None:
+            state = self._state(names)
+            if state is None:
                 if names:
                     raise self._error("the mirror has files that no run has written", names[0])
                 return None
@@ -103,7 +111,8 @@ class Mirror:
                 raise self._error("the mirror has a run, and run.resume=never")
             folders = filter(is_checkpoint, checkpoint_folders(self._folder.checkpoints))
             here = [checkpoint_step(folder.name) or 0 for folder in folders]
-            if finished := find_finished(self._identity, self._folder):
+            finished = find_finished(self._identity, self._folder)
+            if finished:
                 here.append(finished.step)
             there = max([*_steps(names), state.step if state.is_finished else -1])
             return there if there > max(here, default=-1) else None
@@ -119,7 +128,8 @@ class Mirror:
     def _claim(self) -> None:
         if self._state(self._names()) is not None:
             return
-        state, config = (file.read_bytes() for file in (self._folder.state, self._folder.config))
+        state = self._folder.state.read_bytes()
+        config = self._folder.config.read_bytes()
         try:
             self._remote.pipe_file(self._folder.state.name, state, mode="create")
         except FileExistsError:  # another run has started at the same moment
@@ -166,24 +176,29 @@ class Mirror:
         remedy = "set run.mirror to an empty folder, or leave it out"
         return CheckpointError(fault, where=self._where, got=got, expected=expected, remedy=remedy)
 
-    def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
+    def _download(self, names: Sequence[str], steps: Sequence[int]) -> None:
         """Download the files of the run, the best checkpoint, the newest intact one, and last the state."""
-        run, ends = self._folder, [name for name in names if self._folder.path / name in self._written_last]
+        run = self._folder
+        written_last = [name for name in names if self._folder.path / name in self._written_last]
         # This start has opened its own logs.
         later = (f"{self._checkpoints}/", run.state.name, f"{run.logs.name}/")
         self._download_files([name for name in names if not name.startswith(later)], run.path)
-        best, faults = f"{self._checkpoints}/{BEST_FILE}", list[str]()
+        best = f"{self._checkpoints}/{BEST_FILE}"
+        faults = list[str]()
         if best in names:
             best_step = checkpoint_step(self._remote.cat_file(best).decode().strip())
-            if best_step is not None and best_step in whole[1:]:
+            if best_step is not None and best_step in steps[1:]:
                 self._download_checkpoint(best_step, names)
-        for step in whole:
-            if not (faults := self._download_checkpoint(step, names)):
+        for step in steps:
+            faults = self._download_checkpoint(step, names)
+            if not faults:
                 break
             self._console.warn(f"the mirror's {checkpoint_name(step)} is damaged and not used")
         if faults:
             raise damaged_checkpoint(Path(f"{self._url}/{self._checkpoints}"), faults)
-        self._download_files(ends, run.path)  # a killed download of a complete run must not look complete
+        self._download_files(
+            written_last, run.path
+        )  # a killed download of a complete run must not look complete
 
     def _download_checkpoint(self, step: int, names: Sequence[str]) -> list[str]:
         """Download and commit a checkpoint; return its faults, with which it is not committed."""
@@ -192,7 +207,8 @@ class Mirror:
         prefix = f"{self._checkpoints}/{folder.name}/"
         with temporary_folder(folder) as temporary:
             self._download_files([name for name in names if name.startswith(prefix)], temporary, prefix)
-            if not (faults := find_faults(temporary, 0, 1)):
+            faults = find_faults(temporary, 0, 1)
+            if not faults:
                 commit_folder(temporary, folder)
         return faults
 
@@ -251,30 +267,35 @@ class Mirror:
         """Upload changed files of the run, checkpoints that are not there yet, and last the state."""
         self._files_done = self._files_total = 0
         self._claim()
-        run, wanted = self._folder, self._uploading
-        state, names = read_state(run), self._names()
+        run = self._folder
+        checkpoints = self._uploading
+        state = read_state(run)
+        names = self._names()
         is_finished = state is not None and state.is_finished
         files = _files(self._run_parts() if is_finished else self._run_parts()[:-1])
-        for folder in wanted:
+        for folder in checkpoints:
             manifest = folder / MANIFEST
-            if (name := self._remote_name(manifest)) in names:
+            name = self._remote_name(manifest)
+            if name in names:
                 if self._remote.cat_file(name) == manifest.read_bytes():
                     continue
                 self._remote.rm_file(name)
             files += [*(file for file in _files([folder]) if file != manifest), manifest]
         files += self._written_last
-        self._files_done, self._files_total = 0, len(files)
+        self._files_done = 0
+        self._files_total = len(files)
         with tempfile.TemporaryDirectory() as scratch:
             for file in files:
                 self._upload_file(file, Path(scratch) / "file")
                 self._files_done += 1
-        if wanted or (is_finished and not self._keep_last):
+        if checkpoints or (is_finished and not self._keep_last):
             newest = checkpoint_folders(run.checkpoints)[: self._keep_last]
-            self._delete_all_but({folder.name for folder in (*newest, *wanted)})
+            self._delete_all_but({folder.name for folder in (*newest, *checkpoints)})
 
     def _upload_file(self, file: Path, scratch: Path) -> None:
         """Upload a file if it has changed; one that may change meanwhile is first copied to `scratch`."""
-        name, source = self._remote_name(file), file
+        name = self._remote_name(file)
+        source = file
         try:
             version = file.stat().st_mtime_ns
             if self._uploaded_times.get(name) == version:
@@ -292,20 +313,24 @@ class Mirror:
             if file.exists():
                 raise
 
-    def _delete_all_but(self, kept: Collection[str]) -> None:
+    def _delete_all_but(self, names_to_keep: Collection[str]) -> None:
         """Delete all other checkpoints there."""
         names = self._names()
         there = {name.split("/")[1] for name in names if name.startswith(f"{self._checkpoints}/")}
-        for name in there.difference(kept):
+        for name in there.difference(names_to_keep):
             if checkpoint_step(name) is None:
                 continue
-            folder, manifest = f"{self._checkpoints}/{name}", f"{self._checkpoints}/{name}/{MANIFEST}"
+            folder = f"{self._checkpoints}/{name}"
+            manifest = f"{self._checkpoints}/{name}/{MANIFEST}"
             with contextlib.suppress(FileNotFoundError):  # first: what is left is no checkpoint
                 self._remote.rm_file(manifest)
+            if self._has_folders:
+                self._remote.rm(folder, recursive=True)
+                continue
             # Some buckets answer with an error to the deletion of a folder, which is no object there.
-            files = [each for each in names if each.startswith(f"{folder}/") and each != manifest]
-            if files or self._has_folders:
-                self._remote.rm(folder if self._has_folders else files, recursive=self._has_folders)
+            files = {each for each in names if each.startswith(f"{folder}/")} - {manifest}
+            if files:
+                self._remote.rm(sorted(files))
 
     def finish(self, is_stopping: Callable[[], bool]) -> None:
         """Upload the last files and wait for them, not long if the run is to stop or nothing is sent.
@@ -314,21 +339,24 @@ class Mirror:
         """
         self.upload()
         end = math.inf
-        seen = (-1, -1)
-        changed = time.monotonic()
+        last_done = (-1, -1)
+        last_change = time.monotonic()
         # A mounted disk reports no byte of a file before its end.
         silent = math.inf if self._has_folders else _SILENT_SECONDS
         with self._console.progress(f"uploading to {self._url}", "file") as show:
-            while (thread := self._thread) is not None:
+            while True:
+                thread = self._thread
+                if thread is None:
+                    break
                 thread.join(_POLL_SECONDS)
                 now = time.monotonic()
                 done = (self._files_done, self._sent.value)
-                if done != seen:
-                    seen = done
-                    changed = now
+                if done != last_done:
+                    last_done = done
+                    last_change = now
                 if is_stopping():
                     end = min(end, now + _STOP_SECONDS)
-                if now > min(end, changed + silent):
+                if now > min(end, last_change + silent):
                     break
                 show(self._files_done, self._files_total)
         if self._thread is None and not self._failure:
@@ -345,11 +373,20 @@ class Mirror:
 
 def _files(parts: Iterable[Path]) -> list[Path]:
     """Return the files that are, or are below, these paths, without unfinished ones."""
-    below = (file for part in parts for file in (part, *part.rglob("*")))
-    return [file for file in below if file.is_file() and not is_temporary(file)]
+    files = []
+    for part in parts:
+        for file in (part, *part.rglob("*")):
+            if file.is_file() and not is_temporary(file):
+                files.append(file)
+    return files
 
 
 def _steps(names: Collection[str]) -> list[int]:
     """Return the steps of the checkpoints that have a manifest, the newest first."""
-    folders = [Path(name).parent.name for name in names if Path(name).name == MANIFEST]
-    return sorted((step for step in map(checkpoint_step, folders) if step is not None), reverse=True)
+    steps = []
+    for name in names:
+        if Path(name).name == MANIFEST:
+            step = checkpoint_step(Path(name).parent.name)
+            if step is not None:
+                steps.append(step)
+    return sorted(steps, reverse=True)

@@ -1,5 +1,6 @@
 """Prepare a run's reference: find or compute its log-probs, and check a sample before the first step."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,8 @@ from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.steps.step import Objective
 
-_CHECKED_PAIRS, _LEAST_SAVED = 16, 0.01
+_CHECKED_PAIRS = 16
+_LEAST_SAVED = 0.01
 # Largest accepted difference of stored and new log-probs, in nats, in the mean of a response's tokens.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
@@ -53,7 +55,8 @@ def check_drift(
     `ReferenceModelError` if log-probs differ by more than the precision explains. Returns the drift per token
     and per response, in nats, for the report.
     """
-    config, world = run.config, run.world
+    config = run.config
+    world = run.world
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(_CHECKED_PAIRS, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
@@ -66,15 +69,14 @@ def check_drift(
             assert stored is not None, "the step-0 check needs a reference"
             fresh = score(batch)
             if micro_batch and world.leads:
-                names = [
-                    f"{dataset.origin(index)} response {number}"
-                    for index in micro_batch
-                    for number, _ in enumerate(dataset.response_range(index))
-                    if rank_batch.which in (None, number)
-                ]
+                names = []
+                for index in micro_batch:
+                    numbers = range(len(dataset.response_range(index)))
+                    scored = [number for number in numbers if rank_batch.which in (None, number)]
+                    names += [f"{dataset.origin(index)} response {number}" for number in scored]
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 drifts += zip(names, (part.numpy() for part in parts), strict=True)
-    drifts = [drift for part in world.gather(drifts) for drift in part]
+    drifts = [*itertools.chain(*world.gather(drifts))]
     dtype = config.model.dtype
 
     def tolerance(tokens: int) -> float:
@@ -132,8 +134,10 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     before step 0 does it. Raises a `StoppedError` if a rank is asked to stop; log-probs scored before are
     stored.
     """
-    config, world = run.config, run.world
-    mode, files = config.reference.mode, inputs.reference_files
+    config = run.config
+    world = run.world
+    mode = config.reference.mode
+    files = inputs.reference_files
     if mode is ReferenceMode.none:
         return reference_without_store(run, ReferenceProvider(), policy_starts_as_reference=False)
     assert files is not None, "every other mode has a reference model"
@@ -189,15 +193,17 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
     run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
-    if filler.costs.shares_prefixes and (saved := describe_saving(filler.computed_tokens, filler.tokens)):
-        run.say(f"reference: {saved}")
+    sharing = describe_saving(filler.computed_tokens, filler.tokens)
+    if filler.costs.shares_prefixes and sharing:
+        run.say(f"reference: {sharing}")
     for name in sorted(filled.damaged):
         run.warn(f"the reference store has a damaged file, which is ignored: {store}/{name}")
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
     # While the model is there a sample is scored again, unless the check before step 0 does it.
     if engines and not (policy_starts_as_reference and step0_follows):
-        objective, score = Objective(config.loss, provider), load_scorer()
+        objective = Objective(config.loss, provider)
+        score = load_scorer()
         report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
         drift = describe_drift(report["drift"])
         run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
@@ -220,8 +226,8 @@ def reference_without_store(
 
 def describe_saving(computed: int, tokens: int) -> str | None:
     """Return how many tokens fewer shared prefixes let a model compute; None if it is little."""
-    saved = 1 - computed / tokens if tokens else 0.0
-    return f"{percent(saved)} fewer tokens than by sharing prompts only" if saved >= _LEAST_SAVED else None
+    share = 1 - computed / tokens if tokens else 0.0
+    return f"{percent(share)} fewer tokens than by sharing prompts only" if share >= _LEAST_SAVED else None
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:

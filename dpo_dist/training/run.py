@@ -110,26 +110,32 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
                 raise
-            with contextlib.nullcontext() if loop.recorder is None else loop.recorder.close_on_error():
-                return run_to_its_end(loop, position, reporting.run_card)
+            if loop.recorder is not None:
+                engines.enter_context(loop.recorder.close_on_error())
+            return run_to_its_end(loop, position, reporting.run_card)
 
 
 @contextlib.contextmanager
 def lock_directory(run: Run) -> Iterator[None]:
     """Lock the run directory until this start ends; remove unfinished files of a killed one. Collective."""
-    folder, world = run.folder, run.world
+    folder = run.folder
+    world = run.world
     with contextlib.ExitStack() as lock:
         world.on_main(lambda: lock.enter_context(locked(folder.lock, "is training in this run directory")))
-        for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
-            world.on_main(partial(remove_abandoned, written))
+        for path in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
+            world.on_main(partial(remove_abandoned, path))
         world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
 
 
 def find_start(run: Run) -> Checkpoint | RunState | None:
     """Return the checkpoint to continue from, or the state of a run that has its model; collective."""
-    identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
-    if (url := run.config.run.mirror) is not None:
+    identity = run.config.identity
+    folder = run.folder
+    world = run.world
+    resume = run.config.run.resume
+    url = run.config.run.mirror
+    if url is not None:
 
         def restore() -> None:
             with run.console.heartbeat(f"looking for the run in {url}"):
@@ -145,7 +151,8 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
         return expected
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     assert checkpoint is not None, "the expected one, or an older one"
-    if damage := world.on_main(lambda: model_damage(identity, folder) if folder.model.is_dir() else []):
+    damage = world.on_main(lambda: model_damage(identity, folder) if folder.model.is_dir() else [])
+    if damage:
         run.warn(f"{folder.model} is damaged and written again: {first_few(damage, 'other file')}")
     world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
@@ -158,13 +165,15 @@ def _begin(
 
     Collective.
     """
-    config, world = run.config, run.world
+    config = run.config
+    world = run.world
     environment, custom = describe_run(config, world)
     for name in ("loss", "metrics"):
         if f"{name}_function" in environment:
             run.say(f"{name}: {environment[f'{name}_function']}")
     inputs = load_inputs(run, trains=True)
-    done, steps = 0, inputs.sampler.steps
+    done = 0
+    steps = inputs.sampler.steps
     if inputs.eval_set is not None and config.trainer.keep_best is not None:
         plan = MetricPlan(config.loss, inputs.eval_set.labels, is_evaluation=True, custom=custom)
         check_keep_best(config.trainer.keep_best, plan)
@@ -172,7 +181,8 @@ def _begin(
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
-        if change := world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps)):
+        change = world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps))
+        if change:
             run.say(change)
     check_schedule(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
@@ -221,7 +231,8 @@ def _set_up(
 
     `engines` gets the callbacks that free the loaded models.
     """
-    config, world = run.config, run.world
+    config = run.config
+    world = run.world
     # Prompts of samples are checked before a model is loaded: a mistake in them costs no loading.
     with run.clock.measure("samples"):
         samples = reporting.prepare_samples(run, inputs, state.step)
@@ -244,8 +255,9 @@ def _set_up(
     # How the ranks share the work of a step; after loading, which proves whether the model can be packed.
     costs = balance_costs(run, inputs, policy, reference)
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
-    if saved := describe_prefixes(planned):
-        run.say(saved)
+    sharing = describe_prefixes(planned)
+    if sharing:
+        run.say(sharing)
     run.stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
     # What a checkpoint holds, and what happens when one is committed.
@@ -284,11 +296,13 @@ def _set_up(
         run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
         for name in checkpoint.damaged:
             run.warn(f"checkpoint {name} is damaged and not used")
-        scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
+        scale = checkpoint.state["loss_scale"]
+        report = checkpoint.state["reference_report"]
         policy.set_loss_scale(None if scale is None else LossScale(**scale))
         checkpoints.resume(checkpoint.folder, position.best_step)
     else:
-        position, report = Position(), reference.report
+        position = Position()
+        report = reference.report
         if reference.policy_starts_as_reference:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
@@ -304,12 +318,13 @@ def _set_up(
     peak = sum(world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype])))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # else the run's peak would count these matrices
-        flops, sampler = inputs.flops, inputs.sampler
-        work = sum(
-            flops.step(some.computed_tokens, some.targets, some.attended, some.image_tokens)
-            for some in planned
-        ) / sum(some.pairs for some in planned)
-        work *= (sampler.steps - position.step) * sampler.global_batch_pairs
+        flops = 0.0
+        for batch in planned:
+            counts = (batch.computed_tokens, batch.targets, batch.attended, batch.image_tokens)
+            flops += inputs.flops.step(*counts)
+        sampler = inputs.sampler
+        pairs_left = (sampler.steps - position.step) * sampler.global_batch_pairs
+        work = flops / sum(batch.pairs for batch in planned) * pairs_left
         fastest = work * (1 + recomputed_share(config.model)) / peak
         ends = " to ".join(duration(fastest / share) for share in REACHED_SHARES)
         shares = " to ".join(map(percent, REACHED_SHARES))
@@ -349,7 +364,9 @@ def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: A
 
 def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     """Return the policy before training, with its adapter if it has one; collective."""
-    config, world, files = run.config, run.world, inputs.policy_files
+    config = run.config
+    world = run.world
+    files = inputs.policy_files
     longest = config.data.max_length
     model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
@@ -360,9 +377,12 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
         attention: str = model.backend
         if model.arrangement is not Arrangement.packed:
             attention = "the model itself"
-        elif slow := computed_by_segment(model.causal_lm, model.backend, longest):
-            attention += f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
-        experts = f"; experts by {kernel}" if (kernel := experts_kernel(model.causal_lm)) else ""
+        else:
+            slow = computed_by_segment(model.causal_lm, model.backend, longest)
+            if slow:
+                attention += f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
+        kernel = experts_kernel(model.causal_lm)
+        experts = f"; experts by {kernel}" if kernel else ""
         run.say(f"kernels: attention by {attention}; fused layers: {model.fused}{experts}")
         if model.forks_states and lacks_delta_kernels(model.causal_lm):
             run.warn(
@@ -377,7 +397,8 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
 
     A live reference scores the policy's micro-batches. If it pads rows, the padded rows must fit, too.
     """
-    arrangement, engine = policy.model.arrangement, reference.provider.engine
+    arrangement = policy.model.arrangement
+    engine = reference.provider.engine
     if arrangement is not Arrangement.packed:
         how = "one response per forward"
         if arrangement is Arrangement.padded:
@@ -386,7 +407,8 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
     elif policy.model.forks_states:
         run.say("packed: recurrent layers compute a shared prompt once; each response starts in its state")
     reference_pads = engine is not None and engine.model.arrangement is Arrangement.padded
-    prefixes, backend = run.config.trainer.prefix_tree, policy.model.backend
+    prefixes = run.config.trainer.prefix_tree
+    backend = policy.model.backend
     costs = compute_costs(inputs.flops, prefixes=prefixes, backend=backend, device=run.world.device)
     return replace(costs, arrangement=arrangement, reference_pads=reference_pads)
 
@@ -403,24 +425,27 @@ def planned_steps(
 def describe_prefixes(planned: Sequence[RankBatch]) -> str | None:
     """Return what shared prefixes save in these steps; None if it is little."""
     batches = [*planned, *(batch.partners for batch in planned if batch.partners is not None)]
-    computed, tokens = (sum(getattr(b, name) for b in batches) for name in ("computed_tokens", "tokens"))
-    saved = describe_saving(computed, tokens)
-    return f"prefixes: {saved}" if saved else None
+    computed = sum(batch.computed_tokens for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
+    sharing = describe_saving(computed, tokens)
+    return f"prefixes: {sharing}" if sharing else None
 
 
 def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Recorder | None:
     if not run.world.is_main:
         return None
     owes = position.evaluation_is_due
-    resumed, plan = position.step or None, MetricPlan(run.config.loss)
+    resumed = position.step or None
+    plan = MetricPlan(run.config.loss)
     metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes)
     return reporting.open_recorder(run, metrics)
 
 
 def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Check the inputs of a run that has its model, and write a missing report; collective."""
-    world, folder = run.world, run.folder
-    (environment, _), written = describe_run(run.config, world), folder.environment
+    world = run.world
+    folder = run.folder
+    environment, _ = describe_run(run.config, world)
     identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
@@ -432,8 +457,9 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
     else:
         complete_mirror(run)
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
-    wanted, former = environment.get("metrics_function"), written.read_text() if written.exists() else ""
-    if wanted is not None and json.dumps(wanted) not in former:
+    metrics_function = environment.get("metrics_function")
+    former = folder.environment.read_text() if folder.environment.exists() else ""
+    if metrics_function is not None and json.dumps(metrics_function) not in former:
         function = f"metrics.function={run.config.metrics.function}"
         run.say(f"to compute metrics of this function: dpo-dist evaluate run.dir={folder} {function}")
     if run.config.trainer.patience is None:
@@ -446,7 +472,8 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
 
     If the process is killed between two of these files, the same command writes the missing ones.
     """
-    run, identity = loop.run, loop.identity
+    run = loop.run
+    identity = loop.identity
     try:
         outcome = RunOutcome.completed if loop.train(position) else RunOutcome.preempted
     except DivergedError:
@@ -459,7 +486,8 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         state = RunState(outcome, position.step, identity, stopped_by=why)
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
-    best, takes_best = position.best, run.config.trainer.final is FinalModel.best
+    best = position.best
+    takes_best = run.config.trainer.final is FinalModel.best
     step = best.step if takes_best and best is not None else position.step
     if position.step < loop.inputs.sampler.steps:
         summary["stopped_by"] = "trainer.patience"
@@ -493,8 +521,9 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     peak_bytes = max(world.gather(peak_memory_bytes(world.device)))
     seconds = position.train_seconds
     results = final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else [])
-    if (kept := position.best) is not None:
-        results["best"].setdefault(kept.metric, {"value": kept.value, "step": kept.step})
+    best = position.best
+    if best is not None:
+        results["best"].setdefault(best.metric, {"value": best.value, "step": best.step})
     return {
         **results,
         "steps": position.step,
@@ -505,7 +534,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
-        **({"best_checkpoint": asdict(position.best)} if position.best else {}),
+        **({"best_checkpoint": asdict(best)} if best else {}),
         "reference": loop.reference_report,
         "work": loop.run.clock.read(),
         "world_size": world.size,
@@ -517,7 +546,8 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
 
 def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Callable[..., str]) -> None:
     """Write the checkpoint of `step` as the model of the run; collective."""
-    run, is_last = loop.run, step == summary["steps"]
+    run = loop.run
+    is_last = step == summary["steps"]
     checkpoint = run.folder.checkpoints / checkpoint_name(step)
 
     def card(loader: str) -> str:
@@ -525,7 +555,8 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
         rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step)
         ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
         ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
-        is_evaluated, versions = loop.inputs.eval_set is not None and is_last, package_versions()
+        is_evaluated = loop.inputs.eval_set is not None and is_last
+        versions = package_versions()
         return run_card(run.config, rows, ended, run.warn, versions, loader, is_evaluated=is_evaluated)
 
     def write() -> None:
@@ -560,7 +591,8 @@ def complete_mirror(run: Run) -> None:
     """Upload what the mirror lacks; collective."""
     if run.config.run.mirror is None:
         return
-    request, must_stop = run.stops.request, run.stops.must_stop()
+    request = run.stops.request
+    must_stop = run.stops.must_stop()
 
     def upload() -> None:
         assert run.mirror is not None

@@ -34,7 +34,8 @@ def _share(part: str) -> tuple[int, int]:
 def main(config: RunConfig) -> int:
     """Encode the data of `config`, or a part of them; return the exit code."""
     check_rules(config, needs_of("encode"))
-    data, share = config.data, _share(config.encode.part)
+    data = config.data
+    share = _share(config.encode.part)
     for source in [*data.train, *data.eval]:
         DataSource(source).check(data)
     ChatTemplate.check_file(data.chat_template)
@@ -44,10 +45,12 @@ def main(config: RunConfig) -> int:
     from dpo_dist.model.files.folder import description_folder, start_folder  # noqa: PLC0415
     from dpo_dist.model.files.load import load_encoder  # noqa: PLC0415
 
-    model, console = config.model, console_on(sys.stderr, config.console.style)
+    model = config.model
+    console = console_on(sys.stderr, config.console.style)
     folder = description_folder(model.path, model.revision, needs_weights=False)
     encoder = load_encoder(folder, start_folder(model), model)
-    tokenizer, processor = encoder.tokenizer, encoder.processor
+    tokenizer = encoder.tokenizer
+    processor = encoder.processor
 
     def encode(
         name: str, sources: Sequence[SourceConfig], part: Part, share: tuple[int, int]
@@ -61,11 +64,13 @@ def main(config: RunConfig) -> int:
         planned = preparation.plan()
         return partial(preparation.join, planned, preparation.encode(planned, share), share)
 
-    joins, prompts = [], None
+    joins = []
+    prompts = None
     if data.eval_sources:
         needs_all = data.drop_eval_prompts
         join = encode("eval", data.eval_sources, Part.to_evaluate(data), EVERY_PART if needs_all else share)
-        if needs_all and (held_out := join()) is not None:
+        held_out = join() if needs_all else None
+        if held_out is not None:
             prompts = open_dataset(held_out, data, processor).prompt_hashes[:]
         joins.append(join)
     joins.append(encode("train", data.train, Part.to_train(data, prompts), share))

@@ -33,14 +33,15 @@ def main(config: RunConfig) -> int:
         # Slow to import: errors above appear at once.
         from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
 
-        if is_there := output.exists():
+        is_there = output.exists()
+        if is_there:
             check_undamaged(output, Path(config.reference.store) / MEMO_FOLDER)
         elif config.export.average:
             export_average(sources, output, config.export, config.model, config.data)
         else:
             export_model(config, sources[0], output, console, hook("run_card") or (lambda *_, **__: ""))
-    written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
-    console.result("exported", written, [f"{'already there' if is_there else 'written'}: {output}"])
+    paths = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
+    console.result("exported", paths, [f"{'already there' if is_there else 'written'}: {output}"])
     tool = config.export.tool
     if tool is not None:
         command = model_command(tool, output, config.model)

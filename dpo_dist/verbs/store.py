@@ -37,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         (["verify"], _verify, "read every entry; the exit code is 2 if a file is damaged"),
         (["gc", "clean"], _gc, "remove references by digest or age, and files that killed jobs have left"),
     ):
-        own = verbs.add_parser(verb, aliases=others, help=text, description=text)
-        own.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
-        own.set_defaults(run=run)
+        of_verb = verbs.add_parser(verb, aliases=others, help=text, description=text)
+        of_verb.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
+        of_verb.set_defaults(run=run)
     gc = verbs.choices["gc"]
     drop = "references or fingerprints to remove"
     gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help=drop)
@@ -69,16 +69,19 @@ def _list_folder(folder: Path) -> _Listing:
     files = [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         shards = [shard for shard in pool.map(open_shard, files) if shard is not None]
-    known, described = read_fingerprint(folder), folder / FINGERPRINT_FILE
+    fingerprint = read_fingerprint(folder)
+    described = folder / FINGERPRINT_FILE
     used = (described if described.exists() else folder).stat().st_mtime
     entries = sum(len(shard.keys) for shard in shards)
     stored = sum(file.stat().st_size for file in folder.iterdir())
     damaged = f", {len(files) - len(shards)} damaged" if len(files) > len(shards) else ""
-    digests, label = [folder.name], f"no readable {FINGERPRINT_FILE}"
-    if known is not None:
-        digests, label = [folder.name, known.reference], known.label or "unnamed"
+    digests = [folder.name]
+    label = f"no readable {FINGERPRINT_FILE}"
+    if fingerprint is not None:
+        digests = [folder.name, fingerprint.reference]
+        label = fingerprint.label or "unnamed"
     line = (
-        f"{label}   reference {known.reference if known else '-'}   fingerprint {folder.name}   "
+        f"{label}   reference {fingerprint.reference if fingerprint else '-'}   fingerprint {folder.name}   "
         f"{pluralize(entries, 'entry', 'entries')}, "
         f"{pluralize(sum(shard.tokens for shard in shards), 'token')}, "
         f"{size(stored)}, {pluralize(len(shards), 'shard')}{damaged}, "
@@ -88,25 +91,30 @@ def _list_folder(folder: Path) -> _Listing:
 
 
 def _info(options: argparse.Namespace) -> int:
-    found, lines = _list_store(options.folder), []
-    for listing in found:
+    listings = _list_store(options.folder)
+    lines = []
+    for listing in listings:
         lines.append(listing.line)
-        if (known := read_fingerprint(listing.folder)) is not None:
-            lines.append("    " + ", ".join(f"{name} {value}" for name, value in known.profile.items()))
-    entries = pluralize(sum(listing.entries for listing in found), "entry", "entries")
-    stored = size(sum(listing.bytes for listing in found))
-    lines.append(f"{pluralize(len(found), 'fingerprint')}, {entries}, {stored}")
+        fingerprint = read_fingerprint(listing.folder)
+        if fingerprint is not None:
+            lines.append("    " + ", ".join(f"{name} {value}" for name, value in fingerprint.profile.items()))
+    entries = pluralize(sum(listing.entries for listing in listings), "entry", "entries")
+    stored = size(sum(listing.bytes for listing in listings))
+    lines.append(f"{pluralize(len(listings), 'fingerprint')}, {entries}, {stored}")
     print_result("\n".join(lines) + "\n")
     return ExitCode.completed
 
 
 def _verify(options: argparse.Namespace) -> int:
     folders = find_fingerprint_folders(options.folder)
-    files = [folder / name for folder in folders for name in list_shards(folder)]
+    files: list[Path] = []
+    for folder in folders:
+        files += [folder / name for name in list_shards(folder)]
 
     def check(file: Path) -> tuple[int, str]:
         """Return the number of a shard's intact entries, and its fault, if it has one."""
-        if (shard := open_shard(file)) is None:
+        shard = open_shard(file)
+        if shard is None:
             return 0, "no entry can be verified"
         damaged = shard.count_damaged()
         fault = f"{damaged} of {len(shard.keys)} entries are damaged" if damaged else ""
@@ -130,13 +138,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _gc(options: argparse.Namespace) -> int:
-    found = _list_store(options.folder)
-    unwanted = {
-        listing.folder: listing for digits in options.drop for listing in _find_by_digest(found, digits)
-    }
+    listings = _list_store(options.folder)
+    unwanted: dict[Path, _Listing] = {}
+    for digits in options.drop:
+        unwanted |= {listing.folder: listing for listing in _find_by_digest(listings, digits)}
     if options.unused_days is not None:
         oldest = time.time() - options.unused_days * 24 * 3600
-        unwanted |= {listing.folder: listing for listing in found if listing.used < oldest}
+        unwanted |= {listing.folder: listing for listing in listings if listing.used < oldest}
     for listing in unwanted.values():
         print_line(f"drop: {listing.line}")
     freed = size(sum(listing.bytes for listing in unwanted.values()))
@@ -146,16 +154,19 @@ def _gc(options: argparse.Namespace) -> int:
         return ExitCode.completed
     for folder in unwanted:  # renamed first: a run must not find half of its shards
         shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
-    for place in (options.folder, *(listing.folder for listing in found if listing.folder not in unwanted)):
+    for place in (
+        options.folder,
+        *(listing.folder for listing in listings if listing.folder not in unwanted),
+    ):
         for left in remove_abandoned(place):
             print_line(f"removed: {left}")
     print_line(f"{what} removed")
     return ExitCode.completed
 
 
-def _find_by_digest(found: Sequence[_Listing], digits: str) -> list[_Listing]:
+def _find_by_digest(listings: Sequence[_Listing], digits: str) -> list[_Listing]:
     """Return the folders of the one fingerprint or reference whose digest begins with `digits`."""
-    matching = [each for each in found if any(name.startswith(digits) for name in each.digests)]
+    matching = [each for each in listings if any(name.startswith(digits) for name in each.digests)]
     if len({each.digests[-1] for each in matching}) != 1:
         raise ConfigError(
             "a digest matches more than one reference" if matching else "a digest matches no reference",

@@ -22,7 +22,7 @@ NAMES = """
     check_writable checked_console checkpoint_as_model complete_config context_length count_trained
     description_folder digest_model dry_run evaluation_cells existing_run extend final_and_best
     find_files find_metric find_model find_stop_ids finite fits has_products hub_commit image_inputs
-    in_chunks is_checkpoint is_collapsed joined_run kinds_in kinds_using likely_metric load_config
+    in_chunks is_checkpoint is_collapsed joined_run loss_kinds kinds_using likely_metric load_config
     load_encoder load_run_config local_model_folder locate_model logps_by_side loss_unit matmul_peak
     merge_adapter metrics_by_source needs_of packed_logps parse_overrides policy_without_weights
     prepare_data results_name return_memory run_keys run_verb saved_by_tree short_name strip_key

@@ -17,6 +17,7 @@ background.
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import re
@@ -143,7 +144,8 @@ class SavedSlices:
             for file in files:
                 with safe_open(folder / file, "pt") as opened:
                     header = opened.metadata()
-                    starts, step = json.loads(header["ranges"]), int(header["step"])
+                    starts = json.loads(header["ranges"])
+                    step = int(header["step"])
                     shapes |= {weight: tuple(shape) for weight, (_, *shape) in starts.items()}
                     for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
                         start, *_ = starts.get(key.partition("/")[2], [0])
@@ -175,10 +177,11 @@ class SavedSlices:
                             "it: other processes can only load states of optim.kind=adamw",
                         )
                     for start, stop, file in self._ranges[key]:
-                        first, last = max(piece.start, start), min(piece.start + target.numel(), stop)
+                        first = max(piece.start, start)
+                        last = min(piece.start + target.numel(), stop)
                         if first < last:
-                            saved = opened(file).get_slice(key)[first - start : last - start]
-                            target[first - piece.start : last - piece.start].copy_(saved)
+                            values = opened(file).get_slice(key)[first - start : last - start]
+                            target[first - piece.start : last - piece.start].copy_(values)
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory; trained weights are float32."""
@@ -231,14 +234,15 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     """Return the checkpoint in a folder; an error if it is damaged. Collective."""
-    if faults := _find_all_faults(folder, world):
+    faults = _find_all_faults(folder, world)
+    if faults:
         raise damaged_checkpoint(folder, faults)
     return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)))
 
 
 def _find_all_faults(folder: Path, world: World) -> list[str]:
     """Return the faults in all files of a checkpoint; the ranks share the reading. Collective."""
-    return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
+    return [*itertools.chain(*world.gather(find_faults(folder, world.rank, world.size)))]
 
 
 def checkpoint_state(folder: Path) -> dict[str, Any]:
@@ -252,13 +256,13 @@ def checkpoint_state(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
     """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
     saved = SavedSlices.find(folder, SHARDS)
-    wanted = {name: whole_shape(weight) for name, weight in trained.items()}
-    missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
+    shapes = {name: whole_shape(weight) for name, weight in trained.items()}
+    missing = [name for name, shape in shapes.items() if saved.shapes.get(name) != shape]
     if missing:
         raise CheckpointError(
             "the checkpoint's weights are not the ones that this configuration trains",
             where=str(folder),
-            got=f"{len(missing)} of {len(wanted)} weights are missing or have another shape: {missing[0]}",
+            got=f"{len(missing)} of {len(shapes)} weights are missing or have another shape: {missing[0]}",
             remedy="set model.path and model.adapter as in the config.yaml of the checkpoint's run",
         )
     return saved
@@ -322,11 +326,15 @@ class CheckpointSaver:
         committed: Callable[[int], None] = lambda _step: None,
         in_use: Callable[[], Collection[Path]] = lambda: (),
     ):
-        self._root, self._keep_last = root, max(1, keep_last)
-        self._parts, self._world = parts, world
+        self._root = root
+        self._keep_last = max(1, keep_last)
+        self._parts = parts
+        self._world = world
         self._damaged: set[Path] = set()
         self._copy = HostCopy(world.device)
-        self._say, self._committed, self._in_use = say, committed, in_use
+        self._say = say
+        self._committed = committed
+        self._in_use = in_use
         self._pending: _Pending | None = None
         self._deleting: threading.Thread | None = None
         self._has_warned = False
@@ -345,7 +353,8 @@ class CheckpointSaver:
         self._best_step = best_step
         # Collective: the size of all shards, the folder, the room of all hosts, and, where training waits for
         # the files, whether a rank failed.
-        world, folder = self._world, self._root / checkpoint_name(step)
+        world = self._world
+        folder = self._root / checkpoint_name(step)
         models = [part.shards() for part in self._parts]
         needed = sum(world.gather(sum(model.bytes for model in models)))
 
@@ -355,7 +364,8 @@ class CheckpointSaver:
                 self._end_deleting()  # to make room
                 remove_unfinished(self._root)
                 self._root.mkdir(exist_ok=True)
-                (temporary := temporary_name(folder)).mkdir()
+                temporary = temporary_name(folder)
+                temporary.mkdir()
             return temporary
 
         text = json.dumps(state, indent=1)
@@ -387,14 +397,17 @@ class CheckpointSaver:
 
     def commit(self) -> None:
         """Wait for the pending checkpoint, if any, and make it the latest; collective."""
-        pending, self._pending, world = self._pending, None, self._world
+        pending = self._pending
+        self._pending = None
+        world = self._world
         if pending is None:
             return
         try:
             # All files are on disk before the manifest names them, and only the rename makes the folder a
             # checkpoint: a kill at any moment leaves the last one as it was.
-            mine = world.together(pending.entries.result)
-            entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            entries: Entries = {}
+            for of_rank in world.gather(world.together(pending.entries.result)):
+                entries |= of_rank
 
             def rename() -> None:
                 with disk_errors(pending.temporary, pending.bytes):
@@ -487,11 +500,11 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
 def drop_checkpoints(root: Path) -> None:
     """Delete every checkpoint below `root` except the best one; on one rank."""
     remove_unfinished(root)
-    best, folders = best_checkpoint(root), checkpoint_folders(root)
-    kept = [folder for folder in folders if folder.name == best]
-    _delete(set(folders) - set(kept))
-    if kept:
-        write_text(root / LATEST, kept[0].name)
+    best = best_checkpoint(root)
+    folders = checkpoint_folders(root)
+    _delete({folder for folder in folders if folder.name != best})
+    if best in [folder.name for folder in folders]:
+        write_text(root / LATEST, best)
     else:
         (root / LATEST).unlink(missing_ok=True)
 

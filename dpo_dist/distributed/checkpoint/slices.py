@@ -76,7 +76,7 @@ class ModelSlices:
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tensors of all slices, in their order."""
-        return [tensor for piece in self.slices for tensor in piece.parts.values()]
+        return [*itertools.chain(*(piece.parts.values() for piece in self.slices))]
 
     @property
     def bytes(self) -> int:
@@ -109,8 +109,11 @@ class OptimizerSlices:
         rank: int,
         averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ):
-        self._engine, self._inner = engine, inner_optimizer(engine)
-        self._names, self._rank, self._averages = names, rank, averages
+        self._engine = engine
+        self._inner = inner_optimizer(engine)
+        self._names = names
+        self._rank = rank
+        self._averages = averages
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
@@ -144,13 +147,15 @@ class OptimizerSlices:
 
     def create_states(self, parts: Sequence[str], step: int) -> None:
         """Create missing optimizer states, to be filled with the states after `step` updates."""
-        inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
+        inner = self._inner
+        names = [part for part in parts if part not in (WEIGHT, EMA)]
         if is_eight_bit(inner):
             for flat in self.masters() if step else []:
                 if not inner.state[flat]:
                     # In ZeRO-3, a master tensor is in its optimizer group only during an update.
                     group = inner.param_groups[0]
-                    params, group["params"] = group["params"], [flat]
+                    params = group["params"]
+                    group["params"] = [flat]
                     inner.init_state(group, flat, 0, 0)
                     group["params"] = params
                 inner.state[flat][_STEP] = step
@@ -205,7 +210,8 @@ class HostCopy:
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
 
     def _bytes(self, models: Sequence[ModelSlices]) -> int:
-        return sum(_aligned(tensor.nbytes) for model in models for tensor in model.tensors)
+        tensors = itertools.chain(*(model.tensors for model in models))
+        return sum(_aligned(tensor.nbytes) for tensor in tensors)
 
     def fill(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Copy the slices of `models` to host memory and return the copies, valid until the next call."""
@@ -215,7 +221,8 @@ class HostCopy:
             self._buffer = torch.empty(count, dtype=torch.uint8)
             if self.is_cuda:  # PyTorch's own pinned memory is rounded up to a power of two
                 torch.cuda.check_error(_runtime().cudaHostRegister(self._buffer.data_ptr(), count, 0))
-        copied, start = [], 0
+        copied = []
+        start = 0
         for model in models:
             slices = []
             for piece in model.slices:
@@ -259,8 +266,12 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
         slices: Sequence[Slice] = [piece for piece, _ in group]
         if copy is not None and copy.is_cuda:
             slices = copy.fill([replace(model, slices=slices)])[0].slices
-        tensors = {f"{part}/{piece.name}": tensor for piece in slices for part, tensor in piece.parts.items()}
-        ranges = {piece.name: [piece.start, *piece.shape] for piece in slices if WEIGHT in piece.parts}
+        tensors: dict[str, Tensor] = {}
+        ranges = {}
+        for piece in slices:
+            tensors |= {f"{part}/{piece.name}": tensor for part, tensor in piece.parts.items()}
+            if WEIGHT in piece.parts:
+                ranges[piece.name] = [piece.start, *piece.shape]
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
         entries[name] = write_tensors(checkpoint / name, tensors, metadata)
@@ -274,9 +285,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     # Larger elements first, so that each tensor begins at a multiple of its element size.
-    ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    end = 0
     for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
+        start = end
+        end += tensor.nbytes
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

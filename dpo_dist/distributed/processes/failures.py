@@ -53,7 +53,8 @@ STORE_SECONDS = 10.0
 _PATIENCE_AFTER_SIGTERM_SECONDS = 1.0  # its cause came before it
 _NAMING_SECONDS = 10.0  # in which living ranks reach the last barrier
 _POLL_SECONDS = 1.0
-_EXIT_CODE, _FAILURES = "exit_code", "failures"
+_EXIT_CODE = "exit_code"
+_FAILURES = "failures"
 # Errors that the end of another process can cause: in a collective call, or by the launcher's SIGTERM.
 _ERRORS_OF_OTHERS = (RuntimeError, OSError, SystemExit, StoppedError)
 # Words in errors of gloo, NCCL and the rendezvous's store.
@@ -95,7 +96,8 @@ class FailureRecord:
 
     def _call_store(self, call: Callable[[Store], T]) -> T | None:
         """Return `call(store)`; None if the store cannot be reached in time."""
-        store, results = self._store, list[T]()
+        store = self._store
+        results = list[T]()
         if store is None or not self._is_idle.acquire(timeout=STORE_SECONDS):
             return None
 
@@ -156,9 +158,11 @@ class Watcher(threading.Thread):
     def __init__(self, world: World, reports: Reports):
         super().__init__(name="watcher", daemon=True)
         self.record = FailureRecord(world.size)
-        self._world, self._reports = world, reports
+        self._world = world
+        self._reports = reports
         place = world.peers[world.rank].place  # processes in other containers cannot be seen
-        self._neighbours = [peer for peer in world.peers if peer.place == place and peer.rank != world.rank]
+        on_node = (peer for peer in world.peers if peer.place == place)
+        self._neighbours = [peer for peer in on_node if peer.rank != world.rank]
         self._stopped = dict.fromkeys(self._neighbours, 0.0)
         self._is_over = threading.Event()
         self._ending = threading.Lock()
@@ -175,7 +179,8 @@ class Watcher(threading.Thread):
                 if self._is_over.is_set():
                     return
                 write_stacks(self._reports.stacks, "the run ends while the main thread hangs")
-                if (exit_code := self.record.exit_code) is not None:
+                exit_code = self.record.exit_code
+                if exit_code is not None:
                     os._exit(exit_code)
                 error = self._lost_error("this process waits in a collective call")
                 if self._prints_error(error):
@@ -253,7 +258,8 @@ class Watcher(threading.Thread):
         is_signal = isinstance(failure, SystemExit)
         deadline = time.monotonic() + (_PATIENCE_AFTER_SIGTERM_SECONDS if is_signal else PATIENCE_SECONDS)
         while time.monotonic() < deadline:
-            if (exit_code := self.record.exit_code) is not None:
+            exit_code = self.record.exit_code
+            if exit_code is not None:
                 return self._follow_failure(exit_code)
             if self._dead_peers() or self._stopped_peers():
                 return self._report(self._lost_error(text))
@@ -274,7 +280,8 @@ class Watcher(threading.Thread):
         )
         if exit_code == ExitCode.preempted:  # scripts end at this error as at a stop of their own
             error = stopped_by("the stop of another process")
-        error.exit_code, error.is_printed_here = exit_code, False
+        error.exit_code = exit_code
+        error.is_printed_here = False
         return error
 
     def _lost_error(self, got: str) -> PeerLostError:
@@ -292,8 +299,8 @@ class Watcher(threading.Thread):
             timeout = timedelta(seconds=seconds)
             dist.monitored_barrier(self._world.control, timeout, wait_all_ranks=True)
         except RuntimeError as error:
-            named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
-            missing = [int(rank) for rank in named[1].split(",")] if named else [0] * (self._world.rank > 0)
+            match = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            missing = [int(rank) for rank in match[1].split(",")] if match else [0] * (self._world.rank > 0)
         if self._world.rank > 0:  # let rank 0 report first: only rank 0 knows which other ranks are missing
             deadline = time.monotonic() + FAREWELL_SECONDS
             while self.record.exit_code is None and time.monotonic() < deadline:

@@ -57,7 +57,8 @@ _TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 
 def _load_cpu_adam(say: Callable[[str], None]) -> None:
     """Load DeepSpeed's optimizer for the CPU, which is compiled once for all processes of this host."""
-    builder, key = CPUAdamBuilder(), "parallelism.offload_optimizer"
+    builder = CPUAdamBuilder()
+    key = "parallelism.offload_optimizer"
     lock = Path(_get_build_directory(builder.name, False)) / "lock"
     if lock.exists():
         say(f"waiting for a process that compiles {builder.name}; if that build was killed, delete {lock}")
@@ -190,7 +191,8 @@ def _check_devices() -> None:
             where="accelerate launch",
             remedy="to train on CPUs, start with CUDA_VISIBLE_DEVICES= in the environment",
         )
-    visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
         if visible in ("", "-1", "NoDevFiles"):

@@ -78,7 +78,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     is_file = parsed.no_python or (Path(parsed.training_script).is_file() and not is_keys)
     if not is_file and parsed.training_script in VERBS:
         parsed.training_script_args.insert(0, parsed.training_script)
-        parsed.module, parsed.training_script = True, "dpo_dist"
+        parsed.module = True
+        parsed.training_script = "dpo_dist"
     elif not is_file and not parsed.module:
         raise _refused(
             "the program to start is neither a file nor a verb nor a module",
@@ -98,29 +99,28 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 _OPTIONS = Remedy("use a file of launch/accelerate; dpo-dist launch --help explains the options")
 
 
-def _instead_of_options(arguments: Sequence[str], known: Sequence[str]) -> Remedy:
+def _instead_of_options(arguments: Sequence[str], options: Sequence[str]) -> Remedy:
     """Return what to write in place of the first option that accelerate does not have."""
     if not arguments:
         return Remedy("name the verb to start: dpo-dist launch train KEY=VALUE ...")
-    names = [word.partition("=")[0] for word in arguments]
-    wrong = next((name for name in names if name.startswith("-") and name not in (*known, "-m")), "")
-    if theirs := advice().equivalents(wrong.lstrip("-"), "launcher"):
+    names = [word.partition("=")[0] for word in arguments if word.startswith("-")]
+    wrong = next((name for name in names if name not in (*options, "-m")), "")
+    theirs = advice().equivalents(wrong.lstrip("-"), "launcher")
+    if theirs:
         remedy = Remedy.to_rename(wrong, f"--{theirs[0]}")
         return remedy + " It counts all nodes" if theirs[0] == "num_processes" else remedy
-    near = get_close_matches(wrong, known, 1, 0.8) if wrong else []
+    near = get_close_matches(wrong, options, 1, 0.8) if wrong else []
     return Remedy.to_rename(wrong, near[0]) if near else _OPTIONS
 
 
-def _instead_of_program(typed: str) -> Remedy:
+def _instead_of_program(word: str) -> Remedy:
     """Return what to write in place of a program that is not there."""
-    if typed.isdecimal():
-        return Remedy(f"did you mean --num_processes {typed}?")
-    if "=" in typed or typed.endswith((".yaml", ".yml")):
-        return Remedy(
-            f"write the verb before it: dpo-dist launch train {shlex.quote(typed)}", ("train", typed)
-        )
-    near = get_close_matches(typed, VERBS, 1)
-    return Remedy.to_rename(typed, near[0]) if near else _OPTIONS
+    if word.isdecimal():
+        return Remedy(f"did you mean --num_processes {word}?")
+    if "=" in word or word.endswith((".yaml", ".yml")):
+        return Remedy(f"write the verb before it: dpo-dist launch train {shlex.quote(word)}", ("train", word))
+    near = get_close_matches(word, VERBS, 1)
+    return Remedy.to_rename(word, near[0]) if near else _OPTIONS
 
 
 def _refused(message: str, got: str, remedy: Remedy) -> ConfigError:

@@ -108,8 +108,10 @@ class World:
         """Wait for every rank, however long it works; raise `TimeoutError` after `seconds` if not None."""
         if self.size == 1:
             return
-        options, has_ended = dist.BarrierOptions(), threading.Event()
-        options.device_ids, options.timeout = [], _PATIENCE
+        options = dist.BarrierOptions()
+        has_ended = threading.Event()
+        options.device_ids = []
+        options.timeout = _PATIENCE
         call = self.control.barrier(options)
         call.get_future().add_done_callback(lambda _: has_ended.set())
         if not has_ended.wait(seconds):  # unlike a collective call, this wait lets signals through
@@ -208,13 +210,14 @@ def check_shared(world: World, folder: Path, key: str) -> None:
             return None
         return file
 
-    if (file := world.on_main(write)) is None:
+    file = world.on_main(write)
+    if file is None:
         return
-    seen = world.gather(_appears(file))
+    appears = world.gather(_appears(file))
     if world.is_main:
         file.unlink(missing_ok=True)
-    if not all(seen):
-        blind = world.peers[seen.index(False)]
+    if not all(appears):
+        blind = world.peers[appears.index(False)]
         raise ConfigError(
             "the processes see different folders",
             where=key,
@@ -244,7 +247,8 @@ class Stops:
     """
 
     def __init__(self, request: StopRequest, world: World):
-        self.request, self.world = request, world
+        self.request = request
+        self.world = world
         self.agreed_reasons = ""
 
     def must_stop(self) -> bool:

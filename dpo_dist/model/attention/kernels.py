@@ -73,7 +73,8 @@ class VarlenAttention:
         """Return the segments of text (True: causal) and of images, and each token's index in both."""
         assert self.runs is not None
         text, images = self._spans(self.runs.places)
-        calls, queries = dict[bool, _Segments](), list[npt.NDArray[np.int64]]()
+        calls = dict[bool, _Segments]()
+        queries = list[npt.NDArray[np.int64]]()
         for is_causal, spans in ((True, text), (False, images)):
             if spans:
                 queries.append(np.concatenate([np.arange(start, stop) for start, stop, _ in spans]))
@@ -94,8 +95,9 @@ class VarlenAttention:
 
     def _call_of(self, spans: Sequence[_Span]) -> _Segments:
         queries = np.array([stop - start for start, stop, _ in spans], dtype=np.int32)
-        keys = np.array([sum(stop - start for start, stop in seen) for *_, seen in spans], dtype=np.int32)
-        indices = np.concatenate([np.arange(*part) for *_, seen in spans for part in seen])
+        seen_parts = [seen for *_, seen in spans]
+        keys = np.array([sum(stop - start for start, stop in parts) for parts in seen_parts], dtype=np.int32)
+        indices = np.concatenate([np.arange(*part) for part in itertools.chain(*seen_parts)])
         ends = [
             copy_to_device(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)
         ]
@@ -113,7 +115,8 @@ class VarlenAttention:
         max_key = max(call.lengths[3] for call in calls.values())
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
         is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
-        dim, has_cap = max(query.shape[-1], value.shape[-1]), scores.softcap is not None
+        dim = max(query.shape[-1], value.shape[-1])
+        has_cap = scores.softcap is not None
         if _lacks(self.backend, dim, has_cap, scores.sinks is not None, is_other_rule):
             return self._by_segment(query, key, value, scores)
         window = None if rule is None else scores.window
@@ -121,7 +124,8 @@ class VarlenAttention:
         if window is not None and longest_image > window and self.backend in FLASH_ATTN:
             # transformers limits FlashAttention's window on both sides.
             return self._by_segment(query, key, value, scores)
-        dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+        dim = value.shape[-1]
+        scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         heads = with_one_dim(query, key, value, _HEAD_MULTIPLE)
         attended = [
             self._call(call, heads, scores, scale, window, is_causal=is_causal)
@@ -324,13 +328,13 @@ def layer_heads(text: Any) -> list[Heads]:
     return shapes
 
 
-def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
-    """Return the backend to use on `device`: `wanted`, or for `auto` the fastest that supports `dtype`."""
+def choose_backend(setting: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
+    """Return the backend to use on `device`: `setting`, or for `auto` the fastest that supports `dtype`."""
     on_cuda = device.type == "cuda"
     if on_cuda:  # cuDNN would plan again for each pair of lengths: seconds in every micro-batch
         torch.backends.cuda.enable_cudnn_sdp(False)
     has_kernels = on_cuda and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
-    if wanted is AttentionBackend.auto:
+    if setting is AttentionBackend.auto:
         if not has_kernels or dtype is Dtype.fp32:  # the variable-length kernels have 16-bit inputs
             return AttentionBackend.sdpa
         is_hopper = torch.cuda.get_device_capability(device)[0] == 9
@@ -338,27 +342,27 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
         return next(
             (kernel for kernel in fastest if is_installed(FLASH_ATTN[kernel])), AttentionBackend.varlen
         )
-    if wanted is AttentionBackend.sdpa:
-        return wanted
+    if setting is AttentionBackend.sdpa:
+        return setting
     if not has_kernels:
         raise ConfigError(
-            f"attention backend {wanted} runs only on CUDA, on Ampere GPUs and newer",
+            f"attention backend {setting} runs only on CUDA, on Ampere GPUs and newer",
             where="model.attention",
-            got=f"{wanted} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
+            got=f"{setting} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
             expected="auto or sdpa",
             remedy=Remedy.to_set("model.attention=auto"),
         )
-    if wanted in FLASH_ATTN and not is_installed(FLASH_ATTN[wanted]):
-        name = FLASH_ATTN[wanted]
+    if setting in FLASH_ATTN and not is_installed(FLASH_ATTN[setting]):
+        name = FLASH_ATTN[setting]
         raise ConfigError(
             f"{name} is not installed",
             where="model.attention",
-            got=wanted,
+            got=setting,
             remedy=Remedy.to_set("model.attention=auto")
             + f", or install {name}, built against the installed torch (pip install --no-build-isolation)",
             lacks=Lack.package,
         )
-    return wanted
+    return setting
 
 
 def check_kernel(
@@ -381,7 +385,8 @@ def check_kernel(
         kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
     runs = [None] if image_mask is ImageMask.causal else [None, ImageRuns(_TRIAL_RUNS, in_windows_only=False)]
     for heads, scores, images in itertools.product(dict.fromkeys(layer_heads(text)), kinds, runs):
-        if fault := _kernel_fault(backend, device, heads, dtype, scores, images):
+        fault = _kernel_fault(backend, device, heads, dtype, scores, images)
+        if fault:
             layer = f"window {scores.window}, cap {scores.softcap}{'' if images is None else ', images'}"
             raise ConfigError(
                 "this attention kernel fails or gives wrong results on this device",

@@ -56,15 +56,15 @@ class MaskRule:
 
         Every query sees the sinks. Layers share the mask.
         """
-        known = self._masks.get((queries, keys, sinks, dtype))
-        if known is None:
+        visible = self._masks.get((queries, keys, sinks, dtype))
+        if visible is None:
             hidden = ~self._visible(queries, keys)
             columns = sinks + keys
             rows = torch.zeros(queries, columns + -columns % _ALIGNMENT, dtype=dtype, device=self.device)
-            known = rows[:, :columns]
-            known[:, sinks:].masked_fill_(hidden, -torch.inf)
-            self._masks[queries, keys, sinks, dtype] = known
-        return known
+            visible = rows[:, :columns]
+            visible[:, sinks:].masked_fill_(hidden, -torch.inf)
+            self._masks[queries, keys, sinks, dtype] = visible
+        return visible
 
     def _visible(self, queries: int, keys: int) -> Tensor:
         """Return which keys each of the last queries sees, bool [queries, keys]."""
@@ -149,10 +149,12 @@ class SegmentAttention:
     @cached_property
     def _pieces(self) -> tuple[list[int], list[list[int]]]:
         """Return the lengths of the pieces into which keys are cut, and the pieces of each segment's row."""
-        found = paths(self.segments)
-        edges = sorted({edge for path in found for part in path for edge in part})
-        index = {edge: number for number, edge in enumerate(edges)}
-        pieces = [[n for start, stop in path for n in range(index[start], index[stop])] for path in found]
+        parts = [np.array(path, dtype=np.int64).reshape(-1, 2) for path in paths(self.segments)]
+        edges = np.unique(np.concatenate(parts))
+        pieces: list[list[int]] = []
+        for part in parts:
+            spans = np.searchsorted(edges, part)
+            pieces.append([*itertools.chain.from_iterable(range(*span) for span in spans)])
         return np.diff(edges).tolist(), pieces
 
     @cached_property
@@ -240,8 +242,9 @@ def _whole_images(reach: int | None, device: torch.device) -> MaskRule:
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return the attention of queries [heads, n, dim]: causal without a mask, with one query for each key."""
     groups = query.shape[0] // key.shape[0]
-    if query.is_cuda and groups > 1 and (mask is not None or query.dtype is torch.float32):
-        # Every CUDA kernel that accepts grouped heads here would store all scores.
+    # Every CUDA kernel that accepts grouped heads here would store all scores.
+    stores_scores = query.is_cuda and (mask is not None or query.dtype is torch.float32)
+    if groups > 1 and stores_scores:
         key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
     return scaled_dot_product_attention(
         query[None],

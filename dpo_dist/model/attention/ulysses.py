@@ -107,7 +107,8 @@ class TokenShare:
         owners = predictors % ranks
         by_owner = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=ranks)
-        most, starts = int(counts.max()), np.cumsum(counts) - counts
+        most = int(counts.max())
+        starts = np.cumsum(counts) - counts
         targets = by_owner[starts[exchange.rank] :][: counts[exchange.rank]]
         # Where the gather puts target i: each rank has `most` places, filled in the order of its targets.
         numbers = np.empty_like(by_owner)

@@ -135,7 +135,7 @@ def _not_found(path: str, key: str, reason: str) -> ConfigError:
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a model folder contains the files of a tokenizer."""
-    return any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern))
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -159,8 +159,8 @@ def weight_files(folder: Path) -> list[Path]:
     `transformers_weights` in config.json may name the first file. A shard may be missing; the list is empty
     if the folder has no weights in safetensors.
     """
-    named = read_model_json(folder / CONFIG_FILE).get("transformers_weights")
-    names = ("model.safetensors", "model.safetensors.index.json") if named is None else (str(named),)
+    first = read_model_json(folder / CONFIG_FILE).get("transformers_weights")
+    names = ("model.safetensors", "model.safetensors.index.json") if first is None else (str(first),)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None or not file.name.endswith(".index.json"):
         return [] if file is None else [file]
@@ -172,7 +172,8 @@ def stored_quantization(folder: Path) -> dict[str, Any] | None:
     """Return what config.json says about how a folder's weight files are quantized; None if they are not."""
     content: Any = read_model_json(folder / CONFIG_FILE)
     parts = (content, *(part for part in content.values() if isinstance(part, dict)))
-    return next((found for part in parts if (found := part.get("quantization_config"))), None)
+    settings = (part.get("quantization_config") for part in parts)
+    return next(filter(None, settings), None)
 
 
 def read_model_json(file: Path) -> dict[str, object]:
@@ -182,7 +183,8 @@ def read_model_json(file: Path) -> dict[str, object]:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         check_readable(file, str(file))
-        content, got = None, first_line(error)
+        content = None
+        got = first_line(error)
     if not isinstance(content, dict):
         raise ConfigError(
             "a file of the model cannot be read",
@@ -266,13 +268,13 @@ def start_folder(config: ModelConfig) -> Path | None:
     folder = model_folder(adapter.path, None, _ADAPTER_KEY, accepts_adapter=True)
     _check_form(folder, config)
     modules_on_disk(folder)
-    given = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
-    if given:
+    keys = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
+    if keys:
         raise ConfigError(
             "a continued adapter keeps its kind and size",
-            where=", ".join(given),
+            where=", ".join(keys),
             got=str(folder),
-            remedy=Remedy.to_set(*(f"{key}=null" for key in given))
+            remedy=Remedy.to_set(*(f"{key}=null" for key in keys))
             + "; to train a new adapter, merge this one into its base and remove model.adapter.path",
         )
     return folder
@@ -287,11 +289,15 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
     wholes = "|".join(map(re.escape, adapter.get("modules_to_save") or ()))
     others = [name for name in names if not name.endswith(LORA_WEIGHTS)]
-    saved = {name: wholes and re.match(rf".*?(?:{wholes})(?=\.)", name) for name in others}
-    foreign = [name.rpartition(".")[0] for name, module in saved.items() if not module]
-    if foreign or not layers:
-        raise _unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
-    return sorted(layers), sorted({module[0] for module in saved.values() if module})
+    modules: set[str] = set()
+    for name in others:
+        module = wholes and re.match(rf".*?(?:{wholes})(?=\.)", name)
+        if not module:
+            raise _unsupported(folder, f"other weights, of {name.rpartition('.')[0]}")
+        modules.add(module[0])
+    if not layers:
+        raise _unsupported(folder, "no weights")
+    return sorted(layers), sorted(modules)
 
 
 def is_repeated(name: str) -> bool:
@@ -325,7 +331,8 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
         other.append("modules_to_save with ensure_weight_tying")
     if adapter.get("use_dora") and config.quantization is Quantization.int8:
         other.append("DoRA on an 8-bit base, whose norms peft cannot compute")
-    if (init := str(adapter.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
+    init = str(adapter.get("init_lora_weights", True)).lower()
+    if init.startswith(_CHANGES_BASE):
         other.append(f"init_lora_weights: {init}, which changed the base's weights")
     if other:
         can_be_merged = adapter.get("peft_type") not in _UNMERGED_TYPES.split() and not any(
@@ -348,11 +355,11 @@ def _unsupported(folder: Path, got: str, *, can_be_merged: bool = True) -> Confi
 def base_warnings(config: ModelConfig, adapter: Path | None) -> list[str]:
     """Return a warning if an adapter names another base than `model.path`, by the last part of the paths."""
     content = {} if adapter is None else read_model_json(adapter / ADAPTER_CONFIG)
-    named = str(content.get("base_model_name_or_path") or "")
-    base, current = (Path(path).expanduser().resolve().name.lower() for path in (named, config.path))
-    if not named or base == current:
+    base_path = str(content.get("base_model_name_or_path") or "")
+    base, current = (Path(path).expanduser().resolve().name.lower() for path in (base_path, config.path))
+    if not base_path or base == current:
         return []
     return [
-        f"the adapter {adapter} was trained on {named}, but model.path is {config.path}: on another "
+        f"the adapter {adapter} was trained on {base_path}, but model.path is {config.path}: on another "
         "base's weights an adapter is noise"
     ]

@@ -1,6 +1,7 @@
 """Load a model folder as a packed model, and its tokenizer."""
 
 import contextlib
+import itertools
 import json
 import logging
 import re
@@ -96,11 +97,12 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             got=f"{folder}: {first_line(error)}",
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
-    if named := _KERNEL.search((folder / CONFIG_FILE).read_text(encoding="utf-8")):
+    kernel = _KERNEL.search((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if kernel:
         raise ConfigError(
             "the model's config.json names code on the Hub, which is not run",
             where=key,
-            got=f"{folder / CONFIG_FILE}: {' '.join(named[0].split())}",
+            got=f"{folder / CONFIG_FILE}: {' '.join(kernel[0].split())}",
             expected="an implementation of transformers",
             remedy="remove it from config.json: model.attention selects the kernel",
         )
@@ -125,13 +127,13 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
 def _own_code_error(folder: Path, config: ModelConfig, key: str, file: str) -> ConfigError | None:
     """Return the error for a folder that needs the Python code named in `file`; None if it names none."""
     is_read = not config.trust_remote_code and (folder / file).is_file()
-    named = read_model_json(folder / file).get("auto_map") if is_read else None
-    if not named:
+    classes = read_model_json(folder / file).get("auto_map") if is_read else None
+    if not classes:
         return None
     return ConfigError(
         "the model folder names Python code, which is not run",
         where=key,
-        got=f"{folder / file}: auto_map {named}",
+        got=f"{folder / file}: auto_map {classes}",
         expected="classes of transformers",
         remedy="name a model that transformers knows itself, or read the code first and then set "
         "model.trust_remote_code=true",
@@ -159,7 +161,8 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
     """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
     names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
-    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+    matches = {*itertools.chain.from_iterable(folder.glob(name) for name in names)}
+    files = sorted(filter(Path.is_file, matches))
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / CONFIG_FILE  # an adapter's folder with a tokenizer has no config.json
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
@@ -218,8 +221,8 @@ def check_same_vocabulary(
         )
     if config.images is None or processor is None or not any(folder.glob("*processor_config.json")):
         return
-    own = ImageProcessor(folder, tokenizer, config.images.max_pixels)
-    if own.settings != processor.settings:
+    other_processor = ImageProcessor(folder, tokenizer, config.images.max_pixels)
+    if other_processor.settings != processor.settings:
         raise ConfigError(
             f"the model of {key} reads images in another way than that of model.path",
             where=f"{key}, model.images",
@@ -331,7 +334,8 @@ def load_weights(
     described = check_contents(folder, model_config, config, key=key, kind=kind)
     shapes = {name: weight.shape for name, weight in described.named_parameters(remove_duplicate=False)}
     is_sharded = shards_loading() and config.quantization is None
-    options, packed = placement(config, device), dict[str, Packing | Mxfp4]()
+    options = placement(config, device)
+    packed = dict[str, Packing | Mxfp4]()
     if config.quantization is not None:
         packed = packings(described, config.quantization, TORCH_DTYPES[config.dtype], mxfp4_names(folder))
         if config.images is not None:  # parts for images and the output layer keep their precision
@@ -347,7 +351,8 @@ def load_weights(
     _check_missing(report, folder, key, unsharded_instead if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
-    if config.quantization is not None and (unpacked := unpackable(described)):
+    unpacked = [] if config.quantization is None else unpackable(described)
+    if unpacked:
         memory = size(TORCH_DTYPES[config.dtype].itemsize * sum(map(torch.numel, unpacked)))
         log.warning("%s: %s leaves experts in %s, %s", folder, config.quantization, config.dtype, memory)
     compute_packed(causal_lm, packed)
@@ -406,12 +411,14 @@ def check_contents(
             shapes: dict[str, Any] = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
-    if mismatched := sorted(report["mismatched_keys"]):
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
         name, *sizes = mismatched[0]
         in_files, described = (" x ".join(map(str, size)) for size in sizes)
-        wrong = {ours for theirs, ours in zip(*sizes, strict=False) if ours != theirs}
+        wrong = [ours for theirs, ours in zip(*sizes, strict=False) if ours != theirs]
         values = vars(model_config.get_text_config()).items()
-        options = [option for option, value in values if not isinstance(value, bool) and value in [*wrong]]
+        numbers = ((option, value) for option, value in values if not isinstance(value, bool))
+        options = [option for option, value in numbers if value in wrong]
         raise ConfigError(
             "the weight files have other sizes than config.json says",
             where=key,
@@ -437,7 +444,8 @@ def check_contents(
 
 
 def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str | Remedy = "") -> None:
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise ConfigError(
             "the model folder lacks weights, which would be initialized to random values",
             where=key,
@@ -462,7 +470,8 @@ def _load(
     **options: Any,
 ) -> Any:
     """Return the model that `from_pretrained` loads, and its loading report; `kept` as in `plain_weights`."""
-    dtype, is_read = TORCH_DTYPES[config.dtype], options.get("device_map") != "meta"
+    dtype = TORCH_DTYPES[config.dtype]
+    is_read = options.get("device_map") != "meta"
     with plain_weights(folder, dtype, kept, is_read=is_read):
         return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
             folder,
@@ -481,8 +490,9 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # an architecture's constructor can raise anything
-        if getattr(error, "filename", None) is None and (full := disk_error(error)):
-            raise full from error  # the disk is full: loading writes its progress to the log file
+        full_disk = disk_error(error) if getattr(error, "filename", None) is None else None
+        if full_disk:  # loading writes its progress to the log file
+            raise full_disk from error
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
@@ -493,12 +503,12 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_progress() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
+    had_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if had_progress:
             transformers_logging.enable_progress_bar()
 
 
@@ -507,21 +517,22 @@ def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[s
 
     `causal_lm` is on the meta device and has a weight for each tensor of the files, also for tied ones.
     """
-    weight, ties = causal_lm.get_parameter_or_buffer, causal_lm.all_tied_weights_keys
+    weight = causal_lm.get_parameter_or_buffer
+    ties = causal_lm.all_tied_weights_keys
     apart = [(one, other) for one, other in ties.items() if weight(one) is not weight(other)]
     if not apart:
         return None
     renamed = name_in_model(causal_lm)
-    found = {renamed(name): (file, name) for name, file in places(folder).items()}
+    stored_as = {renamed(name): (file, name) for name, file in places(folder).items()}
 
     def value(name: str) -> torch.Tensor:
-        file, stored = found[name]
+        file, stored = stored_as[name]
         with safe_open(file, "pt") as tensors:
             tensor: torch.Tensor = tensors.get_tensor(stored)
             return tensor.to(dtype)
 
     differing = (pair for pair in apart if not torch.equal(*map(value, pair)))
-    return next(((found[one][1], found[other][1]) for one, other in differing), None)
+    return next(((stored_as[one][1], stored_as[other][1]) for one, other in differing), None)
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -588,5 +599,6 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
             remedy="check model_type and the options in config.json, such as num_hidden_layers",
         )
     if foreign:
-        names, kind = ", ".join(foreign[:5]), type(causal_lm).__name__
+        names = ", ".join(foreign[:5])
+        kind = type(causal_lm).__name__
         log.warning("%s: not used by %s: %s (%d tensors in all)", folder, kind, names, len(foreign))

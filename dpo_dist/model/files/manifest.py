@@ -25,7 +25,8 @@ def write_manifest(folder: Path, base: str | None) -> None:
 
     `base` is the `ModelFiles.base` of the model from which it was trained; None: not known.
     """
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in _EDITABLE]
+    paths = (path for path in sorted(folder.rglob("*")) if path.name not in _EDITABLE)
+    files = list(filter(Path.is_file, paths))
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = pool.map(lambda file: content_digest([file]), files)
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -55,7 +56,8 @@ def find_damage(folder: Path, memo: Path | None, *, with_weights: bool = True) -
 
 def check_undamaged(folder: Path, memo: Path | None, *, with_weights: bool = True) -> None:
     """Check that the files of a model folder are those that were written; arguments as of `find_damage`."""
-    if damage := find_damage(folder, memo, with_weights=with_weights):
+    damage = find_damage(folder, memo, with_weights=with_weights)
+    if damage:
         raise CheckpointError(
             "the model folder is not as it was written",
             where=str(folder),
@@ -72,7 +74,10 @@ def check_base(folder: Path, base: Path, digest: Callable[[], str]) -> None:
     `digest` returns the `ModelFiles.base` of `base`; it is called only if a manifest names a digest.
     """
     expected = _read(folder).get("base")
-    if expected is not None and (current := digest()) != expected:
+    if expected is None:
+        return
+    current = digest()
+    if current != expected:
         raise CheckpointError(
             "the base of this model is not the one from which it was trained",
             where=f"{base}, as the base of {folder}",

@@ -1,6 +1,7 @@
 """Write model folders: trained weights, an adapter merged into its base, the mean of several models."""
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -76,17 +77,20 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
     If transformers wrote only the text model of a base that also reads images or sounds, config.json stays
     the one that transformers wrote, with the base's dropout and noise, and no files about images are copied.
     """
-    file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
-    written, original = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
-    kind = written["model_type"]
+    file = folder / CONFIG_FILE
+    generation = folder / GENERATION_CONFIG_NAME
+    content_here = json.loads(file.read_bytes())
+    original = json.loads((base / CONFIG_FILE).read_bytes())
+    kind = content_here["model_type"]
     # The model's remote code may set a type that config.json does not name.
     if original.get("model_type", kind) == kind:
-        content = original | {"architectures": written["architectures"]}
+        content = original | {"architectures": content_here["architectures"]}
         _copy_files(base, folder, _PROCESSORS)
     else:  # noise was set to 0 when loading: take the base's, or the default
         text = original.get("text_config") or {}
-        content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
-        content |= {name: text[name] for name in written if name not in content and name in text}
+        content = {name: value for name, value in content_here.items() if not is_noise(name, value, kind)}
+        for name in filter(text.__contains__, content_here):
+            content.setdefault(name, text[name])
     write_description(file, content | changes, dtype)
     generation.unlink(missing_ok=True)  # transformers made it from config.json
     _copy_files(base, folder, GENERATION_CONFIG_NAME)
@@ -113,14 +117,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer to a model folder, and remove any other chat template from the folder."""
     tokenizer.save_pretrained(folder)
-    file, name = folder / "processor_config.json", "chat_template"
-    if file.is_file() and name in (content := json.loads(file.read_bytes())):
+    file = folder / "processor_config.json"
+    name = "chat_template"
+    content = json.loads(file.read_bytes()) if file.is_file() else {}
+    if name in content:
         del content[name]  # transformers would prefer this template
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
-    for file in {file for pattern in patterns for file in source.glob(pattern)}:
+    for file in {*itertools.chain.from_iterable(map(source.glob, patterns))}:
         target = folder / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
@@ -135,13 +141,15 @@ def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], d
     tensors: dict[str, Tensor] = {}
     for name, weight in causal_lm.named_parameters(remove_duplicate=False):
         if weight.requires_grad:
-            known = first.setdefault(weight, name)
-            tensors[_name_in_file(name)] = weights[known].to(dtype, copy=name != known).contiguous()
+            first_name = first.setdefault(weight, name)
+            values = weights[first_name].to(dtype, copy=name != first_name)
+            tensors[_name_in_file(name)] = values.contiguous()
     saved = sorted(
         name for name, copies in saved_modules(causal_lm).items() if TRAINED in copies.modules_to_save
     )
     config = copy(causal_lm.peft_config[TRAINED])
-    config.inference_mode, config.modules_to_save = True, saved or None
+    config.inference_mode = True
+    config.modules_to_save = saved or None
     config.save_pretrained(folder)
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
@@ -188,15 +196,16 @@ def write_merged(
     _check_unshared(causal_lm, modules_on_disk(adapter)[0])
     was_tied = _is_tied(causal_lm)
     merged = PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload()
-    inner, outer = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    inner = merged.get_input_embeddings().weight
+    outer = merged.get_output_embeddings().weight
     if was_tied and inner is not outer and torch.equal(inner, outer):  # peft keeps two copies
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
-    written = dtype or described.get_text_config().dtype or described.dtype or torch.float32
+    target = dtype or described.get_text_config().dtype or described.dtype or torch.float32
     for weight in merged.parameters():  # buffers, as the biases of DeepSeek's routers, stay float32
-        weight.data = weight.data.to(written)
+        weight.data = weight.data.to(target)
     changes = {"tie_word_embeddings": False} if was_tied and not _is_tied(merged) else {}
-    write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
+    write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, target), base, changes)
 
 
 def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
@@ -204,7 +213,8 @@ def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
     owners: dict[Tensor, list[str]] = {}
     for name, weight in causal_lm.named_parameters(remove_duplicate=False):
         owners.setdefault(weight, []).append(name.rpartition(".")[0])
-    shared = [names for names in owners.values() if len(names) > 1 and not set(adapted).isdisjoint(names)]
+    of_several = (names for names in owners.values() if len(names) > 1)
+    shared = [names for names in of_several if not set(adapted).isdisjoint(names)]
     if shared:
         raise ConfigError(
             "layers share a weight in this model, and the adapter changes it for each layer in another way",
@@ -241,8 +251,11 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    files = [file for file in weight_files(folder) if file.suffix != ".json"]
-    return {name: weight for file in files for name, weight in load_file(file).items()}
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        if file.suffix != ".json":
+            tensors |= load_file(file)
+    return tensors
 
 
 def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch.dtype | None) -> None:

@@ -32,7 +32,9 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
 def folder_stops(folder: Path) -> list[int]:
     """Return the ids of the tokens at which transformers and vLLM stop, from a model folder's files."""
     ids: Any = _read_settings(folder).get(_STOPS)
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -50,26 +52,28 @@ def write_stops(folder: Path, base: Path, stops: Collection[int]) -> None:
     If the base already stops at all of them, nothing is written, except to an adapter's folder, where the
     card tells how to use the file.
     """
-    settings, given = _read_settings(base), folder_stops(base)
-    if set(stops) <= set(given) and not is_adapter(folder):
+    settings = _read_settings(base)
+    base_stops = folder_stops(base)
+    if set(stops) <= set(base_stops) and not is_adapter(folder):
         return
     settings.pop("_from_model_config", None)  # with it, older transformers read config.json instead
-    content = settings | {_STOPS: list(dict.fromkeys([*given, *stops]))}
+    content = settings | {_STOPS: list(dict.fromkeys([*base_stops, *stops]))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def stop_notes(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> list[str]:
     """Return a note if the base does not stop at every token that ends turns or texts in training."""
-    given = folder_stops(folder)
-    missing = [stop for stop in trained_stops(tokenizer, data) if stop not in given]
+    base_stops = folder_stops(folder)
+    missing = [stop for stop in trained_stops(tokenizer, data) if stop not in base_stops]
 
-    def named(ids: Collection[int]) -> str:
+    def describe(ids: Collection[int]) -> str:
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(each)} ({each})" for each in ids) or "no token"
 
     if not missing:
         return []
     return [
-        f"the base itself stops at {named(given)}, but training ends turns or texts with {named(missing)}: "
+        f"the base itself stops at {describe(base_stops)}, but training ends turns or texts with "
+        f"{describe(missing)}: "
         "generation_config.json of the written model has both (for an adapter see its README.md)"
     ]

@@ -20,7 +20,8 @@ from transformers import AutoConfig
 from dpo_dist.model.files.folder import stored_quantization, weight_files
 from dpo_dist.model.library_internals import opening_files_by, unpack_mxfp4
 
-_BLOCKS, _SCALES = "_blocks", "_scales"  # of MXFP4: 32 numbers of 4 bits in 16 bytes, and their exponent
+_BLOCKS = "_blocks"  # of MXFP4: 32 numbers of 4 bits in 16 bytes
+_SCALES = "_scales"  # their exponent
 _SCALE = "_scale_inv"  # of FP8: what the block's numbers are multiplied with
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
@@ -88,16 +89,18 @@ class _Reader:
     def __init__(
         self, folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
     ) -> None:
-        self._dtype, self._kept, self._is_read = dtype, kept, is_read
+        self._dtype = dtype
+        self._kept = kept
+        self._is_read = is_read
         self._blocks = (stored_quantization(folder) or {}).get("weight_block_size", (128, 128))
         self._places = places(folder)
         self._files: dict[Path, Any] = {file: safe_open(file, "pt") for file in {*self._places.values()}}
 
     def open(self, file: str | Path) -> "_PlainFile":
         file = Path(file)
-        own = [name for name, place in self._places.items() if place == file]
+        names = [name for name, place in self._places.items() if place == file]
         return _PlainFile(
-            {name.removesuffix(_BLOCKS): self._weight(name) for name in own if self._is_weight(name)}
+            {name.removesuffix(_BLOCKS): self._weight(name) for name in names if self._is_weight(name)}
         )
 
     def _is_weight(self, name: str) -> bool:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, duration, number, percent, pluralize, size
-from dpo_dist.foundation.types import leaves
+from dpo_dist.foundation.types import dotted_items
 
 _FOLDER = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
@@ -66,7 +66,7 @@ def number_above_interval(
 
 def flat(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield nested fields as dotted keys, with values as YAML text; entries of lists without what is null."""
-    for key, value in leaves(fields):
+    for key, value in dotted_items(fields):
         content: object = value
         if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
             content = [{name: item for name, item in each.items() if item is not None} for each in value]

@@ -10,7 +10,7 @@ from dpo_dist.config.losses import KINDS
 from dpo_dist.config.metrics import is_evaluation
 from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
-from dpo_dist.kit import ACCURACIES, METRICS, PREFIX, LossKind, MetricsRow, finite, kinds_in, loss_unit
+from dpo_dist.kit import ACCURACIES, METRICS, PREFIX, LossKind, MetricsRow, finite, loss_kinds, loss_unit
 
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10
@@ -61,7 +61,7 @@ class RunFacts:
         self.rows = rows
         self.summary = summary
         self.data_findings = findings
-        self.kinds = kinds_in(summary.get("settings") or {})
+        self.kinds = loss_kinds(summary.get("settings") or {})
         self.unit = loss_unit(self.kinds)
         self.accuracy_key = ACCURACIES[self.unit == "record"]
         self.accuracy_title = METRICS[self.accuracy_key].title

@@ -13,12 +13,12 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from dpo_dist.config.compose import Command, names_chosen
+from dpo_dist.config.compose import Composition, names_chosen
 from dpo_dist.config.keys import group_folders, preset_names
 from dpo_dist.config.load import load_command
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
 from dpo_dist.foundation.fields import plain
-from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
+from dpo_dist.foundation.remedies import COMMAND_LINE, ErrorPlace, Remedy, Typed
 from dpo_dist.foundation.text import first_few
 from dpo_dist.foundation.user_code import find_function
 from dpo_dist.kit import (
@@ -83,7 +83,7 @@ def load_points(
     cache = dict[str, Any]()
     all_mistakes = list[DpoDistError](mistakes)
     folders = group_folders(own_folder)
-    command = partial(Command, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
+    command = partial(Composition, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
     fixed = list[str]()
     keys = set[str]()
     for word in words:
@@ -132,7 +132,7 @@ def load_points(
     return points
 
 
-def _values(command: Command) -> Any:
+def _values(command: Composition) -> Any:
     """Return the values of the words and files without several values; none if they have a mistake."""
     try:
         return OmegaConf.create(command.compose())
@@ -175,10 +175,10 @@ def _dimensions(
         message = ""
         remedy = Remedy("")
         got = ""
-        where: Place = Typed(word)
+        where: ErrorPlace = Typed(word)
         if override.is_interval_sweep() and not searches:
             message = "an interval has no points to train"
-            where = Place(f"{key}, sweep.trials")
+            where = ErrorPlace(f"{key}, sweep.trials")
             got = f"{word.partition('=')[2]}, null"
             remedy = Remedy.to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
             remedy += f" for a search, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"

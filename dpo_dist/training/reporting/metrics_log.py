@@ -47,10 +47,13 @@ METRICS_WITH_BEST = {
 """1 if the lowest value is the best, -1 if the highest is."""
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
 _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
-_SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
+_SPIKE_ROWS = 100
+_FEWEST_ROWS = 50
+_EXCURSION = 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
-MOST_STEPS, MOST_EVALUATIONS = 20_000, 5_000
+MOST_STEPS = 20_000
+MOST_EVALUATIONS = 5_000
 """How many rows of a run are in memory, for its verdict, page, curves and card."""
 _EDGE = 200
 _AFTER_STEP = 0.5
@@ -72,7 +75,9 @@ class _Evenly:
 
     def __init__(self, most: int) -> None:
         self.rows: list[MetricsRow] = []
-        self._most, self._every, self._added = most, 1, 0
+        self._most = most
+        self._every = 1
+        self._added = 0
 
     def add(self, row: MetricsRow) -> None:
         """Add the next row."""
@@ -96,9 +101,12 @@ class RowSample:
     """
 
     def __init__(self, rows: Iterable[MetricsRow] = ()) -> None:
-        self._steps, self._evaluations = _Evenly(MOST_STEPS), _Evenly(MOST_EVALUATIONS)
-        self.steps, self.evaluations = self._steps.rows, self._evaluations.rows
-        self._last, self._first = dict[str, MetricsRow](), dict[str, MetricsRow]()
+        self._steps = _Evenly(MOST_STEPS)
+        self._evaluations = _Evenly(MOST_EVALUATIONS)
+        self.steps = self._steps.rows
+        self.evaluations = self._evaluations.rows
+        self._last = dict[str, MetricsRow]()
+        self._first = dict[str, MetricsRow]()
         for row in rows:
             self.add(row)
 
@@ -122,7 +130,8 @@ class MetricsLog:
     """The metrics rows of one run: all of them in a file, and a sample in memory."""
 
     def __init__(self, folder: RunFolder, sample: RowSample):
-        self.folder, self.sample = folder, sample
+        self.folder = folder
+        self.sample = sample
 
     @property
     def rows(self) -> list[MetricsRow]:
@@ -145,8 +154,11 @@ class MetricsLog:
         `evaluation_is_due`, also the evaluation at this step. `warn` is called if existing rows are missing
         or replaced.
         """
-        end = -1.0 if resume_step is None else resume_step + (0.0 if evaluation_is_due else _AFTER_STEP)
-        sample, is_replaced = RowSample(), False
+        end = -1.0
+        if resume_step is not None:
+            end = resume_step if evaluation_is_due else resume_step + _AFTER_STEP
+        sample = RowSample()
+        is_replaced = False
         has_file = folder.rows.exists()
         with files.staged_file(folder.rows) as temporary, temporary.open("wb") as file:
             for line, row in _stored_lines(folder):
@@ -274,8 +286,8 @@ def final_and_best(rows: Sequence[MetricsRow]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in _FINAL if prefix + key in last}
-            shown = (*_group_prefixes(prefix), prefix + CUSTOM)
-            final |= {key: value for key, value in last.items() if key.startswith(shown)}
+            by_group = (*_group_prefixes(prefix), prefix + CUSTOM)
+            final |= {key: value for key, value in last.items() if key.startswith(by_group)}
     best_rows = dict[str, MetricsRow]()
     for row in rows:
         note_best(best_rows, row)
@@ -301,7 +313,10 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsR
 
     Empty for a run with one source.
     """
-    last = {key: value for row in rows if row["step"] > 0 for key, value in row.items()}
+    last: dict[str, float] = {}
+    for row in rows:
+        if row["step"] > 0:
+            last |= row
     by_source: dict[str, MetricsRow] = {}
     for prefix in ("", PREFIX):
         percentiles = {prefix + key for key in MARGIN_PERCENTILES}
@@ -335,7 +350,8 @@ def loss_before_spike(rows: Sequence[Mapping[str, float]], row: Mapping[str, flo
     if loss is None or len(before) < _FEWEST_ROWS or loss <= max(before):
         return None
     typical = median(before)
-    first = next((value for each in rows if (value := finite(each, "loss")) is not None), 0.0)
+    losses = (finite(each, "loss") for each in rows)
+    first = next((value for value in losses if value is not None), 0.0)
     threshold = max(_EXCURSION * (max(before) - typical), abs(typical), abs(first))
     return typical if loss - typical > threshold else None
 

@@ -37,7 +37,10 @@ from dpo_dist.training.reporting.wandb_run import (
     wanted_mode,
 )
 
-_OPEN_SECONDS, _FINISH_SECONDS, _FINISH_ON_ERROR_SECONDS, _KILL_SECONDS = 10.0, 30.0, 4.0, 2.0
+_OPEN_SECONDS = 10.0
+_FINISH_SECONDS = 30.0
+_FINISH_ON_ERROR_SECONDS = 4.0
+_KILL_SECONDS = 2.0
 _VARIABLES = {
     "SWANLAB_INTERACTIVE": "false",  # it would ask for a key
     "SWANLAB_PROBE_RUNTIME": "false",  # the command line, which may have secrets
@@ -80,9 +83,11 @@ class AccelerateRun:
     def __init__(self, name: TrackerName, tracked: TrackedRun, end: float):
         for variable, value in _VARIABLES.items():
             os.environ.setdefault(variable, value)
-        self._name, self._note = name, tracked.folder.trackers / f"{name}.json"
-        known = json.loads(self._note.read_bytes()) if self._note.exists() else {}
-        self._id, self._received = known.get("id"), known.get("sent", -1.0)
+        self._name = name
+        self._note = tracked.folder.trackers / f"{name}.json"
+        note = json.loads(self._note.read_bytes()) if self._note.exists() else {}
+        self._id = note.get("id")
+        self._received = note.get("sent", -1.0)
         project, title = without_secrets([tracked.tracking.project or DEFAULT_PROJECT, tracked.title])
         first, options = self._options(tracked.folder, project, title)
         self._tracker = LOGGER_TYPE_TO_CLASS[name](first, **options)
@@ -92,7 +97,7 @@ class AccelerateRun:
         if name in _RUN_IDS:
             self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
         # TensorBoard would show settings as a second run, MLflow refuses to change them.
-        if name is not TrackerName.tensorboard and not (known and name is TrackerName.mlflow):
+        if name is not TrackerName.tensorboard and not (note and name is TrackerName.mlflow):
             settings = flatten_dict(without_secrets(tracked.settings))
             plain = {
                 key: value if isinstance(value, int | float) else str(value)
@@ -107,10 +112,10 @@ class AccelerateRun:
         """Send a row, unless the tracker has it because a resumed run computed the step again."""
         if log_position(row) <= self._received:
             return
-        named = {plain_name(key): float(value) for key, value in row.items() if key != "step"}
+        values = {plain_name(key): float(value) for key, value in row.items() if key != "step"}
         if self._name is TrackerName.clearml:  # which would show nan as 0
-            named = {key: value for key, value in named.items() if math.isfinite(value)}
-        self._tracker.log(named, step=int(row["step"]))
+            values = {key: value for key, value in values.items() if math.isfinite(value)}
+        self._tracker.log(values, step=int(row["step"]))
         self._received = log_position(row)
         self._write_note()
 
@@ -123,17 +128,21 @@ class AccelerateRun:
 
     def _options(self, folder: RunFolder, project: str, title: str) -> tuple[str, dict[str, Any]]:
         """Return the first argument of accelerate's class, for most the project, and its options."""
-        place, first, options = folder.trackers / self._name, project, dict[str, Any]()
+        place = folder.trackers / self._name
+        first = project
+        options = dict[str, Any]()
         match self._name:
             case TrackerName.tensorboard:
-                first, place = folder.tensorboard.name, folder.tensorboard.parent
+                first = folder.tensorboard.name
+                place = folder.tensorboard.parent
                 options = {"logging_dir": str(place), "purge_step": int(self._received) + 1}
             case TrackerName.mlflow:
                 options = {"run_name": title}
             case TrackerName.trackio | TrackerName.swanlab:
                 options = {"name": title, **({"resume": "allow"} if self._id else {})}
             case TrackerName.aim:
-                first, options = title, {"experiment": project, "capture_terminal_logs": False}
+                first = title
+                options = {"experiment": project, "capture_terminal_logs": False}
             case TrackerName.clearml:
                 # 0: the first step; else a continued run counts from its last step.
                 continues = 0 if self._id else False
@@ -159,11 +168,15 @@ class InBackground:
     """
 
     def __init__(self, name: str, start: Callable[[], OpenRun | None], console: Console, folder: RunFolder):
-        self._name, self._console, self._folder = name, console, folder
+        self._name = name
+        self._console = console
+        self._folder = folder
         self._run: OpenRun | None = None
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._end: Call  # of `finish`
-        self._logged, self._sent, self._is_late = 0, 0, False
+        self._logged = 0
+        self._sent = 0
+        self._is_late = False
         self.is_open = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
         self._thread.start()
@@ -182,7 +195,8 @@ class InBackground:
         """Wait for the end, at most about `seconds`, and say which rows are lost."""
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._is_late, advice = True, ""
+            self._is_late = True
+            advice = ""
             if self._name == TrackerName.wandb:
                 advice = f"; to upload the run: {upload_command(self._folder)}"
                 if isinstance(self._run, WandbRun):
@@ -190,7 +204,8 @@ class InBackground:
                 end_service(kills=True)
                 self._thread.join(_KILL_SECONDS)
             self._console.warn(f"{self._name} has not finished in time and is stopped{advice}")
-        if lost := self._logged - self._sent:
+        lost = self._logged - self._sent
+        if lost:
             rows = f"{lost:,} of the {pluralize(self._logged, 'row')} of this start"
             self._console.warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all")
 
@@ -198,10 +213,12 @@ class InBackground:
         with self._warns("cannot start, training continues without it"):
             self._run = start()
         self.is_open.set()
-        if (run := self._run) is None:
+        run = self._run
+        if run is None:
             return
-        waiting, failure = deque[Call](), "fails, training continues, its rows wait"
-        while (call := self._calls.get()) is not None:
+        waiting = deque[Call]()
+        failure = "fails, training continues, its rows wait"
+        for call in iter(self._calls.get, None):
             waiting.append(call)
             with self._warns(failure):
                 while waiting:

@@ -55,9 +55,9 @@ def wandb_name(key: str) -> str:
 
 def wandb_names(row: MetricsRow) -> dict[str, float]:
     """Return a row with W&B names; its step is `train/global_step`, for an evaluation also `eval/...`."""
-    named = {wandb_name(key): value for key, value in row.items() if key != "step"}
+    values = {wandb_name(key): value for key, value in row.items() if key != "step"}
     axes = (STEP_AXIS, EVALUATED_AT) if log_position(row) > row["step"] else (STEP_AXIS,)
-    return dict.fromkeys(axes, row["step"]) | named
+    return dict.fromkeys(axes, row["step"]) | values
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class WandbRun:
 
     def __init__(self, tracked: TrackedRun, mode: Mode, end: float):
         folder = tracked.folder
-        self._max_samples, self._folder = tracked.max_samples, folder
+        self._max_samples = tracked.max_samples
+        self._folder = folder
         self._is_offline = mode == "offline"
         if not folder.wandb_id.exists():
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
@@ -114,8 +115,11 @@ class WandbRun:
             ),
         }
         self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
-        self._end, self._received, self._count = end, -1.0, 0
-        self._last, self._best = MetricsRow(), dict[str, MetricsRow]()
+        self._end = end
+        self._received = -1.0
+        self._count = 0
+        self._last = MetricsRow()
+        self._best = dict[str, MetricsRow]()
         self._start()
 
     def _start(self) -> None:
@@ -166,7 +170,8 @@ class WandbRun:
 
         if log_position(row) > self._received:
             values: dict[str, Any] = {**wandb_names(row)}
-            if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
+            finite = [] if margins is None else margins[np.isfinite(margins)].tolist()
+            if finite:
                 values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
             if self._max_samples and "eval_samples/length" in row:
                 lines = files.read_lines(self._folder.samples_file(int(row["step"])))
@@ -181,7 +186,8 @@ class WandbRun:
             self.run.log(values, step=self._count if self._is_offline else None, commit=True)
             self._received = log_position(row)
             files.write_text(self._sent, json.dumps(self._received))
-        self._end, self._count = log_position(row), self._count + 1
+        self._end = log_position(row)
+        self._count += 1
         self._last |= row
         note_best(self._best, row)
 
@@ -218,20 +224,20 @@ def open_wandb(tracked: TrackedRun, end: float, console: Console) -> WandbRun | 
     return None
 
 
-def wanted_mode(wanted: WandbMode) -> WandbMode | None:
+def wanted_mode(mode: WandbMode) -> WandbMode | None:
     """Return `tracking.wandb`; in place of `auto`, the mode in WANDB_MODE if it is set, None if it is off."""
-    return _MODES.get(_environment_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
+    return _MODES.get(_environment_variable("WANDB_MODE"), mode) if mode is WandbMode.auto else mode
 
 
-def _modes_to_try(wanted: WandbMode | None, console: Console) -> list[Mode]:
-    if wanted in (None, WandbMode.offline):
-        return ["offline"] if wanted else []
+def _modes_to_try(mode: WandbMode | None, console: Console) -> list[Mode]:
+    if mode in (None, WandbMode.offline):
+        return ["offline"] if mode else []
     try:
         has_key = _set_up("online").login(prompt=False, verify=False)
     except Exception as error:
         console.warn(f"wandb cannot log in: {first_line(error)}")
         has_key = False
-    if not has_key and wanted is WandbMode.online:
+    if not has_key and mode is WandbMode.online:
         console.warn(
             "wandb has no usable key, and the run is tracked offline; run `wandb login` to store a key"
         )

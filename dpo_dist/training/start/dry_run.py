@@ -132,16 +132,15 @@ def dry_run(
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
-        lines += (
-            [("optim.lr", f"warning: {warning}")]
-            if (warning := rate_warning(config.model.adapter, config.optim))
-            else []
-        )
+        warning = rate_warning(config.model.adapter, config.optim)
+        if warning:
+            lines.append(("optim.lr", f"warning: {warning}"))
     custom = custom_metrics(config.metrics.function, config.loss)
     if custom.names:
         lines.append(("metrics", ", ".join(custom.names)))
     # The reference.
-    reference, parts = config.reference, [config.reference.mode.value]
+    reference = config.reference
+    parts = [config.reference.mode.value]
     if reference.path is not None:
         other = description_folder(reference.path, None, "reference.path")
         check_same_vocabulary(other, tokenizer, config.model, encoder.processor)
@@ -174,8 +173,8 @@ def dry_run(
     report = CheckReport(lines, hint="" if models else doctor)
     if not faults:
         return report
-    found = " and ".join(fault for fault, _ in faults)
-    return report._replace(verdict=f"check passed: the run can start, but {found} (below)")
+    fault_names = " and ".join(fault for fault, _ in faults)
+    return report._replace(verdict=f"check passed: the run can start, but {fault_names} (below)")
 
 
 def _check_evaluated(evaluated: EvaluatedModel, model: ModelConfig, encoder: Encoder) -> None:
@@ -199,20 +198,21 @@ def _check_steps(
 
     Only of whole sources the number of pairs is known.
     """
-    data, keep_best = config.data, config.trainer.keep_best
+    data = config.data
+    keep_best = config.trainer.keep_best
     if keep_best is not None:
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
-    are_whole = all(found.is_whole for found in train)
+    are_whole = all(first.is_whole for first in train)
     part = Part.to_train(data, _prompts(evaluation) if evaluation else None)
-    trained = [sum(map(part.has, map(int, _prompts([found])))) for found in train]
+    trained = [sum(map(part.has, map(int, _prompts([first])))) for first in train]
     if config.loss.needs_partners:
         # A start looks for partners among the examples that are left, which are not known here.
-        whole = [each for each, left in zip(train, trained, strict=True) if left == len(each.dataset)]
-        for found in [*whole, *evaluation]:
-            if found.is_whole:
-                with_partners(found.dataset, data.max_length)
-    every = sum(len(found.dataset) for found in train)
+        unreduced = [first for first, left in zip(train, trained, strict=True) if left == len(first.dataset)]
+        for first in [*unreduced, *evaluation]:
+            if first.is_whole:
+                with_partners(first.dataset, data.max_length)
+    every = sum(len(first.dataset) for first in train)
     if are_whole and not sum(trained):
         DataCounts(changed=Counter({part.count_of_others: every})).check_split(data)
     if are_whole and data.eval_share and sum(trained) == every:
@@ -250,30 +250,33 @@ def _about(sources: Sequence[_FirstRecords]) -> str:
 
 def _prompts(sources: Sequence[_FirstRecords]) -> npt.NDArray[np.uint64]:
     """Return the `prompt_hash` of each example."""
-    return np.concatenate([np.empty(0, np.uint64), *(found.dataset.prompt_hashes for found in sources)])
+    return np.concatenate([np.empty(0, np.uint64), *(first.dataset.prompt_hashes for first in sources)])
 
 
 def _faults(
     train: Sequence[_FirstRecords], evaluation: Sequence[_FirstRecords], data: DataConfig, *, trains: bool
 ) -> list[tuple[str, str]]:
     """Return each fault of the first records in a few words, with numbers and what to do."""
-    faults, every = [], [*train, *evaluation]
+    faults = []
+    every = [*train, *evaluation]
     counts = DataCounts.total(vars(first.counts) for first in every)
-    if without_tools := counts.changed["tools_not_rendered"]:
+    without_tools = counts.changed["tools_not_rendered"]
+    if without_tools:
         text = f"in {without_tools:,} of {counts.kept:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
     if trains and counts.is_mostly_plain:
         faults.append(("the chat template is not applied", counts.plain_warning()))
     trained, evaluated = map(_prompts, (train, evaluation))
-    shared, are_all = int(np.isin(evaluated, trained).sum()), bool(np.isin(trained, evaluated).all())
-    own = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
+    shared = int(np.isin(evaluated, trained).sum())
+    are_all = bool(np.isin(trained, evaluated).all())
+    reserve = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
     if trains and len(evaluated) and are_all:
-        text = f"all {len(trained):,} training examples have a prompt of the evaluation data; {own}"
+        text = f"all {len(trained):,} training examples have a prompt of the evaluation data; {reserve}"
         faults.append(("the evaluation data are the training data", text))
     elif trains and not data.drop_eval_prompts and shared > 0.01 * len(evaluated):
         text = f"{shared:,} of {len(evaluated):,} evaluation examples have one, and measure memory; "
-        text += f"data.drop_eval_prompts=true removes them from the training data, or {own}"
+        text += f"data.drop_eval_prompts=true removes them from the training data, or {reserve}"
         faults.append(("evaluation prompts are in the training data", text))
     return faults
 
@@ -283,12 +286,16 @@ def start_in_words(config: RunConfig) -> str:
 
     Raises an error if `run.mirror` cannot be written.
     """
-    folder, identity, resume = RunFolder(config.run.path), config.identity, config.run.resume
-    if (url := config.run.mirror) is not None:
+    folder = RunFolder(config.run.path)
+    identity = config.identity
+    resume = config.run.resume
+    url = config.run.mirror
+    if url is not None:
         from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
 
         mirror = Mirror(url, folder, identity, config.trainer.keep_last, Console(None))
-        if (step := mirror.newer_step(resume)) is not None:
+        step = mirror.newer_step(resume)
+        if step is not None:
             return f"step {step:,} is restored from run.mirror"
     match expected_start(identity, resume, folder):
         case RunState():
@@ -310,7 +317,8 @@ def _first_records(
     records = list(itertools.islice(source.records(), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
     table = pa.Table.from_batches([encoded])
-    counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
+    counts = read_counts(table)
+    has_more = len(records) > _FIRST_RECORDS
     counts.check(
         source.path,
         data,
@@ -331,7 +339,8 @@ def _first_records(
     images = pc.sum(pc.greater(pc.list_value_length(table["images"]), 0)).as_py() or 0
     name = f" ({source.config.name})" if source.config.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
-    first, rest = ("the first ", " (the others were not looked at)") if has_more else ("", "")
+    first = "the first " if has_more else ""
+    rest = " (the others were not looked at)" if has_more else ""
     parts = [
         f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}",
         f"dropped: {counts.dropped_in_words}" if counts.dropped_in_words else "",
@@ -340,10 +349,11 @@ def _first_records(
         f"{tokens:.0f} tokens per example",
         f"{pluralize(images, 'record')} with images" if images else "",
     ]
-    read = (record for record in records if isinstance(record, PreferenceRecord))
-    unread = named_in_one_line(
-        itertools.chain.from_iterable(unread_fields(record, encoder.tokenizer, data) for record in read)
-    )
+    fields: list[str] = []
+    for record in records:
+        if isinstance(record, PreferenceRecord):
+            fields += unread_fields(record, encoder.tokenizer, data)
+    unread = named_in_one_line(fields)
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in counts.two_forms()]
     pairs = float(counts.pairs)

@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, plain_values
 from dpo_dist.foundation.files import content_digest
 from dpo_dist.foundation.text import first_few, without_secrets
-from dpo_dist.foundation.types import leaves
+from dpo_dist.foundation.types import dotted_items
 from dpo_dist.foundation.user_code import find_function
 from dpo_dist.model.numerics import RECURRENT_KERNELS
 from dpo_dist.objective.losses import check_custom_loss
@@ -56,7 +56,7 @@ def check_same_start(config: RunConfig, world: World) -> None:
 def _shared_facts(config: RunConfig) -> dict[str, str]:
     """Return what all ranks of a run must have alike, by the names that an error shows."""
     values = plain_values(config)
-    facts = {key: as_written(value) for key, value in leaves(values)}
+    facts = {key: as_written(value) for key, value in dotted_items(values)}
     facts |= {f"version of {name}": version for name, version in package_versions().items()}
     facts.pop("version of wandb", None)  # only rank 0 uses it
     facts["version of python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -89,7 +89,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
     `git_commit` and `git_changed_files`, the number of changed tracked files, describe the current folder;
     they are None outside a git checkout.
     """
-    changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    changes = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": sys.version.split()[0],
@@ -97,7 +97,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "packages": package_versions(),
         "command": _command(world_size),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed_files": None if changed is None else len(changed.splitlines()),
+        "git_changed_files": None if changes is None else len(changes.splitlines()),
         "world_size": world_size,
         "cpus": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,

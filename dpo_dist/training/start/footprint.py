@@ -46,6 +46,7 @@ from dpo_dist.model.layers import (
     image_parts,
     image_weights,
     layer_values,
+    weights_of,
 )
 from dpo_dist.training.start.open_run import Run
 
@@ -193,7 +194,8 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     """Return the footprint of each of `processes` that train `causal_lm`, the policy on the meta device."""
     weights = _count_weights(causal_lm)
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
-    stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
+    stage = ZERO_STAGES[config.parallelism.kind]
+    number = TORCH_DTYPES[config.model.dtype].itemsize
     master = state_bytes(config.optim, config.trainer, causal_lm)
     if config.parallelism.offload_optimizer is not Offload.none:
         master = 0.0
@@ -247,9 +249,9 @@ def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = Non
 
 def disk_bytes(config: RunConfig, weights: int, trained: int, states: float) -> dict[str, float]:
     """Return the bytes of a checkpoint, and of the model or the adapter that a run ends with."""
-    written = weights if config.model.adapter is None else trained
+    weights_to_write = weights if config.model.adapter is None else trained
     number = TORCH_DTYPES[config.model.dtype].itemsize
-    return {"a checkpoint": states * trained, "the model": float(number * written)}
+    return {"a checkpoint": states * trained, "the model": float(number * weights_to_write)}
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
@@ -258,7 +260,8 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
     needs = footprint(run.config, causal_lm, run.world.size)
-    tokens, model = needs.largest_micro_batch(memory), run.config.model
+    tokens = needs.largest_micro_batch(memory)
+    model = run.config.model
     is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
     if tokens is None or is_sdpa:
         run.say(
@@ -278,12 +281,12 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 def quantized_weights(causal_lm: Any) -> int:
     """Return the number of weights that are quantized: experts and linear layers of text, no adapter's."""
-    linear = {
-        module.weight
-        for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in (".lora_", ".modules_to_save."))
-    }
-    of_images = {weight for part in image_parts(causal_lm).values() for weight in part.parameters()}
+    linear = set()
+    for name, module in causal_lm.named_modules():
+        is_of_adapter = ".lora_" in name or ".modules_to_save." in name
+        if isinstance(module, nn.Linear) and not is_of_adapter:
+            linear.add(module.weight)
+    of_images = weights_of(image_parts(causal_lm).values())
     quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
     return sum(map(torch.numel, quantized | {*packable(causal_lm).values()}))
 
@@ -303,10 +306,12 @@ def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
 def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any) -> float:
     """Return the bytes of all weights, of `number` bytes each where they are not quantized."""
     less = 0.0 if quantization is None else number - BYTES_PER_QUANTIZED_WEIGHT[quantization]
-    whole = number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
+    full_bytes = number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
     if quantization is not Quantization.nf4 or not _is_mxfp4(causal_lm):
-        return whole
-    return whole + (_BYTES_IN_MXFP4 - BYTES_PER_QUANTIZED_WEIGHT[quantization]) * _packed_weights(causal_lm)
+        return full_bytes
+    return full_bytes + (_BYTES_IN_MXFP4 - BYTES_PER_QUANTIZED_WEIGHT[quantization]) * _packed_weights(
+        causal_lm
+    )
 
 
 def _is_mxfp4(causal_lm: Any) -> bool:
@@ -324,13 +329,11 @@ def stored_notes(model: ModelConfig, causal_lm: Any) -> list[str]:
         return []
     number = TORCH_DTYPES[model.dtype].itemsize
     if model.quantization is Quantization.nf4 and _is_mxfp4(causal_lm):
-        kept = size(_BYTES_IN_MXFP4 * _packed_weights(causal_lm))
-        return [f"the experts stay in the MXFP4 of the weight files, exactly: {kept}"]
-    bits, taken = (
-        model.quantization or model.dtype,
-        size(_weight_bytes(model.quantization, number, causal_lm)),
-    )
-    note = f"the weight files are in {stored.upper()}, and the weights {bits} here: {taken}"
+        in_files = size(_BYTES_IN_MXFP4 * _packed_weights(causal_lm))
+        return [f"the experts stay in the MXFP4 of the weight files, exactly: {in_files}"]
+    bits = model.quantization or model.dtype
+    in_memory = size(_weight_bytes(model.quantization, number, causal_lm))
+    note = f"the weight files are in {stored.upper()}, and the weights {bits} here: {in_memory}"
     if _is_mxfp4(causal_lm) and model.adapter is not None:
         note += "; model.quantization=nf4 keeps the experts in the 4 bits of the files"
     return [note]
@@ -338,17 +341,21 @@ def stored_notes(model: ModelConfig, causal_lm: Any) -> list[str]:
 
 def quantization_notes(model: ModelConfig, reference: ReferenceConfig, causal_lm: Any) -> list[str]:
     """Return a line for each key that quantizes the model but leaves experts of a mixture as they are."""
-    number, experts = TORCH_DTYPES[model.dtype].itemsize, unpackable(causal_lm)
-    kept = size(number * sum(map(torch.numel, experts)))
+    number = TORCH_DTYPES[model.dtype].itemsize
+    experts = unpackable(causal_lm)
+    size_of_experts = size(number * sum(map(torch.numel, experts)))
     kinds = {"model.quantization": model.quantization}
     if reference.path is None:
         kinds["reference.quantization"] = reference.quantization
-    return [
-        f"warning: {key}={kind} leaves experts in {model.dtype}, {kept}: they are neither linear layers nor "
-        "tensors of three dimensions with less than 2^31 numbers"
-        for key, kind in kinds.items()
-        if kind is not None and experts
-    ]
+    if not experts:
+        return []
+    notes = []
+    for key, kind in kinds.items():
+        if kind is not None:
+            note = f"warning: {key}={kind} leaves experts in {model.dtype}, {size_of_experts}: they are "
+            note += "neither linear layers nor tensors of three dimensions with less than 2^31 numbers"
+            notes.append(note)
+    return notes
 
 
 def _count_weights(module: nn.Module) -> int:
@@ -365,9 +372,11 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     layers = decoder_layers(causal_lm)
     if recorded_arrangement(text.model_type) is not Arrangement.packed or not layers:
         return None
-    if (kept := _kept_bytes(causal_lm)) is None:
+    traced_bytes = _kept_bytes(causal_lm)
+    if traced_bytes is None:
         return None
-    number, hidden = int(causal_lm.dtype.itemsize), int(text.hidden_size)
+    number = int(causal_lm.dtype.itemsize)
+    hidden = int(text.hidden_size)
     shapes = layer_heads(text)
     attention: float = sum(
         number * (heads.query * heads.dim + KEYS_PER_TOKEN * heads.key * (heads.dim + heads.value_dim))
@@ -378,7 +387,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     # The trace of all layers less so many times that of one, in bf16: the last norm's input, which is kept in
     # float32, and its result are 3; the rotary angles are the rest, in a shape whose heads are small.
     outside = 3.5 * number * hidden
-    layer = (kept - outside) / len(layers) + attention
+    layer = (traced_bytes - outside) / len(layers) + attention
     experts = visited_experts(text)
     names = ("moe_intermediate_size", "intermediate_size")[0 if experts else 1 :]
     widths = (max(filter(None, layer_values(text, name)), default=0) for name in names)
@@ -405,13 +414,13 @@ def _kept_bytes(causal_lm: Any) -> float | None:
 
 
 def _traced_bytes(causal_lm: Any, tokens: int) -> int | None:
-    known = {part.untyped_storage()._cdata for part in (*causal_lm.parameters(), *causal_lm.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    of_weights = {part.untyped_storage()._cdata for part in (*causal_lm.parameters(), *causal_lm.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
+        if storage._cdata not in of_weights:
+            storages[storage._cdata] = storage
         return tensor
 
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
@@ -420,7 +429,7 @@ def _traced_bytes(causal_lm: Any, tokens: int) -> int | None:
             causal_lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception:  # code of an architecture may read values, which the meta device lacks
         return None
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _attend(_: Any, query: torch.Tensor, *__: Any, **options: Any) -> tuple[torch.Tensor, None]:
@@ -438,7 +447,9 @@ def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
 
     Skips adapters, which are small, and file systems that report no size. `done`: steps before this start.
     """
-    config, folder, trainer = run.config, run.folder, run.config.trainer
+    config = run.config
+    folder = run.folder
+    trainer = run.config.trainer
     disk = shutil.disk_usage(folder.path)
     if config.model.adapter is not None or not disk.total:
         return

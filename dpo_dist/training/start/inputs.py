@@ -151,7 +151,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     for name, dataset in inputs.datasets.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
-        if labels := dataset.counts.get("labels"):
+        labels = dataset.counts.get("labels")
+        if labels:
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
     check_batch(sampler, config.loss.unit)
     for warning in short_run_warnings(sampler, config.loss.unit):
@@ -161,7 +162,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
 
 def check_keep_best(metric: str, plan: MetricPlan) -> None:
     """Check that evaluations have the metric of `trainer.keep_best`."""
-    loss, labels = plan.loss, plan.labels
+    loss = plan.loss
+    labels = plan.labels
     more = MARGIN_PERCENTILES if loss.compares_pairs else ()
     if loss.is_unpaired:
         more = tuple(f"{AUC}/{label}" for label in labels)
@@ -184,8 +186,8 @@ def folder_of_own_tokenizer(config: RunConfig) -> Path | None:
     None if `model.path` is another one on purpose. Raises CheckpointError if the model was changed.
     """
     run = RunFolder(config.run.path)
-    changed = changed_keys(run.config, config.identity)
-    if not has_tokenizer(run.model) or {"model.path", "model.revision"} & changed.keys():
+    different_keys = changed_keys(run.config, config.identity)
+    if not has_tokenizer(run.model) or {"model.path", "model.revision"} & different_keys.keys():
         return None
     check_undamaged(run.model, Path(config.reference.store) / MEMO_FOLDER, with_weights=False)
     return run.model
@@ -224,15 +226,20 @@ def _load(
     `routers`: options of losses for the policy's routers. `encoder_folder`: has the tokenizer,
     if not the policy's.
     """
-    config, world = run.config, run.world
-    longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
+    config = run.config
+    world = run.world
+    longest = config.data.max_length
+    ranks = config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     encoder = load_encoder(folder, encoder_folder or start, config.model)
-    tokenizer, processor, digest = encoder.tokenizer, encoder.processor, encoder.digest
+    tokenizer = encoder.tokenizer
+    processor = encoder.processor
+    digest = encoder.digest
     with unsharded_loading(world):  # the shapes of sharded weights are empty
         model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
-    flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
+    flops = step_flops(causal_lm)
+    weights = sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
@@ -263,7 +270,8 @@ def _load(
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
 
-    sources, eval_set = config.data.eval_sources, None
+    sources = config.data.eval_sources
+    eval_set = None
     if sources:
         eval_set = encode("eval", sources, Part.to_evaluate(config.data))
     policy_files, reference_files = files
@@ -355,19 +363,21 @@ def loads_whole(model: ModelConfig, parallelism: ParallelismConfig) -> bool:
 
 
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
-    config, reference = run.config, run.config.reference
-    store, remote_code = Path(reference.store), config.model.trust_remote_code
-    whole = loads_whole(config.model, config.parallelism)
+    config = run.config
+    reference = run.config.reference
+    store = Path(reference.store)
+    remote_code = config.model.trust_remote_code
+    reads_whole = loads_whole(config.model, config.parallelism)
     if reference.mode is not ReferenceMode.none and reference.path is None:
-        whole = whole or reference.quantization is not None
-    policy_files = digest_on_every_node(policy_folder, store, remote_code, whole, run.world, start)
+        reads_whole = reads_whole or reference.quantization is not None
+    policy_files = digest_on_every_node(policy_folder, store, remote_code, reads_whole, run.world, start)
     if reference.mode is ReferenceMode.none:
         return policy_files, None
     if reference.path is None:
         return policy_files, policy_files
     folder = shared_model_folder(run, reference.path, None, "reference.path")
-    whole = reference.quantization is not None
-    return policy_files, digest_on_every_node(folder, store, remote_code, whole, run.world)
+    reads_whole = reference.quantization is not None
+    return policy_files, digest_on_every_node(folder, store, remote_code, reads_whole, run.world)
 
 
 def on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:

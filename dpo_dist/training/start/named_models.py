@@ -129,12 +129,13 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     `export.tool` alone it is the run's `model/`, if that is there.
     """
     run = existing_run(config.run.path)
-    if changed := changed_keys(run.config, config.identity):
+    differing = changed_keys(run.config, config.identity)
+    if differing:
         raise ConfigError(
             "an export cannot change the run's configuration",
-            where=first_few(list(changed), "other"),
-            got=first_few([as_written(new) for _, new in changed.values()], "other"),
-            expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
+            where=first_few(list(differing), "other"),
+            got=first_few([as_written(new) for _, new in differing.values()], "other"),
+            expected=first_few([as_written(old) for old, _ in differing.values()], "other"),
             remedy="set only run.dir and keys of export: all other keys, also model.path, come from the run",
         )
     is_plain = replace(config.export, tool=None) == ExportConfig()
@@ -143,17 +144,18 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"
     if not sources:
-        folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
+        folders = checkpoint_folders(run.checkpoints)
+        best = best_checkpoint(run.checkpoints)
         takes_best = config.trainer.final is FinalModel.best and best is not None
-        wanted = config.export.checkpoint or ("best" if takes_best else "latest")
+        choice = config.export.checkpoint or ("best" if takes_best else "latest")
         latest = folders[0].name if folders else None
-        name = {"best": best, "latest": latest}.get(wanted) or wanted
+        name = {"best": best, "latest": latest}.get(choice) or choice
         sources = [path for path in folders if checkpoint_step(path.name) == checkpoint_step(name)][:1]
         if not sources:
             raise ConfigError(
                 "this run does not have this checkpoint",
                 where="export.checkpoint",
-                got=wanted,
+                got=choice,
                 expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
                 remedy=f"name one of these checkpoints (`best` needs trainer.keep_best), or use {run.model}",
             )
@@ -162,8 +164,8 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
         name += "-ema"
     if config.export.merge:
         name += "-merged"
-    named = config.export.output
-    output = run.exported / name if named is None else Path(named).expanduser()
+    folder = config.export.output
+    output = run.exported / name if folder is None else Path(folder).expanduser()
     if os.path.lexists(output) and config.export.push_to is None and config.export.tool is None:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more are not faster
+DEFAULT_TOKENS = 8192  # of a micro-batch
+_ON_CPU = 2048  # more are not faster
 
 
 class Run:
@@ -65,7 +66,9 @@ class Run:
         stop: StopRequest | None = None,
         began: float | None = None,
     ):
-        self.config, self.world, self.console = config, world, console
+        self.config = config
+        self.world = world
+        self.console = console
         tokens = config.trainer.micro_batch_tokens
         usual = _ON_CPU if world.device.type == "cpu" else DEFAULT_TOKENS
         self.micro_batch_tokens = usual if tokens == "auto" else tokens
@@ -84,7 +87,8 @@ class Run:
 
     def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
         """Return this rank's micro-batches of a global batch."""
-        place, loss = (self.world.replica, self.world.replicas), self.config.loss
+        place = (self.world.replica, self.world.replicas)
+        loss = self.config.loss
         return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, loss)
 
     def write(self, work: Callable[[], T]) -> T:
@@ -154,7 +158,8 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
 @contextlib.contextmanager
 def warn_of_recompiles(warn: Callable[[str], None]) -> Iterator[None]:
     """Print a warning, once, if torch stops compiling layers inside the block."""
-    dynamo, handler = logging.getLogger("torch._dynamo"), logging.Handler(logging.WARNING)
+    dynamo = logging.getLogger("torch._dynamo")
+    handler = logging.Handler(logging.WARNING)
 
     def look(record: logging.LogRecord) -> bool:
         if "recompile_limit" in record.getMessage():
@@ -176,7 +181,8 @@ def warn_of_recompiles(warn: Callable[[str], None]) -> Iterator[None]:
 
 def say_header(run: Run) -> None:
     """Print run directory, model, data and world."""
-    config, world = run.config, run.world
+    config = run.config
+    world = run.world
     hosts = len({peer.host for peer in world.peers})
     processes = pluralize(world.size, "process", "processes")
     share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
@@ -188,7 +194,8 @@ def say_header(run: Run) -> None:
         for hint in hints_on_cpu(config.model, config.optim):
             run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
-    if warning := rate_warning(config.model.adapter, config.optim):
+    warning = rate_warning(config.model.adapter, config.optim)
+    if warning:
         run.warn(warning)
     groups = (
         "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"

@@ -77,7 +77,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function, LOSS_FUNCTION)
     # Packages.
-    model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
+    model = config.model
+    is_8bit = trains and config.optim.kind is OptimizerKind.adamw_8bit
     needed = [
         # package, key, value that needs it, value that does not
         ("bitsandbytes", "model.quantization", model.quantization, "null"),
@@ -103,7 +104,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             )
     trackers = config.tracking.to if trains else []
     # By their modules, which several packages may have: mlflow and mlflow-skinny.
-    if absent := [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]:
+    absent = [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]
+    if absent:
         others = ",".join(tracker for tracker in trackers if tracker not in absent)
         raise ConfigError(
             f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed",
@@ -112,7 +114,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             remedy=f"pip install {' '.join(absent)}, or " + Remedy.to_set(f"tracking.to=[{others}]"),
             lacks=Lack.package,
         )
-    torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
+    torch_version = version("torch")
+    is_sharded = config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
     if trains and model.fused is FusedLayers.compile and is_sharded and is_old:
         raise ConfigError(
@@ -133,7 +136,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     if trains:
         _check_run_folder(run)
     folders = {"run.dir": run.path}
-    cache, store = Path(config.data.cache), Path(config.reference.store)
+    cache = Path(config.data.cache)
+    store = Path(config.reference.store)
     if not any(cache.glob("*.arrow")):
         folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
     if config.reference.mode is ReferenceMode.cached and not store.is_dir():
@@ -188,9 +192,10 @@ def _check_local_models(model: ModelConfig, reference: ReferenceConfig) -> None:
     """Check models in local folders; those on the hub are checked when they are loaded."""
     start = None
     if model.adapter is not None and model.adapter.path is not None:
-        named = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
-        start = None if named is None else start_folder(model)
-    if (policy := local_model_folder(model.path, model.revision)) is not None:
+        adapter = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
+        start = None if adapter is None else start_folder(model)
+    policy = local_model_folder(model.path, model.revision)
+    if policy is not None:
         check_weights(weight_files(policy), "model.path")
         check_tokenizer_files(tokenizer_folder(policy, start))
     if reference.path is not None:

@@ -103,15 +103,15 @@ def has_other_length(recorded: Mapping[str, Any], identity: RunIdentity) -> bool
 def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, folder: RunFolder) -> None:
     """Check that a run directory belongs to this run, perhaps at another length."""
     if recorded.get("run_digest") != identity.digest and not has_other_length(recorded, identity):
-        changed = changed_keys(folder.config, identity)
+        differing = changed_keys(folder.config, identity)
         function = identity.config.loss.function
         source = "" if function is None else f", which depends on the source of {function}"
         raise CheckpointError(
             "the run directory belongs to another configuration",
-            where=str(folder.config if changed else folder),
-            got=", ".join(f"{key}={as_written(new)}" for key, (_, new) in changed.items())
+            where=str(folder.config if differing else folder),
+            got=", ".join(f"{key}={as_written(new)}" for key, (_, new) in differing.items())
             or f"digest {identity.digest}{source}",
-            expected=", ".join(f"{key}={as_written(old)}" for key, (old, _) in changed.items())
+            expected=", ".join(f"{key}={as_written(old)}" for key, (old, _) in differing.items())
             or f"digest {recorded.get('run_digest')}",
             remedy=Remedy.to_unset("run.dir=null")
             + ", so that each configuration has its own folder, or set another run.dir",
@@ -164,9 +164,11 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
     Raises an error for a start that is refused.
     """
     if resume is not Resume.never:
-        if finished := find_finished(identity, folder):
+        finished = find_finished(identity, folder)
+        if finished:
             return finished
-        if checkpoints := checkpoint_folders(folder.checkpoints):
+        checkpoints = checkpoint_folders(folder.checkpoints)
+        if checkpoints:
             return checkpoints[0]
     _check_fresh_start(identity, resume, folder)
     return None
@@ -174,7 +176,8 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
 
 def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
     """Check that the newest checkpoint, if it can be read, belongs to this run."""
-    if not (newest := checkpoint_folders(folder.checkpoints)[:1]):
+    newest = checkpoint_folders(folder.checkpoints)[:1]
+    if not newest:
         return
     try:
         state = json.loads((newest[0] / STATE).read_bytes())
@@ -186,14 +189,16 @@ def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
 
 def _check_fresh_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> None:
     """Raise an error if a start at step 0 needs a checkpoint, or would replace results."""
-    state, has_model = read_state(folder), folder.model.is_dir()
+    state = read_state(folder)
+    has_model = folder.model.is_dir()
     damage: list[str] = []
     remedy: str | Remedy
-    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
+    dead = dead_link(folder.checkpoints)
+    results = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if resume is Resume.never:
-        if not used:
+        if not results:
             return
-        fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
+        fault = f"the run directory has results of a run ({', '.join(results)}), and run.resume=never"
         remedy = Remedy.to_set("run.resume=auto") + " to resume, or another run.dir"
     elif has_model or (state is not None and (state.is_finished or state.step)):
         fault = "the run directory has a model or a run that has started, and its checkpoints are missing"
@@ -202,7 +207,7 @@ def _check_fresh_start(identity: RunIdentity, resume: Resume, folder: RunFolder)
             "restore the checkpoints, or mount their disk, and set the former length; to train from the "
             f"beginning, delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
         )
-    elif dead := dead_link(folder.checkpoints):
+    elif dead:
         fault = f"the checkpoints of this run directory are {dead}"
         remedy = "mount the disk or create the folder; to train from the beginning, delete the link"
     elif resume is Resume.must:

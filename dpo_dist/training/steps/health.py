@@ -88,8 +88,8 @@ def write_bad_step(
     figures = {"loss": totals.means["loss"], "grad_norm": totals.grad_norm}
     content = {"step": step, **{name: _json_number(value) for name, value in figures.items()}, "pairs": pairs}
     write_json(file, content)
-    named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
-    return first_few(named) or "each pair alone has a finite loss"
+    places = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
+    return first_few(places) or "each pair alone has a finite loss"
 
 
 def _json_number(value: float) -> float | str:
@@ -100,7 +100,9 @@ def divergence_error(
     totals: StepTotals, position: Position, steps: int, folder: RunFolder
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this step, if there is one; the same on all ranks."""
-    step, health, is_last = position.step, position.health, position.step == steps
+    step = position.step
+    health = position.health
+    is_last = position.step == steps
     allowed = _BAD_AT_THE_END if is_last else MOST_BAD_STEPS
     no_update_applied = is_last and health.bad_steps + health.overflows == steps
     if no_update_applied and not health.bad_in_a_row:
@@ -149,7 +151,8 @@ def pair_losses(
     policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
 ) -> list[float]:
     """Score a step's pairs again; return their losses in the global batch's order. Collective."""
-    rank_batch, loss = ready.rank_batch, objective.loss
+    rank_batch = ready.rank_batch
+    loss = objective.loss
     policy.train(False)
     facts = objective.facts(policy, rank_batch, ready.partners, world, running)
     scored = list(objective.score(policy, ready.batches, facts, world.device))

@@ -112,10 +112,12 @@ class Loop:
         Return whether the run is over; if not, it was stopped and has a checkpoint.
         """
         self.run.clock.enter("other")
-        steps, eval_set = self.inputs.sampler.steps, self.inputs.eval_set
+        steps = self.inputs.sampler.steps
+        eval_set = self.inputs.eval_set
         # The model before its first step is evaluated, too: later rows are compared with it.
         position.evaluation_is_due |= eval_set is not None and position.step == 0
-        must_stop, trainer = False, self.run.config.trainer
+        must_stop = False
+        trainer = self.run.config.trainer
         every = {Wish.log: trainer.log_every, Wish.evaluate: trainer.eval_every}
         unit = self.run.config.loss.unit
         progress = Progress(self.run.console, steps, self.peak, self.run.world.device, unit)
@@ -139,7 +141,9 @@ class Loop:
                 # What is due after the step, or wished for; each row may bring further wishes.
                 done = position.step
                 is_at_end = done == steps
-                wishes |= {wish for wish, each in every.items() if is_at_end or _is_due(done, each)}
+                for wish, each in every.items():
+                    if is_at_end or _is_due(done, each):
+                        wishes.add(wish)
                 if _is_due(done, trainer.save_every):
                     wishes.add(Wish.save)
                 wishes = self._report(position, wishes)
@@ -186,8 +190,8 @@ class Loop:
         return not position.evaluation_is_due
 
     def _say_why_it_stops(self, position: Position) -> None:
-        saved = ", with a checkpoint" if position.step else ""
-        self.run.say(f"stopping after step {position.step}{saved}: {self.run.stops.reasons()}")
+        checkpoint = ", with a checkpoint" if position.step else ""
+        self.run.say(f"stopping after step {position.step}{checkpoint}: {self.run.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Yield every step from `first` on; called in the prefetch thread."""
@@ -205,10 +209,12 @@ class Loop:
         """
         # The step: next batch, forward and backward, update, and one sum of metrics and votes over the ranks.
         before = self.watch.call(When.before_step, position.step)
-        world, clock = self.run.world, StepClock(self.run.world.device)
+        world = self.run.world
+        clock = StepClock(self.run.world.device)
         clock.enter("data")
         ready = next(ready_steps)
-        rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
+        rank_batch = ready.rank_batch
+        pairs = ready.rank_batch.pairs
         partners = rank_batch.partners
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
@@ -220,9 +226,9 @@ class Loop:
         totals = reduce_step(sums, votes, norm, world)
         if self.policy_starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
-        stop_votes, written, lost, *wanted = totals.votes
+        stop_votes, writers, lost, *wish_votes = totals.votes
         # Committing is collective, so it waits for the step at which every rank's files are written.
-        if written == world.size:
+        if writers == world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
@@ -266,7 +272,7 @@ class Loop:
             self.record_steps(position)
             self.checkpoints.commit()
             raise error
-        return stop_votes > 0, {wish for wish, votes in zip(self._votes, wanted, strict=True) if votes}
+        return stop_votes > 0, {wish for wish, votes in zip(self._votes, wish_votes, strict=True) if votes}
 
     @property
     def _votes(self) -> Collection[Wish]:
@@ -277,7 +283,9 @@ class Loop:
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
         """Print why a step was skipped; write the pairs of a bad step, which are scored again. Collective."""
-        step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
+        step = position.step
+        scale = self.policy.loss_scale
+        file = self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
             self.run.say(f"step {step} was skipped: {why}")
@@ -311,7 +319,8 @@ class Loop:
 
     def record_evaluation(self, position: Position) -> None:
         """Evaluate, record the row, and update `position.best`; may raise `Interrupted`. Collective."""
-        started, world = time.monotonic(), self.run.world
+        started = time.monotonic()
+        world = self.run.world
         dataset = self.inputs.eval_set
         assert dataset is not None, "evaluations have data"
         rank_batch = self.run.shard(dataset, np.arange(len(dataset)), self.costs)
@@ -321,7 +330,9 @@ class Loop:
             policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping
         )
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
-        trainer, measured, margins = self.run.config.trainer, dict(metrics), None
+        trainer = self.run.config.trainer
+        measured = dict(metrics)
+        margins = None
         if self.run.config.loss.compares_pairs:
             measured |= values.margin_percentiles()
             margins = values.margin
@@ -329,17 +340,18 @@ class Loop:
             numbers = dataset.label_numbers(np.arange(len(dataset)))
             measured |= values.auc_by_source(dataset.labels, numbers)
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
-        named = {f"eval_{name}": value for name, value in measured.items()}
+        eval_row = {f"eval_{name}": value for name, value in measured.items()}
         # Rank 0 decides for all, because times differ between ranks: the collective calls that follow depend
         # on whether the run is over (law L2).
-        best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+        best = world.on_main(lambda: best_after(trainer, position.best, position.step, eval_row))
         is_better = best is not None and best.step == position.step
         stale = 0 if is_better else position.stale_evaluations + 1
         is_over = self.is_over(replace(position, best=best, stale_evaluations=stale))
         if self.samples is not None:
             sampled = self.samples.write_responses(position.step, self.policy, is_last=is_over)
-            named |= {f"eval_{name}": value for name, value in sampled.items()}
-        position.best, position.stale_evaluations = best, stale
+            eval_row |= {f"eval_{name}": value for name, value in sampled.items()}
+        position.best = best
+        position.stale_evaluations = stale
         if is_over:
             self.record_steps(position)
 
@@ -350,11 +362,12 @@ class Loop:
             # Before this step's checkpoint is saved: a run that resumes from it does not evaluate again.
             with self.run.console.heartbeat("computing the intervals of the last evaluation"):
                 self.run.write(write)
-        self._record(position, named, margins)
+        self._record(position, eval_row, margins)
 
     def is_over(self, position: Position) -> bool:
         """Return whether the run ends after this step: the last one, or `trainer.patience` is reached."""
-        trainer, best = self.run.config.trainer, position.best
+        trainer = self.run.config.trainer
+        best = position.best
         # An earlier start may have had another `keep_best`, by which `stale_evaluations` counted.
         is_known = best is not None and best.metric == trainer.keep_best
         is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
@@ -399,14 +412,18 @@ class Progress:
     """Shows progress; the first and the last step of a start are always shown."""
 
     def __init__(self, console: Console, steps: int, peak: float, device: torch.device, unit: str):
-        self._console, self._steps, self._peak, self._device = console, steps, peak, device
+        self._console = console
+        self._steps = steps
+        self._peak = peak
+        self._device = device
         self._unit = unit  # `LossConfig.unit`
         self._window = LogWindow()
         self._first: tuple[int, float] | None = None
 
     def add(self, step: int, measures: LogWindow, *, must_stop: bool) -> None:
         """Add a finished step, and show the progress if it is due."""
-        is_first, is_last = self._first is None, must_stop or step == self._steps
+        is_first = self._first is None
+        is_last = must_stop or step == self._steps
         if self._first is None:
             # The first step does not count: compiling kernels would make the time left too long.
             self._first = step, time.monotonic()
@@ -441,7 +458,8 @@ def show_step(
     if seconds_left is not None and step < steps:
         parts.append(f"{duration(seconds_left)} left")
     parts += [_in_words(name, values[name], unit) for name in _IN_LINE if name in values]
-    if (peak := values.get("memory/peak_bytes")) is not None:
+    peak = values.get("memory/peak_bytes")
+    if peak is not None:
         parts.append(size(peak))
     content = {"work": TRAINING, "unit": "step", "done": step, "total": steps, "share": step / steps}
     console.show_progress({**content, "seconds_left": seconds_left}, "  ".join(parts), always=always)
@@ -454,9 +472,11 @@ def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str =
         return
     measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)
     parts = [_in_words(name, row[PREFIX + name], unit) for name in measured]
-    if (length := row.get("eval_samples/length")) is not None:
+    length = row.get("eval_samples/length")
+    if length is not None:
         parts.append(f"samples of {length:,.0f} tokens")
-    if (finished := row.get("eval_samples/finished")) is not None:
+    finished = row.get("eval_samples/finished")
+    if finished is not None:
         parts.append(f"{percent_of(finished, int(row['eval_samples/prompts']))} finished")
     line = f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
     console.result("evaluation", row, [line])

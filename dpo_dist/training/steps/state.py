@@ -114,6 +114,7 @@ class Position:
         if loss.has_running_reward:
             row["loss/delta"] = self.running.reward
         if row:
-            margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
+            margin = means.get(BATCH_MARGIN, 0.0)
+            reward = means.get(BATCH_REWARD, 0.0)
             self.running = self.running.after(loss, margin, reward, pairs)
         return row

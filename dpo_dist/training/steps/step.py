@@ -109,11 +109,11 @@ class Objective:
         If `model` is None, the reference's log-probs also count as the policy's. `enter` is called with each
         phase of a step. An evaluation of a model also has entropies.
         """
-        wanted: list[Statistic] = []
+        statistic_names: list[Statistic] = []
         if self.loss.weighting is Weighting.wpo:
-            wanted.append("collisions")
+            statistic_names.append("collisions")
         if is_evaluation and model is not None:  # without a forward there is no entropy
-            wanted.append("entropy")
+            statistic_names.append("entropy")
         for host_batch in batches:
             enter("data")
             batch = host_batch.to(device)
@@ -126,12 +126,12 @@ class Objective:
                 assert reference is not None
                 values = reference
             elif self.router is None or is_evaluation:
-                values = model.token_logps(batch, wanted)
+                values = model.token_logps(batch, statistic_names)
             else:
                 assert isinstance(model, PolicyEngine)
-                values, routing = model.routed_token_logps(batch, wanted)
-            token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
-            statistics = dict(zip(wanted, rows, strict=True))
+                values, routing = model.routed_token_logps(batch, statistic_names)
+            token_logps, *rows = values.view(1 + len(statistic_names), len(batch.targets))
+            statistics = dict(zip(statistic_names, rows, strict=True))
             sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
             loss_sums = partial(sums, token_weights=batch.token_weights)
             pair_weights = None
@@ -164,7 +164,8 @@ class Objective:
         if rank_batch.partners is None:
             return facts
         # Partners are no training data, so they do not count for the routers.
-        unrouted, total = replace(self, router=None), torch.zeros(1, dtype=torch.float64, device=world.device)
+        unrouted = replace(self, router=None)
+        total = torch.zeros(1, dtype=torch.float64, device=world.device)
         for scored in unrouted.score(model, partners, facts, world.device, enter):
             ratios = log_ratios(scored.policy, scored.reference, self.loss)
             total += (ratios.chosen * scored.weights).sum()
@@ -203,14 +204,17 @@ class RouterTerms:
         policy: PolicyEngine,
         batches: Sequence[PackedBatch],
         unshared_tokens: int,
-        known: Sequence[Tensor],
+        routed: Sequence[Tensor],
         world: World,
     ):
-        self._loss, self._world, self._tokens = loss, world, unshared_tokens
+        self._loss = loss
+        self._world = world
+        self._tokens = unshared_tokens
         self._selected: Tensor | None = None
         self._count = int(world.is_main)
-        others = list(known[1:])
-        for host_batch in batches[1:] if loss.aux is not None and not known else ():
+        others = list(routed[1:])
+        is_unseen = loss.aux is not None and not routed
+        for host_batch in batches[1:] if is_unseen else ():
             policy.train(False)
             batch = host_batch.to(world.device)
             if policy.model.arrangement is Arrangement.packed:
@@ -229,7 +233,9 @@ class RouterTerms:
         if self._loss.aux is not None and self._selected is None:
             self._selected = self._world.sum_replicas(self._unseen + selections(routing))
         parts = self._loss.parts(routing, self._selected, self._tokens)
-        values, count, self._count = dict(parts), self._count, 0
+        values = dict(parts)
+        count = self._count
+        self._count = 0
         if self._selected is not None:
             values[BUSIEST] = self._selected.max() / self._tokens * count
         return loss + self._loss.weighted(parts), sums.plus_values(values, count)
@@ -252,7 +258,8 @@ def train_step(
     Returns this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same
     on all ranks, infinite if the update was skipped.
     """
-    rank_batch, device = step.rank_batch, world.device
+    rank_batch = step.rank_batch
+    device = world.device
     # Collective calls in one order on all ranks, whatever their pairs are (law L2): forwards of the partners
     # and their sum; for a coupled loss, forwards of all micro-batches and their gather; for routers, the
     # forwards and sum of selections; then forward and backward of each micro-batch, the update, the metrics.
@@ -260,14 +267,16 @@ def train_step(
         policy.train(False)
     facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
     plan = objective.plan(rank_batch)
-    sums, slopes, rewards = MetricSums.zeros(plan, device), list[Tensor](), list[Tensor]()
-    known: list[ScoredPairs] = []
+    sums = MetricSums.zeros(plan, device)
+    slopes = list[Tensor]()
+    rewards = list[Tensor]()
+    scored_before: list[ScoredPairs] = []
     # A coupled loss: log-probs of all ranks, then its derivative with respect to each of them.
     if objective.loss.is_coupled:
         policy.train(False)
         with torch.no_grad():
-            known = list(objective.score(policy, step.batches, facts, device, clock.enter))
-        pairs = gather_pairs(known, rank_batch, world)
+            scored_before = list(objective.score(policy, step.batches, facts, device, clock.enter))
+        pairs = gather_pairs(scored_before, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
         loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
@@ -278,7 +287,7 @@ def train_step(
     clock.enter("forward")
     routers = None
     if objective.router is not None:
-        routing = [pairs.routing for pairs in known if pairs.routing is not None]
+        routing = [pairs.routing for pairs in scored_before if pairs.routing is not None]
         routers = RouterTerms(
             objective.router, policy, step.batches, rank_batch.unshared_tokens, routing, world
         )
@@ -294,7 +303,8 @@ def train_step(
         else:
             loss, micro_sums = objective.measure(pairs, plan)
             logps = pairs.policy.chosen + pairs.policy.rejected
-            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.weight, sums + micro_sums
+            loss = _nan_unless_finite(loss, logps) / rank_batch.weight
+            sums = sums + micro_sums
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
         if objective.loss.is_unpaired:
@@ -316,12 +326,12 @@ def _with_label_metrics(
     """
     if rank_batch.is_good is None:
         return sums
-    all_rewards, is_good = in_batch_order(rewards, rank_batch, world)[0], rank_batch.is_good
+    all_rewards = in_batch_order(rewards, rank_batch, world)[0]
+    is_good = rank_batch.is_good
     if not world.is_main:
         return sums
-    good, bad = (
-        all_rewards[on_device(np.flatnonzero(side), all_rewards.device)] for side in (is_good, ~is_good)
-    )
+    good = all_rewards[on_device(np.flatnonzero(is_good), all_rewards.device)]
+    bad = all_rewards[on_device(np.flatnonzero(~is_good), all_rewards.device)]
     sums = sums.plus_values({AUC: wins(good, bad)}, len(good) * len(bad))
     if facts.mismatch is None:
         return sums
@@ -339,8 +349,8 @@ def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
 
 def _differentiable(logps: PairLogps) -> list[Tensor]:
     """Return the log-probs with respect to which a coupled loss is differentiated, [pairs] each."""
-    whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
-    return [logps.chosen, logps.rejected, *whole]
+    of_whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
+    return [logps.chosen, logps.rejected, *of_whole]
 
 
 @dataclass(frozen=True)
@@ -383,7 +393,9 @@ def without_comparisons(totals: StepTotals) -> StepTotals:
 
     Its rewards differ from 0 by rounding alone, and which of two is larger is chance.
     """
-    ties = {name: value for name in totals.sums for base, value in _TIES.items() if name.startswith(base)}
+    ties: dict[str, float] = {}
+    for base, value in _TIES.items():
+        ties |= {name: value for name in totals.sums if name.startswith(base)}
     sums = {
         name: ties[name] * totals.counts[name] if name in ties else total
         for name, total in totals.sums.items()
@@ -408,7 +420,8 @@ def evaluate(
     """
     plan = objective.plan(rank_batch, is_evaluation=True)
     sums = MetricSums.zeros(plan, world.device)
-    values, scored = list[dict[str, Tensor]](), list[ScoredPairs]()
+    values = list[dict[str, Tensor]]()
+    scored = list[ScoredPairs]()
 
     def enter(phase: Phase) -> None:
         if phase == "data":
@@ -453,11 +466,11 @@ def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: Worl
     `columns`: values of each of this rank's micro-batches, [columns, pairs].
     """
     # A sum of one value and zeros is a gather for ranks with different numbers of pairs, and exact.
-    whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
+    values = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
     for part, positions in zip(columns, rank_batch.positions, strict=True):
         if positions:  # not a dummy
-            whole[:, on_device(positions, world.device)] = part.double()
-    return world.sum_replicas(whole)
+            values[:, on_device(positions, world.device)] = part.double()
+    return world.sum_replicas(values)
 
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -466,8 +479,8 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    changed = {field.name: _with_tensors(getattr(value, field.name), change) for field in fields(value)}
-    return replace(value, **changed)
+    values = {field.name: _with_tensors(getattr(value, field.name), change) for field in fields(value)}
+    return replace(value, **values)
 
 
 def _tensors(value: Any) -> list[Tensor]:
