@@ -96,7 +96,10 @@ def test_the_trainer_takes_nothing_from_the_kit() -> None:
 
 
 def test_the_kit_has_each_of_its_names_from_the_module_that_defines_it() -> None:
-    imports = {name: home for home, name in taken(ast.parse((PACKAGE / "kit.py").read_text()))}
+    tree = ast.parse((PACKAGE / "kit.py").read_text())
+    imports = {name: home for home, name in taken(tree)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert {text for text in texts if str(text).isidentifier()} == set(imports)  # also those of its table
     assert sorted(imports) == sorted(dpo_dist.kit.__all__) == sorted(NAMES.split())
     for name, home in imports.items():
         assert getattr(dpo_dist.kit, name) is getattr(sys.modules[home], name)
