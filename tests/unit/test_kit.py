@@ -33,7 +33,7 @@ NAMES = """
 ELSEWHERE = {
     "batching.content_keys": "Keys",
     "config.advice": "OFF Advice",
-    "config.compose": "Command names_chosen read_keys",
+    "config.compose": "Composition names_chosen read_keys",
     "config.identity": "settings",
     "config.keys": "group_folders preset_names strip_indices verb_keys",
     "config.load": "differing_keys from_yaml load_command",
