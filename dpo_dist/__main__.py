@@ -1,7 +1,6 @@
 """`dpo-dist VERB ...`, the same as `python -m dpo_dist VERB ...`; without a verb, the list of verbs."""
 
 import os
-import re
 import shlex
 import sys
 from difflib import get_close_matches
@@ -13,7 +12,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.installed import pages
 from dpo_dist.foundation.process import this_rank
-from dpo_dist.foundation.remedies import Remedy, Typed
+from dpo_dist.foundation.remedies import Typed
 from dpo_dist.foundation.streams import print_line
 
 
@@ -61,7 +60,7 @@ def _refuse(verb: str) -> NoReturn:
     raise ConfigError(f"there is no verb {verb!r}", where=Typed(verb), remedy=_suggest(verb))
 
 
-def _suggest(verb: str) -> Remedy:
+def _suggest(verb: str) -> str:
     """Return what to write for a verb that does not exist."""
     from dpo_dist.config.advice import advice  # noqa: PLC0415  (slow)
     from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
@@ -69,24 +68,23 @@ def _suggest(verb: str) -> Remedy:
 
     answers = advice().equivalents(verb, "methods")
     if answers:
-        return Remedy(answers[0])
+        return str(answers[0])
     if verb.startswith("-"):
         option = {"-v": "--version"}.get(verb.lower(), verb)
         near = get_close_matches(option, ("--version", "--help"), 1, 0.8)
         if near:
-            return Remedy.to_rename(verb, near[0])
-        return Remedy(f"options come after the verb: dpo-dist train {verb}")
+            return f"did you mean {near[0]}?"
+        return f"options come after the verb: dpo-dist train {verb}"
     if "=" in verb or verb.endswith((".yaml", ".yml")):
-        return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb), remove=(verb,))
+        return f"write dpo-dist train {shlex.quote(verb)}"
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
     commands = [*advice().equivalents(verb, "verbs"), *losses]
     if commands:
-        is_whole = not re.search(r"\b[A-Z]+\b", commands[0])  # else only the user knows which run
-        return Remedy(f"write dpo-dist {commands[0]}", tuple(commands[0].split()) * is_whole)
+        return f"write dpo-dist {commands[0]}"
     guesses = get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)
     if guesses:
-        return Remedy.to_rename(verb, guesses[0])
-    return Remedy("dpo-dist without a verb lists the verbs")
+        return f"did you mean {guesses[0]}?"
+    return "dpo-dist without a verb lists the verbs"
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from dpo_dist.config.compose import FAILURES, parse_overrides
     from dpo_dist.config.extensions import Extension, Verb
     from dpo_dist.config.identity import loss_kinds
-    from dpo_dist.config.keys import run_keys
+    from dpo_dist.config.keys import run_keys, to_unset
     from dpo_dist.config.load import complete_config, load_run_config, to_yaml
     from dpo_dist.config.losses import LossConfig, LossKind, balancing_weight, kinds_using, loss_unit
     from dpo_dist.config.metrics import (
@@ -76,7 +76,6 @@ if TYPE_CHECKING:
         check_rules,
         likely_metric,
         needs_of,
-        to_unset,
         unused,
         value_at,
     )
@@ -262,7 +261,7 @@ _NAMES = {
     "config.compose": ("FAILURES", "parse_overrides"),
     "config.extensions": ("Extension", "Verb"),
     "config.identity": ("loss_kinds",),
-    "config.keys": ("run_keys",),
+    "config.keys": ("run_keys", "to_unset"),
     "config.load": ("complete_config", "load_run_config", "to_yaml"),
     "config.losses": ("LossConfig", "LossKind", "balancing_weight", "kinds_using", "loss_unit"),
     "config.metrics": (
@@ -271,8 +270,8 @@ _NAMES = {
     ),
     "config.mistakes": ("fits",),
     "config.rules": (
-        *("HOLD_OUT", "Rule", "best_direction", "check_rules", "likely_metric", "needs_of", "to_unset"),
-        *("unused", "value_at"),
+        *("HOLD_OUT", "Rule", "best_direction", "check_rules", "likely_metric", "needs_of", "unused"),
+        "value_at",
     ),
     "config.run_folder": (
         *("LAST_EVALUATION", "PathBelow", "RunFolder", "check_writable", "existing_run", "is_checkpoint"),

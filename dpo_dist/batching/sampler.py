@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
 
 Indices = npt.NDArray[np.int64]
@@ -131,7 +130,7 @@ def check_batch(sampler: BatchSampler, unit: str = "pair") -> None:
             where="trainer.global_batch_pairs",
             got=f"{batch:,}, and {pluralize(pairs, unit)} an epoch",
             expected=f"at most {pairs:,}",
-            remedy=Remedy.to_set(f"trainer.global_batch_pairs={suggestion}"),
+            remedy=f"set trainer.global_batch_pairs={suggestion}",
         )
 
 

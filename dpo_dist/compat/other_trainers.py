@@ -5,13 +5,12 @@ import shlex
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_dist.config.advice import OFF, Advice
 from dpo_dist.config.keys import strip_indices
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
 from dpo_dist.kit import run_keys
 
@@ -22,7 +21,7 @@ def other_trainers() -> dict[str, Any]:
     tables = own_table(Path(__file__).with_suffix(".yaml"))
     rows = tables.pop("both")
     rows += [{"write": words, "names": names} for words, names in tables.pop("words").items()]
-    for kind, facts in {"advice": {}, "switches": {"is_switch": True}, "unneeded": {"drops": True}}.items():
+    for kind, facts in {"advice": {}, "switches": {"is_switch": True}}.items():
         rows += [{"text": text, "names": names} | facts for text, names in tables.pop(kind).items()]
     return tables | {"advice": rows}
 
@@ -54,22 +53,29 @@ def names_of(key: str) -> list[str]:
     return names.split()
 
 
-def advice_on(name: str, value: str) -> list[Remedy]:
-    """Return what to advise on another trainer's option `name`, or `name=value`."""
+class Answer(NamedTuple):
+    """What to do about another trainer's option, and the words of a command that do it, if they are known."""
+
+    text: str
+    words: tuple[str, ...] = ()
+
+
+def answers_on(name: str, value: str) -> list[Answer]:
+    """Return the answers to another trainer's option `name`, or `name=value`."""
 
     def filled(text: str) -> str:
         return text.replace("[{value}]", f"[{value.strip('[]') or '...'}]").replace("{value}", value or "...")
 
-    remedies = []
+    answers = []
     for row in equivalents(name, "advice"):
         words = shlex.split(row.get("write", ""))
         if value.lower() in OFF and "=" not in name and words and "{value}" not in "".join(words):
-            remedies.append(Remedy("not needed: it is off", drops=True))
+            answers.append(Answer("not needed: it is off"))
             continue
         is_known = bool(value) or not any("{value}" in word for word in words)
         text = filled(row.get("text", f"write {row.get('write')}"))
-        remedies.append(Remedy(text, tuple(map(filled, words)) * is_known, drops=row.get("drops", False)))
-    return remedies
+        answers.append(Answer(text, tuple(map(filled, words)) if is_known else ()))
+    return answers
 
 
 def is_switch(name: str) -> bool:
@@ -86,12 +92,14 @@ _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"
 """Keys whose value may name another way of training."""
 
 
-def find_advice(key: str, value: str) -> list[Remedy]:
-    """Return the advice on a key with this value, or on a key of the same meaning."""
+def find_answers(key: str, value: str) -> list[Answer]:
+    """Return the answers to a key with this value, or on a key of the same meaning."""
     names = (key, *equivalents(key, "keys"))
     methods = equivalents(value, "methods") if {*map(strip_indices, names)} & _METHODS else ()
-    given = [remedy for name in names for remedy in advice_on(f"{name}={value}", value)]
-    return [*map(Remedy, methods), *given]
+    answers = [Answer(method) for method in methods]
+    for name in names:
+        answers += answers_on(f"{name}={value}", value)
+    return answers
 
 
 def as_sources(value: Any) -> Any:
@@ -144,6 +152,12 @@ class OtherTrainers(Advice):
     equivalents = staticmethod(equivalents)
     is_foreign = staticmethod(is_foreign)
     foreign_file = staticmethod(foreign_file)
-    advice_on = staticmethod(advice_on)
-    find_advice = staticmethod(find_advice)
     as_sources = staticmethod(as_sources)
+
+    def advice_on(self, name: str, value: str) -> list[str]:
+        """Return what to advise on another program's option `name`, or `name=value`."""
+        return [answer.text for answer in answers_on(name, value)]
+
+    def find_advice(self, key: str, value: str) -> list[str]:
+        """Return the advice on a key with this value, or on a key of the same meaning."""
+        return [answer.text for answer in find_answers(key, value)]

@@ -7,7 +7,6 @@ from typing import Any
 
 from dpo_dist.config.extensions import hook
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 
 ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 """Words for a switch."""
@@ -28,11 +27,11 @@ class Advice:
         """Return the error for another program's file; None if it is none."""
         return None
 
-    def advice_on(self, name: str, value: str) -> list[Remedy]:
+    def advice_on(self, name: str, value: str) -> list[str]:
         """Return what to advise on another program's option `name`, or `name=value`."""
         return []
 
-    def find_advice(self, key: str, value: str) -> list[Remedy]:
+    def find_advice(self, key: str, value: str) -> list[str]:
         """Return the advice on a key with this value, or on a key of the same meaning."""
         return []
 

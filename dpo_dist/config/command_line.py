@@ -42,7 +42,7 @@ from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
-from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, Typed
+from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import CheckReport
@@ -140,7 +140,7 @@ def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
         guess = None if is_theirs else likely_name(name, options)
         if f"-{name}" in options:  # `-check`
             guess = f"-{name}"
-        remedy = Remedy.to_rename(name, guess) if guess else unknown_key(key, value or "true").advice
+        remedy = f"did you mean {guess}?" if guess else unknown_key(key, value or "true").remedy
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
@@ -196,7 +196,7 @@ def _check_code_allowed(values: Mapping[str, Any], overrides: Collection[str], f
             where=str(file),
             got="; ".join(options.values()),
             expected="a run directory without code, or the option on the command line",
-            remedy=Remedy.to_write(*words, verb="if you trust this code, add"),
+            remedy=to_write(*words, verb="if you trust this code, add"),
         )
 
 
@@ -357,7 +357,7 @@ def _run(
     if not options.check:
         return main(configured)
     if check is None:
-        raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy=Remedy.to_remove("--check"))
+        raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     if this_rank() == 0:
         with warnings_off():
             report = check(configured)

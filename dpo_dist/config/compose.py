@@ -61,7 +61,7 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import plain_values
-from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Remedy, Typed
+from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Typed, to_write
 from dpo_dist.foundation.types import dotted_items
 
 FAILURES = (
@@ -430,16 +430,16 @@ class Composition:
                     return unknown_preset(key, name, self.folders)
                 meant += valid[:1]
             message = f"{key} takes one preset"
-            remedy = Remedy(f"write {key}=NAME: {', '.join(presets)}")
+            remedy = f"write {key}=NAME: {', '.join(presets)}"
             if meant:
-                remedy = Remedy.to_write(f"{key}={meant[0]}", verb="choose")
+                remedy = to_write(f"{key}={meant[0]}", verb="choose")
             if meant and key == "loss":
-                of_sum = to_assign(key, line.partition("=")[2])
-                if of_sum.write:
-                    remedy = of_sum + f" for their sum, or choose {key}={meant[0]}"
+                of_sum = assignment(key, line.partition("=")[2])
+                if of_sum:
+                    remedy = f"{to_write(of_sum)} for their sum, or choose {key}={meant[0]}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
             message = f"{key} is a section"
-            remedy = Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")
+            remedy = f"write {key}.KEY=VALUE; --help {key} lists its keys"
         else:
             return None
         return ConfigError(message, where=Typed(line), remedy=remedy)
@@ -452,7 +452,7 @@ class Composition:
             for key in set_by(override):
                 if key in run_keys() and key not in readable:
                     where = Typed(str(override.input_line))
-                    remedy = Remedy.to_remove(key) + f", a key of {', '.join(readers(key))}"
+                    remedy = f"remove {key}, a key of {', '.join(readers(key))}"
                     verb_key = f"{verb}.{key.partition('.')[2]}"
                     if verb_key in readable:
                         remedy = to_assign(verb_key, str(override.input_line).partition("=")[2])
@@ -472,24 +472,24 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _remedy_for_several(override: Override) -> Remedy:
+def _remedy_for_several(override: Override) -> str:
     """Suggest an override in place of one that gives a key several values, or removes it."""
     key = override.key_or_group
     value = str(override.input_line).partition("=")[2]
     if override.is_delete():
-        return Remedy(f"write {key}=VALUE, or leave the word out")
+        return f"write {key}=VALUE, or leave the word out"
     if override.is_interval_sweep():
         listed = f"list its values for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
-        return Remedy(f"{listed}; or let it search: add sweep.trials=20 sweep.by=eval_rewards/accuracies")
-    remedy = Remedy(f"write {key}=VALUE with one value")
+        return f"{listed}; or let it search: add sweep.trials=20 sweep.by=eval_rewards/accuracies"
+    remedy = f"write {key}=VALUE with one value"
     word = assignment(key, f"[{value}]")
     if word:
-        remedy = Remedy.to_write(word)
+        remedy = to_write(word)
     elif re.fullmatch(r"\d+,\d+(e-?\d+)?", value):
         word = assignment(key, value.replace(",", ".")) or assignment(key, value.replace(",", ""))
         if word:
             is_decimal = "." in word.partition("=")[2]
-            remedy = Remedy.to_write(word) + ": a decimal point, no comma" * is_decimal
+            remedy = to_write(word) + ": a decimal point, no comma" * is_decimal
     if override.is_discrete_sweep():
         remedy += "; the verb sweep runs each of several values"
     return remedy

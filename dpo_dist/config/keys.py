@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
@@ -12,7 +13,14 @@ from pydantic_core import PydanticUndefined
 
 from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verbs import DATA_KEYS, EVERY_VERB, VERBS
-from dpo_dist.foundation.fields import LARGEST_INTEGER, describe_type, key_facts, schema_fields, schemas_in
+from dpo_dist.foundation.fields import (
+    LARGEST_INTEGER,
+    as_written,
+    describe_type,
+    key_facts,
+    schema_fields,
+    schemas_in,
+)
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
@@ -143,6 +151,12 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
 def is_within(key: str, above: str) -> bool:
     """Return whether `key` is `above` or below it."""
     return key == above or key.startswith((f"{above}.", f"{above}["))
+
+
+def to_unset(key: str) -> str:
+    """Return the remedy that takes a key's value away."""
+    word = f"{key}={as_written(all_keys()[key].default)}"
+    return f"remove {key} (if a file sets it, write {shlex.quote(word)})"
 
 
 @cache

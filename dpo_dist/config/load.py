@@ -20,7 +20,7 @@ from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, 
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
 from dpo_dist.foundation.fields import plain_values
-from dpo_dist.foundation.remedies import InFile, Remedy
+from dpo_dist.foundation.remedies import InFile, to_write
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address, with_slashes
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.user_code import find_function
@@ -96,7 +96,7 @@ def complete_config(
     for key, path in [*paths, ("run.mirror", config.run.mirror)]:
         url = with_slashes(path) if path and key != "model.path" else ""
         if url:
-            remedy = Remedy.to_rename(path, url)
+            remedy = f"did you mean {url}?"
             mistakes.append(ConfigError("a URL has two slashes", where=key, got=path, remedy=remedy))
     for key, path in paths:
         name, branch = name_in_address(path or "")
@@ -106,7 +106,7 @@ def complete_config(
                 where=key,
                 got=path,
                 expected="the name on the hub, ORG/NAME",
-                remedy=_instead_of_page(key, path, name, branch),
+                remedy=_instead_of_page(key, name, branch),
             )
             mistakes.append(mistake)
     raise_all(mistakes)
@@ -114,15 +114,15 @@ def complete_config(
     return replace(config, run=replace(config.run, dir=str(folder)))
 
 
-def _instead_of_page(key: str, path: str, name: str, branch: str) -> Remedy:
+def _instead_of_page(key: str, name: str, branch: str) -> str:
     """Return the remedy that writes name and branch of a model or dataset in place of its page's address."""
     if branch in ("", "main"):
-        return Remedy.to_rename(path, name)
+        return f"did you mean {name}?"
     if key == "model.path":
-        return Remedy.to_write(f"{key}={name}", f"model.revision={branch}", verb="did you mean") + "?"
+        return to_write(f"{key}={name}", f"model.revision={branch}", verb="did you mean") + "?"
     if key.startswith("data."):
-        return Remedy(f"write the entry {{path: {name}, revision: {branch}}}")
-    return Remedy(f"download the branch {branch} of {name}, and name its folder")
+        return f"write the entry {{path: {name}, revision: {branch}}}"
+    return f"download the branch {branch} of {name}, and name its folder"
 
 
 def to_yaml(config: RunConfig) -> str:

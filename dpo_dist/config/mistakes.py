@@ -6,7 +6,6 @@ Remedies translate the keys of other trainers and correct mistyped names.
 import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
@@ -35,7 +34,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import ErrorPlace, InFile, Remedy, Typed, key_of
+from dpo_dist.foundation.remedies import InFile, Typed, to_write, to_write_one_of
 
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
@@ -94,8 +93,8 @@ def _likely_values(value: Any) -> list[str]:
     return [f"http://{value}/v1", f"{value}/v1"]
 
 
-def _did_you_mean(word: str) -> Remedy:
-    return Remedy.to_write(word, verb="did you mean") + "?"
+def _did_you_mean(word: str) -> str:
+    return to_write(word, verb="did you mean") + "?"
 
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
@@ -111,7 +110,7 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     )
 
 
-def _instead_of_words(words: Sequence[str], verb: str) -> Remedy:
+def _instead_of_words(words: Sequence[str], verb: str) -> str:
     """Return what to write in place of words that are not overrides; the first case that fits counts."""
     text = " ".join(words)
     first = words[0]
@@ -124,55 +123,56 @@ def _instead_of_words(words: Sequence[str], verb: str) -> Remedy:
     # Spaces, a colon or round brackets: `loss.beta: 0.2`, `optim.betas=(0.9,0.95)`.
     match = re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", text)
     if match and match[1] in run_keys():
-        remedy = to_assign(match[1], match[2].strip(" ,;"))
-        if verb == "sweep" and not remedy.write:  # several values
-            return Remedy.to_write(f"{match[1]}={match[2]}")
-        return remedy
+        key = match[1]
+        value = match[2].strip(" ,;")
+        if verb == "sweep" and "," in value and not assignment(key, value):  # several values
+            return to_write(f"{key}={match[2]}")
+        return to_assign(key, value)
     if all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
         return _with_key(words, verb)
     if any(text.count(opened) != text.count(closed) for opened, closed in ("()", "[]", "{}")):
-        return Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
+        return "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "=" not in text:
-        return Remedy("write each as KEY=VALUE, such as loss.beta=0.2")
-    return Remedy("put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'")
+        return "write each as KEY=VALUE, such as loss.beta=0.2"
+    return "put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'"
 
 
-def _instead_of_form(text: str) -> Remedy | None:
+def _instead_of_form(text: str) -> str | None:
     """Return what to write in place of a form of other programs; None for other words."""
     # A slice of `datasets`: `data.train=[org/name:train[:10%]]`.
     if re.search(r"\w\[\d*%?:\d*%?\]", text):
         part = "{path: NAME, split: train, limit: 1000}"
-        return Remedy(f"a part of a source is its first records: write {part}")
+        return f"a part of a source is its first records: write {part}"
     # An entry of a list by its place: `tracking.to[0]=mlflow` -> 'tracking.to=[mlflow]'.
     entry = re.fullmatch(r"([\w.]+)\[\d*\]((?:\.\w+)*)=(.*)", text)
     if entry:
         list_key, inside, value = entry.groups()
         if inside:
-            return unknown_key(f"{list_key}[0]{inside}", value).advice
+            return unknown_key(f"{list_key}[0]{inside}", value).remedy
         if list_key in run_keys():
             return to_assign(list_key, value)
-        return unknown_key(list_key, value).advice
+        return unknown_key(list_key, value).remedy
     # A distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
     called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", text)
     if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
         interval = f"interval({called[3].strip()},{called[4].strip()})"
         drawn = f"tag(log, {interval})" if "log" in called[2] else interval
-        return Remedy.to_write(f"{called[1]}={drawn}")
+        return to_write(f"{called[1]}={drawn}")
     # A package of Hydra: `loss@x=ipo`.
     is_package = "@" in text.partition("=")[0]
-    return Remedy("remove @ and the word after it: write loss=ipo") if is_package else None
+    return "remove @ and the word after it: write loss=ipo" if is_package else None
 
 
-def _with_key(words: Sequence[str], verb: str) -> Remedy:
+def _with_key(words: Sequence[str], verb: str) -> str:
     """Return the remedy that writes values with their key: `a.jsonl` -> 'data.train=[a.jsonl]'."""
     first = words[0]
     is_size = len(words) == 1 and re.fullmatch(r"[\d.]+[bB]", first) is not None
     if len(words) == 1 and not Path(first).exists():
         presets = _presets_named(first, verb, is_size)
         if presets:
-            return Remedy.to_write_one_of(presets)
+            return to_write_one_of(presets)
     if is_size:
-        return Remedy("a size is no model: write model.path=ORG/NAME")
+        return "a size is no model: write model.path=ORG/NAME"
     keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
     lists = {key for key in keys if get_origin(run_keys()[key]) is list}
     if lists and all(_DATA_FILE.search(word) for word in words):
@@ -181,8 +181,8 @@ def _with_key(words: Sequence[str], verb: str) -> Remedy:
     lead = "write the key too:"
     accepted = [word for word in forms if word]
     if accepted:
-        return Remedy.to_write_one_of(accepted, lead=lead)
-    return Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
+        return to_write_one_of(accepted, lead=lead)
+    return f"{lead} {' or '.join(f'{key}=...' for key in keys)}"
 
 
 def _presets_named(name: str, verb: str, is_size: bool) -> list[str]:
@@ -227,7 +227,7 @@ def assignment(key: str, value: str) -> str | None:
     return None
 
 
-def to_assign(key: str, value: str) -> Remedy:
+def to_assign(key: str, value: str) -> str:
     """Return the remedy that writes `key=value`, or says what the key accepts if it is not this value.
 
     `loss.beta`, `0.2` -> write loss.beta=0.2; `loss.beta`, `x` -> write loss.beta=..., a number;
@@ -235,19 +235,19 @@ def to_assign(key: str, value: str) -> Remedy:
     """
     word = assignment(key, value)
     if word:
-        return Remedy.to_write(word)
+        return to_write(word)
     if preset_names(key, group_folders()):
-        return unknown_preset(key, value, group_folders()).advice
+        return unknown_preset(key, value, group_folders()).remedy
     hint = run_keys().get(key)
     if get_origin(hint) is list:
-        return Remedy(f"write '{key}=[...]'")
+        return f"write '{key}=[...]'"
     inner = nested(hint)
     if inner:
         if "." not in key:
-            return Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")
+            return f"write {key}.KEY=VALUE; --help {key} lists its keys"
         return to_assign(f"{key}.{next(iter(schema_fields(inner)))}", value)
     row = all_keys().get(key)
-    return Remedy(f"write {key}=..., {row.type_words}" if row else f"write {key}=...")
+    return f"write {key}=..., {row.type_words}" if row else f"write {key}=..."
 
 
 def _is_accepted(key: str, text: str) -> bool:
@@ -281,23 +281,20 @@ def fits(key: str, value: Any) -> bool:
     return True
 
 
-def unknown_key(key: str, value: str = "", *, where: str | ErrorPlace = "") -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     """Return the error for a key that does not exist; its remedy says what to write instead.
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
     remedy = (advice().find_advice(key, value) or [_instead_of_key(key, value)])[0]
-    beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
-    # For a key inside of a typed mapping `where` is the key itself: in `model.adapter={rank: 8, alpha: 16}`
-    # the word model.adapter.r=8 would take the place of the whole mapping. So only the name changes, rank to
-    # r, and the word becomes model.adapter={r: 8, alpha: 16}.
-    if where == key and beside and len(remedy.write) == 1:
-        renamed = (key.rpartition(".")[2], beside[0].rpartition(".")[2])
-        remedy = replace(remedy, write=(), rename=renamed)
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
-def _instead_of_key(raw_key: str, value: str) -> Remedy:
+_NEEDS_LOSS = "; this option needs "
+"""Between the word for an option of a loss and the losses that have it."""
+
+
+def _instead_of_key(raw_key: str, value: str) -> str:
     """Return what to write in place of a key that does not exist, with this value."""
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", raw_key)  # `data.train.0.path`, as OmegaConf writes it
     mapping, _, name = key.rpartition(".")
@@ -312,14 +309,14 @@ def _instead_of_key(raw_key: str, value: str) -> Remedy:
         before = "" if key == valid_keys[0] else f"{valid_keys[0].rpartition('.')[2]}: ..., "
         value = "" if is_entry else value  # the word would take the place of all entries
         word = f"{list_key}=[{{{before}{name}: {value or '...'}}}]"
-        return Remedy(f"write this key inside an entry: '{word}'", (word,) * bool(value and not before))
+        return f"write this key inside an entry: '{word}'"
     if is_entry:
         options = [
             option for option in advice().equivalents(name, "sources") if f"{mapping}.{option}" in valid_keys
         ]
         if options:
-            return Remedy(f"write {options[0]}: {value or '...'}")
-        return _instead_of_mistyped(raw_key, key, valid_keys, value)
+            return f"write {options[0]}: {value or '...'}"
+        return _instead_of_mistyped(key, valid_keys, value)
 
     # Another trainer's name, or a key without its section: `learning_rate=1`, `max_steps=3`.
     same = advice().equivalents(key, "keys")
@@ -333,9 +330,8 @@ def _instead_of_key(raw_key: str, value: str) -> Remedy:
         for other in same:
             if other.startswith("loss.options."):
                 losses += [f"loss={kind}" for kind in kinds_using(other.removeprefix("loss."))]
-        remedy = Remedy.to_write_one_of(assignments)
-        needed = f"; this option needs {' or '.join(losses)}" if losses else ""
-        return replace(remedy, text=remedy.text + needed, write=(*remedy.write, *losses[:1]))
+        remedy = to_write_one_of(assignments)
+        return f"{remedy}{_NEEDS_LOSS}{' or '.join(losses)}" if losses else remedy
     if remedies:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
         return remedies[0]
     if same:  # it does not accept the value: `loss_type=sigmod` -> loss=sigmoid
@@ -345,51 +341,45 @@ def _instead_of_key(raw_key: str, value: str) -> Remedy:
         if choice:
             return _did_you_mean(f"{ours}={choice}")
         words = row.type_words if row else "a preset; a sum of losses is loss.terms"
-        return Remedy(f"write {ours}=..., {words}")
-    return _instead_of_mistyped(raw_key, key, valid_keys, value)
+        return f"write {ours}=..., {words}"
+    return _instead_of_mistyped(key, valid_keys, value)
 
 
-def _instead_of_mistyped(raw_key: str, key: str, valid_keys: Collection[str], value: str) -> Remedy:
+def _instead_of_mistyped(key: str, valid_keys: Collection[str], value: str) -> str:
     """Return the remedy that writes the nearest key, `loss.betta` -> loss.beta, or lists those there are."""
     mapping = key.rpartition(".")[0]
     guess = likely_name(key, valid_keys)
-    word = assignment(guess, value) if guess and value else None
     row = all_keys().get(guess or "")
-    if guess and not value:
-        return Remedy.to_rename(raw_key, guess)
-    if guess and word:
-        return Remedy(f"did you mean {guess}?", (word,))
+    if guess and (not value or assignment(guess, value)):
+        return f"did you mean {guess}?"
     if guess and row and mapping == guess.rpartition(".")[0]:  # which does not accept the value
-        return Remedy(f"did you mean {guess}, {row.type_words}?")
+        return f"did you mean {guess}, {row.type_words}?"
     if guess and "[" in guess:
-        return Remedy(f"did you mean {guess}?")
+        return f"did you mean {guess}?"
     beside = [option.rpartition(".")[2] for option in valid_keys if option.rpartition(".")[0] == mapping]
     if mapping and beside:
-        return Remedy(f"the keys of {mapping} are {', '.join(beside)}")
+        return f"the keys of {mapping} are {', '.join(beside)}"
     sections = [option for option in valid_keys if "." not in option]
-    return Remedy(f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}")
+    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     presets = preset_names(group, folders)
     plus = "+" if group == "experiment" else ""
-    remedy = Remedy(f"write {plus}{group}=NAME")
+    remedy = f"write {plus}{group}=NAME"
     if len(presets) == 1:
-        remedy = Remedy.to_write(f"{plus}{group}={presets[0]}")
+        remedy = to_write(f"{plus}{group}={presets[0]}")
     remedies = advice().find_advice(group, choice)
     guess = likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, presets)
     if remedies:
         remedy = remedies[0]
-        if remedy.write and group not in map(key_of, remedy.write):
-            remedy = replace(remedy, remove=(*remedy.remove, group))
     elif guess:
         remedy = _did_you_mean(f"{plus}{group}={guess}")
     elif group in _PRESET_PATHS:
         keys = filter(run_keys().__contains__, _PRESET_PATHS[group])
         words = filter(None, [assignment(key, choice) for key in keys])
-        remedy = Remedy.to_write_one_of(list(words), lead="a path is no preset: write")
-        remedy = replace(remedy, remove=(group,))
+        remedy = to_write_one_of(list(words), lead="a path is no preset: write")
     elif group == "experiment":
         remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(
@@ -419,7 +409,7 @@ def composition_error(error: Exception, folders: Sequence[Path], word: str = "")
             "this file cannot be read",
             where=path,
             got=error.strerror,
-            remedy=Remedy.to_rename(path, str(similar))
+            remedy=f"did you mean {similar}?"
             if is_meant
             else "check the path, which is relative to the working directory",
         )
@@ -500,36 +490,34 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         )
     expected = f"an option of {kind}: {', '.join(options)}" if options else f"none, as {kind} has no options"
     if users:
-        remedy = Remedy.to_remove(key)
+        remedy = f"remove {key}"
         if place == "loss.options" and isinstance(origin(key), InFile):
-            remedy = Remedy.to_set("loss.options=null")
+            remedy = "set loss.options=null"
         remedy += f", or choose a loss that uses it: {', '.join(sorted(users))}"
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
         message = f"{key} has no effect with this {kind_key}"
         where = f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
-    remedy = Remedy("remove it", drops=True)
+    remedy = "remove it"
     if options:
-        remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in options)}")
+        remedy = f"write {' or '.join(f'{place}.{option}' for option in options)}"
     same = [option for option in options if f"loss.options.{option}" in advice().equivalents(name, "keys")]
     others = [option.rpartition(".")[2] for option in run_keys() if option.startswith("loss.options.")]
     guess = next(iter(same), likely_name(name, options) or likely_name(name, others))
     if guess:
-        remedy = Remedy.to_rename(key, f"{place}.{guess}")
-        if origin(key) == key:  # inside of a typed mapping: `loss.options={gammma: 1}`
-            remedy = replace(remedy, rename=(name, guess))
+        remedy = f"did you mean {place}.{guess}?"
         if guess not in options:
             remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
 
-def _in_a_term(option: str, value: str, terms: Iterable[Any] = ()) -> Remedy:
+def _in_a_term(option: str, value: str, terms: Iterable[Any] = ()) -> str:
     """Return the remedy that gives an option of one loss to its entry of `loss.terms`."""
     users = kinds_using(f"options.{option}")
     kinds = [term.get("kind") if isinstance(term, dict) else term for term in terms]
     kind = next((kind for kind in users if kind in kinds), users[0] if users else "...")
-    return Remedy(f"write the entry {{kind: {kind}, options: {{{option}: {value}}}}}")
+    return f"write the entry {{kind: {kind}, options: {{{option}: {value}}}}}"
 
 
 def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> None:
@@ -539,16 +527,13 @@ def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> No
     if not terms or not isinstance(terms, list):
         return
     for mistake in mistakes:
-        assignments = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
-        option = next((key for key in assignments if key.startswith("loss.options.")), None)
-        if option and "loss" in assignments:
-            remedy = _in_a_term(option.removeprefix("loss.options."), assignments[option], terms)
-            mistake.advice = remedy + " in loss.terms"
+        word, needs_loss, _ = mistake.remedy.partition(_NEEDS_LOSS)
+        option = re.search(r"loss\.options\.(\w+)=([^\s']+)", word)
+        if needs_loss and option:
+            mistake.remedy = _in_a_term(option[1], option[2], terms) + " in loss.terms"
 
 
-def _wrong_value(
-    key: str, error: ErrorDetails, where: str | ErrorPlace, values: Mapping[str, Any]
-) -> ConfigError:
+def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str, Any]) -> ConfigError:
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint = row.type if row else run_keys().get(key)
     expected = row.type_words if row else ""
@@ -563,13 +548,13 @@ def _wrong_value(
     is_empty_text = error["type"] == "string_pattern_mismatch" and not got.strip("' ")
     if is_empty_text:
         expected = "text that is not empty"
-        remedy = Remedy("remove the key, or write a value")
+        remedy = "remove the key, or write a value"
     else:
         default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
         remedy = (
             _without_quotes(key, value)
             or _instead_of_value(key, hint, value, where, values)
-            or Remedy(f"set {key} to {expected}{default}", drops=bool(default))
+            or f"set {key} to {expected}{default}"
         )
     return ConfigError(
         f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
@@ -580,46 +565,44 @@ _UNQUOTED = re.compile(r"true|false|-?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 """What YAML reads as a number or a switch, if it has no quotes."""
 
 
-def _without_quotes(key: str, value: Any) -> Remedy | None:
+def _without_quotes(key: str, value: Any) -> str | None:
     """Return the remedy for a text in a file that would fit without its quotes: `lr: '1e-6'`."""
     if isinstance(value, str) and _is_accepted(key, value):
-        return Remedy.to_write(f"{key}={value}") + ", without quotes"
+        return to_write(f"{key}={value}") + ", without quotes"
     is_in_list = "[" in key  # `betas: ['0.9', '0.95']`: no word of a command has only one of them
     is_number = is_in_list and isinstance(value, str) and _UNQUOTED.fullmatch(value)
-    return Remedy(f"write {value} without quotes") if is_number else None
+    return f"write {value} without quotes" if is_number else None
 
 
-def _instead_of_value(
-    key: str, hint: Any, value: Any, where: str | ErrorPlace, values: Mapping[str, Any]
-) -> Remedy | None:
+def _instead_of_value(key: str, hint: Any, value: Any, where: str, values: Mapping[str, Any]) -> str | None:
     """Return what to write in place of a value that a key of this type does not accept; None: unknown."""
     got = as_written(value)
     if isinstance(value, bool) and isinstance(where, InFile) and choices(hint):
-        return Remedy("in YAML a bare on, off, yes or no is true or false: put the word in quotes")
+        return "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
     remedies = advice().find_advice(key, got)
     if remedies:
         return remedies[0]
     if got.lower() in ("none", "nil") and _is_accepted(key, "null"):
-        return Remedy.to_write(f"{key}=null")
+        return to_write(f"{key}=null")
     choice = likely_name(got, choices(hint))
     if choice:
-        return _with_choice(key, choice, got, values)
+        return _with_choice(key, choice, values)
     if get_origin(hint) is list:  # `data.eval=5%` -> data.eval_share=0.05; `data.train=a` -> 'data.train=[a]'
         shares = (got, *_likely_values(got)) if key == "data.eval" else ()
         share = next((text for text in shares if _is_accepted("data.eval_share", text)), None)
         assigned = f"data.eval_share={share}" if share else assignment(key, got)
-        return Remedy.to_write(assigned) if assigned else Remedy(f"write '{key}=[...]'")
+        return to_write(assigned) if assigned else f"write '{key}=[...]'"
     if key == "model.adapter" and "/" in got:
-        return Remedy.to_write(f"{key}.path={got}")
+        return to_write(f"{key}.path={got}")
     inner = nested(hint)
     if inner:
         first = next(iter(schema_fields(inner)))
-        return Remedy(f"write a mapping with {first}") if key.endswith("]") else to_assign(key, got)
+        return f"write a mapping with {first}" if key.endswith("]") else to_assign(key, got)
     value_text = next((text for text in _likely_values(value) if _is_accepted(key, text)), None)
-    return Remedy.to_write(f"{key}={value_text}") if value_text else _instead_of_phrase(key, got)
+    return to_write(f"{key}={value_text}") if value_text else _instead_of_phrase(key, got)
 
 
-def _instead_of_phrase(key: str, value: str) -> Remedy | None:
+def _instead_of_phrase(key: str, value: str) -> str | None:
     """Return what to write for a number with a name, or for a range: `8xH100`, `1..3`; None: neither."""
     section = key.rpartition(".")[0]
     counted = re.fullmatch(r"(?:(\d+) ?[x*] ?)?([A-Za-z][\w -]+)", value)
@@ -627,17 +610,17 @@ def _instead_of_phrase(key: str, value: str) -> Remedy | None:
         number, name = counted.groups()
         gpu = likely_name(name, choices(run_keys()["plan.gpu"]))
         if gpu:
-            return Remedy.to_write(*[f"plan.gpus={number}"] * bool(number), f"plan.gpu={gpu}")
+            return to_write(*[f"plan.gpus={number}"] * bool(number), f"plan.gpu={gpu}")
     ends = re.fullmatch(r"([\d.]*\d(?:e-?\d+)?) ?(?:\.\.+|:|-|to) ?([\d.]*\d(?:e-?\d+)?)", value)
     if ends is None or not all(_is_accepted(key, end) for end in ends.groups()):
         return None
     if all(map(str.isdecimal, ends.groups())):
-        return Remedy(f"the verb sweep takes '{key}=range({ends[1]},{int(ends[2]) + 1})', without its end")
+        return f"the verb sweep takes '{key}=range({ends[1]},{int(ends[2]) + 1})', without its end"
     searched = "sweep.trials=20 sweep.by=eval_rewards/accuracies"
-    return Remedy(f"the verb sweep searches '{key}=interval({ends[1]},{ends[2]})' with {searched}")
+    return f"the verb sweep searches '{key}=interval({ends[1]},{ends[2]})' with {searched}"
 
 
-def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> Remedy:
+def _with_choice(key: str, choice: str, values: Mapping[str, Any]) -> str:
     """Return the remedy that sets a key to `choice` in place of `got`: for an entry, the whole list.
 
     `optim.kind`, `muon` -> optim.kind=muon; `data.train[0].format`, `auto` ->
@@ -650,6 +633,4 @@ def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> 
     *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
     reduce(lambda at, place: at[place], places, entries)[last] = choice
     text = as_written(entries)
-    return (
-        _did_you_mean(f"{list_key}={text}") if _is_accepted(list_key, text) else Remedy.to_rename(got, choice)
-    )
+    return _did_you_mean(f"{list_key}={text}") if _is_accepted(list_key, text) else f"did you mean {choice}?"

@@ -12,7 +12,7 @@ from operator import getitem
 from typing import Any
 
 from dpo_dist.config.extensions import rule_modules
-from dpo_dist.config.keys import all_keys
+from dpo_dist.config.keys import all_keys, to_unset
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import likely_name
@@ -21,7 +21,6 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.fields import as_written, schema_fields
-from dpo_dist.foundation.remedies import Remedy
 
 Condition = Callable[[RunConfig], bool]
 LOSS = "loss"
@@ -40,7 +39,7 @@ class Rule:
 
     when: str
     why: str
-    remedy: str | Remedy | Callable[[RunConfig], Remedy]
+    remedy: str | Callable[[RunConfig], str]
     also: Condition = lambda _: True
     yields_to: tuple[str, ...] = ()
 
@@ -74,19 +73,14 @@ def _holds(config: RunConfig, part: str) -> bool:
     return is_listed is not key.endswith("!")
 
 
-def to_unset(key: str) -> Remedy:
-    """Return the remedy that takes a key's value away."""
-    return Remedy.to_unset(f"{key}={as_written(all_keys()[key].default)}")
-
-
-def unused(key: str, unless: str, remedy: str | Remedy = "", or_if: Condition = lambda _: False) -> Rule:
+def unused(key: str, unless: str, remedy: str = "", or_if: Condition = lambda _: False) -> Rule:
     """Return the rule that refuses a key without effect: it needs the part `unless` of a rule, or `or_if`."""
     other = unless.partition("=")[0].rstrip("!")
     remedy = remedy or "set " + re.sub("!=.*", "=...", unless.replace("|", " or "))
     return unused_beside(key, other, remedy, lambda c: _holds(c, unless) or or_if(c))
 
 
-def unused_beside(key: str, other: str, remedy: str | Remedy, has_effect: Condition) -> Rule:
+def unused_beside(key: str, other: str, remedy: str, has_effect: Condition) -> Rule:
     """Return the rule that refuses a key that is set and by the value of the key `other` has no effect."""
     default = all_keys()[key].default
     return Rule(
@@ -165,9 +159,7 @@ def without_images(key: str) -> Rule:
     return Rule(
         f"{key} model.images=null",
         "the folder of a source's images has no effect with this model.images",
-        "remove the field images of the source, or "
-        + Remedy.to_set("model.images.train=none")
-        + " to read images",
+        "remove the field images of the source, or set model.images.train=none to read images",
         lambda c: c.data.images is None and any(source.images for source in value_at(c, key)),
     )
 
@@ -215,25 +207,25 @@ def likely_metric(name: str) -> str | None:
     return likely_name(name, _JUDGED_METRICS)
 
 
-def _instead_of_metric(name: str) -> Remedy:
+def _instead_of_metric(name: str) -> str:
     listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
     guess = likely_metric(name)
-    return Remedy.to_rename(name, guess) + f" {listed}" if guess else Remedy(listed)
+    return f"did you mean {guess}?" + f" {listed}" if guess else listed
 
 
-_ADAPTER = Remedy.to_set("model.adapter={r: 64, alpha: 128}")
-HOLD_OUT = Remedy.to_set("data.eval_share=0.05") + " or 'data.eval=[held_out.jsonl]'"
+_ADAPTER = "set 'model.adapter={r: 64, alpha: 128}'"
+HOLD_OUT = "set data.eval_share=0.05 or 'data.eval=[held_out.jsonl]'"
 RULES = (
     # The model.
     Rule(
         "model.attention=flash_attention_2|flash_attention_3|varlen model.dtype=fp32",
         "{model.attention} computes in 16 bits only",
-        Remedy.to_set("model.attention=sdpa") + " or model.dtype=bf16",
+        "set model.attention=sdpa or model.dtype=bf16",
     ),
     Rule(
         "trainer.deterministic=true model.fused=liger",
         "Liger's kernels may not be deterministic",
-        Remedy.to_set("model.fused=none") + " or trainer.deterministic=false",
+        "set model.fused=none or trainer.deterministic=false",
     ),
     unused(
         "model.activation_offload",
@@ -244,7 +236,7 @@ RULES = (
         Rule(
             f"model.fused=compile {other}",
             "torch.compile is not known to be exact with this setting",
-            Remedy.to_set("model.fused=none") + f", or remove {other.partition('=')[0].rstrip('!')}",
+            f"set model.fused=none, or remove {other.partition('=')[0].rstrip('!')}",
         )
         for other in (
             "model.quantization!=null",
@@ -272,25 +264,23 @@ RULES = (
     Rule(
         "model.quantization!=null parallelism.kind!=ddp",
         "ZeRO would separate quantized weights from the scales of their blocks",
-        Remedy.to_write("parallelism=ddp", verb="choose")
-        + ", where every process has the whole base, or model.quantization=null",
+        "choose parallelism=ddp, where every process has the whole base, or model.quantization=null",
     ),
     Rule(
         "model.adapter.variant=dora model.quantization=int8",
         "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit weights",
-        Remedy.to_set("model.quantization=nf4") + ", or another model.adapter.variant",
+        "set model.quantization=nf4, or another model.adapter.variant",
     ),
     # Images in prompts.
     Rule(
         "model.images!=null parallelism.sequence_parallel!=1",
         "ranks that share the tokens of a sequence cannot share its images",
-        Remedy.to_set("parallelism.sequence_parallel=1") + ", or remove model.images",
+        "set parallelism.sequence_parallel=1, or remove model.images",
     ),
     Rule(
         "model.images.train!=none|null model.adapter!=null",
         "with an adapter, no weights of the model itself are trained",
-        Remedy.to_set("model.images.train=none")
-        + ", and name the projector in model.adapter.modules_to_save (by the "
+        "set model.images.train=none, and name the projector in model.adapter.modules_to_save (by the "
         "model's family [multi_modal_projector], [merger] or [embed_vision]) or its layers in "
         "model.adapter.target_modules",
     ),
@@ -324,7 +314,7 @@ RULES = (
         "data.max_prompt_length!=null data.max_length",
         "the longest prompt leaves no room for a response",
         lambda c: (
-            Remedy.to_set(f"data.max_prompt_length={c.data.max_length // 2}")
+            f"set data.max_prompt_length={c.data.max_length // 2}"
             + f", or data.max_length={2 * (c.data.max_prompt_length or 0)}"
         ),
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
@@ -333,13 +323,13 @@ RULES = (
     Rule(
         LOSS,
         "a loss of labelled records cannot be summed with losses of pairs",
-        Remedy.to_set("loss=kto") + " or loss=apo_zero_unpaired alone",
+        "set loss=kto or loss=apo_zero_unpaired alone",
         lambda c: c.loss.is_unpaired and len(c.loss.kinds) > 1,
     ),
     Rule(
         f"data.unpair=true {LOSS}",
         "pairs that are taken apart have no second response to compare with",
-        Remedy.to_set("loss=kto") + " or loss=apo_zero_unpaired, or remove data.unpair",
+        "set loss=kto or loss=apo_zero_unpaired, or remove data.unpair",
         lambda c: not c.loss.is_unpaired,
     ),
     Rule(
@@ -378,17 +368,17 @@ RULES = (
     Rule(
         "optim.kind=adamw_8bit|muon parallelism.offload_optimizer!=none",
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
-        Remedy.to_set("optim.kind=adamw") + ", or parallelism.offload_optimizer=none",
+        "set optim.kind=adamw, or parallelism.offload_optimizer=none",
     ),
     Rule(
         "optim.kind=muon parallelism.kind=zero3",
         "ZeRO-3 cuts each matrix over all processes, and Muon needs whole ones",
-        Remedy.to_write("parallelism=zero2", verb="choose") + ", or optim.kind=adamw",
+        "choose parallelism=zero2, or optim.kind=adamw",
     ),
     Rule(
         "optim.kind=muon model.dtype=fp16",
         "Muon computes its updates in bf16, and fp16 is for GPUs without it",
-        Remedy.to_set("model.dtype=bf16") + ", or optim.kind=adamw",
+        "set model.dtype=bf16, or optim.kind=adamw",
     ),
     unused(
         "optim.warmup_ratio",
@@ -400,7 +390,7 @@ RULES = (
         "optim.warmup_steps optim.warmup_from_zero=false trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
         lambda c: (
-            Remedy.to_set(f"optim.warmup_steps={(c.trainer.max_steps or 0) // 10}")
+            f"set optim.warmup_steps={(c.trainer.max_steps or 0) // 10}"
             + f", or raise trainer.max_steps above {c.optim.warmup_steps}"
         ),
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
@@ -422,7 +412,7 @@ RULES = (
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
         "checkpoints hold the moving average of the weights, but no checkpoint is kept",
-        Remedy.to_set("trainer.keep_last=1") + ", or remove trainer.ema_decay",
+        "set trainer.keep_last=1, or remove trainer.ema_decay",
     ),
     # Training and evaluations.
     *map(without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
@@ -451,15 +441,13 @@ RULES = (
     Rule(
         f"reference.mode=none {LOSS}",
         "this loss needs a reference model",
-        Remedy.to_write("reference=auto", verb="choose")
-        + ", or set loss.reference_free=true to take its log-probs as 0",
+        "choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
         lambda c: c.loss.needs_reference,
     ),
     Rule(
         f"reference.mode!=none {LOSS} loss.reference_free",
         "this loss does not use a reference model",
-        Remedy.to_write("reference=none", verb="choose")
-        + ", or remove reference.mode: auto follows the loss",
+        "choose reference=none, or remove reference.mode: auto follows the loss",
         lambda c: not c.loss.needs_reference,
     ),
     Rule(
@@ -477,10 +465,7 @@ RULES = (
         "reference.quantization model.quantization!=null model.adapter!=null reference.path=null "
         "reference.mode=cached|live",
         "the reference model would not have the quantization with which the policy starts",
-        lambda c: (
-            Remedy.to_write("reference=adapter", verb="choose")
-            + f", or set reference.quantization={c.model.quantization}"
-        ),
+        lambda c: f"choose reference=adapter, or set reference.quantization={c.model.quantization}",
         lambda c: c.reference.quantization is not c.model.quantization,
     ),
     Rule(
@@ -492,7 +477,7 @@ RULES = (
     Rule(
         "loss.sync_reference.every!=null reference.mode!=live",
         "only a live reference can follow the policy",
-        Remedy.to_write("reference=live", verb="choose") + ", or remove loss.sync_reference.every",
+        "choose reference=live, or remove loss.sync_reference.every",
     ),
     Rule(
         "loss.sync_reference.every!=null model.adapter!=null",
@@ -502,7 +487,7 @@ RULES = (
     Rule(
         "loss.sync_reference.every!=null reference.quantization!=null",
         "a quantized reference cannot take the policy's weights",
-        Remedy.to_set("reference.quantization=null") + ", or remove loss.sync_reference.every",
+        "set reference.quantization=null, or remove loss.sync_reference.every",
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
@@ -537,7 +522,7 @@ _NEEDED = {
     "reference.mode": Rule(
         f"reference.mode!=cached {LOSS}",
         "only a stored reference can be precomputed",
-        Remedy.to_set("reference=cached") + ", with a loss that uses a reference model",
+        "set reference=cached, with a loss that uses a reference model",
     ),
 }
 

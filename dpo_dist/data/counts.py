@@ -15,12 +15,11 @@ from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
-from dpo_dist.foundation.remedies import AtRecords, Remedy
+from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.text import pluralize
 
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
-_PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra read as they stand
 _UNREAD_VERDICT = "unread_verdict"
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
@@ -261,9 +260,8 @@ class DataCounts:
                 where=where,
                 got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
                 expected="prompts and responses as plain text or messages",
-                remedy=Remedy.to_set("data.template=applied")
-                + " to encode these tokens as special tokens, or data.template=literal to encode them as "
-                "ordinary text",
+                remedy="set data.template=applied to encode these tokens as special tokens, or "
+                "data.template=literal to encode them as ordinary text",
             )
         if not self.read:
             got = "an empty file, or only a header"
@@ -305,8 +303,7 @@ class DataCounts:
                 got="turns, calls or thoughts that would not be trained, or not be before what is trained",
                 expected="a chat template that writes the records whole",
                 remedy=reason_remedy(_OMITTED)
-                + "; or, if training without these parts is intended, "
-                + Remedy.to_set("data.max_bad_share=1"),
+                + "; or, if training without these parts is intended, set data.max_bad_share=1",
             )
 
     def check_split(self, config: DataConfig) -> None:
@@ -314,9 +311,9 @@ class DataCounts:
         if self.kept:
             return
         left = self.changed[LEFT_IN_TRAIN]
-        remedy: str | Remedy = "raise data.eval_share" if left else "lower data.eval_share"
+        remedy: str = "raise data.eval_share" if left else "lower data.eval_share"
         if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
-            remedy = Remedy.to_set("data.drop_eval_prompts=false") + ", or name other sources in data.eval"
+            remedy = "set data.drop_eval_prompts=false, or name other sources in data.eval"
         raise DataError(
             "the split has no evaluation data" if left else "no training data are left",
             where="data.eval_share" if left else "data.train",
@@ -368,7 +365,7 @@ def _remedy(
     path: str,
     config: DataConfig,
     lengths: Callable[[], Sequence[SourceLengths]] | None,
-) -> Remedy:
+) -> str:
     """Return what to do about the most frequent reason, with the words for this source."""
     if reason == "unknown_format":
         return (
@@ -376,7 +373,7 @@ def _remedy(
             + "; correct the source's format, if one is set (docs/data.md)"
         )
     if reason == _UNREAD_VERDICT and reason in counts.columns:
-        return Remedy(f"ignore all verdicts but one: {_source_with(counts.columns[reason], path, config)}")
+        return f"ignore all verdicts but one: {_source_with(counts.columns[reason], path, config)}"
     if reason == _UNREAD_VERDICT:
         return _with_reader(path, config, counts.fields.get(reason, ["COLUMN"] * 3))
     if reason in ("unread_content", "ambiguous_format") and reason in counts.columns:
@@ -384,12 +381,12 @@ def _remedy(
         words = (
             "only if they say nothing about which response is better, and the prompt is whole without them"
         )
-        return Remedy(f"{reason_remedy(reason)}; or ignore these fields, {words}: {ignored}")
+        return f"{reason_remedy(reason)}; or ignore these fields, {words}: {ignored}"
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     images = _column("images", unread)
     if reason == "image_count" and images is not None:
         return _source_with({"images": images}, path, config)
-    remedy = Remedy(reason_remedy(reason))
+    remedy = reason_remedy(reason)
     if reason not in _TOO_LONG:
         return remedy
     fitting = None if lengths is None else fitting_limits(lengths(), config)
@@ -416,7 +413,7 @@ _ABOUT = {"id", "ids", "caption", "captions", "description", "width", "height", 
 """A name with such a word is about a field, but not the field itself."""
 
 
-def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
+def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> str:
     """Return advice to set the source's `columns`: those known to be right, else guessed from the fields.
 
     Other names of columns do not help a record with a score and no second response: it gets other advice.
@@ -431,14 +428,14 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
     best, other = ("completion", "label") if label else ("chosen", "rejected")
     rejected = label or _column(other, fields)
     if rejected is None and any(_SCORES & _words(name) for name in fields):
-        return Remedy(reason_remedy("no_ranking"))
+        return reason_remedy("no_ranking")
     # "non_preferred" has a word for the chosen side, too.
     chosen = _column(best, [name for name in fields if name != rejected])
     if other == "rejected" and rejected is None and chosen and is_verdict(chosen):
         chosen = None  # a winner without a loser is a verdict
     guessed = {"prompt": _column("prompt", fields), best: chosen, other: rejected}
     if all(field == name for field, name in guessed.items()):
-        return Remedy(
+        return (
             f"the fields {', '.join(guessed)} have the right names, but their values are neither texts nor "
             "messages (role and content): let a reader of the source return them"
         )
@@ -446,15 +443,15 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
     return _source_with(guessed | ({"images": images} if images else {}), path, config)
 
 
-def _with_reader(path: str, config: DataConfig, fields: Sequence[str]) -> Remedy:
+def _with_reader(path: str, config: DataConfig, fields: Sequence[str]) -> str:
     """Return advice to read two answers and a verdict by a function, whose two values the user writes."""
     verdict, first, second, *others = fields
     code = reader_of(verdict, first, second)
     prompt = {} if _QUESTIONS.intersection(others) else {"prompt": _column("prompt", others)}
     source = _source_with(prompt, path, config, reader="verdicts:read", without=("chosen", "rejected"))
-    return Remedy(
+    return (
         f"save this as verdicts.py, with an entry for each value of {verdict} that says that {first} "
-        f"(VALUE_1) or {second} (VALUE_2) is better:\n{code}\nand {source.text}"
+        f"(VALUE_1) or {second} (VALUE_2) is better:\n{code}\nand {source}"
     )
 
 
@@ -465,7 +462,7 @@ def _source_with(
     *,
     reader: str | None = None,
     without: Sequence[str] = (),
-) -> Remedy:
+) -> str:
     """Return advice to write a source with these columns, too; the user has to name one that is None.
 
     With a `reader`, and `without` some of the columns that the source has.
@@ -480,10 +477,9 @@ def _source_with(
             old_columns = {name: place for name, place in old_columns.items() if name not in without}
             all_columns = old_columns | new_columns
             source = as_written(fields | added | ({"columns": all_columns} if all_columns else {}))
-            is_known = all(columns.values()) and not reader and _PLAIN_WORDS.fullmatch(source)
-            return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) if is_known else ())
+            return f"write '{key}=[{source}]'"
     source = as_written({"path": path, **added, **({"columns": new_columns} if new_columns else {})})
-    return Remedy(f"write the source as {source}")
+    return f"write the source as {source}"
 
 
 def _column(field: str, columns: Iterable[str]) -> str | None:

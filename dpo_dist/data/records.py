@@ -23,7 +23,6 @@ import numpy.typing as npt
 from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import Fields
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
@@ -236,7 +235,7 @@ class BadRecord:
                 f"a record cannot be used: {self.reason}",
                 where=str(self.origin),
                 got=self.detail,
-                remedy="correct the record, or " + Remedy.to_set("data.on_bad_record=drop"),
+                remedy="correct the record, or set data.on_bad_record=drop",
             )
 
 

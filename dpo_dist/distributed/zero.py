@@ -45,7 +45,6 @@ from dpo_dist.distributed.memory import (
 from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.layers import (
     decoder_layers,
@@ -264,8 +263,7 @@ class PolicyEngine(Engine):
                 "the kernels of adamw_8bit cannot address a tensor of 2^31 weights or more",
                 where="optim.kind",
                 got=f"{longest:,} weights in one tensor of a process",
-                remedy=Remedy.to_set("parallelism=zero3")
-                + ", which cuts weights into groups of 1e9, or optim.kind=adamw",
+                remedy="set parallelism=zero3, which cuts weights into groups of 1e9, or optim.kind=adamw",
             )
         if ema_decay is not None:
             self._averages = {master: master.detach().clone() for master in masters}
@@ -336,7 +334,7 @@ class PolicyEngine(Engine):
             "ZeRO-3 does not train all weights of this model: it reduces gradients before they are complete",
             where="parallelism.kind",
             got=f"zero3, and the gradients of {first_few(names)} came too late",
-            remedy=Remedy.to_set("parallelism=zero2") + " or ddp",
+            remedy="set parallelism=zero2 or ddp",
         )
 
     def step(self, learning_rate: float) -> Tensor:

@@ -57,7 +57,7 @@ from dpo_dist.encoded.store import (
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
-from dpo_dist.foundation.remedies import AtRecords, Remedy
+from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, is_changed, stored_columns
 from dpo_dist.foundation.types import Tokenizer
 
@@ -500,7 +500,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     best = dataset.scores[dataset.first_pieces[:-1] - every]
     is_labelled = (counts == 1) & np.isfinite(best)
 
-    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str | Remedy) -> None:
+    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
         if misfits.any():
             raise DataError(
                 f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
@@ -518,11 +518,9 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
-            check(
-                misfits, f"a {name} beside loss.label_smoothing", Remedy.to_set("loss.label_smoothing=null")
-            )
+            check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
     if loss.is_unpaired:
-        taken_apart = Remedy.to_set("data.unpair=true")
+        taken_apart = "set data.unpair=true"
         taken_apart += " to take pairs apart, or give each response a label: true or false, 1 or 0"
         check(~is_labelled, "no single response with a label", taken_apart)
         # Read alone, 0 is bad; beside -1 it is perhaps neutral.
@@ -533,11 +531,11 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             check(is_unclear, "labels of 0 and of -1 in one source", remedy)
         return
     ignored = "; if the label does not judge the response, ignore it: columns: {label: null}"
-    check(is_labelled, "one response with a label, good or bad", Remedy.to_set("loss=kto") + ignored)
+    check(is_labelled, "one response with a label, good or bad", "set loss=kto" + ignored)
     if not loss.is_one_sided:
-        check(counts < 2, "1 response", Remedy.to_set("loss=sft") + ", or use data with two responses")
+        check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
     if not loss.accepts_rankings:
-        ranked = Remedy.to_set("loss.kind=plackett_luce") + ", or data.ranked=best_worst or all_pairs"
+        ranked = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         check(counts > 2, "a ranking of more than two responses", ranked)
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"

@@ -20,7 +20,6 @@ from dpo_dist.encoded.dataset_columns import key_order, made_from
 from dpo_dist.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _CHUNK_EXAMPLES = 2**18
@@ -112,9 +111,7 @@ def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:
             "kto needs for each record a response to another prompt, but most records have the same prompt",
             where=str(dataset.origin(start)) if len(order) else "",
             got=f"{shift} of {len(order)} records of this source have one prompt",
-            remedy="join files of one kind, or "
-            + Remedy.to_set("loss=apo_zero_unpaired")
-            + ", which needs no other response",
+            remedy="join files of one kind, or set loss=apo_zero_unpaired, which needs no other response",
         )
     partner = np.empty_like(order)
     partner[order] = start + np.roll(order, -shift)

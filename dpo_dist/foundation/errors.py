@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from dpo_dist.foundation.installed import install_extra, with_pages
-from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, joined
+from dpo_dist.foundation.remedies import COMMAND_LINE
 from dpo_dist.foundation.streams import (
     json_stream,
     keep_document,
@@ -100,7 +100,7 @@ class DpoDistError(Exception):
         where: str = "",
         got: str = "",
         expected: str = "",
-        remedy: str | Remedy = "",
+        remedy: str = "",
         lacks: Lack | None = None,
     ) -> None:
         super().__init__(message)
@@ -109,14 +109,9 @@ class DpoDistError(Exception):
         self.where = where
         self.got = got
         self.expected = with_pages(expected)
-        self.advice = Remedy(remedy) if isinstance(remedy, str) else remedy
+        self.remedy = with_pages(remedy)
         self.is_printed_here: bool | None = None  # by this process; None: the processes have not joined yet
         self.parts: Sequence[DpoDistError] = ()  # the errors that this one joins
-
-    @property
-    def remedy(self) -> str:
-        """The sentence of what to do."""
-        return with_pages(self.advice.text)
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""
@@ -129,16 +124,14 @@ class DpoDistError(Exception):
         lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
         return "\n".join([f"{self.title}: {self.message}", *lines])
 
-    def as_dict(self, typed: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the error for programs, with the words that repair the command `typed` as far as known."""
-        texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
-        words = self.advice.words(self.where, typed)
-        content = {"code": int(self.exit_code), **texts, "remedy": {"text": self.remedy, **words}}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the error for programs."""
+        names = ("title", "message", "where", "got", "expected", "remedy")
+        content = {"code": int(self.exit_code)} | {name: getattr(self, name) for name in names}
         if self.lacks is not None:
             content["lacks"] = self.lacks.value
         if self.parts:
-            content["mistakes"] = mistakes = [part.as_dict(typed) for part in self.parts]
-            content["remedy"] |= joined([mistake["remedy"] for mistake in mistakes])
+            content["mistakes"] = [part.as_dict() for part in self.parts]
         return content
 
     def __str__(self) -> str:
@@ -215,10 +208,10 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     for mistake in different.values():
         where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
-        advice = mistake.advice
-        is_said = not mistake.expected or mistake.expected in advice.text or advice.write or advice.rename
+        remedy = mistake.remedy
+        is_said = mistake.expected in remedy or remedy.startswith("did you mean")
         expected = "" if is_said else f", expected {mistake.expected}"
-        lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
+        lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {remedy}")
     lines = list(dict.fromkeys(lines))
     if lines:
         error = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
@@ -360,16 +353,16 @@ class Arguments(argparse.ArgumentParser):
             return options
         option = unknown[0].partition("=")[0]
         near = get_close_matches(option, re.findall(r"--[\w-]+", self.format_help()), 1, _SIMILAR_OPTION)
-        remedy: Remedy | str = self._answers.get(option) or _EXPLAINED
+        remedy: str = self._answers.get(option) or _EXPLAINED
         if near and option not in self._answers:
-            remedy = Remedy.to_rename(option, near[0])
+            remedy = f"did you mean {near[0]}?"
         raise self._refused(f"unrecognized arguments: {' '.join(unknown)}", remedy)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with the usage of the command."""
         raise self._refused(message, _EXPLAINED)
 
-    def _refused(self, message: str, remedy: Remedy | str) -> ConfigError:
+    def _refused(self, message: str, remedy: str) -> ConfigError:
         usage = " ".join(self.format_usage().removeprefix("usage:").split())
         return ConfigError(message, where=COMMAND_LINE, expected=usage, remedy=remedy)
 
@@ -417,7 +410,7 @@ class ErrorPrinter:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
             time.sleep(_RANK_0_SECONDS)
         if error.is_printed_here is not False:
-            self.print(error.block(), error.as_dict(sys.argv[1:]))
+            self.print(error.block(), error.as_dict())
         return error.exit_code
 
 

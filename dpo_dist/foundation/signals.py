@@ -31,11 +31,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 _REPEATED_SECONDS = 2.0
 _EXIT_CALLBACK_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
-SWEEP_VARIABLE = "DPO_DIST_SWEEP"
-"""Environment variable that a sweep sets for the runs that it launches."""
 LAUNCHER_VARIABLE = "DPO_DIST_LAUNCHER"
-"""Environment variable with the process id of `dpo-dist launch`."""
-_LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", SWEEP_VARIABLE)
+"""Environment variable with the process id of `dpo-dist launch`, or of a tool that starts runs."""
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)
 _PR_SET_PDEATHSIG = 1
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.foundation.remedies import Remedy
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ def find_function(name_in_config: str | None, key: str) -> UserFunction:
         file = Path(spec.origin if spec and spec.origin else module).with_suffix(".py")
         text = importlib.util.decode_source(file.read_bytes())
     except (ImportError, OSError, SyntaxError, UnicodeDecodeError) as error:
-        remedy: Remedy | str = (
+        remedy: str = (
             f"write the module with dots and without .py, {key}=my_module:my_function; start in its "
             "folder, or add it to PYTHONPATH, on every node"
         )
         similar = _similar_function(name_in_config or "", key)
         if similar:
-            remedy = Remedy.to_set(f"{key}={similar}")
+            remedy = f"set {key}={similar}"
         raise ConfigError(
             f"the function of {key} is not found",
             where=key,

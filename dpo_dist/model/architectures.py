@@ -18,7 +18,6 @@ from transformers import (
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.losses import MODEL_COEFFICIENT, RouterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.objective.router import RouterLoss
 
 # Text models (`model_type`) for which Liger's norms, rotary embedding and gated MLP are exact
@@ -199,7 +198,7 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
             where="loss.router",
             got=causal_lm.config.model_type,
             expected="a mixture of experts for which transformers defines one, such as mixtral or qwen3_moe",
-            remedy=Remedy.to_set("loss.router.aux_coefficient=null", "loss.router.z_coefficient=null"),
+            remedy="set loss.router.aux_coefficient=null loss.router.z_coefficient=null",
         )
     if config.aux_coefficient != MODEL_COEFFICIENT:
         aux = None if config.aux_coefficient is None else float(config.aux_coefficient)

@@ -17,9 +17,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_dist.config.keys import to_unset
 from dpo_dist.config.schema import FusedLayers, ImagesConfig, ModelConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError, Lack, raise_all
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
 from dpo_dist.model.numerics import check_precision
@@ -98,7 +98,7 @@ def check_reads_images(causal_lm: Any, key: str) -> None:
         where=f"{key}, model.images",
         got=f"{causal_lm.config.model_type} ({type(causal_lm).__name__}): {reason}",
         expected="a model such as Qwen2.5-VL, Qwen3-VL, Gemma 3, InternVL, LLaVA or Mistral 3",
-        remedy=Remedy.to_unset("model.images=null") + " to train the model on text, or choose such a model",
+        remedy=to_unset("model.images") + " to train the model on text, or choose such a model",
     )
 
 
@@ -169,7 +169,7 @@ def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Para
             where="model.images.train",
             got=f"projector, of a model with {', '.join(image_parts(causal_lm))}",
             expected=", ".join(sorted(_PROJECTORS)),
-            remedy=Remedy.to_set("model.images.train=none") + " or tower",
+            remedy="set model.images.train=none or tower",
         )
     return weights
 
@@ -260,7 +260,7 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
             "no layer would be checkpointed",
             where="model.gradient_checkpointing",
             got=f"every {distance} layers of a model with {len(layers)} that transformers can checkpoint",
-            remedy=Remedy.to_set("model.gradient_checkpointing=none"),
+            remedy="set model.gradient_checkpointing=none",
         )
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for number, layer in enumerate(layers, start=1):
@@ -299,7 +299,7 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
                 message,
                 where=f"model.{key}",
                 got=f"{getattr(config, key)} for {text.model_type} on {device.type}",
-                remedy=Remedy.to_set(f"model.{key}={value}"),
+                remedy=f"set model.{key}={value}",
                 lacks=lacks,
             )
             for key, value, message, lacks in faults

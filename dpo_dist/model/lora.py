@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import to_write
 from dpo_dist.model.experts import compute_adapted
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
@@ -108,7 +108,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
             "peft has no DoRA for stacked experts",
             where="model.adapter.variant",
             got=f"dora, with {', '.join(_last_parts(experts))} in model.adapter.target_modules",
-            remedy=Remedy.to_set("model.adapter.variant=lora") + ", or name no experts",
+            remedy="set model.adapter.variant=lora, or name no experts",
         )
     lora = LoraConfig(
         r=adapter.r,
@@ -142,7 +142,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
             expected="no fused experts, and no out_proj of a state-space model",
-            remedy=Remedy.to_set(f"model.adapter.target_modules=[{','.join(names)}]")
+            remedy=to_write(f"model.adapter.target_modules=[{','.join(names)}]", verb="set")
             if names
             else "name other layers",
         )
@@ -338,7 +338,7 @@ def check_rank(causal_lm: Any, adapter: AdapterConfig) -> None:
             where="model.adapter.r",
             got=f"{adapter.r:,}, and {name} has {highest:,}",
             expected=f"at most {highest:,}; 8 to 64 is usual",
-            remedy=Remedy.to_set(f"model.adapter.r={min(16, highest)}"),
+            remedy=f"set model.adapter.r={min(16, highest)}",
         )
 
 

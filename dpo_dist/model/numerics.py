@@ -14,7 +14,6 @@ import transformers
 from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import is_installed
-from dpo_dist.foundation.remedies import Remedy
 
 RECURRENT_KERNELS = ("fla-core", "mamba-ssm", "causal-conv1d")
 """Packages whose kernels transformers takes for recurrent layers, where they are installed."""
@@ -96,7 +95,7 @@ def check_precision(dtype: Dtype, device: torch.device) -> None:
             "this CPU does not compute in fp16",
             where="model.dtype",
             got=str(dtype),
-            remedy=Remedy.to_set("model.dtype=fp32") + ", or bf16",
+            remedy="set model.dtype=fp32, or bf16",
         )
     if device.type != "cuda" or dtype is not Dtype.bf16:
         return
@@ -105,7 +104,7 @@ def check_precision(dtype: Dtype, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} does not compute in bf16",
             where="model.dtype",
             got=str(dtype),
-            remedy=Remedy.to_set("model.dtype=fp16") + ", or fp32",
+            remedy="set model.dtype=fp16, or fp32",
         )
 
 

@@ -33,7 +33,6 @@ from dpo_dist.foundation.files import (
     staged_folder,
     temporary_folder,
 )
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
@@ -114,7 +113,7 @@ def export_checkpoint(
             "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
             where="export.weights",
             got=f"ema, {checkpoint}",
-            remedy="name such a checkpoint, or " + Remedy.to_set("export.weights=last"),
+            remedy="name such a checkpoint, or set export.weights=last",
         )
     copies_weights = is_whole and bool(_untrained_names(causal_lm) or ignored_patterns(causal_lm))
     if config.export.merge or copies_weights:

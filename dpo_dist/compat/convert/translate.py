@@ -28,10 +28,11 @@ import yaml
 
 from dpo_dist.compat.convert.reading import ForeignRun
 from dpo_dist.compat.other_trainers import (
-    advice_on,
+    Answer,
+    answers_on,
     as_sources,
     equivalents,
-    find_advice,
+    find_answers,
     is_switch,
     names_of,
 )
@@ -42,7 +43,6 @@ from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerNa
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.kit import LossKind, fits, kinds_using, parse_overrides, run_keys
 
@@ -141,19 +141,17 @@ class Translation:
             self.comment(key, value, reason)
             return
         meaning = _meaning_of("optimizer" if key == "optim" else key, value)
-        advice = meaning.advice
+        answer = meaning.answer
         targets = meaning.targets
         if meaning.fitting:  # learning_rate: 1e-6
             self.set(*meaning.fitting[0], key, value)
-        elif meaning.overrides:  # use_dora: true, for which the advice writes model.adapter.variant=dora
+        elif meaning.overrides:  # use_dora: true, for which the answer writes model.adapter.variant=dora
             for target, our_value in meaning.overrides.items():
                 self.set(target, our_value, key, value)
-        elif advice and advice.drops:  # lora_dropout: 0.05
-            self.comment(key, value, advice.text)
-        elif advice and value is False and meaning.is_switch:  # load_in_8bit: false
+        elif answer and value is False and meaning.is_switch:  # load_in_8bit: false
             self.comment(key, value, "not needed: it is off")
-        elif advice:  # neftune_noise_alpha: 5
-            self.comment(key, value, advice.text)
+        elif answer:  # neftune_noise_alpha: 5
+            self.comment(key, value, answer.text)
         else:  # learning_rate: fast; or a name that nobody knows
             reason = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
             self.comment(key, value, reason)
@@ -174,13 +172,13 @@ class _Meaning(NamedTuple):
     """What a key of theirs with its value may mean.
 
     For `torch_dtype: bfloat16`, `targets`, our keys of the same meaning, are `model.dtype`, and `fitting`,
-    those that can have the value, with it in our words, `(model.dtype, bf16)`. `advice`: what else is said on
+    those that can have the value, with it in our words, `(model.dtype, bf16)`. `answer`: what else is said on
     the name. `overrides`: our keys that it sets for this value. `is_switch`: nothing is to be done if false.
     """
 
     targets: list[str]
     fitting: list[tuple[str, Any]]
-    advice: Remedy | None
+    answer: Answer | None
     overrides: dict[str, Any]
     is_switch: bool
 
@@ -188,8 +186,8 @@ class _Meaning(NamedTuple):
 def _meaning_of(name: str, value: Any) -> _Meaning:
     """Find what a name of theirs with this value may mean."""
     text = as_written(value)
-    on_value = find_advice(name, text)
-    on_name = advice_on(name, text)
+    on_value = find_answers(name, text)
+    on_name = answers_on(name, text)
     targets = list(equivalents(name, "keys"))
     if not targets and not on_name:
         for ours in verb_keys("train"):
@@ -204,14 +202,14 @@ def _meaning_of(name: str, value: Any) -> _Meaning:
         forms = [value, text.lower(), *equivalents(text, "values")]
         forms += [[word.strip() for word in text.split(",")], [value]]
     fitting = []
-    if not on_value:  # advice on this very value, `loss_type: bco_unpaired`, goes before a key that fits
+    if not on_value:  # an answer to this very value, `loss_type: bco_unpaired`, goes before a key that fits
         for target in targets:
             fitting += [(target, form) for form in forms if fits(target, form)]
-    advice = next(iter((*on_value, *on_name)), None)
-    has_value = on_name != advice_on(name, "")  # the advice's words have the user's value
+    answer = next(iter((*on_value, *on_name)), None)
+    has_value = on_name != answers_on(name, "")  # the answer's words have the user's value
     is_certain = bool(on_value) or value is True or has_value
-    overrides = _keys_of(advice.write) if advice and is_certain and not fitting else {}
-    return _Meaning(targets, fitting, advice, overrides, is_switch(name))
+    overrides = _keys_of(answer.words) if answer and is_certain and not fitting else {}
+    return _Meaning(targets, fitting, answer, overrides, is_switch(name))
 
 
 def _keys_of(words: Sequence[str]) -> dict[str, Any]:
@@ -511,11 +509,12 @@ def _method(run: Translation) -> str:
     for kind in kinds:
         words = (kind, *equivalents(str(kind), "values"))
         our_kinds.append(next((word for word in words if fits("loss.kind", word)), None))
-    answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
-    if None in our_kinds and not any(answer.write for answer in answers):
+    answers = find_answers("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
+    if None in our_kinds and not any(answer.words for answer in answers):
         remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
         got = as_written(kinds[our_kinds.index(None)])
-        raise ConfigError("dpo-dist does not have this loss", got=got, remedy=next(iter(answers), remedy))
+        remedy = answers[0].text if answers else remedy
+        raise ConfigError("dpo-dist does not have this loss", got=got, remedy=remedy)
     if len(kinds) > 1 or weights:
         weights = weights or [1.0] * len(kinds)
         if method != "dpo" or len(weights) != len(kinds):  # these trainers refuse it, too

@@ -41,7 +41,6 @@ from dpo_dist.foundation.files import (
     temporary_folder,
     text_digest,
 )
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 from dpo_dist.foundation.user_code import find_function
 
@@ -352,7 +351,7 @@ def _missing(file: Path) -> DataError:
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),
         got=dead_link(file) or ("" if file.parent.is_dir() else f"no folder {file.parent}"),
-        remedy=Remedy.to_rename(str(file), str(similar)) if similar else "check the path of the source",
+        remedy=f"did you mean {similar}?" if similar else "check the path of the source",
     )
 
 

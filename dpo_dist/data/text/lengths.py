@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.config import DataConfig, Truncation
-from dpo_dist.foundation.remedies import Remedy
 
 Tokens: TypeAlias = npt.NDArray[np.int64]
 _STEP = 64  # suggested limits are its multiples
@@ -70,7 +69,7 @@ class SourceLengths:
         return usable == records or (usable > 0 and records - usable + self.unusable <= self.max_dropped)
 
 
-def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> Remedy | None:
+def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str | None:
     """Return the remedy to set limits that make the data of all sources usable; None if there are none."""
     lengths = np.concatenate([source.lengths for source in sources])
     totals = lengths[:, :2].sum(axis=1)
@@ -86,12 +85,10 @@ def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> Reme
     for step in (*steps[at : at + 1], *steps[-1:]):
         tried[f"data.max_length={step}"] = replace(limits, max_length=step)
     lines = list[str]()
-    words = list[str]()
     for word, changed in tried.items():
         if accepted(changed):
             usable = sum(source.kept(changed) for source in sources)
             cuts = (totals > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
             effect = f"keeps {usable:,} of {records:,}" if cuts.any() else "cuts none"
             lines.append(f"{word} ({effect})")
-            words.append(word)
-    return Remedy(f"set {' or '.join(lines)}", tuple(words[:1])) if words else None
+    return f"set {' or '.join(lines)}" if lines else None

@@ -36,7 +36,6 @@ from dpo_dist.data.text.thoughts import DEFAULT_MARKS, ThoughtMarks
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import Tokenizer
 
 
@@ -189,9 +188,7 @@ def _by_template(
             expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
             remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or "
             + (
-                Remedy.to_set("data.text_as_messages=false")
-                if config.text_as_messages
-                else "convert them to plain text"
+                "set data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"
             ),
         )
     responses = tuple(map(turns_of, record.responses))

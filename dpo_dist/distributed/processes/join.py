@@ -36,7 +36,6 @@ from dpo_dist.distributed.processes.failures import Reports, is_communication_er
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.process import is_on, kept_environment
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.signals import exit_on_signal
 from dpo_dist.foundation.text import pluralize
 
@@ -72,7 +71,7 @@ def _load_cpu_adam(say: Callable[[str], None]) -> None:
             got=first_line(error),
             expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
             remedy="install them, or set CXX to another compiler (its output is in logs/), or "
-            + Remedy.to_set(f"{key}=none"),
+            + f"set {key}=none",
         ) from error
 
 

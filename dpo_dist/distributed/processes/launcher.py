@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from dpo_dist.config.advice import advice
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
-from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy
+from dpo_dist.foundation.remedies import COMMAND_LINE
 from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, stop_signals
 
 
@@ -96,34 +96,34 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-_OPTIONS = Remedy("use a file of launch/accelerate; dpo-dist launch --help explains the options")
+_OPTIONS = "use a file of launch/accelerate; dpo-dist launch --help explains the options"
 
 
-def _instead_of_options(arguments: Sequence[str], options: Sequence[str]) -> Remedy:
+def _instead_of_options(arguments: Sequence[str], options: Sequence[str]) -> str:
     """Return what to write in place of the first option that accelerate does not have."""
     if not arguments:
-        return Remedy("name the verb to start: dpo-dist launch train KEY=VALUE ...")
+        return "name the verb to start: dpo-dist launch train KEY=VALUE ..."
     names = [word.partition("=")[0] for word in arguments if word.startswith("-")]
     wrong = next((name for name in names if name not in (*options, "-m")), "")
     theirs = advice().equivalents(wrong.lstrip("-"), "launcher")
     if theirs:
-        remedy = Remedy.to_rename(wrong, f"--{theirs[0]}")
+        remedy = f"did you mean --{theirs[0]}?"
         return remedy + " It counts all nodes" if theirs[0] == "num_processes" else remedy
     near = get_close_matches(wrong, options, 1, 0.8) if wrong else []
-    return Remedy.to_rename(wrong, near[0]) if near else _OPTIONS
+    return f"did you mean {near[0]}?" if near else _OPTIONS
 
 
-def _instead_of_program(word: str) -> Remedy:
+def _instead_of_program(word: str) -> str:
     """Return what to write in place of a program that is not there."""
     if word.isdecimal():
-        return Remedy(f"did you mean --num_processes {word}?")
+        return f"did you mean --num_processes {word}?"
     if "=" in word or word.endswith((".yaml", ".yml")):
-        return Remedy(f"write the verb before it: dpo-dist launch train {shlex.quote(word)}", ("train", word))
+        return f"write the verb before it: dpo-dist launch train {shlex.quote(word)}"
     near = get_close_matches(word, VERBS, 1)
-    return Remedy.to_rename(word, near[0]) if near else _OPTIONS
+    return f"did you mean {near[0]}?" if near else _OPTIONS
 
 
-def _refused(message: str, got: str, remedy: Remedy) -> ConfigError:
+def _refused(message: str, got: str, remedy: str) -> ConfigError:
     return ConfigError(
         message,
         where=COMMAND_LINE,

@@ -20,7 +20,6 @@ from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
 from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.installed import is_installed
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import ImageMask, recorded_arrangement
 from dpo_dist.model.attention.sdpa import (
     ImageRuns,
@@ -350,7 +349,7 @@ def choose_backend(setting: AttentionBackend, dtype: Dtype, device: torch.device
             where="model.attention",
             got=f"{setting} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
             expected="auto or sdpa",
-            remedy=Remedy.to_set("model.attention=auto"),
+            remedy="set model.attention=auto",
         )
     if setting in FLASH_ATTN and not is_installed(FLASH_ATTN[setting]):
         name = FLASH_ATTN[setting]
@@ -358,8 +357,8 @@ def choose_backend(setting: AttentionBackend, dtype: Dtype, device: torch.device
             f"{name} is not installed",
             where="model.attention",
             got=setting,
-            remedy=Remedy.to_set("model.attention=auto")
-            + f", or install {name}, built against the installed torch (pip install --no-build-isolation)",
+            remedy=f"set model.attention=auto, or install {name}, built against the installed torch "
+            "(pip install --no-build-isolation)",
             lacks=Lack.package,
         )
     return setting
@@ -392,7 +391,7 @@ def check_kernel(
                 "this attention kernel fails or gives wrong results on this device",
                 where="model.attention",
                 got=f"{backend}, {dtype}, {heads}, {layer}: {fault}",
-                remedy=Remedy.to_set("model.attention=sdpa") + ", or another of its values",
+                remedy="set model.attention=sdpa, or another of its values",
             )
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import WITH_STATES, recorded_arrangement
 from dpo_dist.model.attention.kernels import PackedAttention, layer_heads
 from dpo_dist.model.attention.sdpa import Scores
@@ -78,8 +77,7 @@ def sharing_error(model_type: str, ranks: int, fault: str = "") -> ConfigError:
         where=f"{KEY}, model.path",
         got=f"{ranks}, {model_type}, {why}",
         expected=f"{KEY}=1, or a model whose layers mix tokens in attention only",
-        remedy=Remedy.to_set(f"{KEY}=1")
-        + "; model.gradient_checkpointing=full saves memory for long sequences",
+        remedy=f"set {KEY}=1; model.gradient_checkpointing=full saves memory for long sequences",
     )
 
 

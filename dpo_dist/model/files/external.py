@@ -6,7 +6,6 @@ from typing import Any
 
 from dpo_dist.config.schema import Dtype, ExportTool, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import ADAPTER_CONFIG, CONFIG_FILE, is_adapter, read_model_json
 
 _DTYPES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
@@ -61,7 +60,7 @@ def _vllm_adapter(folder: Path) -> list[str]:
             where="export.tool",
             got=f"{folder} with use_dora={facts.get('use_dora')}, modules_to_save={saved}, rank {rank}"
             + ", target_parameters" * experts,
-            remedy=Remedy.to_set("export.merge=true"),
+            remedy="set export.merge=true",
         )
     words = ["--tokenizer", str(folder), "--generation-config", str(folder), "--enable-lora"]
     words += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank))]

@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dpo_dist.config.keys import to_unset
 from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line, in_one_line
 from dpo_dist.foundation.files import check_readable, similar_path
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import to_write
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -85,7 +86,7 @@ def local_model_folder(
                 "a revision has no effect on a local folder",
                 where=of_revision,
                 got=f"{revision} with {path}",
-                remedy=Remedy.to_unset(f"{of_revision}=null") + ", or name the model on the hub",
+                remedy=to_unset(of_revision) + ", or name the model on the hub",
             )
         _check_files(folder, key, needs_weights=needs_weights, accepts_adapter=accepts_adapter)
         return folder
@@ -129,7 +130,7 @@ def _not_found(path: str, key: str, reason: str) -> ConfigError:
         "the model is neither a local folder nor found on the Hugging Face Hub",
         where=key,
         got=f"{path} ({reason})",
-        remedy=Remedy.to_rename(path, str(similar)) if similar else check,
+        remedy=f"did you mean {similar}?" if similar else check,
     )
 
 
@@ -274,8 +275,8 @@ def start_folder(config: ModelConfig) -> Path | None:
             "a continued adapter keeps its kind and size",
             where=", ".join(keys),
             got=str(folder),
-            remedy=Remedy.to_set(*(f"{key}=null" for key in keys))
-            + "; to train a new adapter, merge this one into its base and remove model.adapter.path",
+            remedy=f"set {' '.join(f'{key}=null' for key in keys)};"
+            " to train a new adapter, merge this one into its base and remove model.adapter.path",
         )
     return folder
 
@@ -320,7 +321,7 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
             "the folder contains a whole model, not an adapter",
             where=_ADAPTER_KEY,
             got=str(folder),
-            remedy=Remedy.to_set(f"model.path={folder}")
+            remedy=to_write(f"model.path={folder}", verb="set")
             + ", and for a new adapter 'model.adapter={r: 16, alpha: 32}'",
         )
     adapter = read_model_json(folder / ADAPTER_CONFIG)

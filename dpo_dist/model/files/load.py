@@ -27,7 +27,6 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelCo
 from dpo_dist.data import ImageProcessor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
@@ -347,7 +346,7 @@ def load_weights(
     with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
         causal_lm, report = _load(folder, model_config, config, kind, kept, **options)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
-    unsharded_instead = "; or " + Remedy.to_set("parallelism.kind=zero2") + " or ddp"
+    unsharded_instead = "; or set parallelism.kind=zero2 or ddp"
     _check_missing(report, folder, key, unsharded_instead if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
@@ -394,7 +393,7 @@ def _check_nf4(weight: Any, folder: Path, key: str) -> None:
             where=key,
             got=f"{folder}: a layer of {rows.shape[-1]} inputs",
             expected=f"a multiple of {flat.blocksize} inputs, or a GPU",
-            remedy="train on a GPU, or " + Remedy.to_set(f"{setting}=int8") + " or null",
+            remedy=f"train on a GPU, or set {setting}=int8 or null",
         )
 
 
@@ -443,7 +442,7 @@ def check_contents(
     return causal_lm
 
 
-def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str | Remedy = "") -> None:
+def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "") -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(

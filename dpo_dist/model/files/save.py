@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from dpo_dist.config.keys import to_unset
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, lack_behind
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import auto_class, is_noise
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
@@ -220,7 +220,7 @@ def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
             "layers share a weight in this model, and the adapter changes it for each layer in another way",
             where="export.merge",
             got=f"{causal_lm.config.model_type}, {' and '.join(shared[0][:2])} ({len(shared)} in all)",
-            remedy=Remedy.to_unset("export.merge=false") + ": the adapter can be used without merging",
+            remedy=to_unset("export.merge") + ": the adapter can be used without merging",
         )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.kit import Rule, RunConfig, check_rules, is_checkpoint, locate_model, short_name
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig
@@ -50,8 +49,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     revision = Rule(
         "model.revision!=null model.path compare.models",
         "model.revision has no effect on a comparison without model.path",
-        Remedy.to_set("model.revision=null")
-        + "; a revision of another model: download it and name its folder",
+        "set model.revision=null; a revision of another model: download it and name its folder",
         lambda c: c.model.path not in locations,
     )
     check_rules(config, [revision])

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from dpo_dist.data import DataSource, SourceConfig
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.kit import (
     UNSET,
     Rule,
@@ -68,7 +67,7 @@ _RULES = (
     Rule(
         f"sampling.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
-        "raise sampling.temperature, or " + Remedy.to_set("pairs.samples=1"),
+        "raise sampling.temperature, or set pairs.samples=1",
         lambda c: c.section_of(PairsConfig).samples > 1,
     ),
     Rule(
@@ -108,7 +107,7 @@ _RULES = (
         "set one of them; pairs.method=delta needs no judge",
         lambda c: count_judges(c.section_of(PairsConfig)) != 1,
     ),
-    Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, Remedy.to_set("pairs.method=samples")),
+    Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
     Rule(
         f"pairs.launcher {_ROUNDS}",

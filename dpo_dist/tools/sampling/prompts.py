@@ -25,7 +25,6 @@ from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.kit import (
     ModelConfig,
@@ -332,14 +331,14 @@ def check_model(
     prompts = [usable_prompt(record, responder, sampling) for record in records]
     dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
     if dropped.total() == len(prompts):
-        remedy = Remedy("correct the records, or the keys of data; docs/data.md explains the reasons")
+        remedy = "correct the records, or the keys of data; docs/data.md explains the reasons"
         if "too_long_for_the_model" in dropped and responder.longest is not None:
             # Tokens that the model can write after each record that it can be asked.
             least = [usable_prompt(record, responder, Sampling(1)) for record in records]
             tokens = [len(prompt.prompt_ids) for prompt in least if not isinstance(prompt, str)]
             room = responder.longest - max(tokens, default=responder.longest)
             if room:
-                remedy = Remedy.to_set(f"sampling.max_new_tokens={room}")
+                remedy = f"set sampling.max_new_tokens={room}"
                 remedy += f": the model has {responder.longest} tokens in all"
         raise DataError(
             "none of the first records can be used",

@@ -21,9 +21,8 @@ from pathlib import Path
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.kit import RunFolder, check_start, run_verb
+from dpo_dist.kit import RunFolder, check_start, run_verb, to_unset
 from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 
@@ -81,7 +80,7 @@ def check_points(points: Points) -> None:
     mistakes = list[DpoDistError]()
     if any(config.run.mirror is not None for config in points.values()):
         what = "a mirror is for one run, not for the points of a sweep"
-        remedy = Remedy.to_unset("run.mirror=null")
+        remedy = to_unset("run.mirror")
         mistakes.append(ConfigError(what, where="run.mirror", remedy=remedy))
     for config in points.values():
         try:

@@ -18,7 +18,7 @@ from dpo_dist.config.keys import group_folders, preset_names
 from dpo_dist.config.load import load_command
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
 from dpo_dist.foundation.fields import plain
-from dpo_dist.foundation.remedies import COMMAND_LINE, ErrorPlace, Remedy, Typed
+from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write, to_write_one_of
 from dpo_dist.foundation.text import first_few
 from dpo_dist.foundation.user_code import find_function
 from dpo_dist.kit import (
@@ -111,19 +111,19 @@ def load_points(
         same = point_of_run.setdefault(config.run.dir, point)
         is_repeated = same != point or point in points
         if is_repeated and config.run.dir != str(config.identity.default_dir):
-            remedy = Remedy.to_write("run.dir=null", verb="add")
+            remedy = "add run.dir=null"
             remedy += ": each point has a folder of its own below run.root"
             message = "run.dir is given, so all points would be one run"
             all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
             break
         if is_repeated:
             message = f"this point is the same run as {' '.join(same)}"
-            remedy = Remedy("sweep only keys that define the result of a run")
+            remedy = "sweep only keys that define the result of a run"
             all_mistakes.append(ConfigError(message, where=" ".join(point), remedy=remedy))
         points[point] = config
     all_mistakes += _at_some_points(refused, points)
     if () in points:
-        remedy = Remedy("write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train")
+        remedy = "write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train"
         all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
     raise_all([*all_mistakes, *_mistakes_of_search(points, dimensions.values())])
     if isinstance(points, SearchSpace):
@@ -153,7 +153,7 @@ def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iter
     by = next((str(config.section_of(SweepConfig).by) for config in points.values()), "")
     keys = [each.key for each in dimensions if each.key.partition(".")[0] == "loss"]
     if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
-        remedy = Remedy.to_set(f"sweep.by=eval_{ACCURACIES[0]}") + f", or give {', '.join(keys)} one value"
+        remedy = f"set sweep.by=eval_{ACCURACIES[0]}, or give {', '.join(keys)} one value"
         message = "this metric cannot be compared between the losses of this search"
         yield ConfigError(message, where="sweep.by", got=by, remedy=remedy)
 
@@ -173,36 +173,36 @@ def _dimensions(
         key = override.key_or_group
         word = str(override.input_line)
         message = ""
-        remedy = Remedy("")
+        remedy = ""
         got = ""
-        where: ErrorPlace = Typed(word)
+        where: str = Typed(word)
         if override.is_interval_sweep() and not searches:
             message = "an interval has no points to train"
-            where = ErrorPlace(f"{key}, sweep.trials")
+            where = f"{key}, sweep.trials"
             got = f"{word.partition('=')[2]}, null"
-            remedy = Remedy.to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
+            remedy = to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
             remedy += f" for a search, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif override.is_sweep_override():
             try:
                 counts[word], dimensions[word] = _dimension(override)
             except (ArithmeticError, ValueError, HydraException):
                 message = "this range has no values"
-                remedy = Remedy("write range(3), range(0,9,3) or interval(0,1)")
+                remedy = "write range(3), range(0,9,3) or interval(0,1)"
                 sweep = override.value()
                 if isinstance(sweep, IntervalSweep):
                     message = "this interval cannot be sampled"
                     remedy = _samplable(key, word.partition("=")[2], sweep)
         elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
-            remedy = Remedy.to_write(f"{key}={','.join(names_chosen(override))}")
+            remedy = to_write(f"{key}={','.join(names_chosen(override))}")
         if message:
             mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
     raise_all([*mistakes, *before] if mistakes else ())
     count = prod(counts.values())
     if count > _MOST_POINTS:
-        remedy = Remedy("sweep fewer values, or divide them among several sweeps")
+        remedy = "sweep fewer values, or divide them among several sweeps"
         if searches:
-            remedy = Remedy("write interval(LOW,HIGH) for a long range, or search fewer values")
+            remedy = "write interval(LOW,HIGH) for a long range, or search fewer values"
         raise ConfigError(
             f"a sweep has at most {_MOST_POINTS:,} points",
             where=COMMAND_LINE,
@@ -212,17 +212,17 @@ def _dimensions(
     return dimensions
 
 
-def _samplable(key: str, text: str, interval: IntervalSweep) -> Remedy:
+def _samplable(key: str, text: str, interval: IntervalSweep) -> str:
     """Return the remedy for an interval that cannot be sampled."""
     low, high = float(interval.start or 0), float(interval.end or 0)
     if interval.tags - {"log"}:
-        return Remedy("the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)")
+        return "the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)"
     if low > high:
         turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", text.replace(" ", ""))
-        return Remedy.to_write_one_of([f"{key}={turned}"], lead="the smaller number comes first: write")
+        return to_write_one_of([f"{key}={turned}"], lead="the smaller number comes first: write")
     low = high / 100 if high > 0 else 1e-7
     word = f"{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))"
-    return Remedy.to_write_one_of([word], lead="log needs numbers above 0: write")
+    return to_write_one_of([word], lead="log needs numbers above 0: write")
 
 
 def _dimension(override: Override) -> tuple[float, Dimension]:

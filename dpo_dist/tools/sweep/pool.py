@@ -20,7 +20,7 @@ from dpo_dist.config.schema import ConsoleStyle
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunOutcome, exit_after
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
+from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.kit import RunConfig, RunFolder, RunHistory, checked_console, write_command
@@ -236,7 +236,7 @@ def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus
     file = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for descriptor in {1, 2, output_descriptor()}:
         os.dup2(file, descriptor)
-    os.environ[SWEEP_VARIABLE] = "1"
+    os.environ[LAUNCHER_VARIABLE] = str(os.getppid())
     end_at_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     if gpus:

@@ -1,6 +1,5 @@
 """Rules between the keys of a sweep."""
 
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.kit import ACCURACIES, HOLD_OUT, PREFIX, Rule, RunConfig, best_direction, likely_metric, unused
 from dpo_dist.tools.sweep.extension import SweepConfig
 
@@ -18,7 +17,7 @@ _RULES = [
     Rule(
         "sweep.trials!=null sweep.by",
         "a search needs an evaluation metric with a known best direction, highest or lowest",
-        lambda c: Remedy.to_set(f"sweep.by={likely_metric(_searched_metric(c)) or _usual_metric(c)}"),
+        lambda c: f"set sweep.by={likely_metric(_searched_metric(c)) or _usual_metric(c)}",
         lambda c: best_direction(_searched_metric(c)) is None,
     ),
     Rule(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -28,7 +29,6 @@ from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, Lack, ReferenceModelError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.installed import install_extra, is_installed
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.foundation.user_code import find_function
 from dpo_dist.model.files.folder import (
@@ -99,7 +99,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
                 f"{package} is not installed",
                 where=key,
                 got=value,
-                remedy=f"{install}, or " + Remedy.to_set(f"{key}={instead}"),
+                remedy=f"{install}, or set {key}={instead}",
                 lacks=Lack.package,
             )
     trackers = config.tracking.to if trains else []
@@ -111,7 +111,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed",
             where="tracking.to",
             got=", ".join(absent),
-            remedy=f"pip install {' '.join(absent)}, or " + Remedy.to_set(f"tracking.to=[{others}]"),
+            remedy=f"pip install {' '.join(absent)}, or set {shlex.quote(f'tracking.to=[{others}]')}",
             lacks=Lack.package,
         )
     torch_version = version("torch")
@@ -122,7 +122,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             "compiled layers lose gradients of sharded weights in torch before 2.12",
             where="model.fused",
             got=f"compile with parallelism=zero3 and torch {torch_version}",
-            remedy="update torch, or " + Remedy.to_set("model.fused=none") + " or parallelism=zero2",
+            remedy="update torch, or set model.fused=none or parallelism=zero2",
             lacks=Lack.package,
         )
     if starts or "WORLD_SIZE" in os.environ:
@@ -163,7 +163,7 @@ def _check_run_folder(run: RunFolder) -> None:
         there += [str(state.parent) for state in sorted(run.path.glob(f"*/{run.state.name}"))]
     if not there:
         return
-    remedy = Remedy("remove run.dir, or name a new folder: run.dir=output/my_run", remove=("run.dir",))
+    remedy = "remove run.dir, or name a new folder: run.dir=output/my_run"
     raise ConfigError(
         "run.dir is a folder of other things" if is_above else "run.dir has files that no run has written",
         where="run.dir",

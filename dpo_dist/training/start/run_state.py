@@ -15,13 +15,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.keys import to_unset
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import MEMO_FOLDER, write_json
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.files.manifest import find_damage
 
@@ -113,7 +113,7 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
             or f"digest {identity.digest}{source}",
             expected=", ".join(f"{key}={as_written(old)}" for key, (old, _) in differing.items())
             or f"digest {recorded.get('run_digest')}",
-            remedy=Remedy.to_unset("run.dir=null")
+            remedy=to_unset("run.dir")
             + ", so that each configuration has its own folder, or set another run.dir",
         )
 
@@ -192,14 +192,14 @@ def _check_fresh_start(identity: RunIdentity, resume: Resume, folder: RunFolder)
     state = read_state(folder)
     has_model = folder.model.is_dir()
     damage: list[str] = []
-    remedy: str | Remedy
+    remedy: str
     dead = dead_link(folder.checkpoints)
     results = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if resume is Resume.never:
         if not results:
             return
         fault = f"the run directory has results of a run ({', '.join(results)}), and run.resume=never"
-        remedy = Remedy.to_set("run.resume=auto") + " to resume, or another run.dir"
+        remedy = "set run.resume=auto to resume, or another run.dir"
     elif has_model or (state is not None and (state.is_finished or state.step)):
         fault = "the run directory has a model or a run that has started, and its checkpoints are missing"
         damage = model_damage(identity, folder) if has_model else []
@@ -212,7 +212,7 @@ def _check_fresh_start(identity: RunIdentity, resume: Resume, folder: RunFolder)
         remedy = "mount the disk or create the folder; to train from the beginning, delete the link"
     elif resume is Resume.must:
         fault = "there is no checkpoint to resume from"
-        remedy = Remedy.to_set("run.resume=auto") + " to start a new run"
+        remedy = "set run.resume=auto to start a new run"
     else:
         return
     got = f"{folder.model}: {first_few(damage, 'other file')}" if damage else ""

@@ -14,7 +14,6 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import DivergedError
 from dpo_dist.foundation.files import write_json
-from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, loss_before_spike
@@ -110,9 +109,7 @@ def divergence_error(
             "no update was applied in the whole run: gradients overflow in fp16",
             where="model.dtype",
             got=f"{health.overflows} overflows and {health.bad_steps} bad steps in {step} steps",
-            remedy="train for more steps, as each overflow halves the scale, or "
-            + Remedy.to_set("model.dtype=bf16")
-            + " or fp32",
+            remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
         )
     if health.bad_in_a_row > allowed or no_update_applied:
         return DivergedError(

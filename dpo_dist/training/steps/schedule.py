@@ -4,7 +4,6 @@ import math
 
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
 
 _STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-up, as in transformers
 
@@ -47,5 +46,5 @@ def check_schedule(optim: OptimConfig, steps: int) -> None:
             f"the warm-up {'and the decay are' if decay else 'is'} longer than the run",
             where="optim.warmup_steps",
             got=f"{optim.warmup_steps + decay} of {steps} steps",
-            remedy=Remedy.to_set(f"optim.warmup_steps={steps - decay}") + " or less, or raise trainer.epochs",
+            remedy=f"set optim.warmup_steps={steps - decay} or less, or raise trainer.epochs",
         )

@@ -105,8 +105,9 @@ def test_a_document_has_every_mistake_and_the_words_of_all(verb: Verb) -> None:
     ended = verb(*RUN, "loss.betta=1", "optim.lr=0", "pairs.limit=3", "--json")
     error = json.loads(ended.out)["error"]
     assert (error["code"], len(error["mistakes"])) == (ended.code, 3) == (2, 3)
-    assert error["remedy"]["write"] == ["loss.beta=1"]
-    assert {*error["remedy"]["remove"]} == {"loss.betta=1", "optim.lr=0", "pairs.limit"}
+    remedies = [mistake["remedy"] for mistake in error["mistakes"]]
+    assert remedies[0] == "did you mean loss.beta?"
+    assert all(remedy in error["remedy"] for remedy in remedies)
     assert "this command has 3 mistakes" in ended.err, "people read standard error"
     assert list(json.loads(verb("--help", "loss.beta", "--json").out)) == ["kind", "text"]
     bug = verb(*RUN, "run.name=fail", "--json")

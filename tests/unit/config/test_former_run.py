@@ -1,5 +1,6 @@
 """The config.yaml of a run stands in for its command; it evaluates nothing and opens no door."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,6 +109,9 @@ def test_a_config_that_cannot_be_read_is_named_by_its_path(text: str) -> None:
     assert raised.value.where.endswith("runs/a/config.yaml")
 
 
+TRUST = "if you trust this code, add "
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -124,7 +128,7 @@ def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match="asks to run code") as raised:
         evaluated(f"run.dir={tmp_path}")
-    [word] = raised.value.advice.write
+    [word] = shlex.split(raised.value.remedy.removeprefix(TRUST))
     assert word.startswith(f"{key}=")
 
 
@@ -138,7 +142,8 @@ def test_data_with_readers_are_trusted_by_the_whole_list_and_stay_as_they_are(tm
     config = write_run(tmp_path / "run", *words)
     with pytest.raises(ConfigError, match="asks to run code") as raised:
         evaluated(f"run.dir={tmp_path}/run")
-    assert evaluated(f"run.dir={tmp_path}/run", *raised.value.advice.write) == config
+    trusted = shlex.split(raised.value.remedy.removeprefix(TRUST))
+    assert evaluated(f"run.dir={tmp_path}/run", *trusted) == config
     lines = "".join(code_warnings(asdict(config)))
     for shown in (raised.value.got, lines):
         assert "data.train with reader one:f, two:g" in shown

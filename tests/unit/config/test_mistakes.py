@@ -11,6 +11,7 @@ from dpo_dist.compat.other_trainers import other_trainers
 from dpo_dist.config.command_line import split_words
 from dpo_dist.config.keys import run_keys
 from dpo_dist.foundation.errors import ConfigError
+from tests.support.remedies import words_to_write
 from tests.unit.config.support import RUN, configured, error_of
 
 pytestmark = pytest.mark.slow
@@ -280,7 +281,7 @@ def refused_proposals(remedy: str) -> list[str]:
 def test_what_an_error_proposes_is_accepted(typed: str) -> None:
     error = error_of(typed)
     assert [word for part in error.parts or (error,) for word in refused_proposals(part.remedy)] == []
-    words = error.as_dict(shlex.split(typed))["remedy"]["write"]
+    words = words_to_write(error.remedy)
     assert not words or not {*words} <= {*shlex.split(typed)}, "what stands there is no advice"
 
 

@@ -241,22 +241,19 @@ def test_a_preset_resets_the_same_options_as_its_keys(tmp_path: Path) -> None:
 def test_a_key_that_no_word_sets_is_written_with_its_default_in_place_of_removed(tmp_path: Path) -> None:
     (file := tmp_path / "my.yaml").write_text("loss: sft\nloss.divergence: js\ndata.eval_share: 0.1")
     run = [*RUN, str(file)]
-    remedy = error_of("data.eval=[b] loss.ld_alpha=0.5", run=run).as_dict(["loss.ld_alpha=0.5"])["remedy"]
-    assert remedy["write"] == ["loss.divergence=reverse_kl"]
-    assert remedy["remove"] == ["loss.ld_alpha"]
-    assert "remove loss.divergence (if a file sets it, write loss.divergence=reverse_kl)" in remedy["text"]
+    remedy = error_of("data.eval=[b] loss.ld_alpha=0.5", run=run).remedy
+    assert "remove loss.divergence (if a file sets it, write loss.divergence=reverse_kl)" in remedy
+    assert "remove loss.ld_alpha (" in remedy
     configured("data.eval=[b] loss.divergence=reverse_kl", run=run)
     words = ["loss=simpo", "reference={offload: cpu}"]
-    remedy = error_of(shlex.join(words)).as_dict(words)["remedy"]
-    assert (remedy["write"], remedy["remove"]) == (["reference.offload=none"], [])
-    configured(shlex.join([*words, *remedy["write"]]))
+    assert "write reference.offload=none)" in error_of(shlex.join(words)).remedy
+    configured(shlex.join([*words, "reference.offload=none"]))
 
 
 def test_an_option_of_a_file_that_the_loss_of_the_command_lacks_can_be_taken_away(tmp_path: Path) -> None:
     (file := tmp_path / "my.yaml").write_text("loss: {kind: simpo, options: {gamma: 1}}")
     run = [*RUN, str(file)]
-    remedy = error_of("loss.kind=ipo", run=run).as_dict(["loss.kind=ipo"])["remedy"]
-    assert (remedy["write"], remedy["remove"]) == (["loss.options=null"], [])
+    assert error_of("loss.kind=ipo", run=run).remedy.startswith("set loss.options=null, or ")
     assert configured("loss.kind=ipo loss.options=null", run=run) == configured("loss.kind=ipo")
 
 

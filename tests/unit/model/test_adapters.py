@@ -24,6 +24,7 @@ from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.reference.digest import digest_model
 from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.remedies import words_to_write
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 from tests.support.written import write_trained
@@ -161,7 +162,7 @@ def test_keys_of_an_adapter_that_is_continued_are_refused(base: Path, sft: Path)
     with pytest.raises(ConfigError, match="keeps its kind and size") as refused:
         start_folder(config_of(base, sft, **given))
     assert set(refused.value.where.split(", ")) == {f"model.adapter.{key}" for key in given}
-    assert {*refused.value.as_dict()["remedy"]["write"]} == {f"model.adapter.{key}=null" for key in given}
+    assert {*words_to_write(refused.value.remedy)} == {f"model.adapter.{key}=null" for key in given}
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,6 @@ def test_linear_layers_that_bitsandbytes_unpacks_wrongly_on_cpus_are_refused(tmp
     with pytest.raises(ConfigError, match="wrongly on a CPU") as caught:
         loaded(tmp_path / "wrong", Quantization.nf4)
     assert "a layer of 48 inputs" in caught.value.got
-    assert caught.value.as_dict()["remedy"]["write"] == ["model.quantization=int8"]
+    assert "set model.quantization=int8" in caught.value.remedy
     loaded(tmp_path / "wrong", Quantization.int8)
     loaded(tmp_path / "right", Quantization.nf4)

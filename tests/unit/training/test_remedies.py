@@ -1,4 +1,4 @@
-"""Mistakes as people make them: after the words of each error's remedy the same start passes its check."""
+"""Mistakes as people make them: after what each error's remedy proposes the same start passes its check."""
 
 import csv
 import json
@@ -14,11 +14,11 @@ import pytest
 from dpo_dist.config.command_line import split_words
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.foundation.remedies import key_of
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.dry_run import dry_run
 from dpo_dist.training.start.preflight import check_start
 from tests.support.invented import write_pairs
+from tests.support.remedies import key_of, repaired
 from tests.support.tiny_model import write_model
 
 pytestmark = pytest.mark.slow
@@ -115,18 +115,6 @@ def checked(words: list[str]) -> CheckReport:
     return dry_run(config)
 
 
-def repaired(words: list[str], error: DpoDistError) -> list[str]:
-    """The words after all repairs that the remedies of an error give."""
-    write, remove = list[str](), list[str]()
-    for part in error.parts or (error,):
-        found = part.as_dict(words)["remedy"]
-        write += found["write"]
-        remove += found["remove"]
-    keys = {key_of(word) for word in write}
-    kept = [word for word in words if not {word, key_of(word)} & {*remove} and key_of(word) not in keys]
-    return [*kept, *(word for word in dict.fromkeys(write) if not word.startswith("-"))]
-
-
 def test_the_command_of_an_error_about_a_json_object_writes_its_records(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +148,7 @@ def test_a_list_that_has_no_records_is_not_offered(
 
 
 @pytest.mark.parametrize("typed", MISTAKES.strip().splitlines())
-def test_after_the_words_of_the_remedy_the_start_passes(
+def test_after_what_the_remedy_proposes_the_start_passes(
     typed: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
