@@ -21,7 +21,7 @@ class Verb(NamedTuple):
     needs: tuple[str, ...] = ()
     """The keys that must be set."""
     reads: tuple[str, ...] = ()
-    """Keys and sections that the verb reads, beside those that name it."""
+    """Keys and sections of the trainer that a tool reads."""
     is_configured: bool = True
     """Whether the verb takes KEY=VALUE words."""
     reads_data: bool = True
@@ -43,8 +43,6 @@ class Extension(NamedTuple):
     """Sections of the configuration, by name: what `section` returns."""
     rules: str = ""
     """The module whose `rules_of_verb` returns the rules between keys for a verb, or for "", any verb."""
-    named_code: Mapping[str, str] = {}
-    """The keys that name Python code, as in `named_code.NAMED_CODE`."""
     hooks: Mapping[str, str] = {}
     """Functions that the trainer calls if they are there, as `module:function`, by the names in `hook`."""
 

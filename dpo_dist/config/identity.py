@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.losses import LossKind
-from dpo_dist.config.named_code import LOSS_FUNCTION
+from dpo_dist.config.losses import LOSS_FUNCTION, LossKind
 from dpo_dist.foundation.fields import key_facts, plain, schema_fields
 from dpo_dist.foundation.user_code import find_function
 

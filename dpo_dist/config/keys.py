@@ -12,8 +12,9 @@ from typing import Any, get_origin, get_type_hints
 from pydantic_core import PydanticUndefined
 
 from dpo_dist.config.schema import UNSET, RunConfig
-from dpo_dist.config.verbs import DATA_KEYS, EVERY_VERB, VERBS
+from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.fields import (
+    EVERY_READER,
     LARGEST_INTEGER,
     as_written,
     describe_type,
@@ -40,6 +41,7 @@ class Key:
     defines_result: bool
     verbs: tuple[str, ...]
     accepts: str
+    runs: str
     declared_in: Any
 
     @property
@@ -86,6 +88,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
             defining,
             tuple(used_by.split()),
             facts.accepts,
+            facts.runs,
             kind,
         )
         yield row
@@ -98,7 +101,7 @@ def _readers_of(name: str, verbs: str) -> str:
     """Return the verbs that a key or section names, and those that name it."""
     readers_of_name = []
     for verb, row in VERBS.items():
-        reads_by_data = row.reads_data and row.is_configured and name in DATA_KEYS
+        reads_by_data = row.reads_data and row.is_configured and verbs == EVERY_READER
         if name in row.reads or reads_by_data or verb in verbs.split():
             readers_of_name.append(verb)
     return " ".join(readers_of_name)

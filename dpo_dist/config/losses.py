@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
+from inspect import signature
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo
@@ -10,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from dpo_dist.data import NUMBERS
 from dpo_dist.foundation.fields import as_entry, key, schema, schema_fields, section
+from dpo_dist.foundation.user_code import user_function
 
 T = TypeVar("T")
 
@@ -432,11 +434,14 @@ class SyncReferenceConfig:
     """Share of the policy's weights in the updated reference."""
 
 
+LOSS_FUNCTION = "loss.function"
+
+
 @schema
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, verbs="train precompute")
+    kind: LossKind = key(LossKind.sigmoid, verbs="train precompute evaluate")
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
     """Strength of the pull toward the reference model."""
@@ -455,15 +460,15 @@ class LossConfig:
     """Weight of tokens beyond the length of the pair's shorter response (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
     """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by the probability of both responses."""
-    reference_free: bool = key(False, verbs="train precompute")
+    reference_free: bool = key(False, verbs="train precompute evaluate")
     """Take the reference's log-probs as 0."""
-    terms: list[Term] = key([], verbs="train precompute")
+    terms: list[Term] = key([], verbs="train precompute evaluate")
     """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
     options: KindOptions = _options()
     """Options of `kind`: `{gamma: 1}`; null: their defaults."""
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
     router: RouterConfig = section(RouterConfig, verbs="train")
-    function: str | None = key(None)
+    function: str | None = key(None, runs="Python code of the loss is run")
     """`custom`: the loss function, as `module:function`."""
 
     @property
@@ -544,3 +549,8 @@ class LossConfig:
     def needs_scores(self) -> bool:
         """Return whether the chosen response of every pair must be scored above the rejected one."""
         return any(facts.needs_scores for facts in self.facts)
+
+
+def accepts_facts(name_in_config: str | None) -> bool:
+    """Return whether a loss function has an argument `facts`, which gets the `BatchFacts`."""
+    return "facts" in signature(user_function(name_in_config, LOSS_FUNCTION)).parameters

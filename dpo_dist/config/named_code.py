@@ -1,22 +1,11 @@
 """The keys that name Python code to run."""
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
-from dpo_dist.config.extensions import extensions
-from dpo_dist.foundation.user_code import user_function
+from dpo_dist.config.keys import key_rows
 
-LOSS_FUNCTION = "loss.function"
-METRICS_FUNCTION = "metrics.function"
-NAMED_CODE = {
-    "model.trust_remote_code": "Python code of model folders is run",
-    LOSS_FUNCTION: "Python code of the loss is run",
-    METRICS_FUNCTION: "Python code of metrics is run",
-    **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
-}
-for _extension in extensions():
-    NAMED_CODE |= _extension.named_code
+NAMED_CODE = {row.name.partition("[]")[0]: row.runs for row in key_rows() if row.runs}
 """The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
 
 
@@ -51,8 +40,3 @@ def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
 def code_warnings(values: Mapping[str, Any]) -> list[str]:
     """Return a warning for each option, in a configuration's plain values, that runs Python code."""
     return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]
-
-
-def accepts_facts(name_in_config: str | None) -> bool:
-    """Return whether a loss function has an argument `facts`, which gets the `BatchFacts`."""
-    return "facts" in signature(user_function(name_in_config, LOSS_FUNCTION)).parameters

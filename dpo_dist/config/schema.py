@@ -17,9 +17,10 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
+from dpo_dist.config.verbs import EVERY_VERB
 from dpo_dist.data import DataConfig, Source
 from dpo_dist.foundation.fields import (
+    EVERY_READER,
     LARGEST_INTEGER,
     Names,
     NonEmpty,
@@ -182,7 +183,7 @@ class ModelConfig:
     """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`. `fp16` scales the
     loss: from 65,536, halved after an overflow, doubled after 1,000 updates without one; models with
     activations above 65,504 are refused."""
-    attention: AttentionBackend = key(AttentionBackend.auto, free=True, verbs="train precompute")
+    attention: AttentionBackend = key(AttentionBackend.auto, free=True, verbs="train precompute evaluate")
     """Attention kernel; `auto`: the fastest."""
     gradient_checkpointing: Literal["none", "full"] | Every = key(
         "none", free=True, verbs="train", accepts="none, full, or a whole number, >= 2"
@@ -190,15 +191,15 @@ class ModelConfig:
     """Layers that recompute their activations in backward: `none`, `full` (all), or n (every n-th)."""
     activation_offload: bool = key(False, free=True, verbs="train")
     """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
-    fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute")
+    fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute evaluate")
     """Fused layers: Liger's kernels (CUDA, the `liger` extra) or torch.compile; `auto`: Liger's or none."""
-    adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
+    adapter: AdapterConfig | None = key(None, verbs=EVERY_READER)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
-    images: ImagesConfig | None = key(None, verbs=VERBS_WITH_DATA)
+    images: ImagesConfig | None = key(None, verbs=EVERY_READER)
     """Read the images of the data: `{train: none}`; null: only text is read."""
-    quantization: Quantization | None = key(None, verbs="train precompute")
+    quantization: Quantization | None = key(None, verbs="train precompute evaluate")
     """Load the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
-    trust_remote_code: bool = key(False)
+    trust_remote_code: bool = key(False, runs="Python code of model folders is run")
     """Run Python code from the model's repository."""
 
 
@@ -209,13 +210,13 @@ class ReferenceConfig:
     mode: ReferenceMode = key(ReferenceMode.auto)
     """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter off),
     `none`; `auto`: `none`, `adapter` or `cached`, by loss and model."""
-    path: NonEmpty | None = key(None, verbs="train precompute")
+    path: NonEmpty | None = key(None, verbs="train precompute evaluate")
     """Folder or hub name of the reference model; null: `model.path`."""
-    quantization: Quantization | None = key(None, verbs="train precompute")
+    quantization: Quantization | None = key(None, verbs="train precompute evaluate")
     """Load the reference in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
     """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
-    store: NonEmpty = key("${run.root}/reference", free=True, verbs=VERBS_WITH_DATA)
+    store: NonEmpty = key("${run.root}/reference", free=True, verbs=EVERY_READER)
     """Folder of stored log-probs, shared by runs."""
 
 
@@ -223,7 +224,7 @@ class ReferenceConfig:
 class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
-    kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute")
+    kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate")
     """ZeRO stage 3 or 2, or `ddp`: all weights on every process, optimizer states sharded (stage 1)."""
     offload_parameters: Offload = key(Offload.none)
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
@@ -236,7 +237,7 @@ class ParallelismConfig:
     cross the network once a step, and otherwise stay in the group (ZeRO++, arXiv 2306.10209). 1: no copy."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
-    timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute")
+    timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate")
     """Seconds that a process waits for another one before the run ends."""
 
 
@@ -294,7 +295,7 @@ class TrainerConfig:
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] = key(
-        "auto", free=True, verbs="train precompute", accepts="auto, or a whole number, >= 1"
+        "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )
     """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
     the GPUs of a training run, else 8192, on a CPU 2048."""
@@ -318,14 +319,14 @@ class TrainerConfig:
     """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per row of metrics, which are means over the pairs of these steps; 0: one row at the end."""
-    seed: int = key(0, ge=0, verbs="train precompute")
+    seed: int = key(0, ge=0, verbs="train precompute evaluate")
     """Seed of the data order, of a new adapter's weights, and of sampling in `pairs`."""
-    deterministic: bool = key(False, free=True, verbs="train precompute")
+    deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
     """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
     """Decay of the moving average (EMA) of the trained weights, for `export.weights=ema`; null: none. After n
     steps the start still has the share `ema_decay`^n in it: with 0.999 61 % after 500 steps."""
-    prefix_tree: bool = key(True, free=True, verbs="train precompute")
+    prefix_tree: bool = key(True, free=True, verbs="train precompute evaluate")
     """Compute tokens with which several responses of a micro-batch begin once (docs/scaling.md); false: share
     only the prompt of each pair."""
     stop_after_steps: int | None = key(None, ge=1, free=True)
@@ -334,11 +335,14 @@ class TrainerConfig:
     """Save and exit with code 75 after this many seconds."""
 
 
+METRICS_FUNCTION = "metrics.function"
+
+
 @schema
 class MetricsConfig:
     """Your own metrics, beside those of docs/watching.md."""
 
-    function: NonEmpty | None = key(None)
+    function: NonEmpty | None = key(None, runs="Python code of metrics is run")
     """Your own function, as `module:function`, which computes named values of each pair from log-probs; their
     means are the metrics `custom/NAME`."""
 
@@ -436,13 +440,13 @@ class RunConfig:
 
     run: FolderConfig = section(FolderConfig, free=True, verbs=EVERY_VERB)
     model: ModelConfig = section(ModelConfig, verbs=EVERY_VERB)
-    data: DataConfig = section(DataConfig, verbs="train precompute encode")
-    loss: LossConfig = section(LossConfig, verbs="train")
-    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute")
+    data: DataConfig = section(DataConfig, verbs="train precompute encode evaluate")
+    loss: LossConfig = section(LossConfig, verbs="train evaluate")
+    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
-    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train")
-    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute")
+    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
+    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     encode: EncodeConfig = section(EncodeConfig, free=True, verbs="encode")

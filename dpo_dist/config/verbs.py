@@ -1,7 +1,7 @@
 """The table of verbs: what each does, and which configuration it takes.
 
 A new verb is a row here, the module that runs it, and its name at the keys that it reads; a tool's is a row
-of its `Extension`.
+of its `Extension`, with the trainer's keys that it reads.
 """
 
 from dpo_dist.config.extensions import Verb, extensions
@@ -37,14 +37,6 @@ _OWN = {
         ("model.path",),
         reuses_config=True,
         takes_words=("run.dir",),
-        reads=(
-            *("data", "loss", "loss.kind", "loss.terms", "loss.reference_free", "metrics"),
-            *("reference", "reference.path", "reference.quantization"),
-            *("model.attention", "model.fused", "model.quantization"),
-            *("parallelism", "parallelism.kind", "parallelism.timeout_seconds"),
-            *("trainer.deterministic", "trainer.micro_batch_tokens", "trainer.prefix_tree"),
-            "trainer.seed",
-        ),
     ),
     "store": Verb(
         "dpo_dist.verbs.store",
@@ -70,9 +62,3 @@ for _extension in extensions():
     VERBS |= _extension.verbs
 EVERY_VERB = " ".join(name for name, verb in VERBS.items() if verb.is_configured)
 """The verbs with a configuration, as `verbs` of a key."""
-DATA_KEYS = (
-    *("data.train", "data.images", "data.max_length", "data.max_prompt_length", "data.max_bad_share"),
-    *("data.text_as_messages", "data.template", "data.chat_template", "data.template_arguments"),
-)
-"""The keys of data that every verb with data reads."""
-VERBS_WITH_DATA = " ".join(name for name in EVERY_VERB.split() if VERBS[name].reads_data)

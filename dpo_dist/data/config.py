@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import NonEmpty, as_entry, key, schema
+from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, as_entry, key, schema
 
 DataFormat = StrEnum(
     "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
@@ -50,7 +50,7 @@ class SourceConfig:
         None, accepts="a mapping, {prompt: question, chosen: answers.good}"
     )
     """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
-    reader: str | None = key(None)
+    reader: str | None = key(None, runs="Python code of a reader of data is run")
     """Your own function, as `module:function`, which turns a record's fields into those of a format."""
     images: NonEmpty | None = key(None, free=True)
     """Folder of the source's image files, if `data.images` is null; null: the folder of the records."""
@@ -67,35 +67,35 @@ Source = Annotated[
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
-    train: list[Source] = key([])
+    train: list[Source] = key([], verbs=EVERY_READER)
     """Training data: files, patterns, folders, URLs, hub datasets."""
     eval: list[Source] = key([])
     """Evaluation data: files, patterns, folders, URLs, hub datasets."""
-    images: NonEmpty | None = key(None, free=True)
+    images: NonEmpty | None = key(None, free=True, verbs=EVERY_READER)
     """Folder of the image files of all sources, in place of their own `images`."""
     eval_share: float = key(0.0, ge=0, lt=1)
     """Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none."""
     drop_eval_prompts: bool = key(False)
     """Keep records whose prompt is in `eval` out of the training data."""
-    max_length: int = key(1024, ge=2)
+    max_length: int = key(1024, ge=2, verbs=EVERY_READER)
     """Largest number of tokens of prompt and response together."""
-    max_prompt_length: int | None = key(None, ge=1)
+    max_prompt_length: int | None = key(None, ge=1, verbs=EVERY_READER)
     """Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit."""
     truncation: Truncation = key(Truncation.keep_start)
     """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
     side in proportion to its length, `drop` drops the pair."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
     """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
-    max_bad_share: float = key(0.05, ge=0, le=1)
+    max_bad_share: float = key(0.05, ge=0, le=1, verbs=EVERY_READER)
     """Largest share of records that may be dropped; more is an error."""
-    text_as_messages: bool = key(False)
+    text_as_messages: bool = key(False, verbs=EVERY_READER)
     """Render plain-text prompts by the chat template, as a user turn."""
-    template: TextTemplate = key(TextTemplate.auto)
+    template: TextTemplate = key(TextTemplate.auto, verbs=EVERY_READER)
     """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
     (`literal`); `auto`: as text, with an error if most records have them."""
-    chat_template: NonEmpty | None = key(None)
+    chat_template: NonEmpty | None = key(None, verbs=EVERY_READER)
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
-    template_arguments: dict[str, Any] | None = key(None, accepts="a mapping")
+    template_arguments: dict[str, Any] | None = key(None, verbs=EVERY_READER, accepts="a mapping")
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
     trained_roles: list[Role] = key(
         ["assistant"], min_length=1, accepts=f"a list of {', '.join(get_args(Role))}"

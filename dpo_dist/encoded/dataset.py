@@ -23,8 +23,7 @@ from dpo_dist.batching.content_keys import Keys, response_keys
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.batching.prefixes import Prefixes
 from dpo_dist.batching.sampler import Indices, SourceSpan
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind
-from dpo_dist.config.named_code import accepts_facts
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind, accepts_facts
 from dpo_dist.data import (
     NUMBERS,
     VOTES,

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from functools import reduce
 from operator import or_
@@ -17,7 +17,6 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    NamedTuple,
     TypeVar,
     Union,
     cast,
@@ -29,6 +28,7 @@ from typing import (
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field, Strict
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
@@ -39,16 +39,26 @@ _CONFIG = ConfigDict(
 )
 
 
-class Facts(NamedTuple):
+EVERY_READER = "*"
+"""The verbs that read records."""
+
+
+@dataclass(frozen=True)
+class Facts:
     """Facts about a key that pydantic's field does not hold."""
 
     free: bool = False
     """Not part of the run's digest: hardware, placement, how often something is written."""
     verbs: str = ""
-    """The verbs that read the key, separated by spaces; empty: its section's verbs."""
+    """The verbs that read the key, separated by spaces, or `EVERY_READER`; empty: its section's verbs."""
     accepts: str = ""
     """The accepted values in words, where the type does not say them."""
     null_means: Any = None
+    runs: str = ""
+    """The warning of a key that names Python code to run."""
+
+    def __call__(self, json_schema: JsonDict) -> None:
+        """Add nothing to the JSON schema of a key: pydantic keeps only what it can call for it."""
 
 
 def key(
@@ -58,6 +68,7 @@ def key(
     verbs: str = "",
     accepts: str = "",
     null_means: Any = None,
+    runs: str = "",
     **limits: Any,
 ) -> Any:
     """Declare a key with `Facts` and pydantic's limits such as `gt=0`; the text below it is its meaning."""
@@ -65,12 +76,12 @@ def key(
         limits["default_factory"] = lambda: copy(default)
     else:
         limits["default"] = default
-    return Field(json_schema_extra=Facts(free, verbs, accepts, null_means)._asdict(), **limits)
+    return Field(json_schema_extra=Facts(free, verbs, accepts, null_means, runs), **limits)
 
 
 def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
     """Declare a section with the keys of the schema `kind`, whose docstring is the section's meaning."""
-    facts = Facts(free, verbs)._asdict()
+    facts = Facts(free, verbs)
     return Field(default_factory=kind, description=kind.__doc__ or "", json_schema_extra=facts)
 
 
@@ -108,7 +119,7 @@ def schema_fields(kind: Any) -> Mapping[str, FieldInfo]:
 
 def key_facts(field: FieldInfo) -> Facts:
     """Return the `Facts` that `key` or `section` declared."""
-    return Facts(**cast(dict[str, Any], field.json_schema_extra))
+    return cast(Facts, field.json_schema_extra)
 
 
 NonEmpty = Annotated[str, Field(pattern=r"\S")]

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from dpo_dist.config.losses import (
     KINDS,
+    LOSS_FUNCTION,
     BetaDpoOptions,
     CpoOptions,
     DiscopopOptions,
@@ -29,8 +30,8 @@ from dpo_dist.config.losses import (
     OrpoOptions,
     RewardAwareOptions,
     SimpoOptions,
+    accepts_facts,
 )
-from dpo_dist.config.named_code import LOSS_FUNCTION, accepts_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.user_code import find_function, user_function
 from dpo_dist.objective.logps import PairLogps

@@ -29,7 +29,7 @@ from dpo_dist.config.metrics import (
     PERCENTS,
     TERMS,
 )
-from dpo_dist.config.named_code import METRICS_FUNCTION
+from dpo_dist.config.schema import METRICS_FUNCTION
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.user_code import user_function
 from dpo_dist.objective.logps import PairLogps

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.command_line import saved_values, split_words
-from dpo_dist.config.keys import run_keys
+from dpo_dist.config.keys import key_rows, run_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.metrics import ENTROPIES, PAIR_METRICS
@@ -85,6 +85,9 @@ def test_named_keys_modules_and_tests_exist(page: Path) -> None:
 def test_every_key_that_runs_code_is_on_the_page_about_security() -> None:
     listed = (ROOT / "docs" / "reliability.md").read_text().partition("### Code runs only if")[2]
     assert [key for key in NAMED_CODE if f"`{key}" not in listed.partition("\n### ")[0]] == []
+    named = [row for row in key_rows() if "`module:function`" in row.meaning]
+    assert len(named) > 5
+    assert [row.name for row in named if not row.runs] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

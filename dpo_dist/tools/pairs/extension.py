@@ -16,5 +16,4 @@ EXTENSION = Extension(
     },
     sections={"pairs": section(PairsConfig, free=True, verbs="pairs")},
     rules="dpo_dist.tools.pairs.rules",
-    named_code={"pairs.function": "Python code of the judge is run"},
 )

@@ -113,7 +113,7 @@ class PairsConfig:
     """What to do with responses that did not end within `sampling.max_new_tokens`; they are counted."""
     reward_model: NonEmpty | None = key(None, verbs=RESPONDING)
     """Judge: folder or hub name of a sequence classification model with one output."""
-    function: NonEmpty | None = key(None, verbs=RESPONDING)
+    function: NonEmpty | None = key(None, verbs=RESPONDING, runs="Python code of the judge is run")
     """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=RESPONDING)
     prompt_parts: int = key(1, ge=1)

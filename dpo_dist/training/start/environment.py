@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from dpo_dist.config.named_code import METRICS_FUNCTION, named_functions
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.named_code import named_functions
+from dpo_dist.config.schema import METRICS_FUNCTION, RunConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, plain_values

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.named_code import METRICS_FUNCTION
 from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
@@ -19,6 +18,7 @@ from dpo_dist.config.run_folder import (
     no_model_error,
 )
 from dpo_dist.config.schema import (
+    METRICS_FUNCTION,
     ExportConfig,
     ExportedWeights,
     FinalModel,

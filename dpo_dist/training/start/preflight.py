@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from dpo_dist.config.losses import LossKind
-from dpo_dist.config.named_code import LOSS_FUNCTION
+from dpo_dist.config.losses import LOSS_FUNCTION, LossKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     FLASH_ATTN,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.named_code import LOSS_FUNCTION
+from dpo_dist.config.losses import LOSS_FUNCTION
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.user_code import find_function, user_function
 
