@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dpo_dist.config.schema import UNSET, RunConfig
@@ -16,6 +17,7 @@ from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.fields import (
     EVERY_READER,
     LARGEST_INTEGER,
+    Facts,
     as_written,
     describe_type,
     key_facts,
@@ -28,27 +30,43 @@ _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 @dataclass(frozen=True)
 class Key:
-    """One key, as the schema declares it: `loss.beta`, or `data.train[].path` in the entries of a list.
-
-    `default` is UNSET for a key that must be set; `accepts`: the values in words, if the type lacks them.
-    """
+    """One key, as the schema declares it: `loss.beta`, or `data.train[].path` in the entries of a list."""
 
     name: str
     type: Any
-    default: Any
-    meaning: str
-    bounds: str
+    field: FieldInfo
+    declared_in: Any
     defines_result: bool
     verbs: tuple[str, ...]
-    accepts: str
-    runs: str
-    declared_in: Any
+
+    @property
+    def facts(self) -> Facts:
+        """What the declaration says beside pydantic's field."""
+        return key_facts(self.field)
+
+    @property
+    def default(self) -> Any:
+        """The default; UNSET for a key that must be set."""
+        default = self.field.get_default(call_default_factory=True)
+        return UNSET if default is PydanticUndefined else default
+
+    @property
+    def meaning(self) -> str:
+        """The text below the declaration."""
+        return " ".join((self.field.description or "").split())
 
     @property
     def type_words(self) -> str:
         """The accepted values: `a number, > 0`, `text`."""
-        words = self.accepts or describe_type(self.type)
-        return f"{words}, {self.bounds}" if self.bounds and not self.accepts else words
+        if self.facts.accepts:
+            return self.facts.accepts
+        bounds = []
+        for limit in self.field.metadata:
+            for attribute, sign in _SIGNS:
+                bound = getattr(limit, attribute, None)
+                if bound not in (None, LARGEST_INTEGER):
+                    bounds.append(f"{sign} {bound:g}")
+        return ", ".join(filter(None, [describe_type(self.type), " and ".join(bounds)]))
 
     @property
     def default_words(self) -> str:
@@ -61,50 +79,31 @@ class Key:
 @cache
 def _rows() -> list[Key]:
     """Return every key and section, in the order of the schema."""
-    return list(_rows_of(RunConfig, "", True, ""))
+    return list(_rows_of(RunConfig, "", True, ()))
 
 
-def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]:
+def _rows_of(kind: Any, prefix: str, defines: bool, verbs: Collection[str]) -> Iterator[Key]:
     hints = get_type_hints(kind)
     for option, field in schema_fields(kind).items():
         hint = hints[option]
         facts = key_facts(field)
-        default = field.get_default(call_default_factory=True)
         name = prefix + option
         defining = defines and not facts.free
-        used_by = _readers_of(name, facts.verbs or verbs)
-        bounds = []
-        for limit in field.metadata:
-            for attribute, sign in _SIGNS:
-                bound = getattr(limit, attribute, None)
-                if bound not in (None, LARGEST_INTEGER):
-                    bounds.append(f"{sign} {bound:g}")
-        row = Key(
-            name,
-            hint,
-            UNSET if default is PydanticUndefined else default,
-            " ".join((field.description or "").split()),
-            " and ".join(bounds),
-            defining,
-            tuple(used_by.split()),
-            facts.accepts,
-            facts.runs,
-            kind,
-        )
-        yield row
-        below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
+        used_by = _readers_of(name, facts.verbs.split() or verbs)
+        yield Key(name, hint, field, kind, defining, used_by)
+        below = f"{name}[]." if get_origin(hint) is list else f"{name}."
         for inner in schemas_in(hint):
             yield from _rows_of(inner, below, defining, used_by)
 
 
-def _readers_of(name: str, verbs: str) -> str:
+def _readers_of(name: str, verbs: Collection[str]) -> tuple[str, ...]:
     """Return the verbs that a key or section names, and those that name it."""
     readers_of_name = []
     for verb, row in VERBS.items():
-        reads_by_data = row.reads_data and row.is_configured and verbs == EVERY_READER
-        if name in row.reads or reads_by_data or verb in verbs.split():
+        reads_records = row.is_configured and row.reads_data
+        if name in row.reads or verb in verbs or (EVERY_READER in verbs and reads_records):
             readers_of_name.append(verb)
-    return " ".join(readers_of_name)
+    return tuple(readers_of_name)
 
 
 @cache

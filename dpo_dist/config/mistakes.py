@@ -539,7 +539,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     expected = row.type_words if row else ""
     if key.endswith("]"):  # an entry of a list
         hint = nested(hint) or get_args(hint)[0]
-        expected = row.accepts.removeprefix("a list of ") if row else ""
+        expected = row.facts.accepts.removeprefix("a list of ") if row else ""
     value = error["input"]
     got = repr(value) if isinstance(value, float) else as_written(value)  # 1000.0 is no whole number
     expected = expected or describe_type(hint)

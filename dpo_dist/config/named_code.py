@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_dist.config.keys import key_rows
 
-NAMED_CODE = {row.name.partition("[]")[0]: row.runs for row in key_rows() if row.runs}
+NAMED_CODE = {row.name.partition("[]")[0]: row.facts.runs for row in key_rows() if row.facts.runs}
 """The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
 
 
