@@ -7,8 +7,6 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 import dpo_dist
-from dpo_dist.config.extensions import Verb, extensions
-from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.installed import pages
 from dpo_dist.foundation.process import this_rank
@@ -19,6 +17,11 @@ from dpo_dist.foundation.streams import print_line
 def main() -> int:
     """Replace this process by the verb's program; without a verb, print the list and return the exit code."""
     verb, *arguments = sys.argv[1:] or [""]
+    if verb == "--version":
+        print_line(f"dpo_dist {dpo_dist.__version__}")
+        return ExitCode.completed
+    from dpo_dist.config.verbs import OWN, VERBS  # noqa: PLC0415  (slow: it reads the keys of tools)
+
     if verb in ("help", "-h", "--help") and arguments:
         verb, *arguments = (
             [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
@@ -30,23 +33,18 @@ def main() -> int:
             return ExitCode.completed
         python = [sys.executable, *_python_options()]
         os.execv(sys.executable, [*python, "-m", VERBS[verb].module, *arguments])  # noqa: S606
-    if verb == "--version":
-        print_line(f"dpo_dist {dpo_dist.__version__}")
-        return ExitCode.completed
     is_asked = verb in ("help", "-h", "--help")
-    mistake = [f"there is no verb {verb!r}; {_suggest(verb)}".rstrip("; ")] if verb and not is_asked else []
-    if mistake and ErrorPrinter().is_document:
+    is_mistake = verb != "" and not is_asked
+    if is_mistake and ErrorPrinter().is_document:
         exit_after(lambda: _refuse(verb))
-    tools: dict[str, Verb] = {}
-    for extension in extensions():
-        tools |= extension.verbs
-    runs = {name: row for name, row in VERBS.items() if name not in tools}
+    tools = {name: row for name, row in VERBS.items() if name not in OWN}
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
-    for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
+    for title, verbs in (("train, and what a run needs", OWN), ("look at data, models and runs", tools)):
         lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
     lines += ["", f"pages: {pages()}"]
-    # Last, as the list fills a screen.
-    print_line("\n".join([*lines, *(f"\n{text}" for text in mistake)]))
+    if is_mistake:  # last, as the list fills a screen
+        lines.append(f"\nthere is no verb {verb!r}; {_suggest(verb)}")
+    print_line("\n".join(lines))
     return ExitCode.completed if is_asked else ExitCode.invalid
 
 
@@ -64,6 +62,7 @@ def _suggest(verb: str) -> str:
     """Return what to write for a verb that does not exist."""
     from dpo_dist.config.advice import advice  # noqa: PLC0415  (slow)
     from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
+    from dpo_dist.config.verbs import VERBS  # noqa: PLC0415  (slow)
     from dpo_dist.foundation.fields import choices  # noqa: PLC0415  (slow)
 
     answers = advice().equivalents(verb, "methods")

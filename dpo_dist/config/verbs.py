@@ -7,7 +7,7 @@ of its `Extension`, with the trainer's keys that it reads.
 from dpo_dist.config.extensions import Verb, extensions
 
 _RUN = ("model.path", "data.train")
-_OWN = {
+OWN = {
     "train": Verb("dpo_dist.train", "train a policy, from its last checkpoint if there is one", _RUN),
     "precompute": Verb(
         "dpo_dist.verbs.precompute",
@@ -57,7 +57,8 @@ _OWN = {
         is_one_process=True,
     ),
 }
-VERBS: dict[str, Verb] = dict(_OWN)
+"""The verbs of the trainer."""
+VERBS = dict(OWN)
 for _extension in extensions():
     VERBS |= _extension.verbs
 EVERY_VERB = " ".join(name for name, verb in VERBS.items() if verb.is_configured)
