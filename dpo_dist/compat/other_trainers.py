@@ -60,22 +60,22 @@ class Answer(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-def answers_on(name: str, value: str) -> list[Answer]:
-    """Return the answers to another trainer's option `name`, or `name=value`."""
+def answer_on(name: str, value: str) -> Answer | None:
+    """Return the answer to another trainer's option `name`, or `name=value`; None if there is none."""
 
     def filled(text: str) -> str:
         return text.replace("[{value}]", f"[{value.strip('[]') or '...'}]").replace("{value}", value or "...")
 
-    answers = []
-    for row in equivalents(name, "advice"):
-        words = shlex.split(row.get("write", ""))
-        if value.lower() in OFF and "=" not in name and words and "{value}" not in "".join(words):
-            answers.append(Answer("not needed: it is off"))
-            continue
-        is_known = bool(value) or not any("{value}" in word for word in words)
-        text = filled(row.get("text", f"write {row.get('write')}"))
-        answers.append(Answer(text, tuple(map(filled, words)) if is_known else ()))
-    return answers
+    rows = equivalents(name, "advice")
+    if not rows:
+        return None
+    row = rows[0]
+    written = row.get("write", "")
+    takes_value = "{value}" in written
+    if value.lower() in OFF and "=" not in name and written and not takes_value:
+        return Answer("not needed: it is off")
+    words = shlex.split(written) if value or not takes_value else []
+    return Answer(filled(row.get("text", f"write {written}")), tuple(map(filled, words)))
 
 
 def is_switch(name: str) -> bool:
@@ -92,14 +92,14 @@ _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"
 """Keys whose value may name another way of training."""
 
 
-def find_answers(key: str, value: str) -> list[Answer]:
-    """Return the answers to a key with this value, or on a key of the same meaning."""
+def find_answer(key: str, value: str) -> Answer | None:
+    """Return the answer to a key with this value, or to a key of the same meaning; None if there is none."""
     names = (key, *equivalents(key, "keys"))
     methods = equivalents(value, "methods") if {*map(strip_indices, names)} & _METHODS else ()
-    answers = [Answer(method) for method in methods]
-    for name in names:
-        answers += answers_on(f"{name}={value}", value)
-    return answers
+    if methods:
+        return Answer(methods[0])
+    answers = (answer_on(f"{name}={value}", value) for name in names)
+    return next(filter(None, answers), None)
 
 
 def as_sources(value: Any) -> Any:
@@ -154,10 +154,12 @@ class OtherTrainers(Advice):
     foreign_file = staticmethod(foreign_file)
     as_sources = staticmethod(as_sources)
 
-    def advice_on(self, name: str, value: str) -> list[str]:
-        """Return what to advise on another program's option `name`, or `name=value`."""
-        return [answer.text for answer in answers_on(name, value)]
+    def advice_on(self, name: str, value: str) -> str:
+        """Return what to advise on another program's option `name`, or `name=value`; "" if nothing."""
+        answer = answer_on(name, value)
+        return answer.text if answer else ""
 
-    def find_advice(self, key: str, value: str) -> list[str]:
-        """Return the advice on a key with this value, or on a key of the same meaning."""
-        return [answer.text for answer in find_answers(key, value)]
+    def find_advice(self, key: str, value: str) -> str:
+        """Return the advice on a key with this value, or on a key of the same meaning; "" if none."""
+        answer = find_answer(key, value)
+        return answer.text if answer else ""

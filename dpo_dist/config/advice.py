@@ -27,13 +27,13 @@ class Advice:
         """Return the error for another program's file; None if it is none."""
         return None
 
-    def advice_on(self, name: str, value: str) -> list[str]:
-        """Return what to advise on another program's option `name`, or `name=value`."""
-        return []
+    def advice_on(self, name: str, value: str) -> str:
+        """Return what to advise on another program's option `name`, or `name=value`; "" if nothing."""
+        return ""
 
-    def find_advice(self, key: str, value: str) -> list[str]:
-        """Return the advice on a key with this value, or on a key of the same meaning."""
-        return []
+    def find_advice(self, key: str, value: str) -> str:
+        """Return the advice on a key with this value, or on a key of the same meaning; "" if none."""
+        return ""
 
     def as_sources(self, value: Any) -> Any:
         """Return another program's list of datasets as sources; other values as they are."""

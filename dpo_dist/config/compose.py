@@ -394,7 +394,7 @@ class Composition:
             set_key = override.key_or_group
             if not self._is_choice(override) and (is_within(key, set_key) or is_within(set_key, key)):
                 # For a key inside of a typed mapping, `model.adapter.r` of `model.adapter={r: x}`, the key is
-                # the place: a remedy changes it there, and keeps the mapping's other keys.
+                # the place: the word has other keys, too.
                 return key if len(key) > len(set_key) else Typed(str(override.input_line))
         for layer in reversed(self._layers):
             with contextlib.suppress(KeyError, TypeError):

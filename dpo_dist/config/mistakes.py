@@ -286,7 +286,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
-    remedy = (advice().find_advice(key, value) or [_instead_of_key(key, value)])[0]
+    remedy = advice().find_advice(key, value) or _instead_of_key(key, value)
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
@@ -320,8 +320,8 @@ def _instead_of_key(raw_key: str, value: str) -> str:
 
     # Another trainer's name, or a key without its section: `learning_rate=1`, `max_steps=3`.
     same = advice().equivalents(key, "keys")
-    remedies = advice().advice_on(key, value)
-    if not same and not remedies:
+    remedy = advice().advice_on(key, value)
+    if not same and not remedy:
         inside = [option for option in valid_keys if option.startswith(mapping)]
         same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     assignments = list(filter(None, [assignment(other, value) for other in same]))
@@ -330,10 +330,10 @@ def _instead_of_key(raw_key: str, value: str) -> str:
         for other in same:
             if other.startswith("loss.options."):
                 losses += [f"loss={kind}" for kind in kinds_using(other.removeprefix("loss."))]
-        remedy = to_write_one_of(assignments)
-        return f"{remedy}{_NEEDS_LOSS}{' or '.join(losses)}" if losses else remedy
-    if remedies:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
-        return remedies[0]
+        words = to_write_one_of(assignments)
+        return f"{words}{_NEEDS_LOSS}{' or '.join(losses)}" if losses else words
+    if remedy:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
+        return remedy
     if same:  # it does not accept the value: `loss_type=sigmod` -> loss=sigmoid
         ours = same[0]
         row = all_keys().get(ours)
@@ -367,21 +367,18 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     """Return the error for a preset that does not exist."""
     presets = preset_names(group, folders)
     plus = "+" if group == "experiment" else ""
-    remedy = f"write {plus}{group}=NAME"
-    if len(presets) == 1:
-        remedy = to_write(f"{plus}{group}={presets[0]}")
-    remedies = advice().find_advice(group, choice)
+    remedy = advice().find_advice(group, choice)
     guess = likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, presets)
-    if remedies:
-        remedy = remedies[0]
-    elif guess:
+    if not remedy and guess:
         remedy = _did_you_mean(f"{plus}{group}={guess}")
-    elif group in _PRESET_PATHS:
+    elif not remedy and group in _PRESET_PATHS:
         keys = filter(run_keys().__contains__, _PRESET_PATHS[group])
         words = filter(None, [assignment(key, choice) for key in keys])
         remedy = to_write_one_of(list(words), lead="a path is no preset: write")
-    elif group == "experiment":
-        remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
+    elif not remedy:
+        remedy = f"write {plus}{group}={presets[0] if len(presets) == 1 else 'NAME'}"
+        if group == "experiment":
+            remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(
         f"there is no {group} named {choice!r}",
         where=group,
@@ -579,9 +576,9 @@ def _instead_of_value(key: str, hint: Any, value: Any, where: str, values: Mappi
     got = as_written(value)
     if isinstance(value, bool) and isinstance(where, InFile) and choices(hint):
         return "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    remedies = advice().find_advice(key, got)
-    if remedies:
-        return remedies[0]
+    remedy = advice().find_advice(key, got)
+    if remedy:
+        return remedy
     if got.lower() in ("none", "nil") and _is_accepted(key, "null"):
         return to_write(f"{key}=null")
     choice = likely_name(got, choices(hint))

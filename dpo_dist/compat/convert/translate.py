@@ -29,10 +29,10 @@ import yaml
 from dpo_dist.compat.convert.reading import ForeignRun
 from dpo_dist.compat.other_trainers import (
     Answer,
-    answers_on,
+    answer_on,
     as_sources,
     equivalents,
-    find_answers,
+    find_answer,
     is_switch,
     names_of,
 )
@@ -186,8 +186,8 @@ class _Meaning(NamedTuple):
 def _meaning_of(name: str, value: Any) -> _Meaning:
     """Find what a name of theirs with this value may mean."""
     text = as_written(value)
-    on_value = find_answers(name, text)
-    on_name = answers_on(name, text)
+    on_value = find_answer(name, text)
+    on_name = answer_on(name, text)
     targets = list(equivalents(name, "keys"))
     if not targets and not on_name:
         for ours in verb_keys("train"):
@@ -205,8 +205,8 @@ def _meaning_of(name: str, value: Any) -> _Meaning:
     if not on_value:  # an answer to this very value, `loss_type: bco_unpaired`, goes before a key that fits
         for target in targets:
             fitting += [(target, form) for form in forms if fits(target, form)]
-    answer = next(iter((*on_value, *on_name)), None)
-    has_value = on_name != answers_on(name, "")  # the answer's words have the user's value
+    answer = on_value or on_name
+    has_value = on_name != answer_on(name, "")  # the answer's words have the user's value
     is_certain = bool(on_value) or value is True or has_value
     overrides = _keys_of(answer.words) if answer and is_certain and not fitting else {}
     return _Meaning(targets, fitting, answer, overrides, is_switch(name))
@@ -509,11 +509,11 @@ def _method(run: Translation) -> str:
     for kind in kinds:
         words = (kind, *equivalents(str(kind), "values"))
         our_kinds.append(next((word for word in words if fits("loss.kind", word)), None))
-    answers = find_answers("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
-    if None in our_kinds and not any(answer.words for answer in answers):
+    answer = find_answer("loss_type", as_written(kinds[0])) if len(kinds) == 1 else None
+    if None in our_kinds and not (answer and answer.words):
         remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
         got = as_written(kinds[our_kinds.index(None)])
-        remedy = answers[0].text if answers else remedy
+        remedy = answer.text if answer else remedy
         raise ConfigError("dpo-dist does not have this loss", got=got, remedy=remedy)
     if len(kinds) > 1 or weights:
         weights = weights or [1.0] * len(kinds)
