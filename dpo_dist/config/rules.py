@@ -210,7 +210,7 @@ def likely_metric(name: str) -> str | None:
 def _instead_of_metric(name: str) -> str:
     listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
     guess = likely_metric(name)
-    return f"did you mean {guess}?" + f" {listed}" if guess else listed
+    return f"did you mean {guess}? {listed}" if guess else listed
 
 
 _ADAPTER = "set 'model.adapter={r: 64, alpha: 128}'"
