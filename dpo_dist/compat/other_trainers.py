@@ -54,7 +54,7 @@ def names_of(key: str) -> list[str]:
 
 
 class Answer(NamedTuple):
-    """What to do about another trainer's option, and the words of a command that do it, if they are known."""
+    """What to do about another trainer's option, and the words of a command that do it."""
 
     text: str
     words: tuple[str, ...] = ()
@@ -71,11 +71,10 @@ def answer_on(name: str, value: str) -> Answer | None:
         return None
     row = rows[0]
     written = row.get("write", "")
-    takes_value = "{value}" in written
-    if value.lower() in OFF and "=" not in name and written and not takes_value:
+    if value.lower() in OFF and "=" not in name and written and "{value}" not in written:
         return Answer("not needed: it is off")
-    words = shlex.split(written) if value or not takes_value else []
-    return Answer(filled(row.get("text", f"write {written}")), tuple(map(filled, words)))
+    text = row.get("text", f"write {written}")
+    return Answer(filled(text), tuple(map(filled, shlex.split(written))))
 
 
 def is_switch(name: str) -> bool:

@@ -86,6 +86,15 @@ def test_every_error_says_what_to_do() -> None:
     assert without == []
 
 
+def test_several_mistakes_say_what_is_expected_once() -> None:
+    remedies = ("set it to a number", "did you mean loss=ipo?", "remove it")
+    mistakes = [ConfigError("no", where=remedy, expected="a number", remedy=remedy) for remedy in remedies]
+    with pytest.raises(ConfigError) as raised:
+        raise_all(mistakes)
+    lines = [line.strip() for line in raised.value.remedy.splitlines()]
+    assert ["expected" in line for line in lines] == [False, False, True]
+
+
 def test_several_mistakes_lack_what_each_of_them_lacks() -> None:
     for others, lacks in ((Lack.package, "package"), (Lack.room, None), (None, None)):
         mistakes = [ConfigError("one", lacks=Lack.package), ConfigError("two", lacks=others)]

@@ -234,6 +234,14 @@ def test_the_limit_of_steps_lets_an_evaluation_end_and_a_tracker_does_not() -> N
     assert (stop.vote(), stop.is_urgent, stop.reason) == (True, True, "the tracker")
 
 
+def test_a_run_that_a_tool_starts_gets_a_signal_when_the_tool_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ctypes.c_int()
+    monkeypatch.setenv(signals.LAUNCHER_VARIABLE, str(os.getpid()))
+    with signals.end_with_launcher():
+        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
+    assert asked.value == signal.SIGTERM
+
+
 def test_a_launcher_that_died_during_the_imports_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -310,6 +310,23 @@ def test_a_verb_that_is_not_there_names_the_one_that_is(
     assert said in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_list_has_the_verbs_of_a_run_before_those_of_tools(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", "--help"])
+    assert dpo_dist.__main__.main() == 0
+    runs, tools = capsys.readouterr().out.split("look at data, models and runs:")
+    assert {"train", "export"} <= {line.split()[0] for line in runs.splitlines() if line}
+    assert {"doctor", "convert"} <= {line.split()[0] for line in tools.splitlines() if line}
+
+
+def test_the_version_does_not_read_the_keys() -> None:
+    program = "import sys, dpo_dist.__main__ as main; main.main(); print('pydantic' in sys.modules)"
+    command = [sys.executable, "-c", program, "--version"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == [f"dpo_dist {dpo_dist.__version__}", "False"]
+
+
 @pytest.mark.parametrize(
     ("asked", "becomes"), [("loss.beta", ["train", "--help", "loss.beta"]), ("chat", ["chat", "--help"])]
 )
