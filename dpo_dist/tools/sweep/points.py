@@ -18,7 +18,7 @@ from dpo_dist.config.keys import group_folders, preset_names
 from dpo_dist.config.load import load_command
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
 from dpo_dist.foundation.fields import plain
-from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write, to_write_one_of
+from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write
 from dpo_dist.foundation.text import first_few
 from dpo_dist.foundation.user_code import find_function
 from dpo_dist.kit import (
@@ -219,10 +219,10 @@ def _samplable(key: str, text: str, interval: IntervalSweep) -> str:
         return "the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)"
     if low > high:
         turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", text.replace(" ", ""))
-        return to_write_one_of([f"{key}={turned}"], lead="the smaller number comes first: write")
+        return to_write(f"{key}={turned}", verb="the smaller number comes first: write")
     low = high / 100 if high > 0 else 1e-7
     word = f"{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))"
-    return to_write_one_of([word], lead="log needs numbers above 0: write")
+    return to_write(word, verb="log needs numbers above 0: write")
 
 
 def _dimension(override: Override) -> tuple[float, Dimension]:
