@@ -65,7 +65,8 @@ from dpo_dist.training.reference import (
     reference_without_store,
 )
 from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_latest_rows
-from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
+from dpo_dist.training.reporting.protocols import Reporting, When
+from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, check_keep_best, identify, load_inputs
@@ -111,7 +112,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                         write_state(run.folder, stopped)
                 raise
             if loop.recorder is not None:
-                engines.enter_context(loop.recorder.close_on_error())
+                engines.enter_context(loop.recorder.trackers.finish_on_error())
             return run_to_its_end(loop, position, reporting.run_card)
 
 
@@ -438,7 +439,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
     resumed = position.step or None
     plan = MetricPlan(run.config.loss)
     metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes)
-    return reporting.open_recorder(run, metrics)
+    return Recorder.open(run, metrics, reporting)
 
 
 def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:

@@ -121,20 +121,7 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         in_train = count_trained(entry.path, hashes, config.loss.unit, console)
         counts = {**dataset.counts, "prompts_also_in_train": in_train}
         dataset_with_count = replace(dataset, counts=counts)
-        reference = config.reference.path or config.model.path
-        seed = config.trainer.seed
-        results = write_evaluation(
-            name,
-            entry.path,
-            means,
-            values,
-            dataset_with_count,
-            run=folder,
-            loss=config.loss,
-            reference=reference,
-            seed=seed,
-            revision=commit,
-        )
+        results = write_evaluation(run, name, entry.path, means, values, dataset_with_count, commit)
         console.result("results", {"model": entry.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.named_evaluation(name).path}")
         return results

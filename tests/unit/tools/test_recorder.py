@@ -9,8 +9,9 @@ from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.tools.report import recorder as recorder_module
-from dpo_dist.tools.report.recorder import RunRecorder
+from dpo_dist.tools.report.recorder import reporting
 from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.reporting.trackers import Trackers
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
@@ -26,7 +27,7 @@ class Opened:
         config = RunConfig(model=ModelConfig("somewhere"), run=FolderConfig(str(run)))
         of_run = Run(config, ALONE, Console(LineScreen(self.said.append)))
         log = MetricsLog.open(of_run.folder, None, print)
-        self.recorder = RunRecorder(of_run, log, Trackers([self.tracker]))
+        self.recorder = Recorder(of_run, log, reporting(), Trackers([self.tracker]))
 
 
 def sampled(step: int, **values: float) -> dict[str, float]:
@@ -49,13 +50,13 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
 def test_a_bug_in_a_report_ends_no_run_but_a_full_disk_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("draw_curves", "write_page", "sample_alarm"):
+    for name in ("draw_curves", "write_page", "sample_alarm", "verdict", "closing_table"):
         monkeypatch.setattr(recorder_module, name, mock.Mock(side_effect=ZeroDivisionError))
     opened = Opened(tmp_path)
     opened.recorder.row(sampled(2))
     opened.recorder.close(SUMMARY, RunOutcome.completed)
     assert [row["step"] for row in opened.recorder.metrics.rows] == [2]
-    assert ["is missing because of a bug" in text for text in opened.said[:3]] == [True] * 3
+    assert ["is missing because of a bug" in text for text in opened.said] == [True] * 5
     assert opened.tracker.finish.mock_calls[0].args[0] == "completed"
     monkeypatch.setattr(recorder_module, "write_page", mock.Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
