@@ -7,9 +7,10 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   a verb with its configuration, `checked_console` and `check_start` check what it needs, `dry_run` answers
   `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
-  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceMode`, `UNSET`. `load_run_config` reads words, of which
-  `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config` checks a changed one,
-  `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a value, `value_at` has it.
+  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceConfig`, `ReferenceMode`, `UNSET`. `load_run_config`
+  reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config`
+  checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a
+  value, `value_at` has it.
 - **Losses**: `loss_kinds` names those of a run's settings, `kinds_using` those with an option, `loss_unit`
   says what they count, `balancing_weight` balances labels.
 - **Folders**: `RunFolder` has the files of a run, with `LAST_EVALUATION`, and a tool adds its own as
@@ -37,7 +38,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   of a run. `can_mix_lengths` checks that a model generates what it predicts, `extend` generates, with images
   by `image_inputs`; faults are `NotFiniteError` and `WrongGenerationError`.
 - **Data**: `prepare_data` encodes those of a run, each source as a `PreferenceDataset`; `saved_by_tree` says
-  what its shared prefixes save, `in_chunks` divides records.
+  what its shared prefixes save, `in_chunks` divides records. `find_stored` finds the stores of a reference's
+  log-probs, `stored_pairs` reads those of pairs.
 - **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights`, its `Footprint` those of a
   device. `matmul_peak`, `REACHED_SHARES`, `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates.
 
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
         ModelConfig,
         Offload,
         ParallelismKind,
+        ReferenceConfig,
         ReferenceMode,
         RunConfig,
     )
@@ -121,6 +124,7 @@ if TYPE_CHECKING:
     from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
     from dpo_dist.reference.digest import digest_model
     from dpo_dist.reference.model_source import ModelSource, find_files, find_model
+    from dpo_dist.reference.stored import find_stored, stored_pairs
     from dpo_dist.training.evaluation.table import EVALUATION_METRICS, evaluation_cells
     from dpo_dist.training.evaluation.trained_prompts import count_trained
     from dpo_dist.training.export import checkpoint_as_model, merge_adapter
@@ -159,7 +163,10 @@ _NAMES = {
     "config.run_folder": """
         LAST_EVALUATION PathBelow RunFolder check_writable existing_run is_checkpoint strip_key
     """,
-    "config.schema": "UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceMode RunConfig",
+    "config.schema": """
+        UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceConfig ReferenceMode
+        RunConfig
+    """,
     "distributed.deepspeed_config": "unsharded_loading",
     "distributed.memory": "return_memory",
     "distributed.zero": "Engine",
@@ -176,6 +183,7 @@ _NAMES = {
     "objective.intervals": "Column bootstrap_intervals wilson_interval",
     "reference.digest": "digest_model",
     "reference.model_source": "ModelSource find_files find_model",
+    "reference.stored": "find_stored stored_pairs",
     "training.evaluation.table": "EVALUATION_METRICS evaluation_cells",
     "training.evaluation.trained_prompts": "count_trained",
     "training.export": "checkpoint_as_model merge_adapter",

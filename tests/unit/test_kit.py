@@ -17,21 +17,20 @@ NAMES = """
     LAST_EVALUATION LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column
     Direction Dtype Engine Extension Footprint LossConfig LossKind MetricsRow ModelConfig
     ModelSource NotFiniteError Offload PackedCausalLM ParallelismKind PathBelow PreferenceDataset
-    ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
-    balancing_weight best_direction bootstrap_intervals can_mix_lengths check_rules check_start
-    check_writable checked_console checkpoint_as_model complete_config context_length count_trained
-    description_folder digest_model dry_run evaluation_cells existing_run extend final_and_best
-    find_files find_metric find_model find_stop_ids finite fits has_products hub_commit image_inputs
-    in_chunks is_checkpoint is_collapsed joined_run kinds_using likely_metric load_config
-    load_encoder load_run_config local_model_folder locate_model logps_by_side loss_kinds loss_unit
-    matmul_peak merge_adapter metrics_by_source needs_of packed_logps parse_overrides
-    policy_without_weights prepare_data results_name return_memory run_keys run_verb saved_by_tree
-    short_name strip_key to_unset to_yaml train unsharded_loading unused value_at wilson_interval
-    write_command
+    ReferenceConfig ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb
+    WrongGenerationError balancing_weight best_direction bootstrap_intervals can_mix_lengths
+    check_rules check_start check_writable checked_console checkpoint_as_model complete_config
+    context_length count_trained description_folder digest_model dry_run evaluation_cells
+    existing_run extend final_and_best find_files find_metric find_model find_stop_ids find_stored
+    finite fits has_products hub_commit image_inputs in_chunks is_checkpoint is_collapsed joined_run
+    kinds_using likely_metric load_config load_encoder load_run_config local_model_folder
+    locate_model logps_by_side loss_kinds loss_unit matmul_peak merge_adapter metrics_by_source
+    needs_of packed_logps parse_overrides policy_without_weights prepare_data results_name
+    return_memory run_keys run_verb saved_by_tree short_name stored_pairs strip_key to_unset to_yaml
+    train unsharded_loading unused value_at wilson_interval write_command
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
-    "batching.content_keys": "Keys",
     "config.advice": "OFF Advice",
     "config.compose": "Composition names_chosen read_keys",
     "config.identity": "settings",
@@ -44,7 +43,7 @@ ELSEWHERE = {
     "config.run_folder": "checkpoint_name checkpoint_step",
     "config.schema": """
         KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights ImagesConfig
-        OptimConfig ReferenceConfig TrackerName
+        OptimConfig TrackerName
     """,
     "config.verbs": "VERBS",
     "distributed": "deepspeed_config",
@@ -55,14 +54,13 @@ ELSEWHERE = {
     "encoded.workers": "in_order",
     "model.attention.kernels": "check_kernel choose_backend",
     "model.exactness": "Agree",
-    "model.files.folder": "check_tokenizer_files model_folder start_folder",
+    "model.files.folder": "check_tokenizer_files model_folder",
     "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
     "model.library_internals": "fill_conversions",
     "model.lora": "adapter_off",
     "model.packed": "rope_limit",
     "objective.metrics": "PairValues",
     "reference.engine": "fault_agreement load_reference",
-    "reference.store": "LogpStore StoredLogps read_fingerprints",
     "training.clock": "WORKS Work",
     "training.reporting.protocols": "Reporting",
     "training.start.dry_run": "start_in_words",
