@@ -12,17 +12,16 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a
   value, `value_at` has it.
 - **Losses**: `loss_kinds` names those of a run's settings, `kinds_using` those with an option, `loss_unit`
-  says what they count, `balancing_weight` balances labels.
-- **Folders**: `RunFolder` has the files of a run, with `LAST_EVALUATION`, and a tool adds its own as
-  `PathBelow`; `check_writable` checks one, `existing_run` and `strip_key` read its name on a command line.
-  `is_checkpoint` knows a checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls
-  a model, `short_name` names it.
+  says what they count.
+- **Folders**: `RunFolder` has the files of a run, and a tool adds its own as `PathBelow`; `check_writable`
+  checks one, `existing_run` and `strip_key` read its name on a command line. `is_checkpoint` knows a
+  checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls a model, `short_name`
+  names it.
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
   `CUSTOM`, `TERMS` and `LOSS_METRICS`; `best_direction` and `likely_metric` are for names that users write.
   Names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts.
 - **A run on disk**: `RunHistory` has what it wrote, with a `MetricsRow` for each step and evaluation.
-  `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` and `metrics_by_source`
-  sum rows up.
+  `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` sums rows up.
 - **Evaluations**: `evaluation_cells` are the table of `EVALUATION_METRICS` of one, `count_trained` counts
   prompts that a model knows from its training. `bootstrap_intervals` and `wilson_interval` are intervals of
   means and shares, of values in a `Column`.
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from dpo_dist.config.identity import loss_kinds
     from dpo_dist.config.keys import run_keys
     from dpo_dist.config.load import complete_config, load_run_config, to_yaml
-    from dpo_dist.config.losses import LossConfig, LossKind, balancing_weight, kinds_using, loss_unit
+    from dpo_dist.config.losses import LossConfig, LossKind, kinds_using, loss_unit
     from dpo_dist.config.metrics import (
         ACCURACIES,
         ALL,
@@ -83,7 +82,6 @@ if TYPE_CHECKING:
         value_at,
     )
     from dpo_dist.config.run_folder import (
-        LAST_EVALUATION,
         PathBelow,
         RunFolder,
         check_writable,
@@ -135,7 +133,6 @@ if TYPE_CHECKING:
         finite,
         is_collapsed,
         logps_by_side,
-        metrics_by_source,
     )
     from dpo_dist.training.run import train
     from dpo_dist.training.start.dry_run import dry_run
@@ -152,7 +149,7 @@ _NAMES = {
     "config.identity": "loss_kinds",
     "config.keys": "run_keys",
     "config.load": "complete_config load_run_config to_yaml",
-    "config.losses": "LossConfig LossKind balancing_weight kinds_using loss_unit",
+    "config.losses": "LossConfig LossKind kinds_using loss_unit",
     "config.metrics": """
         ACCURACIES ALL AUC CUSTOM LOSS_METRICS MAIN METRICS PREFIX TERMS find_metric results_name
     """,
@@ -160,9 +157,7 @@ _NAMES = {
     "config.rules": """
         HOLD_OUT Rule best_direction check_rules likely_metric needs_of to_unset unused value_at
     """,
-    "config.run_folder": """
-        LAST_EVALUATION PathBelow RunFolder check_writable existing_run is_checkpoint strip_key
-    """,
+    "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
     "config.schema": """
         UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceConfig ReferenceMode
         RunConfig
@@ -188,9 +183,7 @@ _NAMES = {
     "training.evaluation.trained_prompts": "count_trained",
     "training.export": "checkpoint_as_model merge_adapter",
     "training.reporting.history": "RunHistory",
-    "training.reporting.metrics_log": """
-        MetricsRow final_and_best finite is_collapsed logps_by_side metrics_by_source
-    """,
+    "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed logps_by_side",
     "training.run": "train",
     "training.start.dry_run": "dry_run",
     "training.start.footprint": "GPUS_PER_NODE Footprint Shapes policy_without_weights",

@@ -22,7 +22,7 @@ from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
@@ -549,7 +549,7 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
     """Write the checkpoint of `step` as the model of the run; collective."""
     run = loop.run
     is_last = step == summary["steps"]
-    checkpoint = run.folder.checkpoints / checkpoint_name(step)
+    checkpoint = run.folder.checkpoint(step)
 
     def card(loader: str) -> str:
         assert loop.recorder is not None

@@ -13,7 +13,6 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.kit import (
-    LAST_EVALUATION,
     MetricsRow,
     PreferenceDataset,
     Run,
@@ -75,7 +74,7 @@ def worst_of_run(run: Run, inputs: Inputs, values: PairValues) -> None:
     """Write the worst pairs of the evaluation after the last step."""
     if not run.config.loss.is_one_sided:
         assert inputs.eval_set is not None, "evaluations have data"
-        file = run.folder.named_evaluation(LAST_EVALUATION).worst
+        file = run.folder.last_evaluation.worst
         is_unpaired = run.config.loss.is_unpaired
         write_worst(file, values, inputs.eval_set, inputs.tokenizer, is_unpaired=is_unpaired)
 

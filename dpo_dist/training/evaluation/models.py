@@ -121,9 +121,10 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         in_train = count_trained(entry.path, hashes, config.loss.unit, console)
         counts = {**dataset.counts, "prompts_also_in_train": in_train}
         dataset_with_count = replace(dataset, counts=counts)
-        results = write_evaluation(run, name, entry.path, means, values, dataset_with_count, commit)
+        named = folder.named_evaluation(name)
+        results = write_evaluation(run, named, entry.path, means, values, dataset_with_count, commit)
         console.result("results", {"model": entry.path, **results}, evaluation_table(results))
-        run.say(f"evaluation: {folder.evaluation.results}   also in {folder.named_evaluation(name).path}")
+        run.say(f"evaluation: {folder.evaluation.results}   also in {named.path}")
         return results
 
     with console.heartbeat("reading the prompts of its training, computing intervals, writing the scores"):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
+from dpo_dist.config.run_folder import EvaluationFolder
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.objective.intervals import (
@@ -182,14 +183,14 @@ def write_scores(
 
 def write_evaluation(
     run: Run,
-    name: str,
+    folder: EvaluationFolder,
     model: str,
     means: dict[str, float],
     values: PairValues,
     dataset: PreferenceDataset,
     revision: str | None = None,
 ) -> Results:
-    """Write the files of an evaluation to its folder `name`, and copies as the newest evaluation's files.
+    """Write the files of an evaluation to its `folder`, and copies as the newest evaluation's files.
 
     Each file is written whole or not at all. Returns the results. `model`: the model's path; `revision`: its
     commit, if it is from the hub. `means`: the exact value of every metric.
@@ -216,7 +217,6 @@ def write_evaluation(
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    folder = run.folder.named_evaluation(name)
     newest = run.folder.evaluation
     for path in (folder.path, newest.path):
         files.remove_abandoned(path)

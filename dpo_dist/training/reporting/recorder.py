@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from dpo_dist.config.identity import title
-from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.objective.metrics import PairColumn, PairValues
@@ -50,8 +49,10 @@ class Recorder:
         """Write the files of the evaluation after the last step."""
         with warn_on_bug("the last evaluation's folder", self.run.warn):
             assert inputs.eval_set is not None, "evaluations have data"
-            model = str(self.run.folder.model)
-            write_evaluation(self.run, LAST_EVALUATION, model, means, values, inputs.eval_set)
+            folder = self.run.folder
+            write_evaluation(
+                self.run, folder.last_evaluation, str(folder.model), means, values, inputs.eval_set
+            )
             self.reporting.write_worst(self.run, inputs, values)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
