@@ -47,6 +47,11 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
     assert again.startswith("warning: over-optimised after step 10")
     alarms = [row.get("eval_samples/alarms") for row in opened.recorder.metrics.rows]
     assert alarms == [None, 0, 1, 1, 0, 1]
+    opened.recorder.close(SUMMARY, RunOutcome.completed)
+    folder = opened.recorder.run.folder
+    sentence = json.loads(folder.summary.read_bytes())["verdict"]["sentence"]
+    table, verdict = map("\n".join(opened.said).index, (f"report     {folder.report}", sentence))
+    assert table < verdict
 
 
 def test_a_bug_in_a_report_ends_no_run_but_a_full_disk_does(
