@@ -7,24 +7,24 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   a verb with its configuration, `checked_console` and `check_start` check what it needs, `dry_run` answers
   `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
-  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceMode`, `UNSET`. `load_run_config` reads words, of which
-  `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config` checks a changed one,
-  `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a value, `value_at` has it.
+  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceConfig`, `ReferenceMode`, `UNSET`. `load_run_config`
+  reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config`
+  checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a
+  value, `value_at` has it.
 - **Losses**: `loss_kinds` names those of a run's settings, `kinds_using` those with an option, `loss_unit`
-  says what they count, `balancing_weight` balances labels.
-- **Folders**: `RunFolder` has the files of a run, with `LAST_EVALUATION`, and a tool adds its own as
-  `PathBelow`; `check_writable` checks one, `existing_run` and `strip_key` read its name on a command line.
-  `is_checkpoint` knows a checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls
-  a model, `short_name` names it.
+  says what they count.
+- **Folders**: `RunFolder` has the files of a run, and a tool adds its own as `PathBelow`; `check_writable`
+  checks one, `existing_run` and `strip_key` read its name on a command line. `is_checkpoint` knows a
+  checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls a model, `short_name`
+  names it.
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
   `CUSTOM`, `TERMS` and `LOSS_METRICS`; `best_direction` and `likely_metric` are for names that users write.
   Names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts.
-- **A run on disk**: `RunHistory` has what it wrote, a `MetricsLog` keeps a `MetricsRow` for each step and
-  evaluation. `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` and
-  `metrics_by_source` sum rows up.
-- **Evaluations**: `write_evaluation` writes one, `evaluation_cells` are its table of `EVALUATION_METRICS`,
-  `count_trained` counts prompts that a model knows from its training. `bootstrap_intervals` and
-  `wilson_interval` are intervals of means and shares, of values in a `Column`.
+- **A run on disk**: `RunHistory` has what it wrote, with a `MetricsRow` for each step and evaluation.
+  `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` sums rows up.
+- **Evaluations**: `evaluation_cells` are the table of `EVALUATION_METRICS` of one, `count_trained` counts
+  prompts that a model knows from its training. `bootstrap_intervals` and `wilson_interval` are intervals of
+  means and shares, of values in a `Column`.
 - **A run at work**: `train` trains; a `Run` has its configuration, processes and console, and `joined_run` is
   one in which each process loads whole models; `unsharded_loading` and `return_memory` are for these.
 - **A model's files**: a `ModelSource` is checked, loaded to generate (`load`) and to score (`load_packed`);
@@ -37,7 +37,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   of a run. `can_mix_lengths` checks that a model generates what it predicts, `extend` generates, with images
   by `image_inputs`; faults are `NotFiniteError` and `WrongGenerationError`.
 - **Data**: `prepare_data` encodes those of a run, each source as a `PreferenceDataset`; `saved_by_tree` says
-  what its shared prefixes save, `in_chunks` divides records.
+  what its shared prefixes save, `in_chunks` divides records. `find_stored` finds the stores of a reference's
+  log-probs, `stored_pairs` reads those of pairs.
 - **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights`, its `Footprint` those of a
   device. `matmul_peak`, `REACHED_SHARES`, `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates.
 
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from dpo_dist.config.identity import loss_kinds
     from dpo_dist.config.keys import run_keys, to_unset
     from dpo_dist.config.load import complete_config, load_run_config, to_yaml
-    from dpo_dist.config.losses import LossConfig, LossKind, balancing_weight, kinds_using, loss_unit
+    from dpo_dist.config.losses import LossConfig, LossKind, kinds_using, loss_unit
     from dpo_dist.config.metrics import (
         ACCURACIES,
         ALL,
@@ -80,7 +81,6 @@ if TYPE_CHECKING:
         value_at,
     )
     from dpo_dist.config.run_folder import (
-        LAST_EVALUATION,
         PathBelow,
         RunFolder,
         check_writable,
@@ -95,6 +95,7 @@ if TYPE_CHECKING:
         ModelConfig,
         Offload,
         ParallelismKind,
+        ReferenceConfig,
         ReferenceMode,
         RunConfig,
     )
@@ -120,19 +121,17 @@ if TYPE_CHECKING:
     from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
     from dpo_dist.reference.digest import digest_model
     from dpo_dist.reference.model_source import ModelSource, find_files, find_model
-    from dpo_dist.training.evaluation.results import write_evaluation
+    from dpo_dist.reference.stored import find_stored, stored_pairs
     from dpo_dist.training.evaluation.table import EVALUATION_METRICS, evaluation_cells
     from dpo_dist.training.evaluation.trained_prompts import count_trained
     from dpo_dist.training.export import checkpoint_as_model, merge_adapter
     from dpo_dist.training.reporting.history import RunHistory
     from dpo_dist.training.reporting.metrics_log import (
-        MetricsLog,
         MetricsRow,
         final_and_best,
         finite,
         is_collapsed,
         logps_by_side,
-        metrics_by_source,
     )
     from dpo_dist.training.run import train
     from dpo_dist.training.start.dry_run import dry_run
@@ -142,182 +141,56 @@ if TYPE_CHECKING:
     from dpo_dist.training.start.preflight import check_start, checked_console
     from dpo_dist.training.start.prepared_data import prepare_data, saved_by_tree
 
-__all__ = [
-    "ACCURACIES",
-    "ALL",
-    "AUC",
-    "CUSTOM",
-    "DEFAULT_TOKENS",
-    "EVALUATION_METRICS",
-    "FAILURES",
-    "GPUS_PER_NODE",
-    "HOLD_OUT",
-    "LAST_EVALUATION",
-    "LOSS_METRICS",
-    "MAIN",
-    "METRICS",
-    "PREFIX",
-    "REACHED_SHARES",
-    "TERMS",
-    "TORCH_DTYPES",
-    "UNSET",
-    "Column",
-    "Direction",
-    "Dtype",
-    "Engine",
-    "Extension",
-    "Footprint",
-    "LossConfig",
-    "LossKind",
-    "MetricsLog",
-    "MetricsRow",
-    "ModelConfig",
-    "ModelSource",
-    "NotFiniteError",
-    "Offload",
-    "PackedCausalLM",
-    "ParallelismKind",
-    "PathBelow",
-    "PreferenceDataset",
-    "ReferenceMode",
-    "Rule",
-    "Run",
-    "RunConfig",
-    "RunFolder",
-    "RunHistory",
-    "Shapes",
-    "Verb",
-    "WrongGenerationError",
-    "balancing_weight",
-    "best_direction",
-    "bootstrap_intervals",
-    "can_mix_lengths",
-    "check_rules",
-    "check_start",
-    "check_writable",
-    "checked_console",
-    "checkpoint_as_model",
-    "complete_config",
-    "context_length",
-    "count_trained",
-    "description_folder",
-    "digest_model",
-    "dry_run",
-    "evaluation_cells",
-    "existing_run",
-    "extend",
-    "final_and_best",
-    "find_files",
-    "find_metric",
-    "find_model",
-    "find_stop_ids",
-    "finite",
-    "fits",
-    "has_products",
-    "hub_commit",
-    "image_inputs",
-    "in_chunks",
-    "is_checkpoint",
-    "is_collapsed",
-    "joined_run",
-    "kinds_using",
-    "likely_metric",
-    "load_config",
-    "load_encoder",
-    "load_run_config",
-    "local_model_folder",
-    "locate_model",
-    "logps_by_side",
-    "loss_kinds",
-    "loss_unit",
-    "matmul_peak",
-    "merge_adapter",
-    "metrics_by_source",
-    "needs_of",
-    "packed_logps",
-    "parse_overrides",
-    "policy_without_weights",
-    "prepare_data",
-    "results_name",
-    "return_memory",
-    "run_keys",
-    "run_verb",
-    "saved_by_tree",
-    "short_name",
-    "strip_key",
-    "to_unset",
-    "to_yaml",
-    "train",
-    "unsharded_loading",
-    "unused",
-    "value_at",
-    "wilson_interval",
-    "write_command",
-    "write_evaluation",
-]
-
 _NAMES = {
-    "config.command_line": ("run_verb", "write_command"),
-    "config.compose": ("FAILURES", "parse_overrides"),
-    "config.extensions": ("Extension", "Verb"),
-    "config.identity": ("loss_kinds",),
-    "config.keys": ("run_keys", "to_unset"),
-    "config.load": ("complete_config", "load_run_config", "to_yaml"),
-    "config.losses": ("LossConfig", "LossKind", "balancing_weight", "kinds_using", "loss_unit"),
-    "config.metrics": (
-        *("ACCURACIES", "ALL", "AUC", "CUSTOM", "LOSS_METRICS", "MAIN", "METRICS", "PREFIX", "TERMS"),
-        *("find_metric", "results_name"),
-    ),
-    "config.mistakes": ("fits",),
-    "config.rules": (
-        *("HOLD_OUT", "Rule", "best_direction", "check_rules", "likely_metric", "needs_of", "unused"),
-        "value_at",
-    ),
-    "config.run_folder": (
-        *("LAST_EVALUATION", "PathBelow", "RunFolder", "check_writable", "existing_run", "is_checkpoint"),
-        "strip_key",
-    ),
-    "config.schema": (
-        *("UNSET", "Direction", "Dtype", "ModelConfig", "Offload", "ParallelismKind", "ReferenceMode"),
-        "RunConfig",
-    ),
-    "distributed.deepspeed_config": ("unsharded_loading",),
-    "distributed.memory": ("return_memory",),
-    "distributed.zero": ("Engine",),
-    "encoded.dataset": ("PreferenceDataset",),
-    "encoded.workers": ("in_chunks",),
-    "model.architectures": ("context_length",),
-    "model.files.folder": ("description_folder", "hub_commit", "local_model_folder"),
-    "model.files.load": ("TORCH_DTYPES", "load_config", "load_encoder"),
-    "model.files.stops": ("find_stop_ids",),
-    "model.flops": ("REACHED_SHARES", "matmul_peak"),
-    "model.generation": (
-        *("NotFiniteError", "WrongGenerationError", "can_mix_lengths", "extend", "image_inputs"),
-    ),
-    "model.numerics": ("has_products",),
-    "model.packed": ("PackedCausalLM", "packed_logps"),
-    "objective.intervals": ("Column", "bootstrap_intervals", "wilson_interval"),
-    "reference.digest": ("digest_model",),
-    "reference.model_source": ("ModelSource", "find_files", "find_model"),
-    "training.evaluation.results": ("write_evaluation",),
-    "training.evaluation.table": ("EVALUATION_METRICS", "evaluation_cells"),
-    "training.evaluation.trained_prompts": ("count_trained",),
-    "training.export": ("checkpoint_as_model", "merge_adapter"),
-    "training.reporting.history": ("RunHistory",),
-    "training.reporting.metrics_log": (
-        *("MetricsLog", "MetricsRow", "final_and_best", "finite", "is_collapsed", "logps_by_side"),
-        "metrics_by_source",
-    ),
-    "training.run": ("train",),
-    "training.start.dry_run": ("dry_run",),
-    "training.start.footprint": ("GPUS_PER_NODE", "Footprint", "Shapes", "policy_without_weights"),
-    "training.start.named_models": ("locate_model", "short_name"),
-    "training.start.open_run": ("DEFAULT_TOKENS", "Run", "joined_run"),
-    "training.start.preflight": ("check_start", "checked_console"),
-    "training.start.prepared_data": ("prepare_data", "saved_by_tree"),
+    "config.command_line": "run_verb write_command",
+    "config.compose": "FAILURES parse_overrides",
+    "config.extensions": "Extension Verb",
+    "config.identity": "loss_kinds",
+    "config.keys": "run_keys to_unset",
+    "config.load": "complete_config load_run_config to_yaml",
+    "config.losses": "LossConfig LossKind kinds_using loss_unit",
+    "config.metrics": """
+        ACCURACIES ALL AUC CUSTOM LOSS_METRICS MAIN METRICS PREFIX TERMS find_metric results_name
+    """,
+    "config.mistakes": "fits",
+    "config.rules": "HOLD_OUT Rule best_direction check_rules likely_metric needs_of unused value_at",
+    "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
+    "config.schema": """
+        UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceConfig ReferenceMode
+        RunConfig
+    """,
+    "distributed.deepspeed_config": "unsharded_loading",
+    "distributed.memory": "return_memory",
+    "distributed.zero": "Engine",
+    "encoded.dataset": "PreferenceDataset",
+    "encoded.workers": "in_chunks",
+    "model.architectures": "context_length",
+    "model.files.folder": "description_folder hub_commit local_model_folder",
+    "model.files.load": "TORCH_DTYPES load_config load_encoder",
+    "model.files.stops": "find_stop_ids",
+    "model.flops": "REACHED_SHARES matmul_peak",
+    "model.generation": "NotFiniteError WrongGenerationError can_mix_lengths extend image_inputs",
+    "model.numerics": "has_products",
+    "model.packed": "PackedCausalLM packed_logps",
+    "objective.intervals": "Column bootstrap_intervals wilson_interval",
+    "reference.digest": "digest_model",
+    "reference.model_source": "ModelSource find_files find_model",
+    "reference.stored": "find_stored stored_pairs",
+    "training.evaluation.table": "EVALUATION_METRICS evaluation_cells",
+    "training.evaluation.trained_prompts": "count_trained",
+    "training.export": "checkpoint_as_model merge_adapter",
+    "training.reporting.history": "RunHistory",
+    "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed logps_by_side",
+    "training.run": "train",
+    "training.start.dry_run": "dry_run",
+    "training.start.footprint": "GPUS_PER_NODE Footprint Shapes policy_without_weights",
+    "training.start.named_models": "locate_model short_name",
+    "training.start.open_run": "DEFAULT_TOKENS Run joined_run",
+    "training.start.preflight": "check_start checked_console",
+    "training.start.prepared_data": "prepare_data saved_by_tree",
 }
 """The same names by the module that has them; a test compares them with the imports above."""
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,10 +34,10 @@ def main(
     stop = stop or StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_console(config, trains=True) as console:
         # Slow, and the log must have what these imports print.
-        from dpo_dist.training.reporting.recorder import plain_reporting  # noqa: PLC0415
+        from dpo_dist.training.reporting.protocols import Reporting  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
-        reporting = hook("reporting") or plain_reporting
+        reporting = hook("reporting") or Reporting
         return train(config, console, stop, reporting(on_row, on_moment))
 
 

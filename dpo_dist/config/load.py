@@ -126,26 +126,19 @@ def _instead_of_page(key: str, name: str, branch: str) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return `config` as YAML without secrets, which `from_yaml` reads; also the text of an experiment."""
+    """Return `config` as YAML without secrets, as config.yaml has it; also the text of an experiment."""
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain_values(config))))
 
 
 def read_saved(file: Path) -> dict[str, Any]:
-    """Return the values of a run's config.yaml, perhaps a stranger's, by `read_saved_yaml`."""
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise _unreadable_config(str(file), first_line(error)) from None
-    return read_saved_yaml(text, str(file))
-
-
-def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
-    """Return the values of a run's config.yaml; nothing in the file is evaluated.
+    """Return the values of a run's config.yaml, perhaps a stranger's; nothing in the file is evaluated.
 
     Raises:
-        ConfigError: the file has no keys, or has an alias, an interpolation or a key of Hydra's.
+        ConfigError: the file cannot be read, has no keys, or has an alias, an interpolation or a key of
+            Hydra's.
     """
     try:
+        text = file.read_bytes()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it has an alias (*), which no run writes")
         content = yaml.safe_load(text)
@@ -153,35 +146,23 @@ def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, 
             raise ValueError("it has no keys")
         if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
             raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise _unreadable_config(where, first_line(error)) from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            "the configuration of this run cannot be read",
+            where=str(file),
+            got=first_line(error),
+            remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
+        ) from error
     return content
-
-
-def _unreadable_config(where: str, fault: str) -> ConfigError:
-    return ConfigError(
-        "the configuration of this run cannot be read",
-        where=where,
-        got=fault,
-        remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
-    )
-
-
-def from_yaml(text: str | bytes, where: str | Path = "config.yaml") -> RunConfig:
-    """Return the configuration that `to_yaml` wrote; `where`: its file, for errors."""
-    return _saved(read_saved_yaml(text, str(where)), where)
 
 
 def saved_config(file: Path) -> RunConfig:
     """Return the configuration in a run's config.yaml, perhaps a stranger's."""
-    return _saved(read_saved(file), file)
-
-
-def _saved(values: dict[str, Any], where: str | Path) -> RunConfig:
+    values = read_saved(file)
     try:
         return complete_config(SCHEMA.validate_python(values))
     except ValidationError as error:
-        raise_all(wrong_values(error, values, lambda key: InFile(key, where)))
+        raise_all(wrong_values(error, values, lambda key: InFile(key, file)))
         raise
 
 

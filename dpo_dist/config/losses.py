@@ -333,17 +333,6 @@ def loss_unit(kinds: Iterable[str]) -> str:
     return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
 
 
-def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirable: float = 1.0) -> str:
-    """Return the override that balances both labels: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
-
-    Only the rarer label's weight changes. Source of the interval: arXiv 2402.01306, section 4.
-    """
-    ratio = 6 / 7 * good / bad
-    if ratio > 1:
-        return f"loss.undesirable_weight={ratio * desirable:.3g}"
-    return f"loss.desirable_weight={undesirable / ratio:.3g}"
-
-
 def option_names(kind: LossKind) -> list[str]:
     """Return the names of the options that a kind has."""
     options = KINDS[kind].options

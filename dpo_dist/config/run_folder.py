@@ -46,10 +46,6 @@ def checkpoint_folders(root: Path) -> list[Path]:
     )
 
 
-LAST_EVALUATION = "training"
-"""The name of the last evaluation of training."""
-
-
 class PathBelow:
     """A path below the `path` of the instance."""
 
@@ -142,8 +138,17 @@ class RunFolder:
         return EvaluationFolder(self.path / "evaluation")
 
     def named_evaluation(self, name: str) -> EvaluationFolder:
-        """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
+        """Return the folder of one evaluation, whose name `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
+
+    @property
+    def last_evaluation(self) -> EvaluationFolder:
+        """The folder of the last evaluation of training."""
+        return self.named_evaluation("training")
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after a step."""
+        return self.checkpoints / checkpoint_name(step)
 
 
 def check_writable(folder: Path, key: str = "run.dir") -> None:

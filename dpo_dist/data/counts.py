@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from dpo_dist.data.config import DataConfig, SourceConfig, TextTemplate
-from dpo_dist.data.read.fields import CONVERSATIONS, QUESTIONS
+from dpo_dist.data.read.fields import ASKED
 from dpo_dist.data.read.verdicts import are_judged, are_twins, is_verdict, reader_of
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
@@ -393,7 +393,6 @@ def _remedy(
     return fitting or remedy + f" (data.max_length is {config.max_length})"
 
 
-_QUESTIONS = {"prompt", "instruction", *QUESTIONS, *CONVERSATIONS}
 _TOO_LONG = (
     *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
     *("identical_after_truncation", "image_does_not_fit"),
@@ -447,7 +446,7 @@ def _with_reader(path: str, config: DataConfig, fields: Sequence[str]) -> str:
     """Return advice to read two answers and a verdict by a function, whose two values the user writes."""
     verdict, first, second, *others = fields
     code = reader_of(verdict, first, second)
-    prompt = {} if _QUESTIONS.intersection(others) else {"prompt": _column("prompt", others)}
+    prompt = {} if set(ASKED).intersection(others) else {"prompt": _column("prompt", others)}
     source = _source_with(prompt, path, config, reader="verdicts:read", without=("chosen", "rejected"))
     return (
         f"save this as verdicts.py, with an entry for each value of {verdict} that says that {first} "

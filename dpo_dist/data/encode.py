@@ -46,21 +46,21 @@ class EncodedExample(Example):
 
 def encode_pair(
     record: PreferenceRecord,
+    config: DataConfig,
     tokenizer: Tokenizer,
-    data_config: DataConfig,
     processor: ImageProcessor | None = None,
 ) -> EncodedExample | BadRecord:
     """Encode a record's responses as one example, as `encode_record`; the images are `ExpandedImage`."""
-    facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
+    facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
     lengths: RecordLengths | None = None
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         images, has_tags = _images(record, processor)
-        rendered = render_record(record, facts, data_config)
+        rendered = render_record(record, facts, config)
         if processor is not None and images:
             rendered = with_images(rendered, images, facts, processor)
-        prompt, responses, masks, is_resplit = _encoded(rendered, facts, data_config)
+        prompt, responses, masks, is_resplit = _encoded(rendered, facts, config)
         prompt, prefix_length = facts.with_prefix(prompt)
         least = prefix_length
         if processor is not None:
@@ -76,7 +76,7 @@ def encode_pair(
                 needed=needed_tokens(responses, masks),
                 least_prompt=min(least, len(prompt)),
             )
-        cut_prompt, cut_responses = _truncated(prompt, responses, prefix_length, least, data_config)
+        cut_prompt, cut_responses = _truncated(prompt, responses, prefix_length, least, config)
         pairs = zip(cut_responses, responses, strict=True)
         truncated = tuple(len(cut) < len(response) for cut, response in pairs)
         if not _are_distinct(cut_responses):
@@ -354,7 +354,7 @@ def encode_record(
         ties = 0
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
-    encoded = encode_pair(replace(record, responses=responses), tokenizer, config, processor)
+    encoded = encode_pair(replace(record, responses=responses), config, tokenizer, processor)
     if isinstance(encoded, BadRecord):
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from dpo_dist.data.config import DataFormat, SourceConfig
 from dpo_dist.data.read.fields import (
+    ASKED,
     CONVERSATIONS,
     IMAGES_OF_SIDES,
     LABELS,
@@ -158,7 +159,8 @@ def _parse(fields: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     read = row.read or _select_reader(content.prompt, content.responses)
     if read is None and _has_sides_only(fields):
         read = _read_implicit  # the prompt can only be inside the sides
-    if read is None and content.prompt is None and _has_prompt_field(record):
+    has_prompt = any(record.get(name) is not None for name in ASKED)
+    if read is None and content.prompt is None and has_prompt:
         raise UnusableRecordError("empty_prompt")
     if read is None:
         raise unknown_format(fields, {})
@@ -196,11 +198,6 @@ def _detected(record: Fields) -> "Format | None":
 def _has_sides_only(fields: Fields) -> bool:
     """Return whether nothing but the sides of a pair, and their scores, has a value."""
     return all(value is None or name in _BESIDE_SIDES for name, value in fields.items())
-
-
-def _has_prompt_field(record: Fields) -> bool:
-    names = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
-    return any(record.get(name) is not None for name in names)
 
 
 Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
@@ -36,7 +35,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     facts["time"] = ", ".join(_time_facts(rows, summary))
     checkpoint = summary.get("best_checkpoint")
     if checkpoint:
-        path = folder.checkpoints / checkpoint_name(checkpoint["step"])
+        path = folder.checkpoint(checkpoint["step"])
         facts["best"] = f"{path} ({checkpoint['metric']} {checkpoint['value']:.4f})"
     facts["data"] = ", ".join(
         f"{name}: {counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"

@@ -202,7 +202,7 @@ class Mirror:
 
     def _download_checkpoint(self, step: int, names: Sequence[str]) -> list[str]:
         """Download and commit a checkpoint; return its faults, with which it is not committed."""
-        folder = self._folder.checkpoints / checkpoint_name(step)
+        folder = self._folder.checkpoint(step)
         folder.parent.mkdir(exist_ok=True)
         prefix = f"{self._checkpoints}/{folder.name}/"
         with temporary_folder(folder) as temporary:

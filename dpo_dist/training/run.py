@@ -22,7 +22,7 @@ from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
@@ -39,7 +39,7 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
-from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
@@ -65,7 +65,8 @@ from dpo_dist.training.reference import (
     reference_without_store,
 )
 from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_latest_rows
-from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
+from dpo_dist.training.reporting.protocols import Reporting, When
+from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, check_keep_best, identify, load_inputs
@@ -100,8 +101,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
         if isinstance(start, RunState):
             return _finish_complete_run(run, start, reporting)
         inputs, state, custom = _begin(run, start, reporting)
-        unchanged = columns_errors(inputs.train_set, inputs.eval_set)
-        with unchanged, stop.deferred(), contextlib.ExitStack() as engines:
+        with stop.deferred(), contextlib.ExitStack() as engines:
             try:
                 loop, position = _set_up(run, start, inputs, state, custom, engines, reporting)
             except StoppedError:
@@ -111,7 +111,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                         write_state(run.folder, stopped)
                 raise
             if loop.recorder is not None:
-                engines.enter_context(loop.recorder.close_on_error())
+                engines.enter_context(loop.recorder.trackers.finish_on_error())
             return run_to_its_end(loop, position, reporting.run_card)
 
 
@@ -438,7 +438,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
     resumed = position.step or None
     plan = MetricPlan(run.config.loss)
     metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes)
-    return reporting.open_recorder(run, metrics)
+    return Recorder.open(run, metrics, reporting)
 
 
 def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:
@@ -548,7 +548,7 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
     """Write the checkpoint of `step` as the model of the run; collective."""
     run = loop.run
     is_last = step == summary["steps"]
-    checkpoint = run.folder.checkpoints / checkpoint_name(step)
+    checkpoint = run.folder.checkpoint(step)
 
     def card(loader: str) -> str:
         assert loop.recorder is not None

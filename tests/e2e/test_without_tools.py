@@ -109,6 +109,7 @@ def test_the_trainer_trains_without_the_rooms_above_it(assets: Path, tmp_path: P
     run = RunFolder(tmp_path / "run")
     assert json.loads(run.summary.read_bytes())["exit"] == "completed"
     assert [row["step"] for row in stored_rows(run) if "loss" in row] == [1, 2]
+    assert json.loads(run.last_evaluation.results.read_bytes())["all"]["eval_pairs"] > 0
     assert checkpoint_folders(run.checkpoints)
     assert AutoModelForCausalLM.from_pretrained(run.model).num_parameters() > 0
     assert not (package / "tools").exists()

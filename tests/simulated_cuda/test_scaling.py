@@ -43,7 +43,7 @@ from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as output_layer
-from dpo_dist.training.start.footprint import activation_bytes, footprint
+from dpo_dist.training.start.footprint import Shapes, activation_bytes
 from tests.simulated_cuda import runs
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -218,7 +218,7 @@ def test_a_plan_counts_the_bytes_of_weights_that_are_measured(kind: str) -> None
     causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
     weights = sum(weight.numel() for weight in causal_lm.parameters())
     for ranks in (1, *SIZES):
-        parts = footprint(config, causal_lm, ranks).parts
+        parts = Shapes(config, causal_lm).footprint(ranks).parts
         planned = parts["weights"] + parts["gradients"] + parts["optimizer states"]
         assert planned == pytest.approx((sharded / ranks + whole) * weights)
 

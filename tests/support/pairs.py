@@ -18,7 +18,7 @@ def record(prompt: str | Messages | Dialogue, *responses: str) -> PreferenceReco
 def encode(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> EncodedExample:
-    pair = encode_pair(what, tokenizer, config)
+    pair = encode_pair(what, config, tokenizer)
     assert isinstance(pair, EncodedExample), pair
     return pair
 
@@ -26,7 +26,7 @@ def encode(
 def reason_against(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> str:
-    bad = encode_pair(what, tokenizer, config)
+    bad = encode_pair(what, config, tokenizer)
     assert isinstance(bad, BadRecord), bad
     return bad.reason
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.command_line import write_command
-from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
+from dpo_dist.config.load import changed_keys, load_run_config, saved_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
@@ -186,7 +186,7 @@ def test_a_configuration_with_a_hidden_text_is_the_same_run_and_paths_are_read_b
     given = [f"model.path={model}", f"data.train=[{model}/{secret}.jsonl]", f"tracking.project={secret}"]
     config = load_run_config(given)
     file.write_text(to_yaml(config))
-    read = from_yaml(file.read_text())
+    read = saved_config(file)
     assert (read.model.path, read.tracking.project) == (str(model), "***")
     assert changed_keys(file, config.identity) == {}
     changed = changed_keys(file, load_run_config([*given, "loss.beta=0.3"]).identity)

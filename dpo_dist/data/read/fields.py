@@ -8,6 +8,8 @@ probability that its chosen response is the better one, and a margin that is sub
 CONVERSATIONS = ("conversations", "messages")
 QUESTIONS = ("question", "query", "input")
 """A question in these fields is a user's turn."""
+ASKED = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
+"""A record with one of these fields has a prompt of its own."""
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")

@@ -370,11 +370,7 @@ def is_outside(value: Any, prompt: Prompt) -> bool:
     if isinstance(prompt, Dialogue):
         parts.append(prompt.text)
     texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
-    return not all(isinstance(text, str) and _is_within(text, parts) for text in texts)
-
-
-def _is_within(text: str, parts: Sequence[str]) -> bool:
-    return any(text.strip() in part for part in parts)
+    return not all(isinstance(text, str) and any(text.strip() in part for part in parts) for text in texts)
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:

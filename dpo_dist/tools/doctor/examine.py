@@ -20,7 +20,6 @@ from dpo_dist.kit import (
     UNSET,
     LossConfig,
     RunConfig,
-    balancing_weight,
     in_chunks,
 )
 from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
@@ -31,7 +30,7 @@ from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.findings import Finding, Level, most_serious_first
+from dpo_dist.tools.findings import Finding, Level, balancing_weight, most_serious_first
 
 _Result = TypeVar("_Result")
 SHOWN_PAIRS = 4  # of each source, besides examples of findings

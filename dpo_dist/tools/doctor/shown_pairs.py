@@ -103,8 +103,8 @@ def _parts(
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    uncut = encode_pair(record, tokenizer, config.without_limits(), processor)
-    example = encode_pair(record, tokenizer, config, processor)
+    uncut = encode_pair(record, config.without_limits(), tokenizer, processor)
+    example = encode_pair(record, config, tokenizer, processor)
     if isinstance(uncut, BadRecord):
         return uncut.reason, _plain_parts(record)
     note = ""

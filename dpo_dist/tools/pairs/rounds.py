@@ -13,14 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
-from dpo_dist.config.load import differing_keys, from_yaml
+from dpo_dist.config.load import changed_keys, saved_config
 from dpo_dist.data import SourceConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
-from dpo_dist.foundation.text import aligned
+from dpo_dist.foundation.text import aligned, without_secrets
 from dpo_dist.kit import ReferenceMode, RunConfig, RunFolder, to_yaml, value_at, write_command
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.pairs.folder import PairsFolder
@@ -50,13 +50,12 @@ def check_settings(config: RunConfig, folder: PairsFolder) -> None:
     if not file.exists() or not folder.round(1).round_result.exists():
         files.write_text(file, to_yaml(config))
         return
-    before = from_yaml(file.read_text(encoding="utf-8"))
-    now = from_yaml(to_yaml(config))  # without secrets
-    changed = differing_keys(before.identity, now.identity)
+    before = saved_config(file)
+    changed = changed_keys(file, config.identity)
     keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
     for key in {*keys, *SAMPLING_KEYS}:
         old = plain(value_at(before, key))
-        new = plain(value_at(now, key))
+        new = without_secrets(plain(value_at(config, key)))  # as the file has it
         if old != new:
             changed[key] = (old, new)
     if changed:

@@ -19,7 +19,6 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
 from dpo_dist.kit import (
     ACCURACIES,
-    LAST_EVALUATION,
     MAIN,
     PREFIX,
     TERMS,
@@ -204,7 +203,7 @@ def run_card(
     card = ""
     with warn_on_bug("the model card", warn):
         run_verdict = verdict(rows, summary, data_findings(folder))
-        results = folder.named_evaluation(LAST_EVALUATION).results
+        results = folder.last_evaluation.results
         if is_evaluated and results.is_file():
             evaluation = read_fields(results)
         summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}

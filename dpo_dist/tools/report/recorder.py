@@ -1,8 +1,7 @@
-"""Record a run on rank 0: write metrics rows to files and trackers, and the report at the end."""
+"""What reports on a run: alarms of its rows, and verdict, curves, page and worst pairs at its end."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
+from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.kit import (
-    LAST_EVALUATION,
-    MetricsLog,
     MetricsRow,
     PreferenceDataset,
     Run,
     RunConfig,
-    write_evaluation,
+    RunFolder,
 )
-from dpo_dist.objective.metrics import PairColumn, PairValues
+from dpo_dist.objective.metrics import PairValues
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.report.card import data_findings, run_card
@@ -31,78 +28,55 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.sampling.keys import SamplesConfig
 from dpo_dist.tools.tables import closing_table
-from dpo_dist.training.reporting.protocols import OnMoment, Reporting
-from dpo_dist.training.reporting.recorder import OnRow, PlainRecorder, opened_trackers
+from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.start.inputs import Inputs
 
 _WORST = 8
 
 
-@dataclass(frozen=True)
-class RunRecorder(PlainRecorder):
-    """Also warns of samples that look wrong, and writes the verdict, curves and the page."""
+def check_row(run: Run, before: Sequence[MetricsRow], row: MetricsRow) -> MetricsRow:
+    """Return a row with the number of its alarms; warn of samples that begin to look wrong."""
+    if "eval_samples/prompts" not in row:
+        return row
+    alarm = None
+    is_new = False
+    with warn_on_bug("the comparison of samples with earlier ones", run.warn):
+        alarm = sample_alarm([*before, row])
+        is_new = sample_alarm(before) is None
+    if alarm is not None and is_new:
+        headline = RUN_RULES[alarm.rule].text
+        run.warn(f"{headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+    return {**row, "eval_samples/alarms": float(alarm is not None)}
 
-    def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Write a metrics row and send it to the trackers; warn if its samples look wrong."""
-        alarm = None
-        is_new = False
-        if "eval_samples/prompts" in row:
-            with warn_on_bug("the comparison of samples with earlier ones", self.run.warn):
-                before = self.metrics.sample.evaluations
-                alarm = sample_alarm([*before, row])
-                is_new = sample_alarm(before) is None
-            row = {**row, "eval_samples/alarms": float(alarm is not None)}
-        super().row(row, margins)
-        if alarm is not None and is_new:
-            headline = RUN_RULES[alarm.rule].text
-            self.run.warn(f"{headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
 
-    def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
-        """Write the files of the evaluation after the last step."""
-        with warn_on_bug("the last evaluation's folder", self.run.warn):
-            model = str(self.run.folder.model)
-            dataset = inputs.eval_set
-            assert dataset is not None, "evaluations have data"
-            config = self.run.config
-            folder = self.run.folder
-            loss = self.run.config.loss
-            reference = config.reference.path or config.model.path
-            seed = config.trainer.seed
-            write_evaluation(
-                LAST_EVALUATION,
-                model,
-                means,
-                values,
-                dataset,
-                run=folder,
-                loss=loss,
-                reference=reference,
-                seed=seed,
-            )
-            if not loss.is_one_sided:
-                file = folder.named_evaluation(LAST_EVALUATION).worst
-                is_unpaired = loss.is_unpaired
-                write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
+def closing_verdict(
+    folder: RunFolder, rows: Sequence[MetricsRow], summary: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the verdict for the summary, and its lines."""
+    run_verdict = verdict(rows, summary, data_findings(folder))
+    return {"verdict": run_verdict.as_dict()}, run_verdict.lines()
 
-    def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
-        """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
-        run = self.run
-        rows = self.metrics.rows
-        folder = self.run.folder
-        final_summary = {**summary, "exit": outcome.value}
-        lines: list[str] = []
-        with warn_on_bug("the verdict", run.warn):
-            run_verdict = verdict(rows, final_summary, data_findings(folder))
-            final_summary["verdict"] = run_verdict.as_dict()
-            lines = run_verdict.lines()
-        self.metrics.close(final_summary)
-        with warn_on_bug(folder.curves.name, run.warn):
-            draw_curves(rows, folder.curves, folder.path.name)
-        with warn_on_bug(folder.report.name, run.warn):
-            write_page(folder, rows=rows)
-        with warn_on_bug("the closing table", run.warn):
-            lines = [*closing_table(folder, rows, final_summary), *lines]
-        self.end(final_summary, lines)
+
+def write_report(run: Run, rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[str]:
+    """Write curves and page, and return the closing table."""
+    folder = run.folder
+    lines: list[str] = []
+    with warn_on_bug(folder.curves.name, run.warn):
+        draw_curves(rows, folder.curves, folder.path.name)
+    with warn_on_bug(folder.report.name, run.warn):
+        write_page(folder, rows=rows)
+    with warn_on_bug("the closing table", run.warn):
+        lines += closing_table(folder, rows, summary)
+    return lines
+
+
+def worst_of_run(run: Run, inputs: Inputs, values: PairValues) -> None:
+    """Write the worst pairs of the evaluation after the last step."""
+    if not run.config.loss.is_one_sided:
+        assert inputs.eval_set is not None, "evaluations have data"
+        file = run.folder.last_evaluation.worst
+        is_unpaired = run.config.loss.is_unpaired
+        write_worst(file, values, inputs.eval_set, inputs.tokenizer, is_unpaired=is_unpaired)
 
 
 def write_worst(
@@ -141,17 +115,20 @@ def write_worst(
     files.write_text(file, "".join(lines))
 
 
-def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> RunRecorder:
-    """Return the recorder of a training run, with its trackers."""
-    return RunRecorder(run, metrics, opened_trackers(run, metrics, sent_samples(run.config)), on_row)
-
-
 def sent_samples(config: RunConfig) -> int:
     """Return how many rows of samples trackers get: none unless the user asked for samples."""
     return config.tracking.samples if config.section_of(SamplesConfig).prompts else 0
 
 
-def reporting(on_row: OnRow | None = None, on_moment: OnMoment | None = None) -> Reporting:
-    """Return everything that reports on a run; `on_row` is called with each of its metrics rows."""
-    open_one = partial(open_recorder, on_row=on_row)
-    return Reporting(open_one, run_card, prepare_samples, write_page, on_moment)
+reporting = partial(
+    Reporting,
+    prepare_samples=prepare_samples,
+    sent_samples=sent_samples,
+    check_row=check_row,
+    write_worst=worst_of_run,
+    closing_verdict=closing_verdict,
+    run_card=run_card,
+    write_page=write_page,
+    write_report=write_report,
+)
+"""Everything that reports on a run: it takes the user's `on_row` and `on_moment`."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dpo_dist.config.metrics import MARGIN_PERCENTILES
+from dpo_dist.config.metrics import GROUP_METRICS, MARGIN_PERCENTILES
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import COUNTS_OF_OTHERS
 from dpo_dist.foundation import files
@@ -17,13 +17,12 @@ from dpo_dist.foundation.text import duration, number, percent, pluralize, size,
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import (
     ALL,
-    LAST_EVALUATION,
     METRICS,
+    PREFIX,
     MetricsRow,
     RunFolder,
     RunHistory,
     final_and_best,
-    metrics_by_source,
     results_name,
 )
 from dpo_dist.tools.doctor.folder import DoctorFolder
@@ -34,7 +33,6 @@ from dpo_dist.tools.pages.samples import samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, last
 from dpo_dist.tools.report.verdict import RUN_RULES
 from dpo_dist.tools.tables import describe_reference
-from dpo_dist.training.clock import WORKS, Work
 
 _BINS = 32  # of the histogram of margins
 _ROOM = 0.02  # the share of its width that is free on both sides
@@ -51,13 +49,16 @@ _SECTIONS = {
     "repeat": "Repeat this run",
 }
 """Sections of the page with their titles, in their order."""
-_WORK_NAMES: Mapping[Work, str] = {
+_WORK_NAMES = {
+    "starting": "starting",
     "reference": "reference log-probs",
     "training": "training steps",
     "evaluation": "evaluations",
     "samples": "generating samples",
+    "saving": "saving",
     "other": "the rest",
 }
+"""Kinds of work in summary.json, in the order of the page."""
 
 
 class PageFacts:
@@ -78,7 +79,7 @@ class PageFacts:
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
-        evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results)
+        evaluation = _fields(folder.last_evaluation.results)
         # If a resumed run stopped early, the file has an earlier evaluation than the rows, and is not used.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
@@ -99,6 +100,26 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
 
+def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:
+    """Return, by source, the last values of `GROUP_METRICS`; those of evaluations begin with `eval_`.
+
+    Empty for a run with one source.
+    """
+    last: dict[str, float] = {}
+    for row in rows:
+        if row["step"] > 0:
+            last |= row
+    by_source: dict[str, MetricsRow] = {}
+    for prefix in ("", PREFIX):
+        percentiles = {prefix + key for key in MARGIN_PERCENTILES}
+        for metric in GROUP_METRICS:
+            name = prefix + metric
+            for key, value in last.items():
+                if key.startswith(f"{name}/") and key not in percentiles:
+                    by_source.setdefault(key.removeprefix(f"{name}/"), {})[name] = value
+    return by_source
+
+
 def _fields(path: Path) -> Fields:
     """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
     fields: Fields = without_secrets(files.read_fields(path)) if path.exists() else {}
@@ -114,13 +135,13 @@ def write_page(
     run = facts.run
     seconds = facts.section("work").get("seconds", {})
     speed = []
-    for work in WORKS:
+    for work, name in _WORK_NAMES.items():
         if seconds.get(work, 0.0) > 0:
             share = seconds[work] / sum(seconds.values())
-            speed.append((_WORK_NAMES.get(work, work), seconds[work], share))
+            speed.append((name, seconds[work], share))
     parts = {"train": "Training data", "eval": "Evaluation data"}
     data = [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts]
-    worst = worst_pairs(folder.named_evaluation(LAST_EVALUATION).worst) if facts.evaluation else []
+    worst = worst_pairs(folder.last_evaluation.worst) if facts.evaluation else []
     accuracy_title = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
     is_running = "exit" not in facts.summary
     content: dict[str, Any] = {
@@ -282,7 +303,7 @@ def _margins(facts: PageFacts, folder: RunFolder) -> Mapping[str, Any] | None:
     """Return the distribution of the margin over the pairs of the last evaluation, with its picture."""
     if f"eval_{MARGIN_PERCENTILES[0]}" not in (facts.evaluation.get(ALL) or {}):
         return None  # labelled records have no margin of their own, and some losses none
-    rows = files.read_lines(folder.named_evaluation(LAST_EVALUATION).scores)
+    rows = files.read_lines(folder.last_evaluation.scores)
     margins = np.array([row["margin"] for row in rows if row.get("margin") is not None])
     if not len(margins):
         return None

@@ -16,8 +16,8 @@ from dpo_dist.data import DataCounts
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent, pluralize
-from dpo_dist.kit import MetricsRow, balancing_weight, finite, is_collapsed, logps_by_side
-from dpo_dist.tools.findings import Finding, FindingRule, Level
+from dpo_dist.kit import MetricsRow, finite, is_collapsed, logps_by_side
+from dpo_dist.tools.findings import Finding, FindingRule, Level, balancing_weight
 from dpo_dist.tools.report.facts import (
     FEWEST_PAIRS,
     FEWEST_STEPS,

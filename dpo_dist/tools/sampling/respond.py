@@ -58,7 +58,7 @@ class Responder:
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
         """Return a prompt and a response as training encodes them, without the limits on their length."""
         limits = replace(self.data.without_limits(), max_prompt_length=self.data.max_prompt_length)
-        return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits, self.processor)
+        return encode_pair(replace(record, responses=(response,)), limits, self.tokenizer, self.processor)
 
     def images(self, prompt: EncodedExample) -> tuple[ImageInput, ...]:
         """Return the images of a prompt with what the model's tower reads of each."""

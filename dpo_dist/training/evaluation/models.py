@@ -16,7 +16,6 @@ from dpo_dist.distributed.checkpoint.saver import (
     open_checkpoint,
 )
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
@@ -56,9 +55,8 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
-        with columns_errors(inputs.eval_set):
-            objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
-            evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
+        objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
+        evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
         if len(evaluations) > 1 and run.world.is_main:
             by_model = {path: results[ALL] for path, results in evaluations.items()}
             console.result("comparison", by_model, evaluation_table(by_model))
@@ -121,22 +119,10 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         in_train = count_trained(entry.path, hashes, config.loss.unit, console)
         counts = {**dataset.counts, "prompts_also_in_train": in_train}
         dataset_with_count = replace(dataset, counts=counts)
-        reference = config.reference.path or config.model.path
-        seed = config.trainer.seed
-        results = write_evaluation(
-            name,
-            entry.path,
-            means,
-            values,
-            dataset_with_count,
-            run=folder,
-            loss=config.loss,
-            reference=reference,
-            seed=seed,
-            revision=commit,
-        )
+        named = folder.named_evaluation(name)
+        results = write_evaluation(run, named, entry.path, means, values, dataset_with_count, commit)
         console.result("results", {"model": entry.path, **results}, evaluation_table(results))
-        run.say(f"evaluation: {folder.evaluation.results}   also in {folder.named_evaluation(name).path}")
+        run.say(f"evaluation: {folder.evaluation.results}   also in {named.path}")
         return results
 
     with console.heartbeat("reading the prompts of its training, computing intervals, writing the scores"):

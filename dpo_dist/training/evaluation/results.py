@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import EvaluationFolder
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.objective.intervals import (
@@ -30,6 +29,7 @@ from dpo_dist.objective.metrics import (
     length_members,
     measure_pairs,
 )
+from dpo_dist.training.start.open_run import Run
 
 _Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
@@ -182,24 +182,21 @@ def write_scores(
 
 
 def write_evaluation(
-    name: str,
+    run: Run,
+    folder: EvaluationFolder,
     model: str,
     means: dict[str, float],
     values: PairValues,
     dataset: PreferenceDataset,
-    *,
-    run: RunFolder,
-    loss: LossConfig,
-    reference: str,
-    seed: int,
     revision: str | None = None,
 ) -> Results:
-    """Write the files of an evaluation to its folder `name`, and copies as the newest evaluation's files.
+    """Write the files of an evaluation to its `folder`, and copies as the newest evaluation's files.
 
     Each file is written whole or not at all. Returns the results. `model`: the model's path; `revision`: its
-    commit, if it is from the hub. `reference`: the reference's path, if `loss` needs one. `means`: the exact
-    value of every metric.
+    commit, if it is from the hub. `means`: the exact value of every metric.
     """
+    config = run.config
+    loss = config.loss
     sources = dataset.counts["sources"]
     labels = np.repeat(dataset.source_labels, dataset.source_pairs)
     members = {label: labels == label for label in dataset.source_labels}
@@ -209,19 +206,18 @@ def write_evaluation(
         members,
         np.asarray(dataset.prompt_hashes[:], dtype=np.uint64),
         MetricPlan(loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
-        seed,
+        config.trainer.seed,
     )
     description = {
         "model": model,
         "revision": revision,
-        "reference": reference if loss.needs_reference else None,
+        "reference": (config.reference.path or config.model.path) if loss.needs_reference else None,
         "loss": "+".join(loss.kinds),
         "pairs": len(dataset),
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    folder = run.named_evaluation(name)
-    newest = run.evaluation
+    newest = run.folder.evaluation
     for path in (folder.path, newest.path):
         files.remove_abandoned(path)
     files.write_json(folder.evaluated, description)

@@ -1,6 +1,5 @@
 """A run on disk, which may still be training: its configuration, rows and state. Imports no torch."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +38,9 @@ class RunHistory:
         """Yield the rows of all logged steps and evaluations."""
         return stored_rows(self.folder)
 
-    def latest_rows(self, step: float = math.inf) -> list[MetricsRow]:
-        """Return the rows up to a step, of a long run a sample with the first, newest and best ones."""
-        return read_latest_rows(self.folder, step)
+    def latest_rows(self) -> list[MetricsRow]:
+        """Return the rows, of a long run a sample with the first, newest and best ones."""
+        return read_latest_rows(self.folder)
 
     def write_tables(self) -> None:
         """Write the rows as log_history.json and training_metrics.csv."""

@@ -16,7 +16,6 @@ from dpo_dist.config.metrics import (
     CUSTOM,
     GROUP_METRICS,
     MAIN,
-    MARGIN_PERCENTILES,
     METRICS,
     MISMATCH,
     PAIR_METRICS,
@@ -286,7 +285,7 @@ def final_and_best(rows: Sequence[MetricsRow]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in _FINAL if prefix + key in last}
-            by_group = (*_group_prefixes(prefix), prefix + CUSTOM)
+            by_group = (*(f"{prefix}{metric}/" for metric in GROUP_METRICS), prefix + CUSTOM)
             final |= {key: value for key, value in last.items() if key.startswith(by_group)}
     best_rows = dict[str, MetricsRow]()
     for row in rows:
@@ -306,29 +305,6 @@ def note_best(best: dict[str, MetricsRow], row: MetricsRow) -> None:
             continue
         if key not in best or sign * value < sign * best[key][key]:
             best[key] = row
-
-
-def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:
-    """Return, by source, the last values of `GROUP_METRICS`; those of evaluations begin with `eval_`.
-
-    Empty for a run with one source.
-    """
-    last: dict[str, float] = {}
-    for row in rows:
-        if row["step"] > 0:
-            last |= row
-    by_source: dict[str, MetricsRow] = {}
-    for prefix in ("", PREFIX):
-        percentiles = {prefix + key for key in MARGIN_PERCENTILES}
-        for metric in _group_prefixes(prefix):
-            for key, value in last.items():
-                if key.startswith(metric) and key not in percentiles:
-                    by_source.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
-    return by_source
-
-
-def _group_prefixes(prefix: str) -> tuple[str, ...]:
-    return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
 
 
 def finite(row: Mapping[str, float], key: str) -> float | None:

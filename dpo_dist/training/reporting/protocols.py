@@ -1,38 +1,18 @@
 """Interfaces of what follows a run: the verb `train` passes them in, so that training imports no tools."""
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Protocol
 
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.objective.metrics import PairColumn, PairValues
-from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
+from dpo_dist.foundation.types import Fields
+from dpo_dist.objective.metrics import PairValues
+from dpo_dist.training.reporting.metrics_log import MetricsRow
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
-
-
-class Recorder(Protocol):
-    """Records a run, on rank 0. A bug in a report gives a warning and does not end the run."""
-
-    @property
-    def metrics(self) -> MetricsLog:
-        """The rows so far."""
-
-    def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Record one metrics row, of an evaluation with the margins of its pairs."""
-
-    def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
-        """Write the files of the evaluation after the last step."""
-
-    def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
-        """Write the run's report and print how the run ended; `summary` is without `exit`."""
-
-    def close_on_error(self) -> AbstractContextManager[None]:
-        """If the block raises or is interrupted, end tracking within a few seconds."""
 
 
 class Samples(Protocol):
@@ -82,17 +62,31 @@ class Moment:
 
 
 OnMoment = Callable[[Moment], Collection[Wish]]
+OnRow = Callable[[MetricsRow], bool | None]
+"""Called with each metrics row after it is recorded; if it returns true, the run stops."""
+
+
+def _plain_end(folder: RunFolder, _rows: list[MetricsRow], summary: Fields) -> tuple[Fields, list[str]]:
+    return {}, [f"{summary['exit']}: {folder.summary}"]
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """Functions that a verb passes in so that training can report: recorder, model card, samples, page.
+    """Functions that report on a run beside its metrics and trackers: by themselves they add nothing.
 
-    `on_moment`, which follows the loop, is there on all ranks or on none.
+    `on_moment`, which follows the loop, is there on all ranks or on none. `prepare_samples` is called on all
+    ranks, before a model is loaded, the others on rank 0. `check_row` gets the evaluations so far, and
+    returns the next row with what it says of the row's samples. `closing_verdict` returns what the summary
+    gets, and lines about it; `write_report`, called when the summary is written, returns lines, too.
     """
 
-    open_recorder: Callable[[Run, MetricsLog], Recorder]
-    run_card: Callable[..., str]  # returns the text of the model card
-    prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # called before a model is loaded
-    write_page: Callable[[RunFolder], object]
+    on_row: OnRow | None = None
     on_moment: OnMoment | None = None
+    prepare_samples: Callable[[Run, Inputs, int], Samples | None] = lambda *_: None
+    sent_samples: Callable[[RunConfig], int] = lambda _: 0  # texts that may go to a server
+    check_row: Callable[[Run, list[MetricsRow], MetricsRow], MetricsRow] = lambda _run, _rows, row: row
+    write_worst: Callable[[Run, Inputs, PairValues], object] = lambda *_: None
+    closing_verdict: Callable[[RunFolder, list[MetricsRow], Fields], tuple[Fields, list[str]]] = _plain_end
+    run_card: Callable[..., str] = lambda *_, **__: ""  # returns the text of the model card
+    write_page: Callable[[RunFolder], object] = lambda _: None
+    write_report: Callable[[Run, list[MetricsRow], Fields], list[str]] = lambda *_: []

@@ -2,70 +2,74 @@
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from dpo_dist.config.identity import title
-from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.objective.metrics import PairColumn, PairValues
+from dpo_dist.training.evaluation.results import write_evaluation
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow, log_position
-from dpo_dist.training.reporting.protocols import OnMoment, Reporting
+from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.trackers import Trackers, open_trackers
 from dpo_dist.training.reporting.wandb_run import TrackedRun
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 
-OnRow = Callable[[MetricsRow], bool | None]
-"""Called with each metrics row after it is recorded; if it returns true, the run stops."""
-
 
 @dataclass(frozen=True)
-class PlainRecorder:
-    """Metrics files and trackers of one run; see `protocols.Recorder`."""
+class Recorder:
+    """Records a run. A bug in what `reporting` adds gives a warning and does not end the run."""
 
     run: Run
     metrics: MetricsLog
+    reporting: Reporting = field(default_factory=Reporting)
     trackers: Trackers = field(default_factory=Trackers)
-    on_row: OnRow | None = None
+
+    @classmethod
+    def open(cls, run: Run, metrics: MetricsLog, reporting: Reporting) -> "Recorder":
+        """Return the recorder of a training run, with its trackers, of which W&B may ask the run to stop."""
+        ask = partial(run.stops.request.ask, BY_TRACKER)
+        environment = json.loads(run.folder.environment.read_bytes())
+        end = max(map(log_position, metrics.rows), default=-1.0)
+        tracked = tracked_run(run, environment, ask, reporting.sent_samples(run.config))
+        return cls(run, metrics, reporting, open_trackers(tracked, end, run.console))
 
     def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Write a metrics row, and send it to the trackers."""
+        """Record one metrics row, of an evaluation with the margins of its pairs."""
+        row = self.reporting.check_row(self.run, self.metrics.sample.evaluations, row)
         self.metrics.append(row)
         self.trackers.log(row, margins)
-        if self.on_row is not None and self.on_row(dict(row)):
+        if self.reporting.on_row is not None and self.reporting.on_row(dict(row)):
             self.run.stops.request.ask("on_row")
 
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
-        """Write nothing: the metrics row has the means."""
+        """Write the files of the evaluation after the last step."""
+        with warn_on_bug("the last evaluation's folder", self.run.warn):
+            assert inputs.eval_set is not None, "evaluations have data"
+            folder = self.run.folder
+            write_evaluation(
+                self.run, folder.last_evaluation, str(folder.model), means, values, inputs.eval_set
+            )
+            self.reporting.write_worst(self.run, inputs, values)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
-        """Write and print the summary, and end tracking."""
+        """Write the summary and the report, end tracking, and print how the run ended.
+
+        `summary` is without `exit`.
+        """
+        rows = self.metrics.rows
         final_summary = {**summary, "exit": outcome.value}
+        lines: list[str] = []
+        with warn_on_bug("the verdict", self.run.warn):
+            judgement, lines = self.reporting.closing_verdict(self.run.folder, rows, final_summary)
+            final_summary |= judgement
         self.metrics.close(final_summary)
-        self.end(final_summary, [f"{outcome.value}: {self.run.folder.summary}"])
-
-    def end(self, summary: Mapping[str, Any], lines: list[str]) -> None:
-        """End tracking, and print a whole summary: `lines` for people."""
-        self.trackers.finish(summary["exit"], summary)
-        self.run.console.result("summary", {"run_dir": str(self.run.folder.path), **summary}, lines)
-
-    def close_on_error(self) -> AbstractContextManager[None]:
-        """Return a context that ends tracking within seconds if its block raises or is interrupted."""
-        return self.trackers.finish_on_error()
-
-
-def opened_trackers(run: Run, metrics: MetricsLog, max_samples: int = 0) -> Trackers:
-    """Return the trackers of a run, of which W&B may ask the run to stop.
-
-    `max_samples`: texts of the data may go to a server only if the user asked for samples.
-    """
-    ask = partial(run.stops.request.ask, BY_TRACKER)
-    environment = json.loads(run.folder.environment.read_bytes())
-    end = max(map(log_position, metrics.rows), default=-1.0)
-    return open_trackers(tracked_run(run, environment, ask, max_samples), end, run.console)
+        lines = [*self.reporting.write_report(self.run, rows, final_summary), *lines]
+        self.trackers.finish(outcome.value, final_summary)
+        self.run.console.result("summary", {"run_dir": str(self.run.folder.path), **final_summary}, lines)
 
 
 def tracked_run(
@@ -79,19 +83,4 @@ def tracked_run(
         settings={**asdict(run.config), "environment": environment},
         max_samples=max_samples,
         stop=stop,
-    )
-
-
-def plain_reporting(on_row: OnRow | None = None, on_moment: OnMoment | None = None) -> Reporting:
-    """Return what reports on a run without tools: no samples, no page, no model card."""
-
-    def open_recorder(run: Run, metrics: MetricsLog) -> PlainRecorder:
-        return PlainRecorder(run, metrics, opened_trackers(run, metrics), on_row)
-
-    return Reporting(
-        open_recorder,
-        run_card=lambda *_, **__: "",
-        prepare_samples=lambda *_: None,
-        write_page=lambda _: None,
-        on_moment=on_moment,
     )

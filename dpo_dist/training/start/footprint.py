@@ -97,7 +97,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the shapes of a run's model say of its bytes and FLOPs, for a program that does not train it."""
+    """What the shapes of a run's model say of its bytes and FLOPs."""
 
     config: RunConfig
     causal_lm: Any  # the policy on the meta device; see `policy_without_weights`
@@ -157,7 +157,45 @@ class Shapes:
 
     def footprint(self, processes: int) -> Footprint:
         """Return the footprint of each of `processes` that train the model."""
-        return footprint(self.config, self.causal_lm, processes)
+        config = self.config
+        causal_lm = self.causal_lm
+        number = self.number
+        stage = ZERO_STAGES[config.parallelism.kind]
+        master = self.states if config.parallelism.offload_optimizer is Offload.none else 0.0
+        resident = config.parallelism.offload_parameters is Offload.none
+        held = _weight_bytes(config.model.quantization, number, causal_lm)
+        # In bf16, stage 1 keeps a micro-batch's gradients beside their float32 sum.
+        has_both = stage == 1 and config.model.dtype is Dtype.bf16
+        gradients = (4.0 + number * has_both) * self.trained
+        output = causal_lm.get_output_embeddings().weight
+        head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
+        largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
+        gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
+        hpz = config.parallelism.hpz
+        parts = {
+            "copy of the weights": held / hpz if hpz > 1 else 0.0,
+            "weights": resident * held / (processes if stage == 3 else 1),
+            "experts of a layer": _unpacked_bytes(config, number, causal_lm),
+            "gradients": gradients / (1 if stage == 1 else processes),
+            "optimizer states": master * self.trained / processes,
+            "gathered weights": number * gathered if stage == 3 and processes > 1 else 0.0,
+            # DeepSpeed reduces 5e8 gradients at a time, in a flat float32 copy (2 GB) and its bf16 cast
+            # (1 GB).
+            "reduction": 3e9 * min(1.0, self.trained / 5e8) if stage == 1 and processes > 1 else 0.0,
+            "output layer": head,
+            "CUDA and NCCL": _CONTEXT_BYTES,
+        }
+        if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
+            bits = config.reference.quantization
+            copies = processes if bits is None else 1  # ZeRO shards no quantized weights
+            parts["reference"] = _weight_bytes(bits, number, causal_lm) / copies
+        is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
+        # What a trained tower keeps depends on the share of images in the data.
+        checkpointing = config.model.gradient_checkpointing
+        per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing)
+        if per_token is not None:
+            per_token /= config.parallelism.sequence_parallel
+        return Footprint({name: part for name, part in parts.items() if part}, per_token)
 
     def host_bytes(self, gpus: int) -> float:
         """Return the bytes of host memory on rank 0's node, which reads the model and writes checkpoints."""
@@ -190,50 +228,6 @@ def policy_without_weights(model: ModelConfig, shape: Mapping[str, Any] | None =
     return without_weights(model_config, model, start_folder(model))
 
 
-def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
-    """Return the footprint of each of `processes` that train `causal_lm`, the policy on the meta device."""
-    weights = _count_weights(causal_lm)
-    trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
-    stage = ZERO_STAGES[config.parallelism.kind]
-    number = TORCH_DTYPES[config.model.dtype].itemsize
-    master = state_bytes(config.optim, config.trainer, causal_lm)
-    if config.parallelism.offload_optimizer is not Offload.none:
-        master = 0.0
-    resident = config.parallelism.offload_parameters is Offload.none
-    held = _weight_bytes(config.model.quantization, number, causal_lm)
-    # In bf16, stage 1 keeps a micro-batch's gradients beside their float32 sum.
-    has_both = stage == 1 and config.model.dtype is Dtype.bf16
-    gradients = (4.0 + number * has_both) * trained
-    output = causal_lm.get_output_embeddings().weight
-    head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
-    largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
-    gathered = min(max(_GATHERED_WEIGHTS, largest), weights)
-    hpz = config.parallelism.hpz
-    parts = {
-        "copy of the weights": held / hpz if hpz > 1 else 0.0,
-        "weights": resident * held / (processes if stage == 3 else 1),
-        "experts of a layer": _unpacked_bytes(config, number, causal_lm),
-        "gradients": gradients / (1 if stage == 1 else processes),
-        "optimizer states": master * trained / processes,
-        "gathered weights": number * gathered if stage == 3 and processes > 1 else 0.0,
-        # DeepSpeed reduces 5e8 gradients at a time, in a flat float32 copy (2 GB) and its bf16 cast (1 GB).
-        "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
-        "output layer": head,
-        "CUDA and NCCL": _CONTEXT_BYTES,
-    }
-    if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
-        bits = config.reference.quantization
-        copies = processes if bits is None else 1  # ZeRO shards no quantized weights
-        parts["reference"] = _weight_bytes(bits, number, causal_lm) / copies
-    is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
-    # What a trained tower keeps depends on the share of images in the data.
-    checkpointing = config.model.gradient_checkpointing
-    per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing)
-    if per_token is not None:
-        per_token /= config.parallelism.sequence_parallel
-    return Footprint({name: part for name, part in parts.items() if part}, per_token)
-
-
 def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = None) -> float:
     """Return the bytes of master weight and optimizer states per trained weight, as in a checkpoint.
 
@@ -259,7 +253,7 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     if run.world.device.type != "cuda":
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
-    needs = footprint(run.config, causal_lm, run.world.size)
+    needs = Shapes(run.config, causal_lm).footprint(run.world.size)
     tokens = needs.largest_micro_batch(memory)
     model = run.config.model
     is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa

@@ -29,7 +29,8 @@ from dpo_dist.foundation.signals import BY_CALLBACK
 from dpo_dist.foundation.text import duration, percent_of, size
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.reporting.protocols import Moment, OnMoment, Recorder, Samples, When, Wish
+from dpo_dist.training.reporting.protocols import Moment, OnMoment, Samples, When, Wish
+from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.run_state import Identity

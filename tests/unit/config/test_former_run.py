@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dpo_dist.config.command_line import saved_values, split_words
-from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
+from dpo_dist.config.load import load_run_config, saved_config, to_yaml
 from dpo_dist.config.named_code import code_warnings
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -95,18 +95,21 @@ def test_nothing_in_a_config_of_a_run_is_evaluated(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DB_PASSWORD", "canary")
-    (tmp_path / "config.yaml").write_text(text)
-    for read in (lambda: evaluated(f"run.dir={tmp_path}"), lambda: from_yaml(text)):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    for read in (lambda: evaluated(f"run.dir={tmp_path}"), lambda: saved_config(file)):
         with pytest.raises(ConfigError) as raised:
             read()
         assert "canary" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["loss: [", "loss: {beta: much}"])
-def test_a_config_that_cannot_be_read_is_named_by_its_path(text: str) -> None:
+def test_a_config_that_cannot_be_read_is_named_by_its_path(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
     with pytest.raises(ConfigError) as raised:
-        from_yaml(text, "runs/a/config.yaml")
-    assert raised.value.where.endswith("runs/a/config.yaml")
+        saved_config(file)
+    assert raised.value.where.endswith(str(file))
 
 
 TRUST = "if you trust this code, add "

@@ -11,12 +11,11 @@ from hydra.core.config_store import ConfigStore
 
 from dpo_dist.config import compose, keys
 from dpo_dist.config.keys import config_dir
-from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import UNSET, AdapterConfig, Offload, TrainerConfig
 from dpo_dist.data.config import SourceConfig
 from tests.support.own_loss import OWN
-from tests.unit.config.support import RUN, configured, error_of
+from tests.unit.config.support import RUN, configured, error_of, written_and_read
 
 PRESETS = sorted(config_dir().glob("*/*.yaml"))
 EXPERIMENTS = [file.stem for file in PRESETS if file.parent.name == "experiment"]
@@ -102,7 +101,7 @@ def test_a_text_is_as_typed_and_is_read_back_from_a_written_configuration() -> N
     texts = "run.name=1e3 compare.models=[\\'on\\',\\'1\\'] model.adapter={path:sft}"
     config = configured(f"{texts} trainer.max_seconds=1.5")
     assert (config.run.name, config.compare.models) == ("1e3", ["on", "1"])
-    assert from_yaml(to_yaml(config)) == config
+    assert written_and_read(config) == config
 
 
 def test_the_command_line_wins_over_experiments_which_can_be_stacked() -> None:
@@ -156,7 +155,7 @@ def test_a_preset_and_a_mapping_of_its_group_both_count(typed: str) -> None:
 def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     config = alone(typed)
     assert config.reference.mode == mode
-    assert from_yaml(to_yaml(config)) == config, "config.yaml has the resolved mode"
+    assert written_and_read(config) == config, "config.yaml has the resolved mode"
     offload = Offload.cpu if mode == "cached" and "+experiment=qwen7b" in typed.split() else Offload.none
     assert config.reference.offload is offload
     assert alone(f"{typed} reference={mode}").identity.digest == config.identity.digest

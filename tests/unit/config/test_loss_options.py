@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from dpo_dist.config.command_line import explain
 from dpo_dist.config.identity import settings
 from dpo_dist.config.keys import all_keys, group_folders
-from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
+from dpo_dist.config.load import differing_keys
 from dpo_dist.config.losses import (
     KINDS,
     BcoPairOptions,
@@ -26,7 +26,7 @@ from dpo_dist.config.losses import (
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import schema_fields
 from dpo_dist.tools.sweep.points import load_points
-from tests.unit.config.support import RUN, configured, error_of
+from tests.unit.config.support import RUN, configured, error_of, written_and_read
 
 OPTIONS = sorted({name for kind in LossKind for name in option_names(kind)})
 SIMPO_AND_SFT = "loss.terms=[{kind:simpo,options:{gamma:%s}},{kind:sft}]"
@@ -69,9 +69,9 @@ def test_options_on_the_command_line_in_presets_and_in_files(tmp_path: Path) -> 
     assert configured(f"{file} loss=ipo loss.kind=sigmoid").loss.options is None
     config = configured(SIMPO_AND_SFT % 2)
     assert [term.options for term in config.loss.terms] == [SimpoOptions(gamma=2.0), None]
-    assert from_yaml(to_yaml(config)) == config
+    assert written_and_read(config) == config
     config = configured("loss=simpo loss.options.gamma=2")
-    assert from_yaml(to_yaml(config)) == config
+    assert written_and_read(config) == config
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import (
-    LAST_EVALUATION,
     STATE,
     RunFolder,
     checkpoint_folders,
@@ -32,7 +31,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
     ]
     values = [getattr(folder, name) for folder in folders for name in dir(folder)]
     paths = [value for value in values if isinstance(value, Path) and value != FOLDER.path]
-    paths += [FOLDER.rank_log(1), *FOLDER.evaluation.files, FOLDER.named_evaluation(LAST_EVALUATION).results]
+    paths += [FOLDER.rank_log(1), *FOLDER.evaluation.files, FOLDER.last_evaluation.results]
     assert {str(path.relative_to("output/run")) for path in paths} == {
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),

@@ -127,7 +127,7 @@ NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('system 
 def test_a_template_whose_end_of_turn_cannot_be_found_is_an_error() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), NEEDS_SYSTEM + tiny.CHATML)
     with pytest.raises(ConfigError, match="system first"):
-        encode_pair(record((SYSTEM, *CHAT)), tokenizer, WIDE)
+        encode_pair(record((SYSTEM, *CHAT)), WIDE, tokenizer)
 
 
 def legacy() -> PreTrainedTokenizerFast:

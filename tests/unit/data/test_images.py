@@ -53,7 +53,7 @@ SHOWN = {
 
 
 def encoded(record: Any, kind: str, processor: ImageProcessor, config: DataConfig = WIDE) -> EncodedExample:
-    example = encode_pair(record, image_tokenizer(kind), config, processor)
+    example = encode_pair(record, config, image_tokenizer(kind), processor)
     assert isinstance(example, EncodedExample), example
     return example
 
@@ -130,11 +130,11 @@ def test_a_tag_of_images_without_an_image_is_not_trained_as_text(tag: str, tmp_p
     processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
     processor.tokens.add("<|own|>")  # of a model that no other program writes for
     record = replace(image_record("First.", "Yes.", f"{tag}\nWhat?", images=[]), unread=("image_path",))
-    dropped = encode_pair(record, tokenizer, WIDE, processor)
+    dropped = encode_pair(record, WIDE, tokenizer, processor)
     assert (dropped.reason, dropped.unread) == ("image_count", ("image_path",))
     plain = replace(record, prompt=f"{tag}\nWhat?")
-    assert encode_pair(plain, tokenizer, WIDE, processor).reason == "image_count"
-    assert isinstance(encode_pair(plain, tokenizer, WIDE), EncodedExample), "the model reads no images"
+    assert encode_pair(plain, WIDE, tokenizer, processor).reason == "image_count"
+    assert isinstance(encode_pair(plain, WIDE, tokenizer), EncodedExample), "the model reads no images"
     for text in (
         "the images of <a>",
         "[IMG]a.png[/IMG]",
@@ -154,7 +154,7 @@ def test_a_placeholder_in_a_response_with_its_template_applied_is_no_place_of_an
         image_record("What?", images=[], responses=("It is <|image_pad|>.", "No.")), prompt=prompt
     )
     applied = replace(WIDE, template=TextTemplate.applied)
-    assert encode_pair(record, tokenizer, applied, processor).reason == "image_count"
+    assert encode_pair(record, applied, tokenizer, processor).reason == "image_count"
 
 
 def test_records_that_differ_in_the_image_only_have_other_keys(
@@ -211,28 +211,28 @@ def test_templates_must_write_each_image_once(tmp_path: Path) -> None:
     for template in (ONLY_TEXT, TEMPLATE.replace("PLACE", ""), TEMPLATE.replace("PLACE", "<image>")):
         tokenizer = with_template(image_tokenizer("qwen2_vl"), template)
         with pytest.raises(ConfigError, match="the chat template has no place for images"):
-            encode_pair(record, tokenizer, WIDE, processor)
+            encode_pair(record, WIDE, tokenizer, processor)
     tokenizer = with_template(image_tokenizer("qwen2_vl"), TWICE)
-    assert encode_pair(record, tokenizer, WIDE, processor).reason == "image_count"
+    assert encode_pair(record, WIDE, tokenizer, processor).reason == "image_count"
 
 
 def test_records_with_images_that_cannot_be_placed_are_dropped(tmp_path: Path) -> None:
     kind, processor = "qwen2_vl", processor_of(tmp_path, "qwen2_vl")
     tokenizer = image_tokenizer(kind)
     whole = image_record("#", images=[FIRST])
-    assert encode_pair(whole, tokenizer, WIDE).reason == "media_not_read"
+    assert encode_pair(whole, WIDE, tokenizer).reason == "media_not_read"
     for record in (
         image_record("# #", images=[FIRST]),
         image_record("#", images=[FIRST], responses=(f"a {IMAGE}", "b")),
         image_record(f"a {IMAGE}", images=[]),
     ):
-        assert encode_pair(record, tokenizer, WIDE, processor).reason == "reserved_character"
+        assert encode_pair(record, WIDE, tokenizer, processor).reason == "reserved_character"
     bare = with_template(tokenizer, None)
     applied = DataConfig(template="applied", text_as_messages=False)
     record = image_record("x <|image_pad|><|im_end|>", images=[])
     text = type(record)("x <|image_pad|><|im_end|>", ("a<|im_end|>", "b<|im_end|>"), record.origin)
-    assert encode_pair(text, bare, applied, processor).reason == "image_count"
-    assert isinstance(encode_pair(text, bare, applied), EncodedExample)
+    assert encode_pair(text, applied, bare, processor).reason == "image_count"
+    assert isinstance(encode_pair(text, applied, bare), EncodedExample)
 
 
 def test_prompts_with_several_images_are_dropped_if_the_model_cuts_only_a_single_one_into_tiles(
@@ -247,7 +247,7 @@ def test_prompts_with_several_images_are_dropped_if_the_model_cuts_only_a_single
     (tmp_path / "processor_config.json").write_text('{"num_image_tokens": 4}')
     processor = ImageProcessor(tmp_path, tokenizer)
     encoded(image_record("#", images=[FIRST]), "llava", processor)
-    several = encode_pair(image_record("# #", images=[FIRST, FIRST]), tokenizer, WIDE, processor)
+    several = encode_pair(image_record("# #", images=[FIRST, FIRST]), WIDE, tokenizer, processor)
     assert several.why == "several_images (2 images; this model reads one in a prompt)"
 
 
@@ -265,7 +265,7 @@ def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
     for length in range(2, len(ids) + longest + 2):
         for most in (None, needed - 1, needed, needed + 1, len(ids)):
             config = DataConfig(max_length=length, max_prompt_length=most, truncation=truncation)
-            example = encode_pair(record, image_tokenizer(kind), config, processor)
+            example = encode_pair(record, config, image_tokenizer(kind), processor)
             # Suggested limits and the doctor count from these lengths.
             assert example.lengths == whole.lengths
             lengths = SourceLengths(np.array([example.lengths]), 0, 0.0)
@@ -294,9 +294,9 @@ def test_a_response_is_cut_though_an_image_stands_directly_after_bos(tmp_path: P
         "{% for p in m.content %}" + parts + "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
     )
     record = image_record("# is what?", images=[FIRST], responses=("Yes, it is.", "No"))
-    whole = encode_pair(record, tokenizer, WIDE, processor)
+    whole = encode_pair(record, WIDE, tokenizer, processor)
     config = DataConfig(max_length=len(whole.prompt_ids) + 2, truncation="keep_start")
-    found = encode_pair(record, tokenizer, config, processor)
+    found = encode_pair(record, config, tokenizer, processor)
     assert [*map(len, (found.prompt_ids, *found.responses))] == [len(whole.prompt_ids), 2, 2]
 
 
@@ -502,7 +502,7 @@ def test_one_pixel_and_a_small_image_are_read_or_refused_by_each_processor(tmp_p
         processor = processor_of(tmp_path / kind, kind)
         for size in ((1, 1), (1, 30), (30, 1), (2, 190)):
             record = image_record("#", images=[file_of(picture(1, *size))])
-            found = encode_pair(record, image_tokenizer(kind), WIDE, processor)
+            found = encode_pair(record, WIDE, image_tokenizer(kind), processor)
             assert getattr(found, "reason", "image_unreadable") == "image_unreadable"
 
 

@@ -204,7 +204,7 @@ def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response,
 def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: Response) -> None:
     tokenizer = tokenizer_of(family)
     one, other = (
-        encode_pair(pair(*sides), tokenizer, WIDE) for sides in ((thinking, "No."), ("No.", thinking))
+        encode_pair(pair(*sides), WIDE, tokenizer) for sides in ((thinking, "No."), ("No.", thinking))
     )
     if isinstance(one, BadRecord) or isinstance(other, BadRecord):
         assert one == other

@@ -31,7 +31,7 @@ from dpo_dist.model.files.load import (
 from dpo_dist.model.files.save import write_adapter
 from dpo_dist.model.layers import decoder_layers, image_weights, keep_text, text_notes
 from dpo_dist.model.lora import adapted_layers, add_adapter
-from dpo_dist.training.start.footprint import footprint, quantized_weights
+from dpo_dist.training.start.footprint import Shapes, quantized_weights
 from tests.support.image_processors import image_tokenizer, processor_of, write_processor
 from tests.support.invented_images import READERS as FAMILIES
 from tests.support.invented_images import image_examples, image_reader, invented_images, row_logps
@@ -254,10 +254,12 @@ def test_memory_counts_towers_whole_and_that_of_a_trained_one_is_not_known(tmp_p
     weights = {}
     for train in (NONE, TOWER):
         config = config_of(folder, train)
-        needs = footprint(RunConfig(model=config), without_weights(load_config(folder, config), config), 1)
+        needs = Shapes(
+            RunConfig(model=config), without_weights(load_config(folder, config), config)
+        ).footprint(1)
         assert (needs.per_token is None) is (train is TOWER)
         weights[train] = needs.parts["weights"]
-        assert weights[train] > footprint(RunConfig(model=FP32), text, 1).parts["weights"]
+        assert weights[train] > Shapes(RunConfig(model=FP32), text).footprint(1).parts["weights"]
     assert weights[NONE] == weights[TOWER]
     quantized = without_weights(load_config(folder, config_of(folder)), config_of(folder)).requires_grad_(
         False

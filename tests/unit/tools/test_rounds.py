@@ -201,6 +201,12 @@ def test_other_settings_are_refused_once_a_stage_is_finished() -> None:
     assert do(Verbs(), "trainer.save_every=7")[0] == ExitCode.completed
 
 
+def test_a_secret_which_no_file_has_is_no_other_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "a-secret-name")
+    for _ in range(2):
+        assert do(Verbs(), "pairs.function=m:a-secret-name")[0] == ExitCode.completed
+
+
 @pytest.mark.parametrize("launcher", ["no-such-program", "python 'x"])
 def test_a_launcher_that_cannot_be_started_is_an_error(launcher: str) -> None:
     with pytest.raises(ConfigError, match="cannot be started"):

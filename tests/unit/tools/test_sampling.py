@@ -280,7 +280,7 @@ def trained(folder: Path, record: PreferenceRecord, tokenizer: Any, *sides: Resp
     write_results(folder / "pairs.jsonl", [pair], {}, Counter(), lambda _: None)
     (read,) = read_records(str(folder / "pairs.jsonl"))
     assert isinstance(read, PreferenceRecord)
-    example = encode_pair(read, tokenizer, WIDE)
+    example = encode_pair(read, WIDE, tokenizer)
     assert isinstance(example, EncodedExample)
     return [response[:-1].tolist() for response in example.responses]
 

@@ -14,7 +14,7 @@ from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.text import size
 from dpo_dist.model.files.load import load_config, load_weights, without_weights
-from dpo_dist.training.start.footprint import activation_bytes, footprint, quantization_notes, stored_notes
+from dpo_dist.training.start.footprint import Shapes, activation_bytes, quantization_notes, stored_notes
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config
@@ -60,7 +60,7 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
     config = load_run_config(["model.path=m", "parallelism.sequence_parallel=1"])
     config = replace(config, model=replace(config.model, gradient_checkpointing="full"))
     causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
-    needs = footprint(config, causal_lm, processes)
+    needs = Shapes(config, causal_lm).footprint(processes)
     assert needs.per_token is not None
     memory = (sum(needs.parts.values()) + 1000 * needs.per_token) / 0.9
     assert needs.largest_micro_batch(memory) == 768, "a multiple of 256"
@@ -73,7 +73,7 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
 def test_zero3_gathers_at_most_all_weights() -> None:
     config = load_run_config(["model.path=m", "parallelism=zero3"])
     causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
-    parts = footprint(config, causal_lm, 4).parts
+    parts = Shapes(config, causal_lm).footprint(4).parts
     assert parts["gathered weights"] == pytest.approx(4 * parts["weights"])
 
 
@@ -110,12 +110,12 @@ def test_experts_take_the_bytes_that_the_plan_says(
     whole = {name: weight.nbytes for name, weight in plain.named_parameters() if ".experts." in name}
     share = sum(sizes[name] for name in whole) / sum(whole.values())
     assert share < {Quantization.nf4: 0.30, Quantization.int8: 0.53}[kind]
-    parts, needs = footprint(config, causal_lm, 4).parts, sum(sizes.values())
+    parts, needs = Shapes(config, causal_lm).footprint(4).parts, sum(sizes.values())
     adapter = 2 * sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     assert parts["weights"] - adapter == pytest.approx(needs, rel=0.03)
     of_layer = sum(size for name, size in whole.items() if ".1." in name and "bias" not in name)
     assert parts["experts of a layer"] >= of_layer
-    assert "experts of a layer" not in footprint(load_run_config(["model.path=m"]), causal_lm, 4).parts
+    assert "experts of a layer" not in Shapes(load_run_config(["model.path=m"]), causal_lm).footprint(4).parts
 
 
 @pytest.mark.parametrize("kind", [None, *Quantization])
@@ -128,7 +128,10 @@ def test_a_base_in_mxfp4_takes_the_bytes_that_the_start_says(
     described = load_config(tmp_path, config.model)
     loaded = load_weights(tmp_path, described, config.model, torch.device("cpu"))
     causal_lm = without_weights(described, config.model)
-    parts, sizes = footprint(config, causal_lm, 1).parts, {n: _bytes(w) for n, w in loaded.named_parameters()}
+    parts, sizes = (
+        Shapes(config, causal_lm).footprint(1).parts,
+        {n: _bytes(w) for n, w in loaded.named_parameters()},
+    )
     adapter = 2 * sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     allowed = 0.03 if kind is Quantization.int8 else 0.01
     assert parts["weights"] - adapter == pytest.approx(sum(sizes.values()), rel=allowed)
@@ -152,7 +155,7 @@ def test_adapted_experts_take_the_bytes_of_their_sums_and_of_an_update_with_its_
     causal_lm = without_weights(load_config(tmp_path, config.model), config.model)
     layer = [4 * 128 * 512, 4 * 256 * 128]
     numbers = sum(layer) + (2 + (is_mxfp4 and kind is not None)) * max(layer)  # unpacked in the file's order
-    assert footprint(config, causal_lm, 1).parts["experts of a layer"] == 2 * numbers
+    assert Shapes(config, causal_lm).footprint(1).parts["experts of a layer"] == 2 * numbers
 
 
 def _bytes(weight: Any) -> int:
@@ -187,4 +190,4 @@ def test_a_live_reference_is_whole_on_each_device_if_it_is_quantized(bits: str, 
     config = load_run_config(["model.path=m", "reference=live", f"reference.quantization={bits}"])
     causal_lm = without_weights(AutoConfig.for_model("llama", **(SHAPE | {"vocab_size": 8})), ModelConfig())
     whole = 2 * sum(map(torch.numel, causal_lm.parameters()))
-    assert footprint(config, causal_lm, 4).parts["reference"] == pytest.approx(share * whole, rel=0.01)
+    assert Shapes(config, causal_lm).footprint(4).parts["reference"] == pytest.approx(share * whole, rel=0.01)

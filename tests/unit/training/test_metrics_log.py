@@ -18,6 +18,7 @@ from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
+from dpo_dist.tools.report.run import metrics_by_source
 from dpo_dist.training.reporting import metrics_log
 from dpo_dist.training.reporting.metrics_log import (
     MetricsLog,
@@ -25,7 +26,6 @@ from dpo_dist.training.reporting.metrics_log import (
     csv_columns,
     final_and_best,
     log_position,
-    metrics_by_source,
     read_latest_rows,
     stored_rows,
 )

@@ -36,11 +36,12 @@ from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.tools.doctor.folder import DoctorFolder
-from dpo_dist.tools.report.recorder import RunRecorder
+from dpo_dist.tools.report.recorder import reporting
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
 from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
 from dpo_dist.training.start.dry_run import start_in_words
 from dpo_dist.training.start.environment import describe_run
@@ -120,8 +121,8 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def recorder_of(run: Run) -> RunRecorder:
-    return RunRecorder(run, MetricsLog.open(run.folder, 4))
+def recorder_of(run: Run) -> Recorder:
+    return Recorder(run, MetricsLog.open(run.folder, 4), reporting())
 
 
 @pytest.mark.parametrize("content", ["{", '{"outcome": "won", "step": 1, "identity": {}}'])
@@ -242,7 +243,7 @@ def loop_of(run: Run) -> Any:
     return SimpleNamespace(
         run=run,
         identity=IDENTITY,
-        recorder=RunRecorder(run, MetricsLog.open(run.folder, None)),
+        recorder=Recorder(run, MetricsLog.open(run.folder, None), reporting()),
         train=lambda _position: True,
         policy=SimpleNamespace(loss_scale=None),
         inputs=SimpleNamespace(
@@ -265,7 +266,7 @@ def test_a_model_whose_report_cannot_be_written_is_finished_by_the_next_start(
 ) -> None:
     loop = loop_of(run_in(folder.path))
     save_checkpoint(folder, 4, pairs_seen=24, **IDENTITY)
-    monkeypatch.setattr(RunRecorder, "close", mock.Mock(side_effect=OSError("a full disk")))
+    monkeypatch.setattr(Recorder, "close", mock.Mock(side_effect=OSError("a full disk")))
     with pytest.raises(OSError, match="a full disk"):
         run_to_its_end(loop, Position(4, pairs_seen=24), mock.Mock())
     found = read_state(folder)

@@ -14,12 +14,8 @@ from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.tools.doctor.measures.margins import (
-    compare_with_store,
-    find_stored,
-    margin_findings,
-    stored_pairs,
-)
+from dpo_dist.reference.stored import find_stored, stored_pairs
+from dpo_dist.tools.doctor.measures.margins import compare_with_store, margin_findings
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model

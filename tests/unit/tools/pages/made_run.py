@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best
 from tests.support.sample_files import sample, write_samples
@@ -119,8 +119,8 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     environment |= {"gpus": [text, text], "command": f"python -m dpo_dist.train {text}"}
     run.environment.write_text(json.dumps(environment))
     run.state.write_text(json.dumps({"identity": {"run_digest": "3fa9c1d2", "eval_data": None}}))
-    run.named_evaluation(LAST_EVALUATION).path.mkdir(parents=True)
-    run.named_evaluation(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
+    run.last_evaluation.path.mkdir(parents=True)
+    run.last_evaluation.results.write_text(json.dumps(evaluated(source)))
     finding = {"rule": "label_leak", "level": "error", "text": text, "source": text, "remedy": text}
     DoctorFolder(run.path).doctor_report.parent.mkdir()
     DoctorFolder(run.path).doctor_report.write_text(

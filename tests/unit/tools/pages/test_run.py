@@ -9,7 +9,7 @@ import pytest
 import yaml
 from markupsafe import Markup
 
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.pages.render import inert
@@ -95,9 +95,9 @@ def test_the_margins_of_all_evaluation_pairs_are_a_histogram_with_zero_in_it(tmp
     run = made_run(tmp_path)
     margins: list[float | None] = [0.5, 1.0, 1.5, 2.0, 900.0, *[0.25] * 200, None]
     scores = "".join(json.dumps({"margin": margin}) + "\n" for margin in margins)
-    run.named_evaluation(LAST_EVALUATION).scores.write_text(scores)
+    run.last_evaluation.scores.write_text(scores)
     assert "Margins of the evaluation pairs" not in page_of(run).text, "a loss without margins of pairs"
-    change(run.named_evaluation(LAST_EVALUATION).results, "all", "eval_rewards/margins/p05", value=0.25)
+    change(run.last_evaluation.results, "all", "eval_rewards/margins/p05", value=0.25)
     text = page_of(run).section("Accuracy and margin")
     assert "Margins of the evaluation pairs" in text
     assert "205 pairs, median 0.25; 100 % above 0, the dashed line" in text
@@ -186,7 +186,7 @@ def test_html_has_no_markup_and_no_invisible_character(text: object, html: str) 
 
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
-    change(run.named_evaluation(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
+    change(run.last_evaluation.results, "all", "eval_loss", value=9.0)
     assert "[0.55, 0.7]" not in page_of(run).text
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_a_plain_error_that_names_it(tmp_path: Path, name: str
 def test_a_page_can_do_without_each_fact_of_a_file(tmp_path: Path) -> None:
     """A run that was stopped early, or one of another version, lacks some."""
     run = made_run(tmp_path)
-    evaluation = run.named_evaluation(LAST_EVALUATION).results
+    evaluation = run.last_evaluation.results
     for file in (
         run.config,
         run.environment,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.runs import compare_runs, differing_settings
@@ -38,7 +38,7 @@ def end_with(run: RunFolder, accuracy: float, *ends: float) -> None:
     change_last_row(run, {"eval_rewards/accuracies": accuracy})
     intervals = {"eval_rewards/accuracies": ends, "eval_rewards/margins": (0.4, 0.6)}
     known = {name: both for name, both in intervals.items() if both}
-    change(run.named_evaluation(LAST_EVALUATION).results, "all", "intervals", value=known)
+    change(run.last_evaluation.results, "all", "intervals", value=known)
 
 
 def test_settings_that_differ_are_those_that_are_not_equal_in_all() -> None:
