@@ -3,13 +3,15 @@
 Token ids and masks are in the files of the sources, the other columns in a file of the dataset.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,11 +53,11 @@ from dpo_dist.encoded.store import (
     read_lengths,
     read_source,
 )
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
 from dpo_dist.foundation.remedies import AtRecords
-from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, is_changed, stored_columns
 from dpo_dist.foundation.types import Tokenizer
 
 _MAX_THREADS = 8
@@ -131,6 +133,7 @@ class PreferenceDataset:
     numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
     images: PromptImages | None = None  # None: no prompt has an image
     prefixes: Prefixes | None = None  # how the examples begin; None: not known
+    columns_files: tuple[Path, ...] = ()  # of most columns above; empty: they are in memory
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
@@ -325,6 +328,30 @@ def metric_labels(labels: Iterable[str]) -> tuple[str, ...]:
     return distinct if len(distinct) > 1 else ()
 
 
+@contextlib.contextmanager
+def columns_errors(*datasets: PreferenceDataset | None) -> Iterator[None]:
+    """Raise DataError for what an error of the block is if a file of columns has changed since it was mapped.
+
+    Token ids that change have another key, which every batch checks.
+    """
+    try:
+        yield
+    except DpoDistError:
+        raise
+    except Exception as fault:
+        files = [dataset.columns_files for dataset in datasets if dataset is not None]
+        for file in itertools.chain(*files):
+            if is_changed(file):
+                raise DataError(
+                    "the encoded data changed on the disk while they were used",
+                    where=f"data.cache: {file}",
+                    got=first_line(fault),
+                    remedy="check the disk, and let no other program write there; start again: damaged data "
+                    "are encoded again",
+                ) from fault
+        raise
+
+
 def open_dataset(
     sources: Sequence[EncodedSource], config: DataConfig, processor: ImageProcessor | None = None
 ) -> PreferenceDataset:
@@ -364,6 +391,7 @@ def open_dataset(
         numbers={name: arrays[NUMBER + name] for name in NUMBERS if NUMBER + name in arrays},
         images=images,
         prefixes=Prefixes(*(arrays.pop(name) for name in PREFIX_COLUMNS)),
+        columns_files=(file,),
         **{name: arrays[name] for name in DATASET_COLUMNS},
     )
 

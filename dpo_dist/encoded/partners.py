@@ -41,7 +41,8 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         file = Path(cache) / f"{fingerprint}-{max_length}-columns.arrow"
         with cache_errors(file):
             arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
-    return replace(dataset, fingerprint=fingerprint, **arrays)
+    files = (*dataset.columns_files, file) if dataset.encoded else ()
+    return replace(dataset, fingerprint=fingerprint, columns_files=files, **arrays)
 
 
 def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> TableFacts:

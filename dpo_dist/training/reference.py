@@ -15,7 +15,7 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
@@ -235,7 +235,7 @@ def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
     with open_run(config, console, stop) as run:
         say_header(run)
         inputs = load_inputs(run)
-        with stop.deferred():
+        with columns_errors(inputs.train_set, inputs.eval_set), stop.deferred():
             prepare_reference(run, inputs)
         run.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
     return ExitCode.completed

@@ -39,7 +39,7 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
-from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
@@ -101,7 +101,8 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
         if isinstance(start, RunState):
             return _finish_complete_run(run, start, reporting)
         inputs, state, custom = _begin(run, start, reporting)
-        with stop.deferred(), contextlib.ExitStack() as engines:
+        unchanged = columns_errors(inputs.train_set, inputs.eval_set)
+        with unchanged, stop.deferred(), contextlib.ExitStack() as engines:
             try:
                 loop, position = _set_up(run, start, inputs, state, custom, engines, reporting)
             except StoppedError:
