@@ -12,15 +12,9 @@ from dpo_dist.foundation.text import aligned, number, percent_of, pluralize, wit
 from dpo_dist.kit import METRICS
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
+from dpo_dist.tools.pages.answers import Answers, prompt_items
 from dpo_dist.tools.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.pages.render import number_above_interval, page, part
-from dpo_dist.tools.pages.samples import (
-    ShownPrompt,
-    ShownResponse,
-    end_notes,
-    prompt_items,
-    response_in_data,
-)
 
 _Row = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -46,16 +40,16 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
     results = without_secrets(results)
     rates = _rates(results)
-    prompts = [_prompt(row, results) for row in files.read_lines(folder.comparison_answers) if row]
+    base = results["base"]
+    prompts = [(row, _labels(row, base)) for row in files.read_lines(folder.comparison_answers)]
     items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
-    labels = Counter(chain.from_iterable(prompt.labels for prompt in prompts[: len(items)]))
+    labels = Counter(chain.from_iterable(labels for _, labels in prompts[: len(items)]))
     styles: list[list[object]] = []
     for model in results["models"]:
         style, ends = model["style"], model["style_intervals"]
         cells = [number_above_interval(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
         styles.append([model["name"], *cells])
     # The table of models with KL, score and win rate over the base, without empty columns.
-    base = results["base"]
     head = ["model", "KL estimate, nats per response", "score", f"win rate over {base}"]
     rows: list[list[object]] = [
         [
@@ -253,8 +247,8 @@ def _differences(results: _Row, rates: Rates) -> _Table:
     return ["models", *titles], rows if titles else []
 
 
-def _prompt(row: _Row, results: _Row) -> ShownPrompt:
-    base, *others = (model["name"] for model in results["models"])
+def _labels(row: Answers, base: str) -> list[str]:
+    """Return the labels by which a prompt is filtered."""
     labels = [f"source {row['source']}"]
     if any(not response["finished"] for response in row["responses"].values()):
         labels.append("a response does not end")
@@ -263,21 +257,4 @@ def _prompt(row: _Row, results: _Row) -> ShownPrompt:
     for verdict in row.get("verdicts") or ():
         if verdict["first"] == base and verdict["credit"] in _VERDICTS:
             labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
-    responses = []
-    most = 0.0
-    base_score = row["responses"][base]["score"]
-    for name in (base, *others):
-        response = row["responses"][name]
-        notes = [end_notes(response["tokens"], response["finished"])]
-        score = response["score"]
-        if score is not None:
-            notes.append(f"score {number(score)}")
-        if score is not None and base_score is not None:
-            most = max(most, abs(score - base_score))
-        if name != base and None not in (response["logp"], response["base_logp"]):
-            notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
-        responses.append(ShownResponse(name, response["text"], "; ".join(notes)))
-    if row["chosen"] is not None:
-        responses.append(response_in_data(row, " in the data"))
-    images = row.get("images", ())
-    return ShownPrompt(row["prompt"], responses, base, "; ".join(labels), labels, 0.0 - most, images)
+    return labels

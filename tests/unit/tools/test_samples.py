@@ -87,7 +87,8 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     }
     opened.run.folder.samples.mkdir()
     opened.run.folder.samples_reference.write_text(
-        json_line({"prompt_id": "id", "sampling": sampling, **response}), encoding="utf-8"
+        json_line({"prompt_id": "id", "sampling": sampling, "responses": {"reference": response}}),
+        encoding="utf-8",
     )
     assert opened.read_reference() == [response]
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None

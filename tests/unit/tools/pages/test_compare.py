@@ -81,7 +81,7 @@ def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) 
     assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
     assert "one <mark>dog</mark>" in page
     assert "sampling.temperature=0 takes the likeliest" in page
-    assert "chosen in the data" in page
+    assert "<h4>chosen</h4>" in page
     assert re.findall(r'data-labels="([^"]*)" data-order="([^"]*)"', page) == [
         ("source code|b wins over a", "-0.7"),
         ("source qa", "-0.1"),

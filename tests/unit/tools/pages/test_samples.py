@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.pages.samples import choose, mark_differences, samples_section, worst_pairs
+from dpo_dist.tools.pages.answers import mark_differences
+from dpo_dist.tools.pages.samples import choose, samples_section, worst_pairs
 from tests.support.sample_files import GOOD, sample, write_samples
 
 
@@ -32,10 +33,11 @@ def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: 
 def test_the_worst_and_some_at_random_are_shown() -> None:
     rows = [sample(number) for number in range(30)]
     rows[3] = sample(3, "the same again and " * 60)
-    rows[4] = sample(4, policy_finished=False, policy_tokens=20)
-    rows[5] = sample(5, policy_finished=False, policy_tokens=30)
-    rows[6] = sample(6, " \n", policy_finished=False)
-    rows[7] = sample(7, policy_tokens=None, reference=None, reference_tokens=None, chosen=None)
+    rows[4] = sample(4, tokens=20, finished=False)
+    rows[5] = sample(5, tokens=30, finished=False)
+    rows[6] = sample(6, " \n", finished=False)
+    rows[7] = sample(7, chosen=None)
+    del rows[7]["responses"]["reference"]
     chosen = choose(rows)
     assert [row["prompt_id"] for row, _ in chosen[:4]] == [f"{number:016x}" for number in (3, 6, 5, 4)]
     assert [reason for _, reason in chosen] == [
