@@ -122,18 +122,6 @@ def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs in an evaluation's file of worst pairs, as HTML."""
     prompts = []
     for row in read_lines(file):
-        margin = row["margin"]
-        responses: dict[str, Answers] = {}
-        for side in ("chosen", "rejected"):
-            if side in row:
-                responses[side] = {"text": row[side]}
-        metric = f"margin {number(margin, 3)}"
-        if "rejected" not in row:
-            responses = {"good": responses["chosen"]}
-            metric = f"reward {number(margin, 3)}"
-        elif "chosen" not in row:
-            responses = {"bad": responses["rejected"]}
-            metric = f"reward {number(-margin, 3)}"
-        shown = {"prompt": row["prompt"], "images": row.get("images", ()), "responses": responses}
-        prompts.append((shown, [f"{row['origin']}: {metric}"]))
+        metric = "margin" if "margin" in row else "reward"
+        prompts.append((row, [f"{row['origin']}: {metric} {number(row[metric], 3)}"]))
     return prompt_items(prompts, _SECTION_BYTES)[0]

@@ -67,9 +67,12 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
 
 
 def test_a_labelled_response_is_shown_with_its_reward(tmp_path: Path) -> None:
-    row = {"origin": "a.jsonl:1", "prompt": "why", "margin": -0.5}
+    row = {"origin": "a.jsonl:1", "prompt": "why"}
+    good, bad = {"good": {"text": "so"}}, {"bad": {"text": "so"}}
+    rows = [row | {"reward": -0.5, "responses": good}, row | {"reward": 0.5, "responses": bad}]
     file = tmp_path / "worst.jsonl"
-    file.write_text("\n".join(json.dumps({**row, side: "so"}) for side in ("chosen", "rejected")))
-    good, bad = worst_pairs(file)
-    assert "reward -0.5" in good
-    assert "reward 0.5" in bad
+    file.write_text("\n".join(map(json.dumps, rows)))
+    first, last = worst_pairs(file)
+    assert "reward -0.5" in first
+    assert "<h4>good</h4>" in first
+    assert "reward 0.5" in last
