@@ -77,7 +77,8 @@ def _converse(speakers: "Sequence[Speaker]", max_new_tokens: int | None, samplin
             continue
         for speaker in speakers:
             if question == _NEW:
-                speaker.forget()
+                speaker.turns = ()
+                speaker.images = ()
                 continue
             if len(speakers) > 1:
                 print_result(f"{speaker.name}: ")
