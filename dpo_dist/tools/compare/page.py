@@ -25,7 +25,7 @@ _Table = tuple[list[str], list[list[object]]]
 MOST_BYTES = 5_000_000
 _FRAME_BYTES = 150_000
 _HALF = 0.5
-_STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
+_COLUMNS = ("kl", "score", "length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
 _NO_SHARES = {
     "score": "score",
     "kl": "KL estimate, nats per response",
@@ -44,23 +44,15 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     prompts = [(row, _labels(row, base)) for row in files.read_lines(folder.comparison_answers)]
     items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
     labels = Counter(chain.from_iterable(labels for _, labels in prompts[: len(items)]))
-    styles: list[list[object]] = []
+    head = ["model", *map(_title, _COLUMNS), f"win rate over {base}"]
+    rows: list[list[object]] = []
     for model in results["models"]:
-        style, ends = model["style"], model["style_intervals"]
-        cells = [number_above_interval(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
-        styles.append([model["name"], *cells])
-    # The table of models with KL, score and win rate over the base, without empty columns.
-    head = ["model", "KL estimate, nats per response", "score", f"win rate over {base}"]
-    rows: list[list[object]] = [
-        [
-            part("macros.jinja", "named", model["name"], model["path"]),
-            number_above_interval(model["kl"], model["kl_interval"]),
-            number_above_interval(model["score"], model["score_interval"]),
-            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
-        ]
-        for model in results["models"]
-    ]
-    # The base's own row does not count: it always has a KL of 0.
+        values = {**model, **model["style"]}
+        ends = {"kl": model["kl_interval"], "score": model["score_interval"], **model["style_intervals"]}
+        cells = [number_above_interval(values.get(each), ends.get(each), _scale(each)) for each in _COLUMNS]
+        rate = "base" if model["name"] == base else _rate(rates.get((model["name"], base)))
+        rows.append([part("macros.jinja", "named", model["name"], model["path"]), *cells, rate])
+    # Without empty columns. The base's own row does not count: it always has a KL of 0.
     columns = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
     # A plot of quality against KL; the base, whose KL is 0, is a horizontal line.
     measure, qualities = _qualities(results)
@@ -68,8 +60,8 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     for model in results["models"][1:]:
         name = model["name"]
         if name in qualities and (model["kl"] or 0) > 0:
-            quality, ends = qualities[name]
-            points.append(Point(name, model["kl"], quality, model["kl_interval"], ends))
+            quality, interval = qualities[name]
+            points.append(Point(name, model["kl"], quality, model["kl_interval"], interval))
     line = (qualities[base][0], base) if base in qualities else None
     html = page(
         "compare.jinja",
@@ -80,7 +72,6 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
         overview=([head[at] for at in columns], [[row[at] for at in columns] for row in rows]),
         picture=scatter(points, f"KL to {base}, nats per response", measure, line),
         differences=_differences(results, rates),
-        style_of_responses=(["model", *map(_title, _STYLE)], styles),
         items=items,
         omitted=omitted,
         labels=dict(sorted(labels.items())),

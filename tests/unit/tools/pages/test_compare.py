@@ -80,6 +80,12 @@ def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) 
     assert "<h4>a <small>2 tokens; score 0.2</small></h4>" in page
     assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
     assert "one <mark>dog</mark>" in page
+    heads = re.findall("<th>([^<]*)</th>", page)
+    assert heads[:3] == ["model", "KL estimate, nats per response", "score"]
+    assert heads[3:8] == ["tokens", "ended", "refusals", "empty", "win rate over a"], "none without a value"
+    for cell in ("<td>3 <small>[2.7, 3.3]</small></td>", "<td>2 % <small>[1.9, 2.1]</small></td>"):
+        assert cell in page
+    assert "<td>60 % <small>[54, 66]</small></td>" in page
     assert "sampling.temperature=0 takes the likeliest" in page
     assert "<h4>chosen</h4>" in page
     assert re.findall(r'data-labels="([^"]*)" data-order="([^"]*)"', page) == [
