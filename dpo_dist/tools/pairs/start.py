@@ -30,6 +30,14 @@ def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
     return [locate_model(name, key) if name in runs else name for name in names] or [policy]
 
 
+def _pairs(config: RunConfig) -> PairsConfig:
+    return config.section_of(PairsConfig)
+
+
+def _responding(config: RunConfig) -> list[str]:
+    return responding_models(_pairs(config), config.model.path)
+
+
 _ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _EFFECTS = {
@@ -42,7 +50,7 @@ _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(name, _RESPONDS) for name in (*SAMPLING_KEYS, "sampling.endpoint.url")),
-    *endpoint_rules(lambda c: len(responding_models(c.section_of(PairsConfig), c.model.path))),
+    *endpoint_rules(lambda c: len(_responding(c))),
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",
@@ -63,50 +71,46 @@ _RULES = (
         "pairs.prompt_part pairs.prompt_parts",
         "the prompts have no part with this number: the first part is 0",
         "set pairs.prompt_part below pairs.prompt_parts",
-        lambda c: c.section_of(PairsConfig).prompt_part >= c.section_of(PairsConfig).prompt_parts,
+        lambda c: _pairs(c).prompt_part >= _pairs(c).prompt_parts,
     ),
     Rule(
         f"sampling.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
         "raise sampling.temperature, or " + Remedy.to_set("pairs.samples=1"),
-        lambda c: c.section_of(PairsConfig).samples > 1,
+        lambda c: _pairs(c).samples > 1,
     ),
     Rule(
         f"pairs.models {_RESPONDS}",
         "no model responds to the prompts",
         "set pairs.models=[MODEL], or model.path",
-        lambda c: UNSET in responding_models(c.section_of(PairsConfig), c.model.path),
+        lambda c: UNSET in _responding(c),
     ),
     Rule(
         f"model.revision!=null {_RESPONDS}",
         "model.revision has no effect if model.path is not among pairs.models",
         to_unset("model.revision"),
-        lambda c: c.model.path not in responding_models(c.section_of(PairsConfig), c.model.path),
+        lambda c: c.model.path not in _responding(c),
     ),
     Rule(
         "pairs.models pairs.method=delta",
         "delta pairs need two models",
         "set pairs.models=[STRONGER,WEAKER]",
         lambda c: (
-            len(c.section_of(PairsConfig).models) != 2
-            or len({Path(name).expanduser().resolve() for name in c.section_of(PairsConfig).models}) < 2
+            len(_pairs(c).models) != 2
+            or len({Path(name).expanduser().resolve() for name in _pairs(c).models}) < 2
         ),
     ),
     Rule(
         f"pairs.samples {_SAMPLES}",
         "a pair needs two responses",
         "raise pairs.samples, or name two pairs.models",
-        lambda c: (
-            len(responding_models(c.section_of(PairsConfig), c.model.path))
-            * c.section_of(PairsConfig).samples
-            < 2
-        ),
+        lambda c: len(_responding(c)) * _pairs(c).samples < 2,
     ),
     Rule(
         f"{JUDGES} {_SAMPLES}",
         "samples need one judge",
         "set one of them; pairs.method=delta needs no judge",
-        lambda c: count_judges(c.section_of(PairsConfig)) != 1,
+        lambda c: count_judges(_pairs(c)) != 1,
     ),
     Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, Remedy.to_set("pairs.method=samples")),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
@@ -123,10 +127,10 @@ def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes; raises DpoDistError."""
     check_rules(config, needs_of("pairs"))
     check_rules(config, _RULES)
-    if config.section_of(PairsConfig).method in (PairsMethod.samples, PairsMethod.delta):
-        key = "pairs.models" if config.section_of(PairsConfig).models else "model.path"
-        for name in responding_models(config.section_of(PairsConfig), config.model.path):
+    if _pairs(config).method in (PairsMethod.samples, PairsMethod.delta):
+        key = "pairs.models" if _pairs(config).models else "model.path"
+        for name in _responding(config):
             local_model_folder(name, None, key, accepts_adapter=True)
-    check_function(config.section_of(PairsConfig))
+    check_function(_pairs(config))
     for source in config.data.train:
         DataSource(source).check()
