@@ -76,10 +76,12 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     run = Run(
         RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
     )
-    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"})
-    opened = RunSamples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
+    prompts = tuple(
+        SamplePrompt(Request(np.array([1], np.int32), key, 0), {"prompt_id": key}) for key in ("id", "other")
+    )
+    opened = RunSamples(run, Sampling(4, seed=3), prompts, STOPS, TOKENIZER)
     assert opened.read_reference() is None
-    response = {"text": "a\u2028b", "tokens": 2, "finished": True}
+    responses = [{"text": text, "tokens": 2, "finished": True} for text in ("a\u2028b", "c")]
     sampling = {
         "max_new_tokens": 4,
         "temperature": 1.0,
@@ -89,11 +91,12 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
         "is_default": False,
     }
     opened.run.folder.samples.mkdir()
-    opened.run.folder.samples_reference.write_text(
-        json_line({"prompt_id": "id", "sampling": sampling, "responses": {"reference": response}}),
-        encoding="utf-8",
-    )
-    assert opened.read_reference() == [response]
+    rows = [
+        {**prompt.fields, "sampling": sampling, "responses": {"reference": response}}
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    opened.run.folder.samples_reference.write_text("".join(map(json_line, rows)), encoding="utf-8")
+    assert opened.read_reference() == responses
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
 

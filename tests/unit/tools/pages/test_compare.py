@@ -110,6 +110,7 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
         return " ".join(source.choices(words, k=400))
 
     rows = [row(at, {name: answer(text()) for name in names}) for at in range(160)]
+    rows[1]["prompt"] = "q" * 7000
     rows[2]["responses"][names[0]] = answer("\u202e" * 200_000)
     content = results([model(name, at) for at, name in enumerate(names)], [])
     page = page_of(tmp_path, content, rows)
@@ -119,6 +120,8 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
     )
     assert page.count('<details class="prompt') + int(omitted) == 160
     assert "first 6,000 of 200,000 characters" in page
+    assert "q" * 6000 in page
+    assert "q" * 6001 not in page
 
 
 def test_texts_and_names_are_inert(tmp_path: Path) -> None:

@@ -66,6 +66,15 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
     assert samples_section(RunFolder(tmp_path / "none")) == {}
 
 
+def test_a_last_response_that_equals_the_reference_is_shown(tmp_path: Path) -> None:
+    for step in (0, 100):
+        write_samples(tmp_path, step, [sample(1, reference=GOOD)])
+    [html] = samples_section(RunFolder(tmp_path))["items"]
+    labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
+    assert labels == ["prompt", "reference", "step 100", "chosen"]
+    assert "the same text as reference" in html
+
+
 def test_a_labelled_response_is_shown_with_its_reward(tmp_path: Path) -> None:
     row = {"origin": "a.jsonl:1", "prompt": "why"}
     good, bad = {"good": {"text": "so"}}, {"bad": {"text": "so"}}
