@@ -59,19 +59,28 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
     assert not (quiet / "samples").exists()
 
     start, end = rows(run, 0), rows(run, 2)
-    assert any(row["policy"] != row["reference"] for row in end)
+    assert any(row["responses"]["policy"]["text"] != row["responses"]["reference"]["text"] for row in end)
     assert len({row["prompt_id"] for row in end}) == 3
     held_out = [json.loads(line) for line in (assets / "eval.jsonl").read_text().splitlines()]
     for first, last in zip(start, end, strict=True):
-        assert first["policy"] == first["reference"] == last["reference"]
+        assert (
+            first["responses"]["policy"]["text"]
+            == first["responses"]["reference"]["text"]
+            == last["responses"]["reference"]["text"]
+        )
         assert (last["step"], last["source"]) == (2, f"{assets.name}-eval")
         (record,) = [found for found in held_out if found["chosen"][0]["content"] == last["chosen"]]
         assert all(turn["content"] in last["prompt"] for turn in record["prompt"])
-        assert 0 < last["policy_tokens"] <= 8
+        assert 0 < last["responses"]["policy"]["tokens"] <= 8
     evaluations = [row for row in history(run) if "eval_loss" in row]
     assert [row["step"] for row in evaluations if "eval_samples/length" in row] == [0, 1, 2]
-    assert evaluations[-1]["eval_samples/length"] == sum(row["policy_tokens"] for row in end) / 3
-    assert evaluations[-1]["eval_samples/finished"] == sum(row["policy_finished"] for row in end) / 3
+    assert (
+        evaluations[-1]["eval_samples/length"] == sum(row["responses"]["policy"]["tokens"] for row in end) / 3
+    )
+    assert (
+        evaluations[-1]["eval_samples/finished"]
+        == sum(row["responses"]["policy"]["finished"] for row in end) / 3
+    )
 
 
 def test_without_the_key_8_prompts_are_sampled_before_the_first_step_and_after_the_last(
@@ -107,7 +116,7 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     for name in ("reference.jsonl", "step-000002.jsonl"):
         assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()
     start = rows(whole, 0)
-    assert all(row["policy"] != row["reference"] for row in start)
+    assert all(row["responses"]["policy"]["text"] != row["responses"]["reference"]["text"] for row in start)
     assert "eval_samples/reference_length" in history(run)[-1]
 
 
@@ -124,7 +133,7 @@ def test_samples_of_prompts_with_images_are_those_of_one_process_and_the_report_
     train(overrides(*usual), processes=2)
     found = rows(tmp_path / "run", 1)
     assert found == rows(tmp_path / "alone", 1)
-    assert len({row["policy"] for row in found}) == 3
+    assert len({row["responses"]["policy"]["text"] for row in found}) == 3
     for row in found:
         assert row["prompt"].count("<|image_pad|>") == 1
         assert QUESTION in row["prompt"]

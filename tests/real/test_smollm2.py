@@ -174,9 +174,9 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
         for line in (tmp_path / run / f"samples/step-{steps:06d}.jsonl").read_text().splitlines()
     ]
     # A busy machine asks fewer than the page's eight prompts: as many as it answers in a minute.
-    assert sum(row["policy"].startswith(RULE) for row in rows) >= len(rows) - 1, rows
-    assert sum(row["policy_finished"] for row in rows) >= len(rows) - 1, rows
-    assert not any(row["reference"].startswith(RULE) for row in rows)
+    assert sum(row["responses"]["policy"]["text"].startswith(RULE) for row in rows) >= len(rows) - 1, rows
+    assert sum(row["responses"]["policy"]["finished"] for row in rows) >= len(rows) - 1, rows
+    assert not any(row["responses"]["reference"]["text"].startswith(RULE) for row in rows)
     assert summary(tmp_path / run)["verdict"]["findings"] == []
     assert "r: 16" in (tmp_path / run / "model/README.md").read_text(encoding="utf-8")
 

@@ -153,7 +153,7 @@ def test_another_prompt_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> N
     system = len(server.responder.tokenizer(f"<|im_start|>system\n{SYSTEM.content}<|im_end|>\n")["input_ids"])
 
     def without_system(self: Server, ids: Any, *others: Any) -> Any:
-        return [replace(each, prompt=None) for each in whole(self, ids[system:], *others)]
+        return [replace(each, prompt_tokens=None) for each in whole(self, ids[system:], *others)]
 
     monkeypatch.setattr(Server, "complete", without_system)
     with pytest.raises(ConfigError, match="other prompts") as caught:
@@ -163,7 +163,7 @@ def test_another_prompt_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("change", "cause"),
-    [(trained, "other weights|weights of a few steps"), (to_int8, "quantised copy|other weights")],
+    [(trained, "other weights"), (to_int8, "a quantised copy")],
 )
 def test_the_base_in_place_of_a_checkpoint_and_a_copy_are_caught(
     change: Any, cause: str, url: str, tmp_path: Path

@@ -9,21 +9,23 @@ from dpo_dist.config.run_folder import RunFolder
 GOOD = "The capital of France is Paris, a city on the Seine with about two million inhabitants."
 
 
-def sample(number: int, policy: str = GOOD, **others: Any) -> dict[str, Any]:
+def sample(
+    number: int, policy: str = GOOD, tokens: int | None = None, *, finished: bool = True, **others: Any
+) -> dict[str, Any]:
     """A row of a file of samples; by default the policy's response is nearly the reference's."""
+    reference = others.pop("reference", GOOD.replace("two", "three"))
+    tokens = max(len(policy.split()), 1) if tokens is None else tokens
     return {
         "prompt": f"<|im_start|>system\nHelp.<|im_end|>\n<|im_start|>user\nQuestion {number}?<|im_end|>\n"
         "<|im_start|>assistant\n",
         "prompt_id": f"{number:016x}",
         "source": "qa",
-        "step": 0,
-        "policy": policy,
-        "policy_tokens": max(len(policy.split()), 1),
-        "policy_finished": True,
-        "reference": GOOD.replace("two", "three"),
-        "reference_tokens": len(GOOD.split()),
-        "reference_finished": True,
         "chosen": "Paris is the capital of France; about two million people live there, most of them well.",
+        "step": 0,
+        "responses": {
+            "reference": {"text": reference, "tokens": len(GOOD.split()), "finished": True},
+            "policy": {"text": policy, "tokens": tokens, "finished": finished},
+        },
         **others,
     }
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_dist.foundation.console import warnings_off
-from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.kit import locate_model, strip_key
 
@@ -43,16 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512, or what is left")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
     meaning = "run Python code from the folders of these models: read it first"
-    parser.add_argument("trust", nargs="?", metavar=_TRUST, help=meaning)
+    parser.add_argument("trust", nargs="?", choices=[_TRUST], metavar=_TRUST, help=meaning)
     options = parser.parse_args(arguments)
-    if options.trust not in (None, _TRUST):
-        raise ConfigError(
-            "chat takes no key but model.trust_remote_code",
-            where="command line",
-            got=options.trust,
-            expected=_TRUST,
-            remedy="remove it; sampling is changed by --temperature T and --max-new-tokens N",
-        )
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is at least 1, not {options.max_new_tokens}")
     if not 0 <= (options.temperature or 0) < math.inf:
@@ -60,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     location = locate_model(strip_key(options.model), "RUN")
     beside = options.beside if options.beside in (None, "base") else locate_model(options.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    sampling = {"do_sample": bool(options.temperature)} if options.temperature is not None else {}
-    sampling |= {"temperature": options.temperature} if options.temperature else {}
+    sampling = {}
+    if options.temperature is not None:
+        # Greedy generation has no temperature.
+        sampling = {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
     with warnings_off():
         # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
         from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
@@ -83,7 +77,8 @@ def _converse(speakers: "Sequence[Speaker]", max_new_tokens: int | None, samplin
             continue
         for speaker in speakers:
             if question == _NEW:
-                speaker.forget()
+                speaker.turns = ()
+                speaker.images = ()
                 continue
             if len(speakers) > 1:
                 print_result(f"{speaker.name}: ")

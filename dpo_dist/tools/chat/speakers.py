@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ class Speaker:
     model: ModelConfig
     store: Path | None = None  # with cached digests of files
     without_adapter: bool = False
-    messages: list[Message] = field(default_factory=list)
-    images: list[ImageFile] = field(default_factory=list)  # of all messages
+    turns: tuple[Message, ...] = ()
+    images: tuple[ImageFile, ...] = ()  # of all turns
 
     def answer(
         self,
@@ -83,9 +83,8 @@ class Speaker:
         causal_lm = self.causal_lm
         usual = causal_lm.generation_config.max_new_tokens or 512
         limit = Sampling(max_new_tokens or usual, is_default=max_new_tokens is None)
-        messages = [*self.messages, Message("user", IMAGE * len(images) + question)]
-        all_images = (*self.images, *images)
-        record = PreferenceRecord(tuple(messages), (), Origin(self.name, 1), images=all_images)
+        turns = (*self.turns, Message("user", IMAGE * len(images) + question))
+        record = PreferenceRecord(turns, (), Origin(self.name, 1), images=(*self.images, *images))
         prompt = usable_prompt(record, responder, limit)
         if isinstance(prompt, str):
             raise ConfigError(
@@ -121,13 +120,8 @@ class Speaker:
         if tokens + len(answer) == responder.longest and int(answer[-1]) not in responder.stop_ids:
             say(f"{self.name}: cut at the end of the model's {responder.longest} tokens; /new starts again")
         text = str(responder.tokenizer.decode(answer, skip_special_tokens=True))
-        self.messages = [*messages, Message("assistant", text)]
-        self.images = list(all_images)
-
-    def forget(self) -> None:
-        """Start a new conversation."""
-        self.messages = []
-        self.images = []
+        self.turns = (*turns, Message("assistant", text))
+        self.images = record.images
 
 
 def open_images(paths: str, speakers: Sequence[Speaker], say: Callable[[str], None]) -> list[ImageFile]:
@@ -165,7 +159,7 @@ def open_speakers(
     if beside != BASE:
         return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
     if first.responder.source.adapter is not None:
-        return [first, replace(first, name=BASE, without_adapter=True, messages=[], images=[])]
+        return [first, replace(first, name=BASE, without_adapter=True)]
     if first.model.path == UNSET:
         raise ConfigError(
             "the base of this model is not known",
@@ -178,7 +172,7 @@ def open_speakers(
     source = find_files(first.model.path, first.model, "model.path")
     source.check_is_base_of(first.responder.source.folder, first.store)
     base = source.load(first.model, _device())
-    return [first, replace(first, name=BASE, causal_lm=base, messages=[], images=[])]
+    return [first, replace(first, name=BASE, causal_lm=base)]
 
 
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:

@@ -12,15 +12,9 @@ from dpo_dist.foundation.text import aligned, number, percent_of, pluralize, wit
 from dpo_dist.kit import METRICS
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
+from dpo_dist.tools.pages.answers import Answers, prompt_items
 from dpo_dist.tools.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.pages.render import number_above_interval, page, part
-from dpo_dist.tools.pages.samples import (
-    ShownPrompt,
-    ShownResponse,
-    end_notes,
-    prompt_items,
-    response_in_data,
-)
 
 _Row = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -31,7 +25,7 @@ _Table = tuple[list[str], list[list[object]]]
 MOST_BYTES = 5_000_000
 _FRAME_BYTES = 150_000
 _HALF = 0.5
-_STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
+_COLUMNS = ("kl", "score", "length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
 _NO_SHARES = {
     "score": "score",
     "kl": "KL estimate, nats per response",
@@ -46,27 +40,19 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
     results = without_secrets(results)
     rates = _rates(results)
-    prompts = [_prompt(row, results) for row in files.read_lines(folder.comparison_answers) if row]
-    items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
-    labels = Counter(chain.from_iterable(prompt.labels for prompt in prompts[: len(items)]))
-    styles: list[list[object]] = []
-    for model in results["models"]:
-        style, ends = model["style"], model["style_intervals"]
-        cells = [number_above_interval(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
-        styles.append([model["name"], *cells])
-    # The table of models with KL, score and win rate over the base, without empty columns.
     base = results["base"]
-    head = ["model", "KL estimate, nats per response", "score", f"win rate over {base}"]
-    rows: list[list[object]] = [
-        [
-            part("macros.jinja", "named", model["name"], model["path"]),
-            number_above_interval(model["kl"], model["kl_interval"]),
-            number_above_interval(model["score"], model["score_interval"]),
-            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
-        ]
-        for model in results["models"]
-    ]
-    # The base's own row does not count: it always has a KL of 0.
+    prompts = [(row, _labels(row, base)) for row in files.read_lines(folder.comparison_answers)]
+    items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
+    labels = Counter(chain.from_iterable(labels for _, labels in prompts[: len(items)]))
+    head = ["model", *map(_title, _COLUMNS), f"win rate over {base}"]
+    rows: list[list[object]] = []
+    for model in results["models"]:
+        values = {**model, **model["style"]}
+        ends = {"kl": model["kl_interval"], "score": model["score_interval"], **model["style_intervals"]}
+        cells = [number_above_interval(values.get(each), ends.get(each), _scale(each)) for each in _COLUMNS]
+        rate = "base" if model["name"] == base else _rate(rates.get((model["name"], base)))
+        rows.append([part("macros.jinja", "named", model["name"], model["path"]), *cells, rate])
+    # Without empty columns. The base's own row does not count: it always has a KL of 0.
     columns = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
     # A plot of quality against KL; the base, whose KL is 0, is a horizontal line.
     measure, qualities = _qualities(results)
@@ -74,8 +60,8 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     for model in results["models"][1:]:
         name = model["name"]
         if name in qualities and (model["kl"] or 0) > 0:
-            quality, ends = qualities[name]
-            points.append(Point(name, model["kl"], quality, model["kl_interval"], ends))
+            quality, interval = qualities[name]
+            points.append(Point(name, model["kl"], quality, model["kl_interval"], interval))
     line = (qualities[base][0], base) if base in qualities else None
     html = page(
         "compare.jinja",
@@ -86,7 +72,6 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
         overview=([head[at] for at in columns], [[row[at] for at in columns] for row in rows]),
         picture=scatter(points, f"KL to {base}, nats per response", measure, line),
         differences=_differences(results, rates),
-        style_of_responses=(["model", *map(_title, _STYLE)], styles),
         items=items,
         omitted=omitted,
         labels=dict(sorted(labels.items())),
@@ -253,8 +238,8 @@ def _differences(results: _Row, rates: Rates) -> _Table:
     return ["models", *titles], rows if titles else []
 
 
-def _prompt(row: _Row, results: _Row) -> ShownPrompt:
-    base, *others = (model["name"] for model in results["models"])
+def _labels(row: Answers, base: str) -> list[str]:
+    """Return the labels by which a prompt is filtered."""
     labels = [f"source {row['source']}"]
     if any(not response["finished"] for response in row["responses"].values()):
         labels.append("a response does not end")
@@ -263,21 +248,4 @@ def _prompt(row: _Row, results: _Row) -> ShownPrompt:
     for verdict in row.get("verdicts") or ():
         if verdict["first"] == base and verdict["credit"] in _VERDICTS:
             labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
-    responses = []
-    most = 0.0
-    base_score = row["responses"][base]["score"]
-    for name in (base, *others):
-        response = row["responses"][name]
-        notes = [end_notes(response["tokens"], response["finished"])]
-        score = response["score"]
-        if score is not None:
-            notes.append(f"score {number(score)}")
-        if score is not None and base_score is not None:
-            most = max(most, abs(score - base_score))
-        if name != base and None not in (response["logp"], response["base_logp"]):
-            notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
-        responses.append(ShownResponse(name, response["text"], "; ".join(notes)))
-    if row["chosen"] is not None:
-        responses.append(response_in_data(row, " in the data"))
-    images = row.get("images", ())
-    return ShownPrompt(row["prompt"], responses, base, "; ".join(labels), labels, 0.0 - most, images)
+    return labels

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, duration, number, percent, pluralize, size
+from dpo_dist.foundation.text import as_yaml, duration, number, percent, pluralize
 from dpo_dist.foundation.types import dotted_items
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -85,13 +85,11 @@ TEMPLATES.filters |= {
     "attribute": attribute,
     "counted": pluralize,
     "duration": duration,
-    "estimate": number_above_interval,
     "capital": lambda sentence: sentence[:1].upper() + sentence[1:],
     # Names in backticks become code.
     "coded": lambda sentence: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence)))),  # noqa: S704
     "number": number,
     "percent": percent,
-    "size": size,
 }
 
 

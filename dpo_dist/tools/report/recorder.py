@@ -87,28 +87,33 @@ def write_worst(
     *,
     is_unpaired: bool = False,
 ) -> None:
-    """Write the pairs with the lowest negative margins and their texts, whole or not at all.
+    """Write the pairs with the lowest negative margins as rows of answers, whole or not at all.
 
     For labelled records: good ones with the lowest, and bad ones with the highest rewards.
     """
     lines = []
+    decode = partial(tokenizer.decode, skip_special_tokens=False)
     order = np.argsort(values.margin, kind="stable")
     worst = order[:_WORST]
-    sides = [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
     if is_unpaired:
-        worst = np.concatenate([order[side][: _WORST // 2] for side in sides])
+        by_label = [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
+        worst = np.concatenate([order[is_of_label][: _WORST // 2] for is_of_label in by_label])
     for index in worst.tolist():
         if values.margin[index] < 0:
             example = dataset.example(index)
-            origin = without_secrets(str(dataset.origin(index)))
-            row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
-            texts = {"chosen": example.responses[0], "rejected": example.responses[-1]}
-            if is_unpaired:
-                side = "chosen" if values.tokens_chosen[index] > 0 else "rejected"
-                texts = {side: example.responses[0]}
             prompt, images = shown_prompt(example, dataset.images)
-            for name, ids in {"prompt": prompt, **texts}.items():
-                row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+            row: dict[str, Any] = {
+                "origin": without_secrets(str(dataset.origin(index))),
+                "prompt": decode(prompt.tolist()),
+            }
+            if is_unpaired:
+                is_good = values.tokens_chosen[index] > 0
+                row["reward"] = float(values.margin[index]) * (1 if is_good else -1)
+                sides = {"good" if is_good else "bad": example.responses[0]}
+            else:
+                row["margin"] = float(values.margin[index])
+                sides = {"chosen": example.responses[0], "rejected": example.responses[-1]}
+            row["responses"] = {side: {"text": decode(ids.tolist())} for side, ids in sides.items()}
             if images:
                 row["images"] = images
             lines.append(json.dumps(row) + "\n")

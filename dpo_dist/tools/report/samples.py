@@ -1,8 +1,9 @@
 """Generate responses of policy and reference to held-out prompts, at evaluations."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,6 @@ _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
 _MOST_SHARE = 0.1  # of the training time, beside `_MOST_SECONDS`, for samples before the last ones
-_RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,9 @@ class RunSamples:
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            others = self.reference or [dict.fromkeys(_RESPONSE_FIELDS)] * len(responses)
-            rows = []
-            for prompt, response, other in zip(self.prompts, responses, others, strict=True):
-                policy_fields = _row_fields("policy", response)
-                reference_fields = _row_fields("reference", other)
-                rows.append({**prompt.fields, "step": step, **policy_fields, **reference_fields})
-            write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
+            by_model = {} if self.reference is None else {"reference": self.reference}
+            by_model["policy"] = responses
+            self._write(self.run.folder.samples_file(step), {"step": step}, by_model)
             with warn_on_bug("the row of metrics of samples", self.run.warn):
                 metrics["samples/prompts"] = float(len(responses))
                 metrics |= self._metrics("samples/", responses)
@@ -114,6 +110,14 @@ class RunSamples:
             return metrics
 
         return self.run.write(write)
+
+    def _write(self, file: Path, fields: _Row, by_model: Mapping[str, Sequence[_Row]]) -> None:
+        """Write a file of answers with these fields and the models' responses in each row."""
+        rows = []
+        for number, prompt in enumerate(self.prompts):
+            responses = {model: responses[number] for model, responses in by_model.items()}
+            rows.append({**prompt.fields, **fields, "responses": responses})
+        write_text(file, "".join(map(json_line, rows)))
 
     def _has_time(self, step: int) -> bool:
         """Return whether responses after `step` leave samples a small share of the run; else say so once.
@@ -166,16 +170,14 @@ class RunSamples:
         except Interrupted:
             self.run.stops.check()
         if self.reference is not None:
-            rows = [
-                {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
-                for prompt, response in zip(self.prompts, self.reference, strict=True)
-            ]
-            text = "".join(map(json_line, rows))
-            self.run.write(lambda: write_text(self.run.folder.samples_reference, text))
+            fields = {"sampling": asdict(self.sampling)}
+            by_model = {"reference": self.reference}
+            self.run.write(lambda: self._write(self.run.folder.samples_reference, fields, by_model))
             tokens = sum(row["tokens"] for row in self.reference)
+            prompts = pluralize(len(self.prompts), "held-out prompt")
             again = "at every evaluation" if self.at_every_evaluation else "after the last step"
             self.run.say(
-                f"samples: responses to {pluralize(len(rows), 'held-out prompt')}, {tokens:,} tokens, took "
+                f"samples: responses to {prompts}, {tokens:,} tokens, took "
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
                 "samples.prompts=0 turns them off"
             )
@@ -190,7 +192,7 @@ class RunSamples:
         expected = [(prompt.fields["prompt_id"], sampling) for prompt in prompts]
         if [(row["prompt_id"], row["sampling"]) for row in rows] != expected:
             return None
-        return [{name: row[name] for name in _RESPONSE_FIELDS} for row in rows]
+        return [row["responses"]["reference"] for row in rows]
 
     def _ask(
         self, model: Engine, prompts: Sequence[SamplePrompt], *, without_adapter: bool = False
@@ -234,11 +236,6 @@ class RunSamples:
             facts.append(replace(fact, refusals=fact.refusals and not is_refusal(chosen_text)))
         languages = list(map(detect_language, chosen))
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
-
-
-def _row_fields(model: str, response: _Row) -> _Row:
-    """Return a response as fields of a row; their names start with `model`."""
-    return {model if name == "text" else f"{model}_{name}": response[name] for name in _RESPONSE_FIELDS}
 
 
 def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:

@@ -5,107 +5,37 @@ The API key comes from the environment. Errors contain neither the key nor a tex
 
 import contextlib
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
-
-from pydantic import BaseModel, Field, ValidationError
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import first_few
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from openai.pagination import SyncPage
+    from openai.types import Model
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6
 """The client's own, after pauses of 24 seconds in all; a server that is not there is an error in a minute."""
 _CONNECT_SECONDS = 4.0
 _LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers this at once
-_ABSENT = (502, 503, 504)  # while it loads a model, or of a proxy before it
+_NO_LIST = (500, 501)  # `transformers serve` without a cache of models answers by 500
 # Statuses that refuse a single request for its texts; others mean that the server cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
 # Hosts that a proxy would look for on its own machine; vLLM prints the last one as its address.
 _ON_THIS_MACHINE = re.compile(r"(.+\.)?localhost|127(\.\d+){3}|::1|0\.0\.0\.0")
 _WORD = 60  # characters of a server's code in an error
+Reply = TypeVar("Reply")
 R = TypeVar("R")
-Form = TypeVar("Form", bound=BaseModel)
-
-
-# What servers reply: the fields that are read, and nothing else is believed. Fields may be absent or null
-# where servers leave them out; what they hold has the right type and range.
-_Count = Annotated[int, Field(ge=0, lt=2**31)]
-# Rounding lifts the log-prob of a certain token a little above 0.
-_Logp = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
-
-
-class ListedModel(BaseModel):
-    """A model that a server lists."""
-
-    id: str
-    max_model_len: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-
-
-class Models(BaseModel):
-    """The list of models; some servers have none."""
-
-    data: list[ListedModel] = []
-
-
-class Logprobs(BaseModel):
-    """Log-probs of the tokens of a response."""
-
-    token_logprobs: list[_Logp | None] | None = None
-
-
-class Choice(BaseModel):
-    """A response; ids as vLLM reports them."""
-
-    text: str | None = None
-    finish_reason: str | None = None
-    logprobs: Logprobs | None = None
-    token_ids: list[_Count] | None = None
-    prompt_token_ids: list[_Count] | None = None
-
-
-class Usage(BaseModel):
-    """Numbers of tokens."""
-
-    prompt_tokens: _Count | None = None
-
-
-class CompletionReply(BaseModel):
-    """A reply to a prompt."""
-
-    choices: list[Choice]
-    usage: Usage | None = None
-
-
-class MessagePart(BaseModel):
-    """A part of a message; other parts than texts have none."""
-
-    text: str | None = None
-
-
-class ChatMessage(BaseModel):
-    """The message of an assistant; some servers return parts."""
-
-    content: str | list[MessagePart] | None = None
-
-
-class ChatChoice(BaseModel):
-    """A response to a conversation."""
-
-    message: ChatMessage
-    finish_reason: str | None = None
-
-
-class ChatReply(BaseModel):
-    """A reply to a conversation."""
-
-    choices: list[ChatChoice]
 
 
 class RefusedError(Exception):
@@ -159,51 +89,47 @@ class Client:
         self._show: Callable[[int, int], None] = lambda *_: None
         self._answered = self._asked = 0
 
-    def send(self, request: Callable[[Any], Any], form: type[Form]) -> Form:
-        """Return what the server replies to `request`, which gets the client with raw responses.
+    def send(
+        self,
+        request: "Callable[[OpenAI], Reply]",
+        read: Callable[[Reply], R],
+        refusals: Collection[int] = _REFUSES_TEXTS,
+    ) -> R:
+        """Return what `read` takes from the server's reply to `request`.
 
-        Raises RefusedError, or ConfigError without a server, and if the reply does not have the form.
+        A reply has the type of `openai`, which has not checked what the fields hold. Raises RefusedError for
+        a status of `refusals`, and ConfigError without a server, or if `read` finds no reply of this API.
         """
         try:
-            return self._read(request(self._openai_client), form)
+            return read(request(self._openai_client))
         except self._openai.APIStatusError as error:  # its message may quote a text
             refusal = RefusedError(f"status {error.status_code}", error.code, error.param)
-            if error.status_code in _REFUSES_TEXTS:
+            if error.status_code in refusals:
                 raise refusal from None
             raise self.unusable(str(refusal)) from None
-        except (self._openai.OpenAIError, ValueError) as error:
-            raise self.unusable(self._fault(error)) from None
-
-    def _read(self, raw: Any, form: type[Form]) -> Form:
-        content = raw.http_response.content
-        try:
-            return form.model_validate_json(content, strict=True)
-        except ValidationError as error:
-            page = "no JSON, but a page: " if content.lstrip()[:1] == b"<" else ""
-            # The first fault, without the value there.
-            fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            words = ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
-            raise self.unusable(page + words) from None
-
-    def _fault(self, error: Exception) -> str:
-        """Return what is wrong with a connection or a reply as a whole."""
-        return type(error.__cause__ or error).__name__
+        except self._openai.OpenAIError as error:
+            raise self.unusable(type(error.__cause__ or error).__name__) from None
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise self.unusable(f"no reply of this API, perhaps a page: {error}") from None
 
     def listed(self) -> dict[str, int | None]:
         """Return the models that the server lists and the length of each, if known; none without a list."""
-        client = self._openai_client.with_options(timeout=_LISTING_SECONDS, max_retries=2)
+
+        def read(page: "SyncPage[Model]") -> dict[str, int | None]:
+            lengths = {str(model.id): getattr(model, "max_model_len", None) for model in page.data}
+            if any(length is not None and operator.index(length) < 1 for length in lengths.values()):
+                raise ValueError("a length of no token")
+            return lengths
+
+        def request(openai: "OpenAI") -> "SyncPage[Model]":
+            return openai.with_options(timeout=_LISTING_SECONDS, max_retries=2).models.list()
+
         try:
-            models = self._read(client.models.with_raw_response.list(), Models).data
-        except self._openai.InternalServerError as error:  # of `transformers serve` without a cache of models
-            if error.status_code in _ABSENT:
-                raise self.unusable(f"status {error.status_code}") from None
+            lengths = self.send(request, read, _NO_LIST)
+        except RefusedError:
             return {}
-        except self._openai.APIStatusError as error:
-            raise self.unusable(f"status {error.status_code}") from None
-        except (self._openai.OpenAIError, ValueError) as error:
-            raise self.unusable(self._fault(error)) from None
-        self._names = f"; it lists {first_few([model.id for model in models]) or 'no model'}"
-        return {model.id: model.max_model_len for model in models}
+        self._names = f"; it lists {first_few(list(lengths)) or 'no model'}"
+        return lengths
 
     @contextlib.contextmanager
     def keeping(self, file: Path, show: Callable[[int, int], None], times: float = 1) -> Iterator[None]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,8 +28,11 @@ from dpo_dist.kit import ModelConfig, context_length, description_folder, digest
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.model.files.load import load_tokenizer, load_weights, tokenizer_digest
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
-from dpo_dist.tools.sampling.client import ChatReply, Client, RefusedError
+from dpo_dist.tools.sampling.client import Client, RefusedError
 from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion
 
 log = logging.getLogger(__name__)
 
@@ -366,12 +369,22 @@ class EndpointJudge:
 
     def _ask(self, messages: list[Any]) -> str:
         """Return the assistant's text; the temperature is 0 if the endpoint accepts that."""
-        body = {"model": self.client.name, "messages": messages}
         options = self._options
+
+        def read(reply: "ChatCompletion") -> str:
+            # Without a choice, or cut before the verdict, which comes last.
+            if not reply.choices or reply.choices[0].finish_reason == "length":
+                return ""
+            content: Any = reply.choices[0].message.content or ""
+            # Mistral's models that think return parts, of which the texts count.
+            return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
         try:
-            reply = self.client.send(
-                lambda openai: openai.chat.completions.with_raw_response.create(**body, **options),
-                ChatReply,
+            return self.client.send(
+                lambda openai: openai.chat.completions.create(
+                    model=self.client.name, messages=messages, **options
+                ),
+                read,
             )
         except RefusedError as refusal:
             is_unsupported = refusal.param in options and refusal.code.startswith("unsupported_")
@@ -380,11 +393,6 @@ class EndpointJudge:
                 self._options = _REASONING_OPTIONS
                 return self._ask(messages)
             raise
-        # Without a choice, or cut before the verdict, which comes last.
-        if not reply.choices or reply.choices[0].finish_reason == "length":
-            return ""
-        content = reply.choices[0].message.content or ""
-        return content if isinstance(content, str) else "".join(part.text or "" for part in content)
 
 
 def _key(question: Question, order: tuple[int, ...]) -> str:

@@ -12,8 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +23,14 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.kit import Dtype, ModelConfig, ModelSource, packed_logps, return_memory
-from dpo_dist.tools.sampling.client import Choice, Client, CompletionReply, RefusedError
+from dpo_dist.tools.sampling.client import Client, RefusedError
 from dpo_dist.tools.sampling.generate import Request, Sample
 from dpo_dist.tools.sampling.keys import ServerConfig
 from dpo_dist.tools.sampling.respond import Responder, usable_prompt
 from dpo_dist.tools.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from openai.types import Completion
 
 _URL = "sampling.endpoint.url"
 _SECONDS = 600.0  # for one request, also if it waits for others
@@ -39,22 +41,22 @@ CHECKED = 24
 CHECK_TOKENS = 64
 """The most tokens of each."""
 _CHECK_BUDGET = 8192  # tokens of a micro-batch
+_MOST_IDS = 2**31
 _MOST = 1.6
 """Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
 _STANDARD_ERRORS = 3.0  # of that, if the responses are short
 
 
 @dataclass(frozen=True)
-class _Completed:
+class _Answer:
     """A response; `logps` are those of its tokens and its end (empty: not reported).
 
-    `prompt`: how the server read the prompt: its ids, or only their number; None: not reported.
+    `prompt_tokens`: how many tokens the server read as the prompt; None or 0: not reported.
     """
 
     sample: Sample
-    text: str
     logps: list[float]
-    prompt: list[int] | int | None
+    prompt_tokens: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +82,8 @@ class Server:
 
         def answer(key: str) -> list[tuple[list[int], int | None]]:
             most = replace(sampling, max_new_tokens=prompts[key].new_tokens(sampling))
-            completed = self.complete(prompts[key].prompt_ids, most, counts[key])
-            return [(each.sample.ids, each.sample.end) for each in completed]
+            answers = self.complete(prompts[key].prompt_ids, most, counts[key])
+            return [(each.sample.ids, each.sample.end) for each in answers]
 
         replies = self.client.ask(prompts, answer, self.probe)
         responses = {key: iter(reply or ()) for key, reply in replies.items()}
@@ -91,7 +93,7 @@ class Server:
             samples.append(None if response is None else Sample(*response))
         return samples
 
-    def complete(self, prompt_ids: TokenIds, sampling: Sampling, count: int) -> list[_Completed]:
+    def complete(self, prompt_ids: TokenIds, sampling: Sampling, count: int) -> list[_Answer]:
         """Return `count` responses to a prompt; raise RefusedError if the server refuses it."""
         extra: dict[str, Any] = {}
         if sampling.top_k:
@@ -114,44 +116,48 @@ class Server:
                 "stop_token_ids": sorted(self.responder.stop_ids),
                 "return_token_ids": True,
             }
-        reply = self.client.send(
-            lambda openai: openai.completions.with_raw_response.create(**body), CompletionReply
+        return self.client.send(
+            lambda openai: openai.completions.create(**body),
+            lambda reply: self._answers(prompt_ids, reply, sampling.max_new_tokens, count),
         )
+
+    def _answers(self, prompt_ids: TokenIds, reply: "Completion", most: int, count: int) -> list[_Answer]:
+        """Return the responses of a reply; raise ConfigError if their tokens are none of the model's."""
         if len(reply.choices) != count:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
-        prompt_tokens = reply.usage.prompt_tokens if reply.usage else None
-        # Reported tokens are tokens of the model, as many as their log-probs and not too many.
-        most = sampling.max_new_tokens
-        end = self.responder.vocabulary
+        stop_ids = self.responder.stop_ids
+        vocabulary = self.responder.vocabulary or _MOST_IDS
+        answers = []
         for choice in reply.choices:
-            ids = choice.token_ids or []
+            ids: list[int] | None = getattr(choice, "token_ids", None)
             logps = (choice.logprobs and choice.logprobs.token_logprobs) or []
-            if end is not None and max(ids, default=0) >= end:
-                raise self.client.unusable(f"the token {max(ids)} of a model with {end:,} tokens")
-            if len(ids) > most:
+            if None in logps:
+                logps = []
+            for token in ids or ():
+                if type(token) is not int or not 0 <= token < vocabulary:
+                    raise self.client.unusable(f"a token that is none of the model's {vocabulary:,}")
+            if ids and len(ids) > most:
                 raise self.client.unusable(f"{pluralize(len(ids), 'token')}, though it was asked for {most}")
             if ids and logps and len(logps) != len(ids):
                 raise self.client.unusable(f"{len(logps)} log-probs of {pluralize(len(ids), 'token')}")
-        return [self._completed(prompt_ids, choice, prompt_tokens) for choice in reply.choices]
+            # Rounding lifts the log-prob of a certain token a little above 0.
+            if not all(-math.inf < logp <= 1e-3 for logp in logps):
+                raise self.client.unusable("a log-prob that is not finite, or above 0")
+            sample = Sample.from_tokens(
+                self._ids_after(prompt_ids, choice.text or "") if ids is None else ids, stop_ids
+            )
+            if choice.finish_reason == "stop" and not sample.is_finished:
+                eos = self.responder.tokenizer.eos_token_id
+                sample = replace(sample, end=eos if eos in stop_ids else min(stop_ids))
+            answers.append(_Answer(sample, logps, reply.usage.prompt_tokens if reply.usage else None))
+        return answers
 
-    def _completed(self, prompt_ids: TokenIds, choice: Choice, prompt_tokens: int | None) -> _Completed:
-        stop_ids = self.responder.stop_ids
-        ids = choice.token_ids
-        text = choice.text or ""
-        if ids is None:  # tokenized after the prompt, on which the first token may depend
-            ids = self._encoded(self._as_text(prompt_ids) + text)
-            is_after = ids[: len(prompt_ids)] == prompt_ids.tolist()
-            ids = ids[len(prompt_ids) :] if is_after else self._encoded(text, add_special_tokens=False)
-        sample = Sample.from_tokens(ids, stop_ids)
-        if choice.finish_reason == "stop" and not sample.is_finished:
-            eos = self.responder.tokenizer.eos_token_id
-            sample = replace(sample, end=eos if eos in stop_ids else min(stop_ids))
-        reported = (choice.logprobs and choice.logprobs.token_logprobs) or []
-        logps = [logp for logp in reported if logp is not None]
-        if len(logps) < len(reported):
-            logps = []
-        prompt = choice.prompt_token_ids or prompt_tokens or None  # 0: it does not count them
-        return _Completed(sample, text, logps, prompt)
+    def _ids_after(self, prompt_ids: TokenIds, text: str) -> list[int]:
+        """Return the tokens of a response, whose first one may depend on its prompt."""
+        ids = self._encoded(self._as_text(prompt_ids) + text)
+        if ids[: len(prompt_ids)] == prompt_ids.tolist():
+            return ids[len(prompt_ids) :]
+        return self._encoded(text, add_special_tokens=False)
 
     def _encoded(self, text: str, **options: Any) -> list[int]:
         return list(self.responder.tokenizer(text, **options)["input_ids"])
@@ -222,28 +228,27 @@ def check_served(
 ) -> None:
     """Print how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
     short = Sampling(CHECK_TOKENS, is_default=True)
-    usable = list[TokenIds]()
+    prompts = dict[str, TokenIds]()
     for record in records[:CHECKED]:
         prompt = usable_prompt(record, server.responder, short)
         if not isinstance(prompt, str):
-            usable.append(prompt.prompt_ids)
-    prompts = {str(number): usable[number % len(usable)] for number in range(CHECKED if usable else 0)}
+            prompts[record.prompt_key()] = prompt.prompt_ids
 
-    def answer(number: str) -> _Completed:
-        ids = prompts[number]
-        return server.complete(ids, Sampling(short.room(len(ids), server.responder.longest)), 1)[0]
+    def answer(key: str) -> _Answer:
+        room = short.room(len(prompts[key]), server.responder.longest)
+        return server.complete(prompts[key], Sampling(room), 1)[0]
 
-    replies = server.client.ask(prompts, answer, server.probe)
-    answers = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
-    _check_tokens(server, answers)
     examples = []
     theirs = list[float]()
-    for ids, reply in answers:
-        tokens = list(reply.sample.ids)
-        if reply.sample.end is not None:
-            tokens.append(reply.sample.end)
-        tokens = tokens[: len(reply.logps)]
-        if tokens and len(tokens) == len(reply.logps) >= len(reply.sample.ids):
+    for key, reply in server.client.ask(prompts, answer, server.probe).items():
+        if reply is None:
+            continue
+        ids = prompts[key]
+        if reply.prompt_tokens not in (None, 0, len(ids)):
+            got = f"it reads {reply.prompt_tokens} tokens of a prompt of {len(ids)}"
+            raise _other(server, got, "it applies a chat template, or drops a system prompt")
+        tokens = [*reply.sample.ids, *([] if reply.sample.end is None else [reply.sample.end])]
+        if len(tokens) == len(reply.logps) > 0:
             examples.append(Example(ids, (np.array(tokens, dtype=np.int32),)))
             theirs += reply.logps
     if not theirs:
@@ -251,58 +256,34 @@ def check_served(
         return
     # The server has the folder's weights, also where training quantises them.
     in_fp32 = replace(model, quantization=None, dtype=Dtype.fp32)
-    in_bf16 = replace(in_fp32, dtype=Dtype.bf16)
-    exact, of_rounded_weights = _logps(server, examples, in_fp32, device, (torch.float32, torch.bfloat16))
-    [rounded] = _logps(server, examples, in_bf16, device, (torch.bfloat16,))
+    exact, of_rounded = _logps(server, examples, in_fp32, device, (torch.float32, torch.bfloat16))
+    [rounded] = _logps(server, examples, replace(in_fp32, dtype=Dtype.bf16), device, (torch.bfloat16,))
+    by_rounding = np.abs(of_rounded - rounded)
     # A server has the weights in float32 or in bf16, and computes in either.
-    both = [ours - np.array(theirs) for ours in (exact, of_rounded_weights)]
-    differences = min(both, key=lambda each: float(np.abs(each).mean()))
-    size = float(np.abs(differences).mean())
-    mean = float(differences.mean())
-    by_rounding = np.abs(of_rounded_weights - rounded)
-    rounding = float(by_rounding.mean())
+    size = min(float(np.abs(ours - np.array(theirs)).mean()) for ours in (exact, of_rounded))
     most = most_difference(by_rounding)
     result = (
-        f"log-probs of {len(theirs):,} tokens differ from ours by {size:.4f} on average "
-        f"(mean difference {mean:+.4f}); bf16 rounding makes {rounding:.4f}"
+        f"log-probs of {len(theirs):,} tokens differ from ours by {size:.4f} on average; "
+        f"bf16 rounding makes {by_rounding.mean():.4f}"
     )
-    if size <= most:
-        console.say(f"{server}: {result}")
-        return
-    cause = "other weights, such as an earlier round's, or other prompts"
-    if size < 5 * rounding:  # 8 bits make 2.4 times what bf16 makes
-        cause = "a quantised copy, or weights of a few steps before"
-    raise _other(server, result, f"at most {most:.4f}", f"it probably serves {cause}")
+    if size > most:
+        causes = "other weights, such as an earlier round's or a quantised copy, or reads other prompts"
+        raise _other(server, f"{result}, and at most {most:.4f} may be", f"it probably serves {causes}")
+    console.say(f"{server}: {result}")
 
 
 def most_difference(by_rounding: npt.NDArray[np.float64]) -> float:
     """Return the most that a server's log-probs of these tokens may differ from ours on average."""
     standard_error = float(by_rounding.std()) / math.sqrt(len(by_rounding))
-    mean = float(by_rounding.mean())
-    return _MOST * (mean + _STANDARD_ERRORS * standard_error)
+    return _MOST * (float(by_rounding.mean()) + _STANDARD_ERRORS * standard_error)
 
 
-def _check_tokens(server: Server, answers: Sequence[tuple[TokenIds, _Completed]]) -> None:
-    """Check that the server reads our prompts, and that its tokens have our texts."""
-    for ids, reply in answers:
-        if reply.prompt not in (None, len(ids), ids.tolist()):
-            count = reply.prompt if isinstance(reply.prompt, int) else len(reply.prompt or ())
-            cause = "it applies a chat template, drops a system prompt, or has another tokenizer"
-            raise _other(server, f"it reads {count} tokens", f"the {len(ids)} tokens of a prompt", cause)
-    decode = partial(server.responder.tokenizer.decode, skip_special_tokens=True)
-    wrong = sum(str(decode(each.sample.ids)).split() != each.text.split() for _, each in answers)
-    if wrong > len(answers) / 2:
-        got = f"{wrong} of {pluralize(len(answers), 'response')} have other texts here"
-        raise _other(server, got, "the tokens of our tokenizer", "it has another tokenizer")
-
-
-def _other(server: Server, got: str, expected: str, cause: str) -> ConfigError:
+def _other(server: Server, got: str, cause: str) -> ConfigError:
     source = server.responder.source
     return ConfigError(
         "the server does not serve the model that should respond",
         where=_URL,
         got=f"{server}: {got}",
-        expected=expected,
         remedy=f"{cause}: start it with {source.adapter or source.folder}, by hand or by "
         "sampling.endpoint.reload; the same command continues",
     )

@@ -21,7 +21,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.foundation.types import Fields
+from dpo_dist.foundation.types import Fields, dotted_items
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, note_best, stored_rows
 
@@ -175,13 +175,15 @@ class WandbRun:
                 values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
             if self._max_samples and "eval_samples/length" in row:
                 lines = files.read_lines(self._folder.samples_file(int(row["step"])))
-                samples = without_secrets(list(islice(lines, self._max_samples)))
-                columns = [name for name in samples[0] if name != "images"]  # thumbnails are for pages
-                cells = [
-                    [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in cells]
-                    for cells in ([sample[name] for name in columns] for sample in samples)
-                ]
-                values[SAMPLES] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+                table = []
+                for sample in without_secrets(list(islice(lines, self._max_samples))):
+                    sample.pop("images", None)  # thumbnails are for pages
+                    cells = dict(dotted_items(sample))
+                    for name, cell in cells.items():
+                        cells[name] = cell[:_CELL_CHARACTERS] if isinstance(cell, str) else cell
+                    table.append(cells)
+                rows = [list(cells.values()) for cells in table]
+                values[SAMPLES] = wandb.Table(columns=list(table[0]), data=rows, allow_mixed_types=True)
             # Online, wandb gets the row's number from the server.
             self.run.log(values, step=self._count if self._is_offline else None, commit=True)
             self._received = log_position(row)

@@ -7,7 +7,7 @@ import re
 from PIL import Image
 
 from dpo_dist.data.records import ImageFile
-from dpo_dist.tools.pages.samples import ShownPrompt, ShownResponse, prompt_items
+from dpo_dist.tools.pages.answers import Answers, prompt_items
 from dpo_dist.tools.pages.thumbnails import Thumbnails, thumbnails
 from tests.support.image_processors import file_of, picture
 from tests.unit.tools.pages.made_run import HOSTILE
@@ -17,8 +17,8 @@ def plain(width: int, height: int, colour: str = "red") -> ImageFile:
     return ImageFile(file_of(Image.new("RGB", (width, height), colour)))
 
 
-def shown(*images: str | None) -> ShownPrompt:
-    return ShownPrompt("what is it?", (ShownResponse("a", "it"),), "a", "", images=images)
+def shown(*images: str | None) -> tuple[Answers, list[str]]:
+    return {"prompt": "what is it?", "responses": {"a": {"text": "it"}}, "images": images}, []
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_out() -> None:

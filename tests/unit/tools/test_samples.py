@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation import background, console
 from dpo_dist.foundation.console import Console, LineScreen
-from dpo_dist.foundation.files import json_line
+from dpo_dist.foundation.files import json_line, read_lines
 from dpo_dist.model.files.stops import find_stop_ids
+from dpo_dist.objective.metrics import PairValues
 from dpo_dist.tools.report import samples
+from dpo_dist.tools.report.recorder import write_worst
 from dpo_dist.tools.report.samples import RunSamples, SamplePrompt, choose_prompts
 from dpo_dist.tools.sampling.generate import Request, Sample
 from dpo_dist.tools.sampling.settings import Sampling
@@ -35,7 +38,7 @@ ROWS = [
 ROWS.append({**ROWS[0], "chosen": "another", "rejected": "one"})
 
 
-def dataset(folder: Path, rows: list[dict[str, str]]) -> PreferenceDataset:
+def dataset(folder: Path, rows: list[dict[str, Any]]) -> PreferenceDataset:
     folder.mkdir()
     source = SourceConfig(str(jsonl(folder, *rows)), label="held_out")
     config = DataConfig(cache=str(folder / "encoded"))
@@ -73,10 +76,12 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     run = Run(
         RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
     )
-    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"})
-    opened = RunSamples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
+    prompts = tuple(
+        SamplePrompt(Request(np.array([1], np.int32), key, 0), {"prompt_id": key}) for key in ("id", "other")
+    )
+    opened = RunSamples(run, Sampling(4, seed=3), prompts, STOPS, TOKENIZER)
     assert opened.read_reference() is None
-    response = {"text": "a\u2028b", "tokens": 2, "finished": True}
+    responses = [{"text": text, "tokens": 2, "finished": True} for text in ("a\u2028b", "c")]
     sampling = {
         "max_new_tokens": 4,
         "temperature": 1.0,
@@ -86,10 +91,12 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
         "is_default": False,
     }
     opened.run.folder.samples.mkdir()
-    opened.run.folder.samples_reference.write_text(
-        json_line({"prompt_id": "id", "sampling": sampling, **response}), encoding="utf-8"
-    )
-    assert opened.read_reference() == [response]
+    rows = [
+        {**prompt.fields, "sampling": sampling, "responses": {"reference": response}}
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    opened.run.folder.samples_reference.write_text("".join(map(json_line, rows)), encoding="utf-8")
+    assert opened.read_reference() == responses
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
 
@@ -206,3 +213,18 @@ def test_by_default_a_slow_model_answers_as_many_prompts_as_fit_in_a_minute(
     assert asked == 8 or every.read_reference() is None
     every.ask_reference(FrozenEngine.__new__(FrozenEngine))
     assert len(every.reference or []) == 8
+
+
+def test_the_worst_labelled_records_have_their_reward_by_which_good_ones_should_rise(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {n}", "completion": f"answer {n}", "label": n < 2} for n in range(4)]
+    columns = dict.fromkeys(set(PairValues.__dataclass_fields__) - {"custom"}, np.zeros(4, np.float32))
+    columns |= {"margin": np.array([-0.5, 0.25, 0.75, -0.125], np.float32)}
+    columns |= {"tokens_chosen": np.array([2, 2, 0, 0]), "tokens_rejected": np.array([0, 0, 2, 2])}
+    file = tmp_path / "worst.jsonl"
+    values = PairValues.from_columns(columns)
+    write_worst(file, values, dataset(tmp_path / "labelled", rows), TOKENIZER, is_unpaired=True)
+    good, bad = read_lines(file)
+    assert (good["reward"], bad["reward"]) == (-0.5, 0.125)
+    assert [list(each["responses"]) for each in (good, bad)] == [["good"], ["bad"]]
+    assert "answer 0" in good["responses"]["good"]["text"]
+    assert "answer 3" in bad["responses"]["bad"]["text"]

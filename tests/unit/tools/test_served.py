@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 SYSTEM, CPU = Message("system", "speak like a captain of the old days"), torch.device("cpu")
 RECORDS = [
     PreferenceRecord((SYSTEM, Message("user", f"question number {n}")), (), Origin("a.jsonl", n))
-    for n in range(4)
+    for n in range(24)
 ]
 
 
@@ -114,7 +114,7 @@ def test_a_refused_prompt_is_dropped_and_an_endpoint_that_refuses_all_is_an_erro
         first = server.responder.encode(RECORDS[0], "r").prompt_ids.tolist()  # type: ignore[union-attr]
         own.refuses = lambda ids: ids == first
         rows = respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
-        assert [row.dropped for row in rows] == ["refused_by_the_server", None, None, None]
+        assert [row.dropped for row in rows] == ["refused_by_the_server", *[None] * 23]
         own.refuses = lambda ids: len(ids) > 9
         rows = respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
         assert {row.dropped for row in rows} == {"refused_by_the_server"}, "texts are at fault"
@@ -188,30 +188,16 @@ def test_training_on_quantised_weights_checks_the_weights_of_the_folder(folder: 
     ("faults", "said"),
     [
         ({"changes": trained_a_little}, "tokens differ from ours by .*it probably serves other weights"),
-        (
-            {"changes": trained_less_than_bf16_rounds},
-            "tokens differ from ours by .*weights of a few steps before",
-        ),
-        ({"changes": to_int8}, "tokens differ from ours by .*it probably serves a quantised copy"),
+        ({"changes": trained_less_than_bf16_rounds}, "tokens differ from ours by .*other weights"),
+        ({"changes": to_int8}, "tokens differ from ours by .*a quantised copy"),
         ({"reads": no_system, "confesses": False}, "tokens differ from ours by .*other prompts"),
         ({"reads": no_system}, "it reads .* drops a system prompt"),
-        ({"reads": lambda ids: [*ids[:-1], ids[0]]}, "it reads .*or has another tokenizer"),
+        ({"reads": lambda ids: [*ids[:-1], ids[0]]}, "tokens differ from ours by .*other prompts"),
     ],
 )
 def test_another_model_template_or_copy_is_named(folder: Path, faults: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){OTHER}.*{said}.*start it with {folder}"):
         checked(CompletionsServer(folder, **faults), folder)
-
-
-def test_another_tokenizer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choice(*arguments: Any) -> Any:
-        return whole(*arguments) | {"text": "words that these tokens do not mean"}
-
-    own = CompletionsServer(folder)
-    whole = own.choice
-    monkeypatch.setattr(own, "choice", choice)
-    with pytest.raises(ConfigError, match=f"{OTHER}[^$]*24 of 24 responses have other texts"):
-        checked(own, folder)
 
 
 def test_a_server_without_log_probs_is_said_to_be_unchecked(folder: Path) -> None:
@@ -253,7 +239,7 @@ def test_a_server_that_is_not_there_or_has_another_name_is_one_error(
 def test_a_page_is_no_server_with_this_api() -> None:
     with http_server(lambda *_: (200, "<html>Welcome</html>")) as url, pytest.raises(ConfigError) as raised:
         Client(url, "sampling.endpoint.url", "policy", 1, 1).listed()
-    assert "a page" in raised.value.got
+    assert "perhaps a page" in raised.value.got
     assert f"usually {url}/v1" in raised.value.remedy
 
 

@@ -167,7 +167,8 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     variables = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "name", "TAGS": "one,two", "NOTES": "notes"}
     for name, value in {**variables, "MODE": "online", "DIR": "/elsewhere"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
+    responses = {"reference": {"text": f"by hf_{SECRET}"}, "policy": {"text": "p" * 5000, "tokens": 3}}
+    row = {"prompt": "a prompt", "responses": responses}
     write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
     config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
     tracker = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(print)))
@@ -182,7 +183,8 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     assert (sum(histogram["values"]), histogram["bins"][0], histogram["bins"][-1]) == (3, 0.0, 1.0)
     (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
     content = json.loads(table.read_text())
-    assert (content["columns"], len(content["data"])) == (list(row), 2)
+    names = [f"responses.{name}" for name in ("reference.text", "policy.text", "policy.tokens")]
+    assert (content["columns"], len(content["data"])) == (["prompt", *names], 2)
     prompt, reference, policy, _ = content["data"][0]
     assert (prompt, reference, len(policy) < 4100) == ("a prompt", "by ***", True)
     first, *_, last = records_of(tmp_path, "run")

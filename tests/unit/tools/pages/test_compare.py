@@ -80,8 +80,14 @@ def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) 
     assert "<h4>a <small>2 tokens; score 0.2</small></h4>" in page
     assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
     assert "one <mark>dog</mark>" in page
+    heads = re.findall("<th>([^<]*)</th>", page)
+    assert heads[:3] == ["model", "KL estimate, nats per response", "score"]
+    assert heads[3:8] == ["tokens", "ended", "refusals", "empty", "win rate over a"], "none without a value"
+    for cell in ("<td>3 <small>[2.7, 3.3]</small></td>", "<td>2 % <small>[1.9, 2.1]</small></td>"):
+        assert cell in page
+    assert "<td>60 % <small>[54, 66]</small></td>" in page
     assert "sampling.temperature=0 takes the likeliest" in page
-    assert "chosen in the data" in page
+    assert "<h4>chosen</h4>" in page
     assert re.findall(r'data-labels="([^"]*)" data-order="([^"]*)"', page) == [
         ("source code|b wins over a", "-0.7"),
         ("source qa", "-0.1"),
@@ -104,6 +110,7 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
         return " ".join(source.choices(words, k=400))
 
     rows = [row(at, {name: answer(text()) for name in names}) for at in range(160)]
+    rows[1]["prompt"] = "q" * 7000
     rows[2]["responses"][names[0]] = answer("\u202e" * 200_000)
     content = results([model(name, at) for at, name in enumerate(names)], [])
     page = page_of(tmp_path, content, rows)
@@ -113,6 +120,8 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
     )
     assert page.count('<details class="prompt') + int(omitted) == 160
     assert "first 6,000 of 200,000 characters" in page
+    assert "q" * 6000 in page
+    assert "q" * 6001 not in page
 
 
 def test_texts_and_names_are_inert(tmp_path: Path) -> None:

@@ -121,8 +121,10 @@ def test_curves_are_over_pairs_and_prompts_beside_each_other(runs: list[RunFolde
     assert "0.41 0.41 at pair 960 0.41" in loss
     shown = page.section("Samples")
     assert page.tags.count("h4") == 4  # the prompt, two runs, chosen
-    assert "run-a step 60, 3 tokens It is Berlin." in shown
-    assert re.search(r"run-b step 60, 3 tokens; \d+ % of its words not in run-a It is Rome \.", shown)
+    assert "run-a after step 60 3 tokens It is Berlin." in shown
+    assert re.search(
+        r"run-b after step 60 3 tokens; \d+ % of its words not in run-a after step 60 It is Rome \.", shown
+    )
 
 
 def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:

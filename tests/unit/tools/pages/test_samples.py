@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.pages.samples import choose, mark_differences, samples_section, worst_pairs
+from dpo_dist.tools.pages.answers import mark_differences
+from dpo_dist.tools.pages.samples import choose, samples_section, worst_pairs
 from tests.support.sample_files import GOOD, sample, write_samples
 
 
@@ -32,10 +33,11 @@ def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: 
 def test_the_worst_and_some_at_random_are_shown() -> None:
     rows = [sample(number) for number in range(30)]
     rows[3] = sample(3, "the same again and " * 60)
-    rows[4] = sample(4, policy_finished=False, policy_tokens=20)
-    rows[5] = sample(5, policy_finished=False, policy_tokens=30)
-    rows[6] = sample(6, " \n", policy_finished=False)
-    rows[7] = sample(7, policy_tokens=None, reference=None, reference_tokens=None, chosen=None)
+    rows[4] = sample(4, tokens=20, finished=False)
+    rows[5] = sample(5, tokens=30, finished=False)
+    rows[6] = sample(6, " \n", finished=False)
+    rows[7] = sample(7, chosen=None)
+    del rows[7]["responses"]["reference"]
     chosen = choose(rows)
     assert [row["prompt_id"] for row, _ in chosen[:4]] == [f"{number:016x}" for number in (3, 6, 5, 4)]
     assert [reason for _, reason in chosen] == [
@@ -64,10 +66,22 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
     assert samples_section(RunFolder(tmp_path / "none")) == {}
 
 
+def test_a_last_response_that_equals_the_reference_is_shown(tmp_path: Path) -> None:
+    for step in (0, 100):
+        write_samples(tmp_path, step, [sample(1, reference=GOOD)])
+    [html] = samples_section(RunFolder(tmp_path))["items"]
+    labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
+    assert labels == ["prompt", "reference", "step 100", "chosen"]
+    assert "the same text as reference" in html
+
+
 def test_a_labelled_response_is_shown_with_its_reward(tmp_path: Path) -> None:
-    row = {"origin": "a.jsonl:1", "prompt": "why", "margin": -0.5}
+    row = {"origin": "a.jsonl:1", "prompt": "why"}
+    good, bad = {"good": {"text": "so"}}, {"bad": {"text": "so"}}
+    rows = [row | {"reward": -0.5, "responses": good}, row | {"reward": 0.5, "responses": bad}]
     file = tmp_path / "worst.jsonl"
-    file.write_text("\n".join(json.dumps({**row, side: "so"}) for side in ("chosen", "rejected")))
-    good, bad = worst_pairs(file)
-    assert "reward -0.5" in good
-    assert "reward 0.5" in bad
+    file.write_text("\n".join(map(json.dumps, rows)))
+    first, last = worst_pairs(file)
+    assert "reward -0.5" in first
+    assert "<h4>good</h4>" in first
+    assert "reward 0.5" in last
