@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -648,7 +649,11 @@ def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> 
     list_key, _, inside = key.partition("[")
     entries = copy.deepcopy(plain(reduce(lambda at, name: at[name], list_key.split("."), values)))
     *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
-    reduce(lambda at, place: at[place], places, entries)[last] = choice
+    entry = reduce(getitem, places, entries)
+    if isinstance(entry, str):  # `loss.terms=[dpo]` names the kind alone
+        entries[places[0]] = choice
+    else:
+        entry[last] = choice
     text = as_written(entries)
     return (
         _did_you_mean(f"{list_key}={text}") if _is_accepted(list_key, text) else Remedy.to_rename(got, choice)

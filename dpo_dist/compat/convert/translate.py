@@ -771,7 +771,7 @@ def _combine(run: Translation) -> None:
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
         values[_ODDS_WEIGHT] = values.pop("loss.beta")
-    if "loss.terms" in values and "loss.kind" in values:
+    if values.get("loss.terms") and "loss.kind" in values:
         values["loss.terms"][0]["kind"] = values.pop("loss.kind")
     if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
         every = values.get("trainer.save_every") or 100
@@ -794,7 +794,7 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
         run.not_default.add(_LENGTH)
         reason = "there no text is cut; here data.truncation cuts those above data.max_length: raise it"
         run.comment("max_length", None, reason)
-    if "loss.terms" in run.values:
+    if run.values.get("loss.terms"):
         run.not_default.add("loss.kind")
     keys = [key for key in defaults if key not in run.values and key not in run.not_default]
     values = run.values
