@@ -47,7 +47,6 @@ ELSEWHERE = {
         ReferenceConfig TrackerName
     """,
     "config.verbs": "VERBS",
-    "distributed": "deepspeed_config",
     "distributed.memory": "explain_out_of_memory",
     "distributed.processes.world": "Interrupted Stops",
     "encoded.build": "EncodingProgress no_progress",

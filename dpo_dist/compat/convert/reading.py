@@ -182,7 +182,7 @@ def _value(text: str) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """Return a value without secrets, of the types that JSON has: YAML has dates, bytes and other keys too."""
+    """Return a value without secrets, of the types that JSON has: YAML has dates, bytes, other keys."""
     if isinstance(value, list):
         return [_public(entry) for entry in value]
     if value is None or isinstance(value, (bool, int, float)):

@@ -34,9 +34,6 @@ from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.findings import Finding, Level, most_serious_first
 
 _Result = TypeVar("_Result")
-SHOWN_PAIRS = 4  # of each source, besides examples of findings
-TREE_EXAMPLES = 64
-"""Examples of a batch in which the doctor looks for shared prefixes."""
 # Their findings already say that training would refuse the data.
 _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
@@ -63,7 +60,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     data = config.data
     prepared = None
     if config.model.path != UNSET:
-        from dpo_dist.kit import prepare_data, saved_by_tree  # noqa: PLC0415  (slow)
+        from dpo_dist.kit import prepare_data  # noqa: PLC0415  (slow)
 
         prepared = prepare_data(data, config.model, config.loss, progress)
     encoder = None if prepared is None else prepared.encoder
@@ -80,11 +77,6 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
             config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
         )
         findings = [*store_findings, *findings]
-        for source, datasets in zip(diagnosis.sources, prepared.datasets, strict=True):
-            if datasets and source["prefix"] is not None:
-                tree_share = saved_by_tree(datasets[0], TREE_EXAMPLES)
-                in_order = saved_by_tree(datasets[0], TREE_EXAMPLES, in_order=True)
-                source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             for error in prepared.refusals:
                 text = f"training would stop: {error.message}"
@@ -97,7 +89,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.section_of(DoctorConfig).texts:
-        shown = show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS, processor)
+        shown = show_pairs(data, tokenizer, diagnosis.findings, processor)
         diagnosis = replace(diagnosis, shown=shown)
     return diagnosis
 

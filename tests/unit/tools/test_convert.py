@@ -304,7 +304,11 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     # Their names of datasets are not read.
-    ("{rlhf_type: dpo, dataset: [HF::c/d#5]}", {}, "write data.train: [{path: ORG/NAME, name: SUBSET, limit: N}]"),
+    (
+        "{rlhf_type: dpo, dataset: [HF::c/d#5]}",
+        {},
+        "write data.train: [{path: ORG/NAME, name",
+    ),
     ("{mixer_list: [a/b, 1.0], use_lora: false}", {}, "mixer_list: [a/b, 1] — write data.train: [{path: ORG"),
     ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": "m"}, ""),
     (
