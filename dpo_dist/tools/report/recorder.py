@@ -25,7 +25,8 @@ from dpo_dist.kit import (
 from dpo_dist.objective.metrics import PairColumn, PairValues
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.pages.thumbnails import shown_prompt
-from dpo_dist.tools.report.card import data_findings, run_card
+from dpo_dist.tools.report.card import run_card
+from dpo_dist.tools.report.facts import data_findings
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
@@ -60,35 +61,30 @@ class RunRecorder(PlainRecorder):
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
         with warn_on_bug("the last evaluation's folder", self.run.warn):
-            model = str(self.run.folder.model)
             dataset = inputs.eval_set
             assert dataset is not None, "evaluations have data"
             config = self.run.config
             folder = self.run.folder
-            loss = self.run.config.loss
-            reference = config.reference.path or config.model.path
-            seed = config.trainer.seed
             write_evaluation(
                 LAST_EVALUATION,
-                model,
+                str(folder.model),
                 means,
                 values,
                 dataset,
                 run=folder,
-                loss=loss,
-                reference=reference,
-                seed=seed,
+                loss=config.loss,
+                reference=config.reference.path or config.model.path,
+                seed=config.trainer.seed,
             )
-            if not loss.is_one_sided:
+            if not config.loss.is_one_sided:
                 file = folder.named_evaluation(LAST_EVALUATION).worst
-                is_unpaired = loss.is_unpaired
-                write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
+                write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=config.loss.is_unpaired)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
         run = self.run
         rows = self.metrics.rows
-        folder = self.run.folder
+        folder = run.folder
         final_summary = {**summary, "exit": outcome.value}
         lines: list[str] = []
         with warn_on_bug("the verdict", run.warn):
