@@ -1,6 +1,5 @@
 """Examine preference data: stream all sources, compare their records, and return the diagnosis."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -9,10 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Record, SourceConfig, source_labels
-from dpo_dist.encoded.build import (
-    EncodingProgress,
-    no_progress,
-)
+from dpo_dist.encoded.build import EncodingProgress, no_progress
 from dpo_dist.encoded.workers import in_order
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.types import ProgressOf, Tokenizer
@@ -168,13 +164,9 @@ def _label_balance(
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with its label in metrics (made unique), and whether it is for evaluation."""
-    counts = Counter[str]()
+    """Yield each source with its label in metrics, and whether it is for evaluation."""
     train_labels = source_labels(config.train)
-    for is_eval, sources in ((False, config.train), (True, config.eval)):
-        for source, name in zip(sources, source_labels(sources), strict=True):
-            label = f"{name} (eval)" if is_eval and name in train_labels else name
-            counts[label] += 1
-            if counts[label] > 1:
-                label = f"{label} ({counts[label]})"
-            yield source, label, is_eval
+    for source, name in zip(config.train, train_labels, strict=True):
+        yield source, name, False
+    for source, name in zip(config.eval, source_labels(config.eval), strict=True):
+        yield source, f"{name} (eval)" if name in train_labels else name, True

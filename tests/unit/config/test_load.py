@@ -69,8 +69,8 @@ def test_values_are_typed() -> None:
 
 
 def test_keys_in_a_mapping_are_texts() -> None:
-    config = configured("'data.template_arguments={a: {1: x, b: y}}'")
-    assert config.data.template_arguments == {"a": {"1": "x", "b": "y"}}
+    config = configured("'data.template_arguments={a: [{1: x, b: y}]}'")
+    assert config.data.template_arguments == {"a": [{"1": "x", "b": "y"}]}
     assert from_yaml(to_yaml(config)) == config
 
 

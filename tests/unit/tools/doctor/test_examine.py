@@ -216,6 +216,26 @@ def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> No
     assert alarms(examined(tmp_path, clean_pairs(count, seed), clean_pairs(20, 99))) == []
 
 
+def test_sources_of_one_name_are_told_apart_by_their_use(tmp_path: Path) -> None:
+    paths = []
+    for name in ("train", "eval"):
+        (tmp_path / name).mkdir()
+        paths.append(write(tmp_path / name / "pairs.jsonl", clean_pairs(3)))
+    train, evaluation = (SourceConfig(path=path) for path in paths)
+    report = examine(DataConfig(train=[train], eval=[evaluation]), None)
+    assert [source["label"] for source in report.sources] == ["pairs", "pairs (eval)"]
+
+
+def test_responses_that_share_turns_are_not_nearly_equal(tmp_path: Path) -> None:
+    request = user(" ".join(QUESTION.split() * 9))
+    pair = {
+        "prompt": [user("a question")],
+        "chosen": [assistant("yes"), request, assistant("good")],
+        "rejected": [assistant("no"), request, assistant("bad")],
+    }
+    assert not of_rule(examined(tmp_path, [pair]), "nearly_equal_sides")
+
+
 def test_a_finding_up_to_the_threshold_is_a_note() -> None:
     for count, level in ((1, Level.note), (2, Level.warning)):
         assert [one.level for one in DOCTOR_RULES["dropped"].count(count, 100, "a")] == [level]
