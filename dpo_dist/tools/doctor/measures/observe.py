@@ -81,7 +81,7 @@ class RecordFacts:
     detail: str = ""  # of that reason, without texts
     is_readable: bool = False
     is_held_out: bool = False  # whether `data.eval_share` draws the record for evaluation
-    names: tuple[str, ...] = ()  # rules that it breaks, their kinds, and other properties
+    names: tuple[str, ...] = ()  # rules that it breaks, and their kinds
     characters: Lengths = (0, 0, -1)
     tokens: Lengths | None = None  # before anything is cut; None: not encoded
     cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record

@@ -311,8 +311,8 @@ class ExaminedSource:
         if record.dropped is None:
             self._kept += 1
             self._held_out += record.is_held_out
-            for label in self._labels:
-                self._labels[label] += f"labelled_{label}" in record.names
+            if record.pair is not None and record.pair.side is not None:
+                self._labels["good" if record.pair.side == "chosen" else "bad"] += 1
             for counts, tokens in zip(self._cuts, record.cut, strict=True):
                 if tokens > 0:
                     counts[tokens] += 1

@@ -7,7 +7,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,6 @@ def signature(text: str, images: str = "") -> Signature:
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
 
-@lru_cache(maxsize=8)
 def names_model(response: str) -> bool:
     """Return whether a response names a model or says that an AI wrote it."""
     return _MODEL_NAME.search(response) is not None
@@ -149,7 +147,7 @@ def has_open_thought(text: str) -> bool:
 
 
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
-    """Yield the names of rules, kinds and properties that are true of a record's texts."""
+    """Yield the names of rules and kinds of faults that are true of a record's texts."""
     contents = [content for _role, content in texts.turns]
     prompt = "\n".join(text for role, text in texts.turns if role != "system").strip()
     targets = [turn.content for turn in taught_turns(record) if turn.role == "assistant"]
@@ -158,8 +156,6 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         **{name: any(map(kind.search, (*contents, *texts.responses))) for name, kind in _KINDS.items()},
         "looping_response": any(map(is_loop, targets)),
         "thought_not_closed": any(map(has_open_thought, targets)),
-        "labelled_good": record.labelled_side == "chosen",
-        "labelled_bad": record.labelled_side == "rejected",
         "response_starts_with_prompt": any(_continues(prompt, each) for each in texts.responses),
         "nearly_equal_sides": _are_nearly_equal(record, texts.responses),
         "score_ties": len(texts.responses) > 1 and best == worst,
