@@ -473,7 +473,7 @@ def wrong_values(
         above, _, name = key.rpartition(".")
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
-                mistakes[f"{key}.{option}"] = _no_option(f"{key}.{option}", detail, origin)
+                mistakes[f"{key}.{option}"] = _no_option(key, option, detail, origin)
         elif is_unknown:
             text = "" if isinstance(value, dict) else as_written(advice().as_sources(value))
             mistakes[key] = unknown_key(key, text, where=origin(key))
@@ -486,9 +486,9 @@ def wrong_values(
     return list(mistakes.values())
 
 
-def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
-    """Return the error for an option that its kind of loss does not have."""
-    place, _, name = key.rpartition(".")
+def _no_option(place: str, name: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
+    """Return the error for an option in the mapping `place` that its kind of loss does not have."""
+    key = f"{place}.{name}"
     kind = detail["ctx"]["kind"]
     options = detail["ctx"]["known"]
     got = as_written(detail["input"][name])

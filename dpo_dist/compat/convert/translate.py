@@ -628,8 +628,9 @@ def _set_adapter(run: Translation, is_trained: bool) -> None:
     unread = "no adapter is trained"
     adapter_keys = [key for key in values if key.startswith("model.adapter.")]
     if is_trained and "model.adapter.path" not in values:
-        r, alpha = run.facts["adapter"]
-        r = values.setdefault("model.adapter.r", r)
+        usual_r, alpha = run.facts["adapter"]
+        r = values.get("model.adapter.r") or usual_r
+        values["model.adapter.r"] = r
         values.setdefault("model.adapter.alpha", alpha or 2 * r)
         is_said = "model.adapter.target_modules" in values or run.left.get("lora_target_linear")
         if run.trainer in ("TRL", "axolotl") and not is_said:

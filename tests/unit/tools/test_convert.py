@@ -629,6 +629,7 @@ ODD_VALUES = [
     ("loss_terms: [simpo, sft]", "read as a run of TRL"),
     ("chat_template_kwargs: {1: !!binary YWI=}", "read as a run of TRL"),
     ("run_name: 2026-01-02", "read as a run of TRL"),
+    ("stage: dpo\nlora_rank: [null]", "read as a run of LLaMA-Factory"),
     ("1: 2", "1: 2 — no counterpart is known"),
     ("dataset_mixer: {1: 0.5, 2026-01-02: 0}", "dataset_mixer.2026-01-02: 0 — neither"),
 ]
