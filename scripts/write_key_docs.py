@@ -1,9 +1,8 @@
-"""Write the tables of docs/: keys and losses from dpo_dist/config, machines from benchmarks/machines.jsonl.
+"""Write the tables of docs/: keys and losses from dpo_dist/config.
 
-Run `make docs` after a change of a key, of a kind of loss, or of that file.
+Run `make docs` after a change of a key or of a kind of loss.
 """
 
-import json
 import re
 import sys
 from collections import Counter
@@ -27,8 +26,7 @@ OTHER_TYPES = {"loss.kind": "one of the [kinds](losses.md)", "loss.terms[].kind"
 
 def pages() -> dict[Path, str]:
     """Return the whole text of every page with a table, which is between its markers."""
-    machines = (ROOT / "benchmarks" / "machines.jsonl").read_text()
-    tables = {"losses": _loss_table(), "configuration": _key_tables(), "scaling": machine_table(machines)}
+    tables = {"losses": _loss_table(), "configuration": _key_tables()}
     return {
         page: _with_table(page, tables[page.stem]) for page in (ROOT / "docs" / f"{n}.md" for n in tables)
     }
@@ -59,24 +57,6 @@ def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
     names = [*sorted(facts.uses - MODIFIERS), *(f"options.{name}" for name in own)]
     options = ", ".join(f"`{name}`" for name in names)
     return f"`{kind}`", formula, options or "-", "yes" if facts.needs_reference else "-", facts.source
-
-
-def machine_table(lines: str) -> str:
-    """Return the table of machines; each line is one that `dpo-dist selftest --share` has printed."""
-    rows = []
-    for shared in map(json.loads, lines.splitlines()):
-        speeds = [
-            f"{name.removeprefix('speed of ')}: {speed['pairs_per_second']:,.0f} ({speed['mfu']:.0%})"
-            for name, speed in shared["speeds"].items()
-            if not name.endswith(("compile", "overlap"))
-        ]
-        versions = [f"{name} {shared['versions'][name] or '-'}" for name in ("torch", "CUDA")]
-        outcomes = Counter(shared["checks"].values())
-        checks = [f"{outcomes[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]
-        words = (", ".join(versions), "; ".join(speeds) or "-", ", ".join(checks))
-        rows.append((shared["device"], shared["date"][:10], *words))
-    heading = ("device", "date", "versions", "pairs/s (MFU)", "checks")
-    return _table(heading, rows) if rows else "No line yet.\n"
 
 
 def _key_tables() -> str:

@@ -62,7 +62,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import plain_values
 from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Typed, to_write
-from dpo_dist.foundation.types import dotted_items
+from dpo_dist.foundation.types import dotted_items, with_text_keys
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -386,7 +386,7 @@ class Composition:
                 # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
-        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        return cast(dict[str, Any], with_text_keys(OmegaConf.to_container(config, resolve=True)))
 
     def origin(self, key: str) -> str:
         """Return the last override, file or experiment that sets a key."""

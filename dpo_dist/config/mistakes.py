@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -459,7 +460,7 @@ def wrong_values(
         above, _, name = key.rpartition(".")
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
-                mistakes[f"{key}.{option}"] = _no_option(f"{key}.{option}", detail, origin)
+                mistakes[f"{key}.{option}"] = _no_option(key, option, detail, origin)
         elif is_unknown:
             text = "" if isinstance(value, dict) else as_written(advice().as_sources(value))
             mistakes[key] = unknown_key(key, text, where=origin(key))
@@ -472,9 +473,9 @@ def wrong_values(
     return list(mistakes.values())
 
 
-def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
-    """Return the error for an option that its kind of loss does not have."""
-    place, _, name = key.rpartition(".")
+def _no_option(place: str, name: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
+    """Return the error for an option in the mapping `place` that its kind of loss does not have."""
+    key = f"{place}.{name}"
     kind = detail["ctx"]["kind"]
     options = detail["ctx"]["known"]
     got = as_written(detail["input"][name])
@@ -628,6 +629,10 @@ def _with_choice(key: str, choice: str, values: Mapping[str, Any]) -> str:
     list_key, _, inside = key.partition("[")
     entries = copy.deepcopy(plain(reduce(lambda at, name: at[name], list_key.split("."), values)))
     *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
-    reduce(lambda at, place: at[place], places, entries)[last] = choice
+    entry = reduce(getitem, places, entries)
+    if isinstance(entry, str):  # `loss.terms=[dpo]` names the kind alone
+        entries[places[0]] = choice
+    else:
+        entry[last] = choice
     text = as_written(entries)
     return _did_you_mean(f"{list_key}={text}") if _is_accepted(list_key, text) else f"did you mean {choice}?"

@@ -29,7 +29,7 @@ _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 OVERLAPS = True
 """Whether ZeRO-2 and ZeRO-3 exchange gradients on GPUs while backward computes (`overlap_comm`).
 
-Only `selftest` changes this: without overlap a step has the same numbers, but needs more time and less
+Only tests change this: without overlap a step has the same numbers, but needs more time and less
 memory.
 """
 

@@ -32,6 +32,15 @@ class CheckReport(NamedTuple):
         return "\n".join([self.verdict, *(f"  {line}" for line in [*lines, self.hint] if line)]) + "\n"
 
 
+def with_text_keys(value: Any) -> Any:
+    """Return a value whose mappings, at any depth, have texts as keys: YAML also has numbers and null."""
+    if isinstance(value, list):
+        return list(map(with_text_keys, value))
+    if isinstance(value, Mapping):
+        return {str(name): with_text_keys(inner) for name, inner in value.items()}
+    return value
+
+
 def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of mappings inside of mappings, with their keys joined by dots."""
     for key, value in fields.items():

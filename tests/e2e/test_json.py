@@ -140,7 +140,7 @@ def test_the_selftests_document_may_be_kept_in_the_file_that_it_writes(tmp_path:
     start_parent()
     output, errors = tmp_path / "selftest.json", tmp_path / "errors"
     variables = environment() | ENVIRONMENT
-    module, words = VERBS["selftest"].module, ["--quick", "--json"]
+    module, words = VERBS["selftest"].module, ["--json"]
     started = start_module(context, module, words, variables, 1, tmp_path, output, ONE_WAY, errors)
     assert wait(started, 240) == 0
     assert json.loads(output.read_text())["kind"] == "selftest"

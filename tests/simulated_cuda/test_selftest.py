@@ -1,11 +1,9 @@
-"""`dpo-dist selftest` on the simulated device: its runs without speeds, and runs that are only answers."""
+"""`dpo-dist selftest` on the simulated device: its runs, and runs that are only answers."""
 
 import contextlib
-import errno
 import functools
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -20,17 +18,14 @@ import psutil
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.distributed.checkpoint.saver import disk_errors
 from dpo_dist.foundation import streams
 from dpo_dist.foundation.errors import (
     CheckpointError,
-    DeviceMemoryError,
     DivergedError,
     DpoDistError,
     Lack,
     PeerLostError,
 )
-from scripts.write_key_docs import machine_table
 from tests.simulated_cuda import runs
 from tests.support.launch import Finished
 from tests.support.warm_benchmarks import run_fork
@@ -66,7 +61,14 @@ def _replace_python(work: Callable[[list[str], dict[str, str]], tuple[int, str]]
     mock.patch.object(subprocess, "Popen", opened).start()
 
 
+def _measure_no_products() -> None:
+    mock.patch(
+        "dpo_dist.model.flops.matmul_peak", side_effect=lambda device, _: 1e12 * (device.index + 1)
+    ).start()
+
+
 def _in_forks() -> None:
+    _measure_no_products()
     os.environ.update(_GIVEN | {"CUDA_VISIBLE_DEVICES": "0"})
 
     def forked(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -79,17 +81,9 @@ def _in_forks() -> None:
 
 def _answering(answer: Answer, devices: int, given: dict[str, str]) -> None:
     os.environ.update(given | {"SIMULATED_CUDA_DEVICES": str(devices)})
-    shape = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    shapes = dict.fromkeys(("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B"), shape | {"vocab_size": 300})
-    mock.patch("yaml.safe_load", return_value=shapes).start()
-    mock.patch(
-        "dpo_dist.model.flops.matmul_peak", side_effect=lambda device, _: 1e12 * (device.index + 1)
-    ).start()
+    _measure_no_products()
 
     def answered(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-        if "--exchange" in command:
-            Path(command[-1]).write_text('[{"1": 2.5}, 1e-8]')
-            return 0, ""
         keys = dict(word.split("=", 1) for word in command if "=" in word)
         return answer(keys, environment)
 
@@ -98,16 +92,7 @@ def _answering(answer: Answer, devices: int, given: dict[str, str]) -> None:
 
 def _train(keys: dict[str, str], steps: list[int], **changed: Any) -> tuple[int, str]:
     """Write rows of these steps, as a training run; `changed` replaces values of the last."""
-    rows = [{"step": step, "loss": 0.7 / step, "grad_norm": 1.0, "step_seconds": 0.5} for step in steps]
-    phases = {f"time/{name}": 0.1 for name in ("forward", "backward", "optimizer")}
-    speeds = {
-        **phases,
-        "mfu": 0.4,
-        "tokens_per_second": 100.0,
-        "pairs_per_second": 80.0,
-        "memory/peak_allocated_bytes": 2**30,
-    }
-    rows = [row | speeds for row in rows]
+    rows = [{"step": step, "loss": 0.7 / step, "grad_norm": 1.0} for step in steps]
     rows[-1] |= changed
     log = RunFolder(Path(keys["run.dir"].strip('"'))).rows
     log.parent.mkdir(parents=True)
@@ -115,11 +100,9 @@ def _train(keys: dict[str, str], steps: list[int], **changed: Any) -> tuple[int,
     return (75 if "trainer.stop_after_steps" in keys else 0), ""
 
 
-def _selftest(
-    folder: Path, *options: str, prepare: Callable[[], None] | None = None
-) -> tuple[Finished, dict[str, Any]]:
+def _selftest(folder: Path, prepare: Callable[[], None] | None = None) -> tuple[Finished, dict[str, Any]]:
     out = folder / "selftest.json"
-    ended = runs.run_module("dpo_dist.tools.selftest", [*options, f"--output={out}"], prepare=prepare)
+    ended = runs.run_module("dpo_dist.tools.selftest", [f"--output={out}"], prepare=prepare)
     content = json.loads(out.read_text(), parse_constant=pytest.fail)
     assert list(folder.iterdir()) == [out]
     assert "Traceback" not in ended.output
@@ -130,7 +113,7 @@ def _selftest(
 def test_a_sound_device_passes_every_check(tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s, [a] {folder}="$HOME"'
     folder.mkdir()
-    ended, checks = _selftest(folder, "--quick", prepare=_in_forks)
+    ended, checks = _selftest(folder, prepare=_in_forks)
     assert ended.code == 0, ended.output
     assert checks["attention chosen by auto"]["seen"] == "varlen", ended.output
     passed = ("attention by varlen", "steps of bf16", "steps of zero2")
@@ -152,22 +135,11 @@ def _refused(error: DpoDistError) -> tuple[int, str]:
     return error.exit_code, f"not installed, No space left on device\n{line}\nbye\n"
 
 
-def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:  # noqa: PLR0911
+def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:
     assert not environment.keys() & {"RANK", "WORLD_SIZE", "PET_NNODES"}
     assert int(keys["parallelism.timeout_seconds"]) <= 120
     visible, all_steps = environment["CUDA_VISIBLE_DEVICES"], [1, 2, 3, 4]
     is_half = visible == "4,5"
-    if keys["trainer.max_steps"] == "6":
-        if keys["model.fused"] == "liger":
-            return _refused(DeviceMemoryError("GPU memory is exhausted", where="here"))
-        if keys["model.fused"] == "compile":
-            return -11, ""
-        described = json.loads(Path(keys["model.path"].strip('"'), "config.json").read_text())
-        if described["num_hidden_layers"] == 4:
-            with pytest.raises(CheckpointError) as full, disk_errors(Path("here")):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return _refused(pickle.loads(pickle.dumps(full.value)))
-        return _train(keys, [*range(1, 7)])
     if is_half or "trainer.stop_after_steps" in keys:  # it begins again
         return _train(keys, all_steps if is_half else [1, 2])
     if keys["model.fused"] == "liger":
@@ -176,7 +148,7 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
         return _train(keys, all_steps, loss=0.176)
     match keys.get("parallelism"):
         case "zero2":
-            return _train(keys, all_steps)
+            return (-11, "") if keys["model.dtype"] == "bf16" else _train(keys, all_steps)
         case "ddp":
             return _train(keys, [1, 3, 4])
     if "model.gradient_checkpointing" in keys:
@@ -192,7 +164,7 @@ def _with_faults_on_four_gpus() -> None:
 
 
 def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None:
-    ended, checks = _selftest(tmp_path, "--share", prepare=_with_faults_on_four_gpus)
+    ended, checks = _selftest(tmp_path, prepare=_with_faults_on_four_gpus)
     assert ended.code == 1, ended.output
     wanted = {
         "steps of zero3": ("failed", "exit code 3: diverged: loss or gradient"),
@@ -200,46 +172,17 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "steps of ddp": ("failed", "steps [1, 3, 4]"),
         "steps of gradient checkpointing": ("failed", "steps [1, 2, 3], not [1, 2, 3, 4]"),
         "steps of small micro-batches": ("failed", "exit code 139: rank 1 was ended by SIGSEGV"),
-        "steps of bf16": ("passed", "within 0.0e+00 of zero2"),
+        "steps of bf16": ("failed", "exit code -11: ended by SIGSEGV"),
         "steps of fused layers: compile": ("failed", "of zero2, where 0.001 is allowed"),
-        "steps of one GPU": ("passed", "of zero2"),
+        "steps of one GPU": ("passed", "within 0.0e+00 of zero2"),
         "steps of a run resumed on half of the GPUs": ("failed", "steps [1, 2, 3, 4], not [3, 4]"),
-        "all-gather of bf16": ("measured", "1 MB: 2.5 GB/s"),
-        "sums over GPUs in float32": ("passed", "float64"),
-        "speed of 0.5B, fused layers: none": ("measured", "500 ms a step"),
-        "speed of 7B, 4 layers, fused layers: none": ("skipped", "a checkpoint cannot be written"),
-        "speed of 7B, 4 layers, fused layers: liger": ("skipped", "exit code 2: out of memory: GPU memory"),
-        "speed of 7B, 4 layers, fused layers: compile": ("failed", "exit code -11: ended by SIGSEGV"),
         "GPU 3": ("measured", "4 TFLOP/s in bf16 matrix products"),
         "attention by varlen": ("failed", "RuntimeError: a bug"),
-        "steps of zero2 without overlap": ("passed", "of zero2"),
-        "speed of 0.5B, without overlap": ("measured", "500 ms a step"),
         "steps of fused layers: liger": ("failed", "it did not end in 900 s"),
     }
     for name, (outcome, seen) in wanted.items():
         assert checks[name]["outcome"] == outcome, (name, checks[name])
         assert seen in checks[name]["seen"], (name, checks[name])
-    assert checks["speed of 0.5B, fused layers: none"]["values"]["mfu"] == 0.4
-    assert_shared(json.loads(ended.output.splitlines()[-1], parse_constant=pytest.fail), checks, tmp_path)
-
-
-def assert_shared(shared: dict[str, Any], checks: dict[str, Any], folder: Path) -> None:
-    """The line for others has the results, and nothing of this machine's names, paths and errors."""
-    assert shared["device"] == f"4 x {checks['GPU 0']['values']['name']}"
-    assert shared["date"] == checks["content"]["date"]
-    assert shared["versions"]["torch"] == checks["versions"]["values"]["torch"]
-    names = ("speed of 0.5B, fused layers: none", "speed of 0.5B, without overlap")
-    assert shared["speeds"] == {name: checks[name]["values"] for name in names}
-    assert shared["speeds"][names[0]]["pairs_per_second"] == 80
-    outcomes = {name: check["outcome"] for name, check in checks.items() if name != "content"}
-    assert shared["checks"] == outcomes
-    row = machine_table(json.dumps(shared)).splitlines()[-1]
-    assert f"| {shared['device']} | {shared['date'][:10]} | torch {shared['versions']['torch']}, CUDA " in row
-    failed = [*outcomes.values()].count("failed")
-    assert " | 0.5B, fused layers: none: 80 (40%) | " in row
-    assert f" passed, {failed} failed, " in row
-    private = (checks["content"]["host"], str(folder), "a bug", "SIGSEGV")
-    assert not any(text in json.dumps(shared) for text in private)
 
 
 def _until_signal(keys: dict[str, str], _environment: dict[str, str]) -> tuple[int, str]:
@@ -270,7 +213,7 @@ def _without_checkpoint(keys: dict[str, str], _environment: dict[str, str]) -> t
 def test_the_resumed_run_needs_the_interrupted_one_and_sharding_a_gpu(tmp_path: Path) -> None:
     (two := tmp_path / "two").mkdir()
     (none := tmp_path / "none").mkdir()
-    ended, checks = _selftest(two, "--quick", prepare=partial(_answering, _without_checkpoint, 2, {}))
+    ended, checks = _selftest(two, prepare=partial(_answering, _without_checkpoint, 2, {}))
     assert ended.code == 1, ended.output
     resumed = checks["steps of a run resumed on half of the GPUs"]
     assert resumed["seen"] == "exit code 2: checkpoint error: it cannot be written"
@@ -299,7 +242,7 @@ def _with_wrong_kernel(of_heads: int, longer_than: int) -> None:
 def test_a_kernel_that_is_wrong_for_some_heads_or_long_segments_is_a_failed_check(
     fault: tuple[int, int], tmp_path: Path
 ) -> None:
-    ended, checks = _selftest(tmp_path, "--quick", prepare=partial(_with_wrong_kernel, *fault))
+    ended, checks = _selftest(tmp_path, prepare=partial(_with_wrong_kernel, *fault))
     assert ended.code == 1, ended.output
     assert "its output differs from plain PyTorch's" in checks["attention by varlen"]["seen"]
 

@@ -103,10 +103,7 @@ EMPTY: dict[str, Any] = {
         "dropped": {},
         "changed": {},
         "sides": {},
-        "prefix": None,
         "images": None,
-        "shares": {},
-        "languages": {},
     },
     **{"margins": {}, "leaks": []},
 }
@@ -123,9 +120,6 @@ def diagnosis(text: str) -> Diagnosis:
         "dropped": {"empty_response": {"count": 2, "examples": [f"{text}:1", f"{text}:2"]}},
         "changed": {"prompt_truncated": 3},
         "sides": dict.fromkeys(("prompt", "chosen", "rejected"), SIDE),
-        "prefix": {"tokens": 100, "unique_tokens": 60, "share": 0.4, "expected_gain": 1.67}
-        | {"tree_share": 0.31, "tree_share_in_order": 0.62},
-        **{"shares": {"refusal_chosen": 0.5}, "languages": {"en": 0.9, "fr": 0.1}},
         **{"margins": {"prefers_chosen": 0.75}, "leaks": [test]},
     }
     findings = tuple(

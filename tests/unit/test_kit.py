@@ -45,7 +45,6 @@ ELSEWHERE = {
         OptimConfig TrackerName
     """,
     "config.verbs": "VERBS",
-    "distributed": "deepspeed_config",
     "distributed.memory": "explain_out_of_memory",
     "distributed.processes.world": "Interrupted Stops",
     "encoded.build": "EncodingProgress no_progress",

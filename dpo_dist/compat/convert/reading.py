@@ -79,7 +79,7 @@ def read(source: str) -> ForeignRun:
             remedy="write the run's options (such as those of its DPOConfig) as keys into a YAML file, and "
             "convert that; for single options, dpo-dist train KEY=VALUE says what to write",
         )
-    return ForeignRun(trainer, _without_secrets(keys), name)
+    return ForeignRun(trainer, _public(keys), name)
 
 
 def _started(text: str, where: str) -> tuple[str | None, dict[str, Any]]:
@@ -181,15 +181,16 @@ def _value(text: str) -> Any:
         return text
 
 
-def _without_secrets(value: Any) -> Any:
+def _public(value: Any) -> Any:
+    """Return a value without secrets, of the types that JSON has: YAML has dates, bytes, other keys."""
     if isinstance(value, list):
-        return [_without_secrets(entry) for entry in value]
-    if isinstance(value, str):
-        return _ASSIGNED_SECRET.sub(rf"\g<1>{HIDDEN}", value)
-    if not isinstance(value, Mapping):
+        return [_public(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float)):
         return value
+    if not isinstance(value, Mapping):
+        return _ASSIGNED_SECRET.sub(rf"\g<1>{HIDDEN}", str(value))
     public = {}
     for name, inner in value.items():
         is_secret = _SECRET.fullmatch(str(name)) and inner and inner is not True
-        public[str(name)] = HIDDEN if is_secret else _without_secrets(inner)
+        public[str(name)] = HIDDEN if is_secret else _public(inner)
     return public

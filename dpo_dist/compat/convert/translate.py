@@ -75,9 +75,7 @@ class Translation:
         self.not_default: set[str] = set()
         """Our keys that must not get the other trainer's default."""
         if isinstance(keys.get("model"), str) and keys["model"]:
-            is_main = self.trainer == "ms-swift"
-            names = ("model", "model_name_or_path") if is_main else ("model_name_or_path", "model")
-            self.left["model_name_or_path"] = self.take(*names)
+            self.left["model_name_or_path"] = self.take("model_name_or_path", "model")
         for name in _UNFOLDED:
             inner = keys.get(name)
             if isinstance(inner, dict):
@@ -92,13 +90,21 @@ class Translation:
             self.comment(key, self.left.pop(key), "the shell computes it: write the value")
 
     def take(self, *keys: str, default: Any = None) -> Any:
-        """Remove and return the value of the first of these keys that has one of the default's type."""
+        """Remove and return the value of the first of these keys that has one of the default's type.
+
+        A number is finite; none is a text or a boolean.
+        """
         kind: Any = object if default is None else type(default)
-        kind = (int, float) if kind in (int, float) else kind
+        is_number = kind in (int, float)
+        if is_number:
+            kind = (int, float)
         first = ""
         value = default
         for key in keys:
-            if self.left.get(key) in EMPTY or not isinstance(self.left[key], kind):
+            candidate = self.left.get(key)
+            if candidate in EMPTY or not isinstance(candidate, kind):
+                continue
+            if is_number and finite_number(candidate) is None:
                 continue
             if not first:
                 first = key
@@ -126,6 +132,8 @@ class Translation:
 
     def set(self, target: str, value: Any, key: str, their_value: Any) -> None:
         """Set a key of ours from a key of theirs, if the value fits and ours is not set yet."""
+        if target == "loss.terms" and isinstance(value, list):  # `[simpo, sft]` names kinds
+            value = [{"kind": term} if isinstance(term, str) else term for term in value]
         if not fits(target, value):
             self.comment(key, their_value, f"{target} cannot have this value")
         elif target not in self.values:
@@ -271,22 +279,13 @@ def set_sources(run: Translation) -> None:
             sources += _source(run, f"{target}[{at}]", entry)
         if sources:
             run.set(target, sources, target, entries)
-        if run.trainer in ("ms-swift", "open-instruct") and "limit:" in as_written(sources):
-            run.comments.append(
-                "limit: takes the first records; there they are drawn, and repeated if too few"
-            )
 
 
 def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
-    if run.trainer in ("LLaMA-Factory", "ms-swift"):
+    if run.trainer == "LLaMA-Factory":
         train_names = as_list(run.take("dataset"))
-        test_names = as_list(run.take("eval_dataset", "val_dataset"))
-        if run.trainer == "ms-swift":
-            run.comments.append(
-                "dataset, model: there from ModelScope unless use_hf is set; here from the hub"
-            )
-            return _swift_sources(train_names), _swift_sources(test_names)
+        test_names = as_list(run.take("eval_dataset"))
         folder = run.take("dataset_dir", default="data")
         limit = run.take("max_samples")
         train = [{"path": folder, "name": name, "limit": limit} for name in train_names]
@@ -301,16 +300,7 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         train = as_list(mixture.get("datasets"))
         inner = {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
         run.unfold("dataset_mixture", inner)
-    # A mapping's splits are for every dataset; a list's are one for each entry, equal ones in practice.
-    splits_of_list = as_list(run.take("mixer_list_splits", "dataset_mixer_list_splits"))
-    if len(set(map(str, splits_of_list))) > 1:
-        raise ConfigError(
-            f"this run of {run.trainer} takes other splits of some datasets",
-            where="mixer_list_splits",
-            got=as_written(splits_of_list),
-            remedy="leave them out there, convert again, and write each source's split into data.train",
-        )
-    splits = as_list(run.take("dataset_splits")) or splits_of_list[:1] or ["train"]
+    splits = as_list(run.take("dataset_splits")) or ["train"]
     for name, amount in _mixture(run):
         for split in map(str, splits):
             if "test" in split:
@@ -332,19 +322,15 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
 
 def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
     """Return the sources of a mixture, and the limit or weight of each."""
-    shares = run.take("dataset_mixer", default={})
-    flat = as_list(run.take("mixer_list", "dataset_mixer_list"))
     sources = []
-    for name, value in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
+    for name, value in run.take("dataset_mixer", default={}).items():
         amount = finite_number(value) or 0
-        # A number counts records if it is above 1 (in a mapping), or has no decimal point (in a list).
-        is_share = amount <= 1 if shares else "." in str(value)
         if amount <= 0:
             run.comment(f"dataset_mixer.{name}", value, "neither a share nor a number of records")
-        elif is_share:
-            sources.append((str(name), {"weight": amount}))
+        elif amount <= 1:
+            sources.append((name, {"weight": amount}))
         else:
-            sources.append((str(name), {"limit": math.ceil(amount)}))
+            sources.append((name, {"limit": math.ceil(amount)}))
     return sources
 
 
@@ -372,20 +358,6 @@ def _source(run: Translation, place: str, entry: Any) -> list[Any]:
     sources = []
     for file in as_list(entry.get("data_files")) or [None]:
         sources += as_sources([{**entry, "data_files": file}])
-    return sources
-
-
-def _swift_sources(names: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return the sources of ms-swift's datasets, such as `HF::ORG/NAME:SUBSET/SUBSET#1000`."""
-    sources: list[dict[str, Any]] = []
-    for name in map(str, names):
-        parts = re.fullmatch(r"(?:(?:HF|MS)::)?([^:#]+)(?::([^#]+))?(?:#(\d+))?", name)
-        if parts is None:
-            sources.append({"path": name})
-            continue
-        path, subsets, limit = parts.groups()
-        for subset in (subsets or "").split("/"):
-            sources.append({"path": path, "name": subset, "limit": int(limit) if limit else None})
     return sources
 
 
@@ -655,8 +627,9 @@ def _set_adapter(run: Translation, is_trained: bool) -> None:
     unread = "no adapter is trained"
     adapter_keys = [key for key in values if key.startswith("model.adapter.")]
     if is_trained and "model.adapter.path" not in values:
-        r, alpha = run.facts["adapter"]
-        r = values.setdefault("model.adapter.r", r)
+        usual_r, alpha = run.facts["adapter"]
+        r = values.get("model.adapter.r") or usual_r
+        values["model.adapter.r"] = r
         values.setdefault("model.adapter.alpha", alpha or 2 * r)
         is_said = "model.adapter.target_modules" in values or run.left.get("lora_target_linear")
         if run.trainer in ("TRL", "axolotl") and not is_said:
@@ -798,7 +771,7 @@ def _combine(run: Translation) -> None:
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
         values[_ODDS_WEIGHT] = values.pop("loss.beta")
-    if "loss.terms" in values and "loss.kind" in values:
+    if values.get("loss.terms") and "loss.kind" in values:
         values["loss.terms"][0]["kind"] = values.pop("loss.kind")
     if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
         every = values.get("trainer.save_every") or 100
@@ -821,7 +794,7 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
         run.not_default.add(_LENGTH)
         reason = "there no text is cut; here data.truncation cuts those above data.max_length: raise it"
         run.comment("max_length", None, reason)
-    if "loss.terms" in run.values:
+    if run.values.get("loss.terms"):
         run.not_default.add("loss.kind")
     keys = [key for key in defaults if key not in run.values and key not in run.not_default]
     values = run.values

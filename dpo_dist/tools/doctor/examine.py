@@ -1,6 +1,5 @@
 """Examine preference data: stream all sources, compare their records, and return the diagnosis."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -9,10 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Record, SourceConfig, source_labels
-from dpo_dist.encoded.build import (
-    EncodingProgress,
-    no_progress,
-)
+from dpo_dist.encoded.build import EncodingProgress, no_progress
 from dpo_dist.encoded.workers import in_order
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.types import ProgressOf, Tokenizer
@@ -33,9 +29,6 @@ from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.findings import Finding, Level, balancing_weight, most_serious_first
 
 _Result = TypeVar("_Result")
-SHOWN_PAIRS = 4  # of each source, besides examples of findings
-TREE_EXAMPLES = 64
-"""Examples of a batch in which the doctor looks for shared prefixes."""
 # Their findings already say that training would refuse the data.
 _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
@@ -62,7 +55,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     data = config.data
     prepared = None
     if config.model.path != UNSET:
-        from dpo_dist.kit import prepare_data, saved_by_tree  # noqa: PLC0415  (slow)
+        from dpo_dist.kit import prepare_data  # noqa: PLC0415  (slow)
 
         prepared = prepare_data(data, config.model, config.loss, progress)
     encoder = None if prepared is None else prepared.encoder
@@ -79,11 +72,6 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
             config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
         )
         findings = [*store_findings, *findings]
-        for source, datasets in zip(diagnosis.sources, prepared.datasets, strict=True):
-            if datasets and source["prefix"] is not None:
-                tree_share = saved_by_tree(datasets[0], TREE_EXAMPLES)
-                in_order = saved_by_tree(datasets[0], TREE_EXAMPLES, in_order=True)
-                source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             for error in prepared.refusals:
                 text = f"training would stop: {error.message}"
@@ -96,7 +84,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.section_of(DoctorConfig).texts:
-        shown = show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS, processor)
+        shown = show_pairs(data, tokenizer, diagnosis.findings, processor)
         diagnosis = replace(diagnosis, shown=shown)
     return diagnosis
 
@@ -175,13 +163,9 @@ def _label_balance(
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with its label in metrics (made unique), and whether it is for evaluation."""
-    counts = Counter[str]()
+    """Yield each source with its label in metrics, and whether it is for evaluation."""
     train_labels = source_labels(config.train)
-    for is_eval, sources in ((False, config.train), (True, config.eval)):
-        for source, name in zip(sources, source_labels(sources), strict=True):
-            label = f"{name} (eval)" if is_eval and name in train_labels else name
-            counts[label] += 1
-            if counts[label] > 1:
-                label = f"{label} ({counts[label]})"
-            yield source, label, is_eval
+    for source, name in zip(config.train, train_labels, strict=True):
+        yield source, name, False
+    for source, name in zip(config.eval, source_labels(config.eval), strict=True):
+        yield source, f"{name} (eval)" if name in train_labels else name, True

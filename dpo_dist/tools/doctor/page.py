@@ -10,8 +10,8 @@ from dpo_dist.data import DataConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import aligned, as_yaml, number, percent, pluralize, without_secrets
-from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
+from dpo_dist.foundation.text import aligned, as_yaml, number, pluralize, without_secrets
+from dpo_dist.tools.doctor.examine import Diagnosis
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
@@ -25,7 +25,6 @@ FORMAT = 1
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
 _SHOWN_EXAMPLES = 3
-_LEAST_SAVED = 0.01
 
 
 def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: int) -> None:
@@ -87,15 +86,6 @@ def store_sentence(use: Mapping[str, Any]) -> str:
     return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
-def tree_sentence(prefix: Mapping[str, Any] | None) -> str:
-    """Return in one line what prefix trees save of a source's tokens; empty if it is little."""
-    at_random, in_order = ((prefix or {}).get(name, 0.0) for name in ("tree_share", "tree_share_in_order"))
-    if max(at_random, in_order) < _LEAST_SAVED:
-        return ""
-    of_batch = f"a prefix tree over up to {TREE_EXAMPLES} examples computes {percent(at_random)} fewer tokens"
-    return f"{of_batch} than shared prompts, {percent(in_order)} in the order of scoring the reference"
-
-
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return each level that has findings, with their number in words, the most serious first."""
     counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
@@ -123,20 +113,12 @@ def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
 
 
 def _page_fields(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source's fields for the page: shares and tests that matter, the largest first."""
+    """Return a source's fields for the page: of its tests for leaks those that matter."""
     return {
         **source,
         "path": without_secrets(source["path"]),
-        "tree": tree_sentence(source["prefix"]),
         "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
-        "languages": _shares(source["languages"]),
-        "shares": _shares(source["shares"]),
     }
-
-
-def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
-    descending = sorted(shares.items(), key=lambda item: -item[1])
-    return [(name, share) for name, share in descending if 0 < share < 1][:_MOST_ROWS]
 
 
 def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:
@@ -147,10 +129,6 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:
         lines.append("no model is configured (model.path): texts are examined, tokens are not")
     if diagnosis.store is not None:
         lines.append(store_sentence(diagnosis.store))
-    for source in diagnosis.sources:
-        sentence = tree_sentence(source["prefix"])
-        if sentence:
-            lines.append(f"{source['label']}: records begin alike: {sentence}")
     for finding in diagnosis.findings:
         lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
         lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]

@@ -1,12 +1,11 @@
-"""Choose records for the doctor's page (examples of findings, a sample of each source), and decode them.
+"""Choose examples of findings for the doctor's page, and decode them.
 
 The page shows these texts inert, and hides them at first.
 """
 
 import itertools
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +16,6 @@ from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
 
-_SAMPLED_RECORDS = 2000
-"""A source's sample is drawn from this many of its first records."""
 _EXAMPLES_PER_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
@@ -42,7 +39,7 @@ class ShownPair:
     """One record of the page: the prompt, then the responses, best first."""
 
     origin: str
-    rules: tuple[str, ...]  # rules that it breaks, as an example; empty in the random sample
+    rules: tuple[str, ...]  # that it breaks
     note: str  # why training drops it, or empty
     parts: Sequence[ShownPart]
     images: Thumbnails = ()
@@ -52,10 +49,9 @@ def show_pairs(
     config: DataConfig,
     tokenizer: "Tokenizer | None",
     findings: Sequence[Finding],
-    count: int,
     processor: ImageProcessor | None = None,
 ) -> list[ShownPair]:
-    """Return examples of the findings, and a sample of `count` records from each source.
+    """Return examples of the findings, in the order of the data.
 
     Without a tokenizer texts are shown as they are in the record.
     """
@@ -67,31 +63,25 @@ def show_pairs(
     pairs = []
     room = ThumbnailRoom()
     for source in [*config.train, *config.eval]:
-        for record in _choose(DataSource(source).pinned(), rules, count):
+        for record in _choose(DataSource(source).pinned(), rules):
             origin = str(record.origin)
-            names = tuple(dict.fromkeys(rules.get(origin, ())))
             note, parts = _parts(record, config, tokenizer, processor)
             images = room.fitting(thumbnails(record.images))
-            pairs.append(ShownPair(origin, names, note, parts, images))
+            pairs.append(ShownPair(origin, tuple(dict.fromkeys(rules[origin])), note, parts, images))
     return pairs
 
 
-def _choose(source: DataSource, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
-    """Return the records at the origins of `rules`, and a sample of the first ones."""
-    examples: list[PreferenceRecord] = []
-    others: list[PreferenceRecord] = []
+def _choose(source: DataSource, origins: Collection[str]) -> Iterator[PreferenceRecord]:
+    """Yield the records at these origins; the rest of a source after the last of them is not read."""
     folder = os.path.dirname(source.path.split("*", 1)[0])  # noqa: PTH120  (also of a URL)
-    missing = {origin for origin in rules if folder in ("", ".") or origin.startswith(folder)}
-    for number, record in enumerate(source.records()):
-        missing.discard(str(record.origin))
-        if isinstance(record, PreferenceRecord):
-            if str(record.origin) in rules:
-                examples.append(record)
-            elif number < _SAMPLED_RECORDS:
-                others.append(record)
-        if number >= _SAMPLED_RECORDS and not missing:
-            break
-    return examples + random.Random(0).sample(others, min(count, len(others)))  # noqa: S311
+    missing = {origin for origin in origins if folder in ("", ".") or origin.startswith(folder)}
+    for record in source.records() if missing else ():
+        origin = str(record.origin)
+        if isinstance(record, PreferenceRecord) and origin in origins:
+            yield record
+        missing.discard(origin)
+        if not missing:
+            return
 
 
 def _parts(

@@ -30,7 +30,7 @@ from dpo_dist.kit import (
     RunFolder,
     evaluation_cells,
 )
-from dpo_dist.tools.doctor.folder import DoctorFolder
+from dpo_dist.tools.report.facts import data_findings
 from dpo_dist.tools.report.verdict import verdict
 
 _Row = Mapping[str, Any]
@@ -209,12 +209,3 @@ def run_card(
         summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}
         card += model_card(config, summary_with_verdict, evaluation, versions, loader)
     return card
-
-
-def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the doctor's findings about the data of this run; empty if the doctor did not run."""
-    report = DoctorFolder(folder.path).doctor_report
-    if not report.is_file():
-        return []
-    findings: list[dict[str, Any]] = read_fields(report)["findings"]
-    return findings

@@ -9,8 +9,21 @@ from typing import Any, NamedTuple
 from dpo_dist.config.losses import KINDS
 from dpo_dist.config.metrics import is_evaluation
 from dpo_dist.foundation import text
+from dpo_dist.foundation.files import read_fields
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import Fields
-from dpo_dist.kit import ACCURACIES, METRICS, PREFIX, LossKind, MetricsRow, finite, loss_kinds, loss_unit
+from dpo_dist.kit import (
+    ACCURACIES,
+    METRICS,
+    PREFIX,
+    LossKind,
+    MetricsRow,
+    RunFolder,
+    finite,
+    loss_kinds,
+    loss_unit,
+)
+from dpo_dist.tools.doctor.folder import DoctorFolder
 
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10
@@ -192,6 +205,13 @@ class RunFacts:
             MARGIN: 2 * beta * math.sqrt(spread / pairs) * rms,
             "distance/chosen": drift["mean_token_drift"],
         }
+
+
+def data_findings(folder: RunFolder) -> list[Fields]:
+    """Return the doctor's findings about the data of a run, without secrets; none if it did not run."""
+    report = DoctorFolder(folder.path).doctor_report
+    content: Fields = without_secrets(read_fields(report)) if report.is_file() else {}
+    return content.get("findings") or []
 
 
 def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:

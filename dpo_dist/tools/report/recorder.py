@@ -22,7 +22,8 @@ from dpo_dist.kit import (
 from dpo_dist.objective.metrics import PairValues
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.pages.thumbnails import shown_prompt
-from dpo_dist.tools.report.card import data_findings, run_card
+from dpo_dist.tools.report.card import run_card
+from dpo_dist.tools.report.facts import data_findings
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict

@@ -30,7 +30,7 @@ from dpo_dist.tools.findings import Level
 from dpo_dist.tools.pages.charts import charts, distribution, histogram
 from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
 from dpo_dist.tools.pages.samples import samples_section, worst_pairs
-from dpo_dist.tools.report.facts import MARGIN, RunFacts, last
+from dpo_dist.tools.report.facts import MARGIN, RunFacts, data_findings, last
 from dpo_dist.tools.report.verdict import RUN_RULES
 from dpo_dist.tools.tables import describe_reference
 
@@ -71,13 +71,12 @@ class PageFacts:
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
         history = RunHistory(folder)
         self.config: Fields = without_secrets(history.written_config())
-        self.doctor = _fields(DoctorFolder(folder.path).doctor_report)
         self.environment = _fields(folder.environment)
         self.state = _fields(folder.state)
         summary = _fields(folder.summary)
         rows = history.latest_rows() if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
-        self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
+        self.run = RunFacts(rows, self.summary, data_findings(folder))
         self.by_source = metrics_by_source(rows)
         evaluation = _fields(folder.last_evaluation.results)
         # If a resumed run stopped early, the file has an earlier evaluation than the rows, and is not used.
@@ -156,8 +155,8 @@ def write_page(
         "margins": _margins(facts, folder),
         "worst": worst,
         "data": data,
-        "doctor": facts.doctor.get("findings") or [],
-        "is_examined": bool(facts.doctor),
+        "doctor": run.data_findings,
+        "is_examined": DoctorFolder(folder.path).doctor_report.is_file(),
         "speed": speed,
         "reference": describe_reference(facts.section("reference")),
         "repeat": environment.get("command"),

@@ -1,9 +1,8 @@
 """Test this machine in about five minutes: `dpo-dist selftest`, on one GPU or all GPUs of a node.
 
 Nothing is downloaded: weights are random in real shapes, and pairs are invented. The table says which kernels
-are exact, whether every way of training gives the same steps, and how fast it is; selftest.json has the same.
-The speeds need about 35 GB of disk beside that file and 26 GB of memory. Exit code 1: a check failed, or
-nothing could be compared.
+are exact, and whether every way of training gives the same steps; selftest.json has the same. Exit code 1: a
+check failed, or nothing could be compared.
 """
 
 from dpo_dist.foundation.signals import end_at_signals, raise_terminated, stop_signals
@@ -11,7 +10,6 @@ from dpo_dist.foundation.signals import end_at_signals, raise_terminated, stop_s
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
 
-import argparse
 import json
 import os
 import signal
@@ -25,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.console import console_on
-from dpo_dist.foundation.errors import Arguments, ErrorPrinter, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES, this_rank
+from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import (
     json_stream,
     kept_document,
@@ -36,39 +34,22 @@ from dpo_dist.foundation.streams import (
     reserve_output,
 )
 from dpo_dist.tools.selftest.checks import (
-    SHAPES,
     Check,
     Fault,
     check_attention,
-    check_collective_calls,
     compare_ways,
     describe_gpus,
-    exchange,
     list_versions,
-    measure_speeds,
-    shared_facts,
-    train_without_overlap,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = Arguments(
-        prog="dpo-dist selftest", description=__doc__, answers={"--fast": "did you mean --quick?"}
-    )
+    parser = Arguments(prog="dpo-dist selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
-    parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
-    parser.add_argument("--share", action="store_true", help="end with a line of JSON to show to others")
-    parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
-    parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
     options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if options.exchange is not None:
-        return exchange(options.exchange)
-    if options.without_overlap is not None:  # its errors are read, as those of `console.style=json`
-        errors = ErrorPrinter(is_json=True, rank=this_rank())
-        exit_after(lambda: train_without_overlap(options.without_overlap), errors)
     output: Path = options.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
@@ -84,11 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = list[Check]()
     code = ExitCode.findings
     verdict = "stopped before all checks were done"
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    content: dict[str, Any] = {"date": now, "host": socket.gethostname()}
+    content: dict[str, Any] = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+    }
     try:
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=output.parent) as folder:
-            for check in _checks(Path(folder), options.quick):
+            for check in _checks(Path(folder)):
                 print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", table)
                 checks.append(check)
         code, verdict = _verdict(checks)
@@ -100,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_screen:
             output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
         console_on(table, "plain").result("selftest", content, [])
-    if options.share:
-        print_line(json.dumps(for_json(shared_facts(now, checks))), table)
     return code
 
 
@@ -122,23 +103,23 @@ def _verdict(checks: Sequence[Check]) -> tuple[ExitCode, str]:
     return ExitCode.completed, f"every way of training that was tried gives the same steps on {machine}"
 
 
-def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
+def _checks(folder: Path) -> Iterator[Check]:
     """Yield the checks; those that start processes come before this process uses a GPU."""
     import torch  # noqa: PLC0415  (slow)
 
     gpus = torch.cuda.device_count()
     device = torch.device("cuda" if gpus else "cpu")
-    groups = {"versions": list_versions(gpus), "steps": compare_ways(folder, gpus)}
-    if gpus > 1:
-        groups["collective calls"] = check_collective_calls(folder, gpus)
-    shapes = SHAPES if gpus and not is_quick else ()
-    large = {f"speed of {shape}": measure_speeds(folder, gpus, shape) for shape in shapes}
-    groups |= large | {"GPU": describe_gpus(gpus, is_quick), "attention": check_attention(device)}
+    groups = {
+        "versions": list_versions(gpus),
+        "steps": compare_ways(folder, gpus),
+        "GPU": describe_gpus(gpus),
+        "attention": check_attention(device),
+    }
     for name, checks in groups.items():
         try:
             yield from checks
         except Exception as error:  # a broken check must not hide the others
-            yield Fault.of(error).check(name, is_large=name in large)
+            yield Fault.of(error).check(name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The checks: devices, ways of training and their speeds, in processes of their own on an invented model."""
+"""The checks: devices, kernels, and ways of training in processes of their own on an invented model."""
 
 import json
 import math
@@ -6,15 +6,10 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -22,17 +17,14 @@ from typing import Any, NamedTuple, Self
 import psutil
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.foundation.errors import DpoDistError, ExitCode, Lack, first_line, lack_behind
-from dpo_dist.foundation.files import own_table
-from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.foundation.errors import DpoDistError, ExitCode, Lack, first_line
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
-from dpo_dist.kit import Dtype, RunFolder, RunHistory, checked_console, load_run_config
+from dpo_dist.kit import Dtype, RunFolder, RunHistory
 
 HANGS_SECONDS = 120  # for a process that waits for another one
 _RUN_SECONDS = 900  # for a whole run
-WITHOUT_OVERLAP = "without overlap"
-STEPS = 4
+STEPS = 4  # of the experiment smoke
 COMPARED_METRICS = ("loss", "grad_norm")  # for runs that are compared
 RunRows = list[dict[str, Any]]
 
@@ -46,34 +38,20 @@ class Check(NamedTuple):
     values: Mapping[str, Any] = MappingProxyType({})
 
 
-def shared_facts(date: str, checks: Sequence[Check]) -> dict[str, Any]:
-    """Return what one machine tells others: devices, versions, speeds, outcomes; no name, path or error."""
-    values = {check.name: check.values for check in checks}
-    gpus = Counter(facts["name"] for facts in values.values() if "name" in facts)
-    return {
-        "date": date,
-        "device": ", ".join(f"{number} x {name}" for name, number in gpus.items()) or "CPU",
-        "versions": values.get("versions", {}),
-        "speeds": {name: facts for name, facts in values.items() if "pairs_per_second" in facts},
-        "checks": {check.name: check.outcome for check in checks},
-    }
-
-
 class Fault(NamedTuple):
     """Why a process failed, and what the machine lacks for it, if that is the reason."""
 
     cause: str
-    lacks: Lack | None = None
+    lacks: str | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> Self:
         """Return the fault of a check that raised an error."""
-        return cls(first_line(error), lack_behind(error))
+        return cls(first_line(error), getattr(error, "lacks", None))
 
-    def check(self, name: str, *, is_large: bool = False) -> Check:
-        """Return its check, `skipped` for want of a package, or of room for one that `is_large`."""
-        is_excused = self.lacks is Lack.package or (is_large and self.lacks is Lack.room)
-        return Check(name, "skipped" if is_excused else "failed", self.cause)
+    def check(self, name: str) -> Check:
+        """Return its check, `skipped` for want of a package."""
+        return Check(name, "skipped" if self.lacks == Lack.package else "failed", self.cause)
 
 
 def write_pairs(file: Path) -> None:
@@ -83,7 +61,7 @@ def write_pairs(file: Path) -> None:
     def words() -> str:
         return " ".join("".join(draw.choices("abcdefgh", k=4)) for _ in range(draw.randint(5, 60)))
 
-    pairs = [{"prompt": words(), "chosen": words(), "rejected": words()} for _ in range(384)]
+    pairs = [{"prompt": words(), "chosen": words(), "rejected": words()} for _ in range(64)]
     file.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
 
 
@@ -120,25 +98,20 @@ def train_rows(
     The run directory is deleted; a preempted run keeps it without the metrics, for the run that resumes it.
     """
     run = RunFolder(folder / "run")
-    program = ["-m", "dpo_dist.train"]
-    if name.endswith(WITHOUT_OVERLAP):
-        program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
     usual = [
+        "+experiment=smoke",
         f"run.dir={quoted(run.path)}",
         f"data.train=[{quoted(folder / 'pairs.jsonl')}]",
         f"data.cache={quoted(folder / 'encoded')}",
         f"reference.store={quoted(folder / 'store')}",
-        "data.max_length=1024",
         "tracking=off",
         f"parallelism.timeout_seconds={HANGS_SECONDS}",
         "trainer.log_every=1",
-        "trainer.save_every=0",
         "optim.lr=1e-4",
         "optim.warmup_ratio=0",
-        "trainer.global_batch_pairs=16",
         "console.style=json",  # so that errors can be read
     ]
-    fault = run_python(name, [*program, *usual, *words], gpus, code)
+    fault = run_python(name, ["-m", "dpo_dist.train", *usual, *words], gpus, code)
     rows: RunRows = [] if fault else RunHistory(run).latest_rows()
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not fault else run.path, ignore_errors=True)
@@ -148,20 +121,6 @@ def train_rows(
             f"rows of steps {numbers}, not {[*steps]}: a metric is not finite, or the run was not resumed"
         )
     return rows, fault
-
-
-def train_without_overlap(words: Sequence[str]) -> int:
-    """Train in this process without overlapping communication with computing; return the exit code."""
-    from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
-
-    deepspeed_config.OVERLAPS = False
-    config = load_run_config(words, verb="train")
-    stop = StopRequest()
-    with stop.listening(), checked_console(config, trains=True) as console:
-        from dpo_dist.kit import train  # noqa: PLC0415  (slow)
-        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
-
-        return train(config, console, stop, reporting())
 
 
 def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> Fault | None:
@@ -202,7 +161,7 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> Fau
         cause = next((line for line in lines if signals[0] in line), f"ended by {signals[0]}")
     elif error:
         cause = ": ".join(filter(None, (error.get("title"), error["message"], error.get("got"))))
-        lacks = Lack(error["lacks"]) if "lacks" in error else None
+        lacks = error.get("lacks")
     else:
         cause = lines[-1] if lines else "no output"
     return Fault(f"exit code {process.returncode}: {cause}", lacks)
@@ -215,9 +174,6 @@ def _error_in(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) and content.get("kind") == "error" else None
-
-
-_MESSAGES = (1, 33, 512)  # MB of a message; 33 is a 4096 x 4096 matrix of a 7B model
 
 
 def list_versions(gpus: int) -> Iterator[Check]:
@@ -237,7 +193,7 @@ def list_versions(gpus: int) -> Iterator[Check]:
     yield Check("versions", "measured", ", ".join(packages), versions)
 
 
-def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
+def describe_gpus(gpus: int) -> Iterator[Check]:
     """Describe each GPU, and time matrix products on each alone, which shows a slow one."""
     import torch  # noqa: PLC0415  (slow)
 
@@ -247,66 +203,16 @@ def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
         yield Check("GPU", "measured", "there is none")
     for number in range(gpus):
         gpu = torch.cuda.get_device_properties(number)
+        peak = matmul_peak(torch.device("cuda", number), torch.bfloat16)
         values = {
             "name": gpu.name,
             "memory_bytes": gpu.total_memory,
             "capability": gpu.major + gpu.minor / 10,
+            "matmul_flops": peak,
         }
         text = f"{gpu.name}, {size(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
-        if not is_quick:
-            peak = matmul_peak(torch.device("cuda", number), torch.bfloat16)
-            values["matmul_flops"] = peak
-            text += f", {peak / 1e12:.0f} TFLOP/s in bf16 matrix products"
+        text += f", {peak / 1e12:.0f} TFLOP/s in bf16 matrix products"
         yield Check(f"GPU {number}", "measured", text, values)
-
-
-def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
-    """Measure all-gathers over all GPUs, and the error of an all-reduce against float64."""
-    out = folder / "exchanged.json"
-    program = ["-m", "dpo_dist.tools.selftest", "--exchange", str(out)]
-    fault = run_python("collective calls", program, gpus)
-    if fault:
-        yield fault.check("collective calls")
-        return
-    speeds, error_of_sum = json.loads(out.read_text())
-    text = ", ".join(f"{size} MB: {speed:.3g} GB/s" for size, speed in speeds.items())
-    yield Check("all-gather of bf16", "measured", text, speeds)
-    outcome = "passed" if error_of_sum < 1e-6 else "failed"
-    text = f"within {error_of_sum:.1e} of float64"
-    yield Check("sums over GPUs in float32", outcome, text, {"difference": error_of_sum})
-
-
-def exchange(out: Path) -> int:
-    """Run as one of the processes of `check_collective_calls`; rank 0 writes the results."""
-    import torch  # noqa: PLC0415  (slow)
-    import torch.distributed as dist  # noqa: PLC0415
-
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=timedelta(seconds=HANGS_SECONDS))
-    rank = dist.get_rank()
-    ranks = dist.get_world_size()
-    speeds = {}
-    for megabytes in _MESSAGES:
-        part = torch.ones(megabytes * 10**6 // 2 // ranks, dtype=torch.bfloat16, device=device)
-        parts_of_all = part.new_empty(len(part) * ranks)
-        start = 0.0
-        for repetition in range(-2, 10):  # the first ones connect the processes, and are not timed
-            if repetition == 0:
-                torch.cuda.synchronize()
-                start = time.monotonic()
-            dist.all_gather_into_tensor(parts_of_all, part)
-        torch.cuda.synchronize()
-        seconds = time.monotonic() - start
-        speeds[megabytes] = 10 * (parts_of_all.nbytes - part.nbytes) / seconds / 1e9
-    parts = [torch.randn(10**6, generator=torch.Generator().manual_seed(seed)) for seed in range(ranks)]
-    total = parts[rank].to(device)
-    exact = torch.stack(parts).double().sum(0)
-    dist.all_reduce(total)
-    if rank == 0:
-        out.write_text(json.dumps([speeds, float((total.cpu() - exact).norm() / exact.norm())]))
-    dist.destroy_process_group()
-    return ExitCode.completed
 
 
 def check_attention(device: Any) -> Iterator[Check]:
@@ -370,31 +276,16 @@ _WAYS_ON_GPUS = {
 }
 _ON_ONE, _ON_HALF = "one GPU", "a run resumed on half of the GPUs"
 _WAYS_ON_SEVERAL = {
-    f"zero3 {WITHOUT_OVERLAP}": "",
-    f"zero2 {WITHOUT_OVERLAP}": "parallelism=zero2",
     _ON_ONE: "",
     _ON_HALF: "",
 }
-SHAPES = {  # models of shipped presets; fewer layers suffice, as layers are alike
-    "0.5B": ("Qwen/Qwen2.5-0.5B-Instruct", 24),
-    "7B, 4 layers": ("Qwen/Qwen2.5-7B", 4),
-}
-_PHASES = ("time/forward", "time/backward", "time/optimizer")
-_SPEEDS = (
-    "step_seconds",
-    "mfu",
-    "tokens_per_second",
-    "memory/peak_allocated_bytes",
-    *_PHASES,
-    "pairs_per_second",
-)
 
 
 def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
     """Compare the steps of every way of training with the steps of the first one that ran."""
     write_pairs(folder / "pairs.jsonl")
     model = write_model(folder / "tiny", _TINY)
-    usual = [f"model.path={quoted(model)}", f"trainer.max_steps={STEPS}"]
+    usual = [f"model.path={quoted(model)}"]
     ways = dict(_WAYS)
     if gpus:
         ways |= _WAYS_ON_GPUS
@@ -435,48 +326,3 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
             yield Check(name, "failed", f"{text}, where {allowed:g} is allowed", values)
         else:
             yield Check(name, "passed", text, values)
-
-
-def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
-    """Measure steps of a model of this shape in bf16, with each kind of fused layers."""
-    shapes = own_table(Path(__file__).parents[1] / "plan" / "shapes.yaml")
-    model_name, layers = SHAPES[shape]
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model = write_model(Path(temporary), {**shapes[model_name], "num_hidden_layers": layers})
-        words = [
-            f"model.path={quoted(model)}",
-            "parallelism=zero2",
-            "trainer.max_steps=6",
-            f"trainer.global_batch_pairs={64 * gpus}",
-            "trainer.micro_batch_tokens=8192",
-        ]
-        ways = {f"fused layers: {fused}": [f"model.fused={fused}"] for fused in ("none", "liger", "compile")}
-        if gpus > 1:
-            ways[WITHOUT_OVERLAP] = ["model.fused=none"]
-        for name, overrides in ways.items():
-            check = f"speed of {shape}, {name}"
-            way = [*words, *overrides]
-            rows, fault = train_rows(folder, check, way, gpus, range(1, 7))
-            if fault:
-                yield fault.check(check, is_large=True)
-                continue
-            # The first steps, in which kernels are chosen and compiled, do not count.
-            values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _SPEEDS}
-            values["planned_bytes"] = _planned_bytes([*way, f"plan.gpus={gpus}"])
-            phases = ", ".join(f"{1000 * values[phase]:.0f}" for phase in _PHASES)
-            memory = size(values["memory/peak_allocated_bytes"])
-            text = (
-                f"{1000 * values['step_seconds']:.0f} ms a step (forward, backward, optimizer: {phases}), "
-                f"MFU {values['mfu']:.1%}, {values['tokens_per_second']:,.0f} tokens/s, {memory} "
-                f"(planned {size(values['planned_bytes'])})"
-            )
-            yield Check(check, "measured", text, values)
-
-
-def _planned_bytes(words: Sequence[str]) -> float:
-    """Return how many bytes a GPU needs by `dpo-dist plan`, not counting CUDA and NCCL."""
-    from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
-
-    of_plan = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]
-    plan = make_plan(load_run_config([*words, *of_plan]), lambda *_: nullcontext(lambda *_: None))
-    return float(sum(part for name, part in plan.content["bytes"].items() if name != "CUDA and NCCL"))

@@ -29,14 +29,9 @@ _BINS_AT_ONCE = 1024
 _TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, beyond_prompts=True)
 
 
-def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool = False) -> float:
-    """Return the share of the tokens with shared prompts that trees over so many examples save.
-
-    These are random ones, or, with `in_order`, neighbours in the order in which the reference scores.
-    """
+def saved_by_tree(dataset: PreferenceDataset, examples: int) -> float:
+    """Return the share of the tokens with shared prompts that trees over so many random examples save."""
     order = np.random.default_rng(0).permutation(len(dataset))
-    if in_order and dataset.prefixes is not None:
-        order = np.argsort(dataset.prefixes.places, kind="stable")
     computed = tokens = 0
     for start in range(0, len(order), examples * _BINS_AT_ONCE):
         block = order[start : start + examples * _BINS_AT_ONCE]

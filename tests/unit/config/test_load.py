@@ -67,6 +67,12 @@ def test_values_are_typed() -> None:
     assert (config.data.cache, config.reference.store) == ("/scratch/me/encoded", "/scratch/me/reference")
 
 
+def test_keys_in_a_mapping_are_texts() -> None:
+    config = configured("'data.template_arguments={a: [{1: x, b: y}]}'")
+    assert config.data.template_arguments == {"a": [{"1": "x", "b": "y"}]}
+    assert written_and_read(config) == config
+
+
 def test_an_own_root_without_keys_is_named() -> None:
     write(config="[a]")
     assert error_of("--config-dir conf").where.endswith("/conf/config.yaml")

@@ -77,6 +77,8 @@ MISTYPED = [
     ("data.train.path=a", "'data.train=[{path: a}]'"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
+    ("'loss.terms=[dpo, sft]'", "did you mean 'loss.terms=[sigmoid, sft]'?"),
+    ("'loss.options={1.5: 0.3}'", "remove it"),
     ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
     ("trainer.micro_batch_tokens=100000000000000000000", "auto, or a whole number, >= 1"),
     ("trainer.epochs=1e300", "a number, > 0 and <= 1e+09"),

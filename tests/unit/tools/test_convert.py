@@ -269,11 +269,10 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("{rlhf_type: dpo, per_device_train_batch_size: 16}", {}, "16 pairs x 1; multiply it by the number"),
     # Names that mean something else in another trainer.
-    ("{rlhf_type: dpo, model: n, model_name: [Bob]}", {"model.path": "n"}, "[Bob] — write the name into"),
+    ("{rlhf_type: dpo, model_name: [Bob]}", {"model.path": "m"}, "[Bob] — write the name into"),
     ("{rlhf_type: dpo, loss_scale: last_round}", {"model.dtype": "bf16"}, "not needed: the loss counts"),
     ("{rlhf_type: dpo, loss_scale: default}", {"model.dtype": "bf16"}, "default — not offered: the loss"),
     # Of two keys that say the same, one is named that has no effect.
-    ("{rlhf_type: kto, model: n}", {"model.path": "n"}, "model_name_or_path: m — model overrides it"),
     ("{stage: dpo, model: n}", {"model.path": "m"}, "model: n — model_name_or_path overrides it"),
     (
         "{datasets: [{path: b.jsonl}], eval_strategy: steps}",
@@ -290,7 +289,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         {"optim.min_lr_ratio": 0.1},
         "min_lr_rate: 0.2 — lr_scheduler_kwargs.min_lr_rate overrides it",
     ),
-    ("{rlhf_type: dpo, train_type: full, model: n}", {"model.adapter": None, "optim.lr": 1e-5}, "model"),
+    ("{rlhf_type: dpo, train_type: full}", {"model.adapter": None, "optim.lr": 1e-5}, ""),
     (
         "{tuner_type: lora, adapters: [x], ref_adapters: [x], lora_rank: 8}",
         {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": None},
@@ -304,6 +303,13 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         },
         "",
     ),
+    # Their names of datasets are not read.
+    (
+        "{rlhf_type: dpo, dataset: [HF::c/d#5]}",
+        {},
+        "write data.train: [{path: ORG/NAME, name",
+    ),
+    ("{mixer_list: [a/b, 1.0], use_lora: false}", {}, "mixer_list: [a/b, 1] — write data.train: [{path: ORG"),
     ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": "m"}, ""),
     (
         "{use_lora: true}",
@@ -431,29 +437,6 @@ DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
         "{use_lora: false, dataset_mixer: {a/b: 20000, c/d: 0.5, e: 0}}",
         [{"path": "a/b", "split": "train", "limit": 20000}, {"path": "c/d", "split": "train", "weight": 0.5}],
         [],
-    ),
-    (
-        "{mixer_list: [a/b, '3.0', c/d, 1]}",
-        [
-            {"path": "a/b", "split": "train", "weight": 3},
-            {"path": "c/d", "split": "train", "limit": 1},
-        ],
-        [],
-    ),
-    (
-        "{mixer_list: [a/b, '1.0', c/d, '1.0'], mixer_list_splits: [all, all, all, all]}",
-        [{"path": "a/b", "split": "all"}, {"path": "c/d", "split": "all"}],
-        [],
-    ),
-    (
-        "{rlhf_type: dpo, dataset: ['a/b:x/y#50', HF::c/d, e.jsonl], val_dataset: f#7}",
-        [
-            {"path": "a/b", "name": "x", "limit": 50},
-            {"path": "a/b", "name": "y", "limit": 50},
-            {"path": "c/d"},
-            {"path": "e.jsonl"},
-        ],
-        [{"path": "f", "limit": 7}],
     ),
 ]
 
@@ -585,11 +568,6 @@ REFUSED = [
     ("sum.sh", "trl dpo --model_name_or_path m --loss_weights 1 2", "a sum of losses that it cannot train"),
     ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
     (
-        "splits.sh",
-        "open_instruct/dpo_tune_cache.py --model_name_or_path m --mixer_list a/b 1.0 --mixer_list_splits x y",
-        "takes other splits of some datasets",
-    ),
-    (
         "sync.yaml",
         "{model_name_or_path: m, use_peft: true, load_in_4bit: true, sync_ref_model: true, beta: 0.1}",
         "with an adapter there is no reference that follows the policy",
@@ -609,12 +587,13 @@ def test_what_is_not_known_is_refused(name: str, content: str, message: str, tmp
 TABLE = other_trainers()
 NAMES = sorted({*" ".join([*TABLE["keys"].values(), *(row["names"] for row in TABLE["advice"])]).split()})
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+LEAVES |= st.just(10**400)
 LEAVES |= st.sampled_from(["auto", "dpo", "simpo", "stage3", "1.0", "$X", "a,b", "'", "a#3", "[x]"])
 INNER = st.sampled_from(["path", "type", "zero_optimization", "datasets", "data_files", "device", "weight"])
 VALUES = st.recursive(
     LEAVES, lambda some: st.lists(some, max_size=3) | st.dictionaries(INNER, some, max_size=3), max_leaves=6
 )
-MORE = ["datasets", "dataset_mixture", "dataset_mixer", "mixer_list", "rl", "num_processes", "loss_type"]
+MORE = ["datasets", "dataset_mixture", "dataset_mixer", "loss_terms", "rl", "num_processes", "loss_type"]
 
 
 @given(
@@ -641,6 +620,27 @@ def test_every_key_of_a_recipe_is_translated_or_named(trainer: str, tmp_path: Pa
     assert remedy.startswith(f"dpo-dist convert {FILES}/{trainer}.yaml {FILES}/{trainer}_converted.yaml ")
     shown = {"llama_factory": (5e-6, 0.1, 2048), "trl": (5e-7, 0.01, 1024), "axolotl": (2e-4, 0.1, 4096)}
     assert (config.optim.lr, config.loss.beta, config.data.max_length) == shown[trainer]
+
+
+ODD_VALUES = [
+    (f"learning_rate: 1.0e-5\nmin_lr: {10**400}", "min_lr: 1000"),
+    ("num_processes: true", "num_processes: true — "),
+    ("micro_batch_size: yes", "micro_batch_size: true — "),
+    ("loss_terms: [simpo, sft]", "read as a run of TRL"),
+    ("chat_template_kwargs: {1: !!binary YWI=}", "read as a run of TRL"),
+    ("run_name: 2026-01-02", "read as a run of TRL"),
+    ("stage: dpo\nlora_rank: [null]", "read as a run of LLaMA-Factory"),
+    ("1: 2", "1: 2 — no counterpart is known"),
+    ("dataset_mixer: {1: 0.5, 2026-01-02: 0}", "dataset_mixer.2026-01-02: 0 — neither"),
+]
+
+
+@pytest.mark.parametrize(("content", "comment"), ODD_VALUES)
+def test_odd_values_in_a_file_are_named(content: str, comment: str, tmp_path: Path) -> None:
+    (file := tmp_path / "odd.yaml").write_text(
+        f"model_name_or_path: m\nnum_train_epochs: 1\nbeta: 0.2\n{content}"
+    )
+    assert comment in converted(file)[1]
 
 
 def test_a_file_that_exists_or_cannot_be_read_is_an_error(

@@ -33,6 +33,7 @@ from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
+from dpo_dist.tools.findings import Finding, Level
 from dpo_dist.tools.pairs.make_pairs import pairs_from_scores
 from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
@@ -226,7 +227,9 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     rules = {finding.rule for finding in found.findings}
     assert "duplicates" in rules
     assert rules.isdisjoint({"contradictions", "broken_text"})
-    pairs = show_pairs(data, tokenizer, [], 9, processor)
+    examples = (f"{folder}/many.jsonl:{line}" for line in range(1, len(rows) + 1))
+    of_each = [Finding("rule", Level.note, "text", examples=(example,)) for example in examples]
+    pairs = show_pairs(data, tokenizer, of_each, processor)
     texts = ["".join(text for text, _ in pair.parts[0].segments) for pair in pairs]
     marks = [text.count(PAD if is_encoded else "[image]") for text in texts]
     assert [count for count, pair in zip(marks, pairs, strict=True) if not pair.note] == [1] * len(

@@ -1,45 +1,42 @@
 """Find equal, nearly equal and opposite records among all sources, and evaluation prompts in training data.
 
-A record takes about 60 bytes: its keys are in arrays. Near copies are found by MinHash, in bounded memory.
+A record takes about 60 bytes: its keys are in arrays. Near copies are found by datasketch's index of MinHash
+signatures (locality-sensitive hashing), in bounded memory.
 """
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.data import DataConfig
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.texts import SIGNATURE_NUMBERS, Signature
+from dpo_dist.tools.doctor.measures.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding, Level
 
 TextKeys = npt.NDArray[np.uint64]
 
 SIMILARITY = 0.7
-LIMIT = 200_000
-"""So many different signatures are sought; of more a sample, which has at least half as many."""
-# 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
-_BANDS, _BAND_NUMBERS = 16, 4
-_HASH = np.random.default_rng(0).integers(1 << 64, size=(_BANDS, _BAND_NUMBERS), dtype=np.uint64)
-_ROWS_AT_ONCE = 1024
+LIMIT = 100_000
+"""So many different signatures are sought; of more a sample."""
+_BANDS = (16, 4)
+"""16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99."""
 _KEYS = 1 << 64
 
 
-def _with_bands(signatures: Signature) -> Iterator[tuple[Signature, list[int]]]:
-    """Yield each signature, uint32 [sides, 64], with the keys of its bands.
+def _sketch(signature: Signature) -> MinHash:
+    """Return what the index takes of a signature, uint32 [64] or [sides, 64].
 
-    A band mixes numbers of all sides: signatures share a bucket only if all sides are alike.
+    A band mixes numbers of all sides: signatures share one only if all sides are alike.
     """
-    for start in range(0, len(signatures), _ROWS_AT_ONCE):
-        block = signatures[start : start + _ROWS_AT_ONCE]
-        count, sides, _ = block.shape
-        mixed = block.reshape(count, sides, -1, _BAND_NUMBERS // sides).swapaxes(1, 2).reshape(count, -1)
-        bands = mixed[:, :SIGNATURE_NUMBERS].reshape(count, _BANDS, _BAND_NUMBERS)
-        yield from zip(block, (bands * _HASH).sum(axis=2).tolist(), strict=True)
+    sketch = EMPTY_SKETCH.copy()
+    sketch.hashvalues = signature.T.ravel()[:SIGNATURE_NUMBERS]
+    return sketch
 
 
 class _Sought:
@@ -55,48 +52,41 @@ class _Sought:
         self.indexes: dict[int, int] = {}  # the first record with each key
         self.matches: dict[int, int] = {}  # the first record after it that is similar, by key
         self._waiting: dict[int, Signature] = {}  # those without a match
-        self._buckets: dict[int, tuple[int, ...]] = {}  # their keys by that of a band
+        self._bands = MinHashLSH(num_perm=SIGNATURE_NUMBERS, params=_BANDS)
 
     @property
-    def is_sample(self) -> bool:
-        """Whether some keys are left out."""
-        return self._end < _KEYS
+    def scale(self) -> int:
+        """For how many records one that is sought stands; 1: all are sought."""
+        return _KEYS // self._end
 
-    def seek(self, key: int, index: int, signature: Signature, bands: Sequence[int]) -> None:
+    def seek(self, key: int, index: int, signature: Signature) -> None:
         """Seek a record's signature from now on, if its key is sampled."""
         if key >= self._end or key in self._waiting:
             return
         self.indexes.setdefault(key, index)
         self._waiting[key] = signature.copy()
-        for band in bands:
-            self._buckets[band] = self._buckets.get(band, ()) + (key,)  # noqa: RUF005  (shares the first tuple)
+        self._bands.insert(key, _sketch(signature), check_duplication=False)
         if len(self.indexes) > self._limit:
-            keys = sorted(self.indexes)
-            half = len(keys) // 2
-            self._end = keys[half]
-            for dropped in keys[half:]:
+            self._end //= 2
+            for dropped in [each for each in self.indexes if each >= self._end]:
                 self._forget(dropped)
                 del self.indexes[dropped]
                 self.matches.pop(dropped, None)
 
-    def match(self, index: int, signature: Signature, bands: Sequence[int]) -> None:
+    def match(self, index: int, signature: Signature) -> None:
         """Note a record as the match of the signatures that are similar to its own on all sides."""
-        keys = list(set().union(*(self._buckets.get(band, ()) for band in bands)))
+        keys = self._bands.query(_sketch(signature))
         if not keys:
             return
-        signatures = np.stack([self._waiting[key] for key in keys])
-        similarities = (signatures == signature).mean(axis=2)
-        for at in np.flatnonzero((similarities >= SIMILARITY).all(axis=1)):
+        similarities = (np.stack([self._waiting[key] for key in keys]) == signature).mean(axis=-1)
+        is_similar = (similarities.reshape(len(keys), -1) >= SIMILARITY).all(axis=1)
+        for at in np.flatnonzero(is_similar):
             self.matches[keys[at]] = index
             self._forget(keys[at])
 
     def _forget(self, key: int) -> None:
-        if key in self._waiting:
-            [(_, bands)] = _with_bands(self._waiting.pop(key)[None])
-            for band in bands:
-                others = tuple(other for other in self._buckets.pop(band, ()) if other != key)
-                if others:
-                    self._buckets[band] = others
+        if self._waiting.pop(key, None) is not None:
+            self._bands.remove(key)
 
 
 class NearCopies(_Sought):
@@ -111,10 +101,10 @@ class NearCopies(_Sought):
 
     def add(self, keys: Sequence[int], signatures: Signature) -> None:
         """Add the next records: their keys, and uint32 [records, 2, 64] of their prompts and responses."""
-        for key, (signature, bands) in zip(keys, _with_bands(signatures), strict=True):
-            self.match(self._count, signature, bands)
+        for key, signature in zip(keys, signatures, strict=True):
+            self.match(self._count, signature)
             self.matches.pop(key, None)  # a copy is no near copy: only what comes after the last one counts
-            self.seek(key, self._count, signature, bands)
+            self.seek(key, self._count, signature)
             self._count += 1
 
 
@@ -124,14 +114,13 @@ class EvaluationPrompts(_Sought):
     def add(self, prompts: Iterable[tuple[int, Signature] | None]) -> None:
         """Seek these prompts: the key of each, and uint32 [64]."""
         for key, signature in filter(None, prompts):
-            [(row, bands)] = _with_bands(signature[None, None])
-            self.seek(key, 0, row, bands)
+            self.seek(key, 0, signature)
 
-    def compare(self, indexes: Sequence[int], signatures: Signature) -> None:
+    def compare(self, indexes: Iterable[int], signatures: Signature) -> None:
         """Compare the prompts of training records with those that are sought, uint32 [records, 64]."""
         if self.indexes:
-            for index, (row, bands) in zip(indexes, _with_bands(signatures[:, None]), strict=True):
-                self.match(index, row, bands)
+            for index, signature in zip(indexes, signatures, strict=True):
+                self.match(index, signature)
 
     def result(self) -> tuple[TextKeys, npt.NDArray[np.int32]]:
         """Return the sorted keys, and the first similar training record of each or -1."""
@@ -175,17 +164,6 @@ def contradictions(preferences: TextKeys, of_record: Indexes, count: int) -> Par
     partners = np.full(count, -1, dtype=np.int32)
     partners[of_record] = of_record[first_equal(preferences, preferences ^ np.uint64(1))]
     return partners
-
-
-class _Sample(NamedTuple):
-    """Sampled records that stand for the records of a population."""
-
-    population: int
-    records: int
-
-    def estimate(self, count: int) -> int:
-        """Return how many records of the population so many sampled ones stand for."""
-        return round(count * self.population / self.records)
 
 
 class Comparison:
@@ -251,36 +229,33 @@ class Comparison:
         prompts = self._column("prompt")
         numbers = self._column("numbers")
         near_copies = self._near_copies
-        leaked, near_leaked, of_leaks = self._leaks(self._column("hash"), prompts)
+        leaked, near_leaked = self._leaks(self._column("hash"), prompts)
         only_near = _without(near_leaked, leaked)
         near = np.full(count, -1, dtype=np.int32)
         for key, later in near_copies.matches.items():
             near[near_copies.indexes[key]] = later
-        of_near = None
-        if near_copies.is_sample:  # it is not known which other records are near copies
-            of_near = _Sample(count - _count(copies), len(near_copies.indexes))
         hits = np.full(count, -1, dtype=np.int32)
         hits[self._hits] = self._hits
         near_only = self._within_a_part(_without(near, opposed))
-        near_numbers = _other_numbers(near_only, numbers, of_near)
+        near_numbers = _other_numbers(near_only, numbers, near_copies.scale)
         overlaps = [
             f"{self._origin(index)}, {item}" for index, item in zip(self._hits, self._items, strict=False)
         ]
         across: dict[str, Any] = {
             "duplicates": _count(copies),
-            "near_duplicates": _estimate(_count(near), of_near) + _count(copies),
+            "near_duplicates": _count(near) * near_copies.scale + _count(copies),
             "contradictions": _count(opposed),
             "repeated_prompts": _count(equal_records(prompts)),
             "leaked_prompts": _count(leaked),
-            "near_leaked_prompts": _estimate(_count(only_near), of_leaks) + _count(leaked),
+            "near_leaked_prompts": _count(only_near) * self._prompts.scale + _count(leaked),
             "benchmark_hits": _count(hits),
         }
         findings = [
             *self._partner_findings("duplicates", copies),
-            *self._partner_findings("near_duplicates", near_only, (), near_numbers, of_near),
+            *self._partner_findings("near_duplicates", near_only, (), near_numbers, near_copies.scale),
             *self._partner_findings("contradictions", opposed),
             *self._leak_findings("train_eval_leak", leaked, numbers),
-            *self._leak_findings("near_train_eval_leak", only_near, numbers, of_leaks),
+            *self._leak_findings("near_train_eval_leak", only_near, numbers, self._prompts.scale),
             *self._partner_findings("benchmark_overlap", hits, overlaps),
         ]
         return across, findings
@@ -289,7 +264,7 @@ class Comparison:
         """Return the keys of all records, which are in memory only as long as the result."""
         return np.frombuffer(self._keys.pop(name), np.uint64)
 
-    def _leaks(self, hashes: TextKeys, prompts: TextKeys) -> tuple[Partners, Partners, _Sample | None]:
+    def _leaks(self, hashes: TextKeys, prompts: TextKeys) -> tuple[Partners, Partners]:
         """Return the evaluation records whose prompt equals, and nearly equals, that of a training record."""
         leaked, near = np.full((2, len(hashes)), -1, dtype=np.int32)
         evaluation = np.flatnonzero(self._evaluated)
@@ -299,25 +274,22 @@ class Comparison:
         keys, partners = self._prompts.result()
         at = first_equal(keys, prompts[evaluation])
         near[evaluation[at >= 0]] = partners[at[at >= 0]]
-        sample = None
-        if self._prompts.is_sample and _count(at):
-            sample = _Sample(len(evaluation), _count(at))
-        return leaked, near, sample
+        return leaked, near
 
     @property
     def _evaluated(self) -> npt.NDArray[np.bool_]:
         return np.frombuffer(self._is_eval, np.bool_)
 
     def _leak_findings(
-        self, rule: str, partners: Partners, numbers: TextKeys, sample: _Sample | None = None
+        self, rule: str, partners: Partners, numbers: TextKeys, scale: int = 1
     ) -> Iterator[Finding]:
         """Yield the finding about evaluation records whose prompts are in training records."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
-        detail = removed if is_dropped else _other_numbers(partners, numbers, sample)
+        detail = removed if is_dropped else _other_numbers(partners, numbers, scale)
         total = int(self._evaluated.sum())
         examples = self._origins(partners)
-        for finding in _findings(rule, partners, total, None, examples, detail, sample):
+        for finding in _findings(rule, partners, total, None, examples, detail, scale):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
     def _partner_findings(
@@ -326,14 +298,14 @@ class Comparison:
         partners: Partners,
         examples: Sequence[str] = (),
         detail: str = "",
-        sample: _Sample | None = None,
+        scale: int = 1,
     ) -> Iterator[Finding]:
         """Yield the finding about records with a partner, counted by source if there are several sources."""
         partners = self._within_a_part(partners)
         examples = examples or self._origins(partners)
         sources = np.frombuffer(self._source, np.uint16)
         counts = np.bincount(sources[partners >= 0]).tolist()
-        by_source = {at: _estimate(count, sample) for at, count in enumerate(counts) if count}
+        by_source = {at: count * scale for at, count in enumerate(counts) if count}
         total = len(sources)
         label = None
         if len(by_source) == 1:
@@ -343,7 +315,7 @@ class Comparison:
         else:
             counts_in_words = ", ".join(f"{count} in {self._labels[at]}" for at, count in by_source.items())
             detail = "; ".join(filter(None, (counts_in_words, detail)))
-        yield from _findings(rule, partners, total, label, examples, detail, sample)
+        yield from _findings(rule, partners, total, label, examples, detail, scale)
 
     def _within_a_part(self, partners: Partners) -> Partners:
         """Leave out matches between training and evaluation data, which are leaks and have their own rule."""
@@ -365,30 +337,24 @@ def _findings(
     label: str | None,
     examples: Sequence[str],
     detail: str,
-    sample: _Sample | None,
+    scale: int,
 ) -> Iterator[Finding]:
     """Yield the finding about records with a partner, or about their estimated number."""
-    count = _count(partners)
-    if sample is None:
-        yield from DOCTOR_RULES[rule].count(count, total, label, examples, detail)
-        return
-    detail = "; ".join(filter(None, (f"estimated from {sample.records:,} sampled records", detail)))
-    for finding in DOCTOR_RULES[rule].count(sample.estimate(count), total, label, examples, detail):
-        yield replace(finding, text=f"about {finding.text}")
+    if scale > 1:
+        detail = "; ".join(filter(None, (f"estimated from one record in {scale}", detail)))
+    count = min(_count(partners) * scale, total)
+    for finding in DOCTOR_RULES[rule].count(count, total, label, examples, detail):
+        yield finding if scale == 1 else replace(finding, text=f"about {finding.text}")
 
 
 def _count(partners: Indexes) -> int:
     return int((partners >= 0).sum())
 
 
-def _estimate(count: int, sample: _Sample | None) -> int:
-    return count if sample is None else sample.estimate(count)
-
-
-def _other_numbers(partners: Partners, numbers: TextKeys, sample: _Sample | None) -> str:
+def _other_numbers(partners: Partners, numbers: TextKeys, scale: int) -> str:
     """Return how many of the records have other numbers in the prompt than their partner."""
     records = np.flatnonzero(partners >= 0)
-    count = _estimate(int((numbers[records] != numbers[partners[records]]).sum()), sample)
+    count = int((numbers[records] != numbers[partners[records]]).sum()) * scale
     return f"{count} of them with other numbers in the prompt" if count else ""
 
 

@@ -109,7 +109,6 @@ def margin_findings(
         "margin_median": float(median),
         "margin_95": float(high),
         "reference_disagrees": len(disagreeing) / len(margins),
-        "reference_solved": float((margins >= far).mean()),
     }
     extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
     rule = DOCTOR_RULES["reference_disagrees"]

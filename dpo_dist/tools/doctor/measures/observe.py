@@ -1,6 +1,5 @@
 """Collect the facts about each record, in worker processes; the report is made from these facts."""
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import suppress
@@ -50,8 +49,6 @@ Lengths = tuple[int, int, int]
 _CUT = {"prompt_truncated", "response_truncated"}
 # Most preferences of one ranking that are compared with other records.
 _MAX_PREFERENCES = 64
-_HEAD = 300
-_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -62,10 +59,8 @@ class PairFacts:
     record: int  # the record's key, by which a sample is drawn
     prompt: int  # the prompt's key
     differences: dict[str, float]  # `texts.differences`, with `tokens` in place of `characters` if encoded
-    heads: tuple[str, str, str]  # the start of the user's last turn and of the two responses, without code
     side: str | None = None  # of a labelled response, whose features are in `differences`
     is_call: bool = False  # a tool call against a text, or a labelled call: the form is the preference itself
-    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -86,13 +81,12 @@ class RecordFacts:
     detail: str = ""  # of that reason, without texts
     is_readable: bool = False
     is_held_out: bool = False  # whether `data.eval_share` draws the record for evaluation
-    names: tuple[str, ...] = ()  # rules that it breaks, their kinds, and other properties
+    names: tuple[str, ...] = ()  # rules that it breaks, and their kinds
     characters: Lengths = (0, 0, -1)
     tokens: Lengths | None = None  # before anything is cut; None: not encoded
     cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
     changed: dict[str, int] = field(default_factory=dict)  # what encoding changes
-    # Numbers of examples and of tokens, for the sums of a source.
-    sums: dict[str, int] = field(default_factory=dict)
+    examples: int = 0  # into which encoding makes it
     pair: PairFacts | None = None  # None: a single response
     unread: tuple[str, ...] = ()  # fields that no format reads
     images: tuple[ImageFacts, ...] = ()
@@ -213,9 +207,7 @@ class Observer:
             signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
-        names = {*text_names(record, texts), *record.numbers, *call_faults(record)}
-        if pair is not None and pair.is_call:
-            names.add("call_against_text")
+        names = {*text_names(record, texts), *call_faults(record)}
         if facts.unread:
             names.add("columns_not_read")
         if any(map(self._special.search, (prompt, *responses))):
@@ -252,21 +244,11 @@ class Observer:
             return set()
         assert not isinstance(uncut, BadRecord)
         assert facts.tokens is not None
-        example = encoded.example
-        prompt = len(encoded.example.prompt_ids)
         before = facts.tokens
-        after = _lengths(example, record.labelled_side)
+        after = _lengths(encoded.example, record.labelled_side)
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(encoded.outcome.changed)
-        lengths = list(map(len, example.responses))
-        members = list(itertools.chain(*encoded.ranks))
-        facts.sums = {
-            "pairs": len(encoded.ranks),
-            "tokens": prompt * len(lengths) + sum(lengths),
-            "unique_tokens": prompt + sum(lengths),
-            "response_tokens": sum(lengths[index] for index in members),
-            "trained_tokens": sum(int(example.masks[index].sum()) for index in members),
-        }
+        facts.examples = len(encoded.ranks)
         start = uncut.example.prompt_ids[:2]
         bos = tokenizer.bos_token_id
         names = set(facts.changed)
@@ -276,8 +258,6 @@ class Observer:
         for ids in uncut.example.responses:
             if len(ids) > 1 and ids[-1] == ids[-2] and int(ids[-1]) in special:
                 names.add("doubled_end")
-        if min(map(len, uncut.example.responses)) <= 2:  # the last token ends the turn
-            names.add("one_token_response")
         return names
 
 
@@ -291,13 +271,7 @@ def _pair_facts(record: PreferenceRecord, texts: Texts, prompt_key: int, record_
     else:
         form = differences(first, last)
         is_call = starts_with_call != bool(calls_in(record.responses[-1]))
-    request = next((text for role, text in texts.turns[::-1] if role == "user"), texts.turns[-1][1])
-    heads = _head(request), _head(first), _head(last)
-    return PairFacts(record_key, prompt_key, form, heads, record.labelled_side, is_call, record.origin)
-
-
-def _head(text: str) -> str:
-    return _CODE.sub("", text)[:_HEAD]
+    return PairFacts(record_key, prompt_key, form, record.labelled_side, is_call)
 
 
 def _lengths(encoded: EncodedExample, side: str | None) -> Lengths:

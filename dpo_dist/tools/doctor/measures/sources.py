@@ -27,11 +27,10 @@ from dpo_dist.data.counts import reason_remedy
 from dpo_dist.foundation.text import percent
 from dpo_dist.kit import wilson_interval
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
-from dpo_dist.tools.doctor.measures.texts import GROUPS, speaks_differently, subtract_features
-from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
+from dpo_dist.tools.doctor.measures.texts import GROUPS, subtract_features
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.pages.charts import distribution
-from dpo_dist.tools.text_facts import detect_language
 
 _Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
@@ -230,8 +229,6 @@ def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding
 
 
 _SAMPLED_PAIRS = 20_000
-_SAMPLED_LANGUAGES = 2_000
-_MIN_LANGUAGES = 20
 _MOST_FIELDS = 1000
 _SHOWN_BINS = 32
 
@@ -275,7 +272,7 @@ class ExaminedSource:
         self._names = defaultdict[str, _Counted](_Counted)
         self._reasons = defaultdict[str, _Counted](_Counted)
         self._labels = {"good": 0, "bad": 0}  # of kept records
-        self._sums = Counter[str]()
+        self._examples = 0
         self._changed = Counter[str]()
         self._unread = Counter[str]()
         # For each of `SIDES`, how many records have each length.
@@ -314,12 +311,12 @@ class ExaminedSource:
         if record.dropped is None:
             self._kept += 1
             self._held_out += record.is_held_out
-            for label in self._labels:
-                self._labels[label] += f"labelled_{label}" in record.names
+            if record.pair is not None and record.pair.side is not None:
+                self._labels["good" if record.pair.side == "chosen" else "bad"] += 1
             for counts, tokens in zip(self._cuts, record.cut, strict=True):
                 if tokens > 0:
                     counts[tokens] += 1
-            self._sums.update(record.sums)
+            self._examples += record.examples
             self._changed.update(record.changed)
 
     @cached_property
@@ -346,14 +343,8 @@ class ExaminedSource:
         prompts = np.array([pair.prompt for pair in pairs], dtype=np.uint64)
         return leak_tests([pair.differences for pair in pairs], prompts)
 
-    @cached_property
-    def _languages(self) -> list[tuple[str | None, ...]]:
-        """Languages of the prompt and of both responses, for sampled pairs."""
-        return [tuple(map(detect_language, pair.heads)) for pair in self._pairs[:_SAMPLED_LANGUAGES]]
-
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
-        sums = self._sums
         sides = dict[str, dict[str, Any]]()
         for side, characters, lengths, cuts in zip(
             SIDES, self._characters, self._tokens, self._cuts, strict=True
@@ -365,28 +356,13 @@ class ExaminedSource:
                     "cut": cuts.total(),
                     "cut_tokens": sum(tokens * records for tokens, records in cuts.items()),
                 }
-        prefix: dict[str, float] | None = None
-        shares = dict[str, float]()
-        tokens = sums["tokens"]
-        if tokens:
-            unique = sums["unique_tokens"]
-            prefix = {
-                "tokens": tokens,
-                "unique_tokens": unique,
-                "share": 1 - unique / tokens,
-                "expected_gain": tokens / unique,
-            }
-            shares["trained_tokens"] = sums["trained_tokens"] / sums["response_tokens"]
-        for name in sorted(self._names.keys() - DOCTOR_RULES.keys() - RULE_BY_KIND.keys()):
-            shares[name] = self._names[name].count / self._readable
-        languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
         return {
             "label": self.label,
             "path": self.path,
             "is_eval": self.is_eval,
             "read": self.read,
             "kept": self._kept,
-            "pairs": sums["pairs"] if self._is_encoded else self._kept,
+            "pairs": self._examples if self._is_encoded else self._kept,
             "held_out": self._held_out if self._config.eval_share else None,
             "labels": self._labels,
             "dropped": {
@@ -395,10 +371,7 @@ class ExaminedSource:
             },
             "changed": dict(sorted(self._changed.items())),
             "sides": sides,
-            "prefix": prefix,
             "images": self._image_facts(),
-            "shares": shares,
-            "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
             "leaks": [test.as_dict() for test in self.leaks],
         }
@@ -445,24 +418,3 @@ class ExaminedSource:
             rule = DOCTOR_RULES["two_forms" if is_part else name]
             yield from rule.count(records.count, self._readable, self.label, records.origins, detail)
         yield from leak_findings(self.leaks, self.label)
-        yield from self._language_findings()
-
-    def _language_findings(self) -> Iterator[Finding]:
-        languages_of_pairs = [pair for _, *pair in self._languages if None not in pair]
-        pairs = len(languages_of_pairs)
-        if pairs >= _MIN_LANGUAGES:
-            rule = DOCTOR_RULES["language_differs"]
-            differing = sum(chosen != rejected for chosen, rejected in languages_of_pairs)
-            yield from rule.count(differing, pairs, self.label, records="sampled records")
-        answers = 0
-        origins = []
-        for pair, languages in zip(self._pairs, self._languages, strict=False):
-            if pair.side == "rejected":
-                continue
-            differs = speaks_differently(pair.heads, languages)
-            answers += differs is not None
-            if differs:
-                origins.append(pair.origin)
-        if answers >= _MIN_LANGUAGES:
-            rule = DOCTOR_RULES["prompt_language_differs"]
-            yield from rule.count(len(origins), answers, self.label, origins, records="sampled records")

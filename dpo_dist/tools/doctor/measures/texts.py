@@ -7,18 +7,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import regex
 from datasketch import MinHash
 
-from dpo_dist.data import Dialogue, Message, PreferenceRecord, Response, turns_of
+from dpo_dist.data import Message, PreferenceRecord, Response, turns_of
 from dpo_dist.data.read.values import from_json
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import DataError
@@ -33,7 +30,6 @@ Signature = npt.NDArray[np.uint32]
 # In scripts without spaces (kana, Chinese) each character is a word; Hangul has spaces.
 _WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]")
 _WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
-_SHORT_CHARACTERS = 3
 _NEARLY_EQUAL = 0.1
 # The tag with which a thought starts or ends; in the middle of a line it may be what a text is about.
 _THOUGHT_TAG = re.compile(
@@ -45,8 +41,6 @@ _FEWEST_LOOP_WORDS = 20
 _LOOP = 0.5
 """Share of a response's words in its longest passage that occurs twice, from which on it is a loop. Of 5,000
 responses of public datasets those that loop have 0.6 and more, all others below 0.45."""
-# Roles that often have several turns in a row.
-_REPEATABLE_ROLES = {"tool", "function", "observation"}
 
 _KINDS = {
     "carriage_return": re.compile("\r"),
@@ -132,7 +126,6 @@ def signature(text: str, images: str = "") -> Signature:
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
 
-@lru_cache(maxsize=8)
 def names_model(response: str) -> bool:
     """Return whether a response names a model or says that an AI wrote it."""
     return _MODEL_NAME.search(response) is not None
@@ -153,103 +146,41 @@ def has_open_thought(text: str) -> bool:
     return bool(tags) and tags[-1]["end"] is None
 
 
-_SCRIPTS = {
-    name: regex.compile(rf"\p{{{name}}}")
-    for name in ("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai", "Hangul")
-}
-_SCRIPTS["Chinese, Japanese"] = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
-_FEWEST_LETTERS = 8
-_MAIN_SCRIPT = 0.8
-
-
-def main_script(text: str) -> str | None:
-    """Return the script of at least 80 % of a text's letters; None if there is none, or too few letters."""
-    counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
-    name, most = max(counts.items(), key=itemgetter(1))
-    letters = sum(counts.values())
-    return name if letters >= _FEWEST_LETTERS and most >= _MAIN_SCRIPT * letters else None
-
-
-def speaks_differently(texts: Sequence[str], languages: Sequence[str | None]) -> bool | None:
-    """Return whether a response is in another language than the prompt; None if it is not clear.
-
-    `texts` and `languages` are those of the prompt and of the response, first and second. Texts that are too
-    short for a language are compared by their scripts. A short response in Latin letters is not clear to a
-    prompt in others: it may be code, a formula or a name.
-    """
-    if None not in languages[:2]:
-        return languages[0] != languages[1]
-    prompt, response = map(main_script, texts[:2])
-    if prompt is None or response is None:
-        return None
-    is_unclear = prompt != response == "Latin" and languages[1] is None
-    return None if is_unclear else prompt != response
-
-
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
-    """Yield the names of rules, kinds and properties that are true of a record's texts."""
-    roles, contents = zip(*texts.turns, strict=True)
-    is_dialogue = isinstance(record.prompt, Dialogue)
-    responses = texts.responses
-    following = pairwise((*roles, "assistant") if is_dialogue else roles)
-    last_turn = contents[-1].strip()
+    """Yield the names of rules and kinds of faults that are true of a record's texts."""
+    contents = [content for _role, content in texts.turns]
     prompt = "\n".join(text for role, text in texts.turns if role != "system").strip()
     targets = [turn.content for turn in taught_turns(record) if turn.role == "assistant"]
-    bare = list(map(str.strip, responses))
+    best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
     properties = {
-        **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
-        "tools": bool(record.tools),
+        **{name: any(map(kind.search, (*contents, *texts.responses))) for name, kind in _KINDS.items()},
         "looping_response": any(map(is_loop, targets)),
         "thought_not_closed": any(map(has_open_thought, targets)),
-        "completion": len(responses) == 1 and record.scores is None,
-        "labelled_good": record.labelled_side == "chosen",
-        "labelled_bad": record.labelled_side == "rejected",
-        "pair_or_ranking": len(responses) > 1,
-        "ranking": len(responses) > 2,
-        "several_turns": len(roles) > 1,
-        "system_prompt": roles[0] == "system",
-        "system_not_first": "system" in roles[1:],
-        "same_role_twice": any(role == next_ and role not in _REPEATABLE_ROLES for role, next_ in following),
-        "prompt_ends_with_assistant": roles[-1] == "assistant" and not is_dialogue,
-        "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
-        "response_repeats_prompt": last_turn != "" and last_turn in bare,
-        "response_starts_with_prompt": prompt != ""
-        and any(each.startswith(prompt) and each != prompt for each in bare),
+        "response_starts_with_prompt": any(_continues(prompt, each) for each in texts.responses),
+        "nearly_equal_sides": _are_nearly_equal(record, texts.responses),
+        "score_ties": len(texts.responses) > 1 and best == worst,
+        "score_inversions": best < worst,
     }
-    if len(responses) > 1:
-        properties |= _pair_properties(record, responses[0], responses[-1])
-    if record.labelled_side is not None:
-        properties |= _side_properties(record.labelled_side, responses[0])
     return (name for name, applies in properties.items() if applies)
 
 
-def _pair_properties(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
-    shorter, longer = sorted((chosen.strip(), rejected.strip()), key=len)
-    words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
-    # Words without their order give a lower bound of the edit distance. Responses of several turns are left
-    # out below: they may share the user's turns.
+def _continues(prompt: str, response: str) -> bool:
+    bare = response.strip()
+    return prompt != "" and bare.startswith(prompt) and bare != prompt
+
+
+def _are_nearly_equal(record: PreferenceRecord, responses: Sequence[str]) -> bool:
+    """Return whether few words are in one of the first and the last response only.
+
+    Words without their order give a lower bound of the edit distance. Responses of several turns are left
+    out: they may share the user's turns.
+    """
+    has_several_turns = any(len(turns_of(response)) > 1 for response in record.responses)
+    if len(responses) < 2 or has_several_turns:
+        return False
+    words, others = (Counter(text.casefold().split()) for text in (responses[0], responses[-1]))
     differing = ((words - others) + (others - words)).total()
-    nearly_equal = differing < _NEARLY_EQUAL * (words + others).total()
-    has_one_turn = all(isinstance(each, str) or len(each) == 1 for each in record.responses)
-    best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
-    return {
-        "scored": record.scores is not None,
-        "score_ties": best == worst,
-        "score_inversions": best < worst,
-        **_side_properties("chosen", chosen),
-        **_side_properties("rejected", rejected),
-        "chosen_longer": len(chosen) > len(rejected),
-        "one_response_starts_the_other": shorter != "" and longer.startswith(shorter),
-        "nearly_equal_sides": nearly_equal and has_one_turn,
-    }
-
-
-def _side_properties(side: str, text: str) -> dict[str, bool]:
-    return {
-        f"refusal_{side}": is_refusal(text),
-        f"model_name_{side}": names_model(text),
-        f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS,
-    }
+    return differing < _NEARLY_EQUAL * (words + others).total()
 
 
 # A call that is a part of the text, as the templates of Hermes and Qwen write it.

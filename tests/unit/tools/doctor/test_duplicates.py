@@ -122,7 +122,7 @@ def test_a_sample_tells_about_how_many_near_copies_there_are(seed: int) -> None:
     assert finding.count != truth.count
     assert across["near_duplicates"] == finding.count + across["duplicates"]
     assert finding.text.startswith(f"about {finding.count} of {len(made)} records")
-    assert 300 <= int(finding.text.split("estimated from ")[1].split(" sampled records")[0]) <= 600
+    assert ": estimated from one record in 4; " in finding.text
     assert " in source 1, " in finding.text
 
 

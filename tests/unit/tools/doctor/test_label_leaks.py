@@ -19,7 +19,6 @@ from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 pytestmark = pytest.mark.slow
 
 Change = Callable[[Pair], None]
-HEADS = ("", "", "")
 
 
 def on(side: str, change: Callable[[str], str]) -> Change:
@@ -74,54 +73,6 @@ def test_leaks_in_half_of_the_pairs_are_named(leaks: list[tuple[str, str, Change
     assert len(features) == len(set(features))
 
 
-def test_responses_in_two_languages_are_found(tmp_path: Path) -> None:
-    french = "Le petit chat est assis sur la table et il regarde par la porte ouverte. " * 9
-    report = examined(tmp_path, planted(0.5, on("rejected", lambda text: french[: len(text)])))
-    [finding] = of_rule(report, "language_differs")
-    assert finding.level is Level.warning
-    assert finding.share is not None
-    assert 0.4 < finding.share < 0.6
-
-
-FRENCH = "Le petit chat est assis sur la table et il regarde par la porte ouverte."
-CHINESE = "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u4e00\u8d77\u53bb\u516c\u56ed"
-ENGLISH = "The little cat sits on the table and looks through the open door of the house."
-RUSSIAN = "\u0434\u043e\u0431\u0440\u044b\u0439 \u0434\u0435\u043d\u044c"
-CODE = "```\nfor number in range(10): print(number, number * number, sep='; ')\n```"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "chosen", "rejected", "share"),
-    [
-        (ENGLISH, FRENCH, ENGLISH, 1.0),
-        (ENGLISH, ENGLISH, FRENCH, None),  # a reason to reject it
-        (ENGLISH, CHINESE, ENGLISH, 1.0),
-        ("How are you today?", CHINESE, ENGLISH, 1.0),  # too short for a language, not for a script
-        ("How are you today?", RUSSIAN, ENGLISH, 1.0),
-        (CHINESE, ENGLISH, CHINESE[::-1], 1.0),
-        (CHINESE, "x = y + z, as NumPy says", CHINESE, None),  # a formula, code, names
-        (CHINESE, CHINESE + CODE * 3, CHINESE, None),
-        (CHINESE, CODE, CHINESE, None),
-        ("How are you?", "I am well, thank you.", "Go away, please.", None),
-    ],
-)
-def test_responses_in_another_language_than_the_prompt_are_found(
-    prompt: str, chosen: str, rejected: str, share: float | None, tmp_path: Path
-) -> None:
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    found = of_rule(examined(tmp_path, [pair] * 25), "prompt_language_differs")
-    assert [finding.share for finding in found] == ([] if share is None else [share])
-    assert all((finding.level, len(finding.examples)) == (Level.warning, 20) for finding in found)
-
-
-def test_few_answers_in_another_script_are_a_share_of_all_short_ones(tmp_path: Path) -> None:
-    pair = {"prompt": "How are you today?", "chosen": "I am well, thank you.", "rejected": "Go away, please."}
-    [finding] = of_rule(
-        examined(tmp_path, [pair] * 95 + [pair | {"chosen": CHINESE}] * 5), "prompt_language_differs"
-    )
-    assert (finding.count, finding.share, finding.level) == (5, 0.05, Level.note)
-
-
 def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
     forms = [
         (on("rejected", lambda text: text + " Cheers"), "last word 'Cheers' (the chosen side has less"),
@@ -141,7 +92,7 @@ def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
     source = ExaminedSource("a", "a.jsonl", DataConfig(), is_eval=False, is_encoded=False)
     facts = [
         RecordFacts(
-            Origin("a.jsonl", key), pair=PairFacts(key, key, {"characters": 1.0 - 2 * (key >= 20_000)}, HEADS)
+            Origin("a.jsonl", key), pair=PairFacts(key, key, {"characters": 1.0 - 2 * (key >= 20_000)})
         )
         for key in keys
     ]

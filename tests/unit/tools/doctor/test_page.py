@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.tools.doctor.examine import Diagnosis
@@ -49,27 +47,6 @@ def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
     assert content["sources"][0]["dropped"] == dropped
     assert (content["store"]["stored"], content["across"]["duplicates"]) == (4, 5)
     assert "shown" not in content
-
-
-@pytest.mark.parametrize(
-    ("random", "in_order", "words"),
-    [
-        (0.31, 0.62, "31 % fewer tokens than shared prompts, 62 % in the order of scoring the reference"),
-        (0.0, 0.2, "0 % fewer tokens than shared prompts, 20 % in the order of scoring the reference"),
-        (0.009, 0.009, ""),
-        (None, None, ""),  # not encoded
-    ],
-)
-def test_page_and_lines_say_what_a_prefix_tree_saves(
-    random: float | None, in_order: float | None, words: str, tmp_path: Path
-) -> None:
-    found = diagnosis("data.jsonl")
-    shares = {"tree_share": random, "tree_share_in_order": in_order}
-    found.sources[0]["prefix"] = None if random is None else found.sources[0]["prefix"] | shares
-    text = f"a prefix tree over up to 64 examples computes {words}"
-    lines = [line for line in diagnosis_lines(found, DoctorFolder(tmp_path)) if "begin alike" in line]
-    assert lines == ([f"data.jsonl: records begin alike: {text}"] if words else [])
-    assert (f"Records begin alike: {text}." in written(tmp_path, found)) is bool(words)
 
 
 def test_the_lines_for_a_screen_are_complete_and_inert() -> None:

@@ -20,7 +20,8 @@ def config(path: str | Path, **changes: Any) -> DataConfig:
 
 
 def shown_one(data: DataConfig, tokenizer: Any) -> ShownPair:
-    [pair] = show_pairs(data, tokenizer, [], 1)
+    example = Finding("rule", Level.note, "text", examples=(f"{data.train[0].path}:1",))
+    [pair] = show_pairs(data, tokenizer, [example])
     return pair
 
 
@@ -63,16 +64,15 @@ def test_cut_tokens_are_marked_and_not_trained(tmp_path: Path) -> None:
     assert text_of(at_start) == text_of(prompt)
 
 
-def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
+def test_examples_of_findings_are_few(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs.jsonl", 40)
     examples = [f"{path}:{line}" for line in (30, 7, 9)]
     of_rules = (("first", tuple(examples)), ("second", (f"{path}:7, {path}:12",)))
     found = [Finding(rule, Level.warning, "text", examples=origins) for rule, origins in of_rules]
-    pairs = show_pairs(config(path), tiny.qwen(), found, 3)
-    rules = {pair.origin.rpartition(":")[2]: pair.rules for pair in pairs if pair.rules}
-    assert rules == {"30": ("first",), "7": ("first", "second"), "12": ("second",)}
-    assert [bool(pair.rules) for pair in pairs] == [True] * 3 + [False] * 3
-    assert pairs == show_pairs(config(path), tiny.qwen(), found, 3)
+    pairs = show_pairs(config(path), tiny.qwen(), found)
+    rules = [(pair.origin.rpartition(":")[2], pair.rules) for pair in pairs]
+    assert rules == [("7", ("first", "second")), ("12", ("second",)), ("30", ("first",))]
+    assert show_pairs(config(path), tiny.qwen(), []) == []
 
 
 def test_of_a_huge_record_the_start_is_shown(tmp_path: Path) -> None:
