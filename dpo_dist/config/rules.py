@@ -430,6 +430,13 @@ RULES = (
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
     unused("parallelism.hpz", "parallelism.offload_parameters=none"),
+    unused("parallelism.hpz", "parallelism.shard_size=null"),
+    unused("parallelism.shard_size", "parallelism.kind=zero3"),
+    Rule(
+        "parallelism.shard_size!=null parallelism.offload_optimizer!=none",
+        "gradients that go to the host cannot be summed over several copies of the weights",
+        to_unset("parallelism.shard_size") + ", or set parallelism.offload_optimizer=none",
+    ),
     unused("parallelism.offload_optimizer", "parallelism.kind=zero3|zero2"),
     unused(
         "trainer.keep_best",

@@ -16,6 +16,7 @@ from dpo_dist.data import ImageProcessor
 from dpo_dist.distributed.deepspeed_config import frozen_config, sharded_loading, unsharded_loading
 from dpo_dist.distributed.processes.failures import is_communication_error
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import Agree, StartCheck
@@ -144,6 +145,7 @@ def load_for_scoring(
 
     def load() -> PackedCausalLM:
         model = load_packed(folder, model_config, longest, world.device, key, world.sequence)
+        copy_shards(model.parameters(), world)
         if finish is not None:
             finish(model)
         return model

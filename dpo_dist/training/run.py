@@ -38,6 +38,7 @@ from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
@@ -369,6 +370,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     files = inputs.policy_files
     longest = config.data.max_length
     model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
+    copy_shards(model.parameters(), world)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)

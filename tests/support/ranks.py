@@ -20,6 +20,7 @@ from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.join import start_world
 from dpo_dist.distributed.processes.world import World, with_sequence_groups
+from dpo_dist.distributed.shard_groups import shard_groups
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +140,8 @@ def _be_rank(
     try:
         world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
         world = with_sequence_groups(world, parallelism.sequence_parallel)
-        with watch_world(world, Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
+        groups = shard_groups(world, parallelism.shard_size)
+        with groups as world, watch_world(world, Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
     except BaseException as error:

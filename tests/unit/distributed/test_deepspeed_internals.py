@@ -114,13 +114,13 @@ def test_zero_3_shards_every_weight_and_the_master_weights_are_slices() -> None:
     with made("zero3") as (engine, model):
         assert zero_kind(engine) == "DeepSpeedZeroOptimizer_Stage3"
         weights = dict(model.named_parameters())
-        ranges = {weight: rest for _, each in flat_masters(engine, 0) for weight, *rest in each}
-        flats = {weight: flat for flat, each in flat_masters(engine, 0) for weight, *_ in each}
+        ranges = {weight: rest for _, each in flat_masters(engine) for weight, *rest in each}
+        flats = {weight: flat for flat, each in flat_masters(engine) for weight, *_ in each}
         for name, weight in weights.items():
             assert is_sharded(weight)
             assert whole_shape(weight) == tuple(whole[name].shape)
             assert whole_numel(weight) == whole[name].numel()
-            assert shard_range(weight, 0) == (0, whole_numel(weight))
+            assert shard_range(weight) == (0, whole_numel(weight))
             shard = shard_of(weight)
             assert shard is not None
             assert torch.equal(shard.view(-1)[: whole_numel(weight)], whole[name].view(-1))
@@ -148,7 +148,7 @@ def test_the_inner_optimizer_updates_master_weights_which_are_written_to_the_mod
 ) -> None:
     with made(kind, dtype) as (engine, model):
         assert zero_kind(engine) == name
-        inner, masters = inner_optimizer(engine), [flat for flat, _ in flat_masters(engine, 0)]
+        inner, masters = inner_optimizer(engine), [flat for flat, _ in flat_masters(engine)]
         assert type(inner) is torch.optim.AdamW
         assert all(master.dtype is torch.float32 for master in masters)
         held = {id(tensor) for tensors in optimizer_tensors(engine) for tensor in tensors_in(tensors)}
