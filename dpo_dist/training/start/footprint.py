@@ -209,13 +209,14 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
     gathered = min(max(_GATHERED_WEIGHTS, largest), weights)
     hpz = config.parallelism.hpz
+    shards = config.parallelism.shard_size or processes  # processes of one copy of all states
     parts = {
         "copy of the weights": held / hpz if hpz > 1 else 0.0,
-        "weights": resident * held / (processes if stage == 3 else 1),
+        "weights": resident * held / (shards if stage == 3 else 1),
         "experts of a layer": _unpacked_bytes(config, number, causal_lm),
-        "gradients": gradients / (1 if stage == 1 else processes),
-        "optimizer states": master * trained / processes,
-        "gathered weights": number * gathered if stage == 3 and processes > 1 else 0.0,
+        "gradients": gradients / (1 if stage == 1 else shards),
+        "optimizer states": master * trained / shards,
+        "gathered weights": number * gathered if stage == 3 and shards > 1 else 0.0,
         # DeepSpeed reduces 5e8 gradients at a time, in a flat float32 copy (2 GB) and its bf16 cast (1 GB).
         "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
         "output layer": head,
@@ -223,8 +224,8 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     }
     if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
         bits = config.reference.quantization
-        copies = processes if bits is None else 1  # ZeRO shards no quantized weights
-        parts["reference"] = _weight_bytes(bits, number, causal_lm) / copies
+        of_reference = shards if bits is None else 1  # ZeRO shards no quantized weights
+        parts["reference"] = _weight_bytes(bits, number, causal_lm) / of_reference
     is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
     # What a trained tower keeps depends on the share of images in the data.
     checkpointing = config.model.gradient_checkpointing
