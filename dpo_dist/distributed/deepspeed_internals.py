@@ -33,6 +33,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as transformers_deepspeed
 
+from dpo_dist.distributed.processes.world import ExpertGroup
+from dpo_dist.model.library_internals import first_element
 from dpo_dist.model.lora import active_adapters, adapted_layers
 
 Range = tuple[nn.Parameter, int, int, int]
@@ -108,10 +110,10 @@ def flat_masters(engine: Any) -> list[Flat]:
 
 
 def shard_range(weight: Any) -> tuple[int, int]:
-    """Return the first element and the length of this rank's slice of a ZeRO-3 weight."""
+    """Return the first element and the length of this rank's shard of a weight, or of a slice of one."""
     size = weight.partition_numel()
     first = min(weight.ds_zero_partition_rank * size, weight.ds_numel)
-    return first, min(size, weight.ds_numel - first)
+    return first_element(weight) + first, min(size, weight.ds_numel - first)
 
 
 @contextlib.contextmanager
@@ -134,10 +136,35 @@ def sharded_over(group: Any) -> Iterator[None]:
         Init.__init__ = original
 
 
+def shard_slice(weight: Any, piece: Any, group: ExpertGroup) -> None:
+    """Shard `piece`, a slice of the sharded `weight` for this rank's experts, and release the weight.
+
+    Trained, it is sharded over the ranks with equal experts, and DeepSpeed counts its gradients as those of
+    an expert: each rank of the group has others, of the tokens of all ranks. Frozen, it stays whole.
+    """
+    piece.ds_zero_partition_process_group = group.alone
+    if piece.requires_grad:
+        name = f"experts over {group.ranks}"
+        groups._EXPERT_PARALLEL_GROUP[name] = group.exchange
+        piece.ds_zero_placement_family = "autoep_expert"
+        piece.ds_zero_partition_group_name = name
+        piece.ds_zero_partition_process_group = group.equal
+    weight.convert_to_zero_parameters([piece])
+    weight.ds_tensor = None
+
+
 def gradient_sums(engine: Any) -> Tensor:
-    """Return this rank's slices of the gradients of a ZeRO-3 engine since its last update, flat."""
+    """Return this rank's shards of the gradients of a ZeRO-3 engine since its last update, flat."""
     sums: Tensor = engine.optimizer.grad_partitions_flat_buffer
     return sums
+
+
+def expert_gradient_sums(engine: Any) -> list[Tensor]:
+    """Return the parts of `gradient_sums` that are of slices of experts."""
+    optimizer = engine.optimizer
+    parts = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    weights = itertools.chain(*optimizer.fp16_groups)
+    return [parts[weight.ds_id] for weight in weights if hasattr(weight, "ds_zero_placement_family")]
 
 
 def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:

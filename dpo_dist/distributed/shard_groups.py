@@ -12,7 +12,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpo_dist.distributed.deepspeed_internals import gradient_sums, shard_of, sharded_over
+from dpo_dist.distributed.deepspeed_internals import (
+    expert_gradient_sums,
+    gradient_sums,
+    shard_of,
+    sharded_over,
+)
 from dpo_dist.distributed.processes.world import ShardGroup, World
 
 
@@ -51,9 +56,13 @@ def copy_shards(weights: Iterable[Any], world: World) -> None:
 
 
 def sum_over_groups(engine: Any, world: World) -> None:
-    """Make an engine's gradients, means over the ranks of a group, means over all ranks; collective."""
+    """Make an engine's gradients, which are means over the ranks of a group, means over all; collective."""
     if world.shards is None:
         return
     gradients = gradient_sums(engine)
     dist.all_reduce(gradients, group=world.shards.copies)
-    gradients *= world.shards.ranks / world.size
+    share = world.shards.ranks / world.size
+    gradients *= share
+    # Those of slices of experts DeepSpeed has divided by the number of all ranks.
+    for of_experts in expert_gradient_sums(engine):
+        of_experts.div_(share)

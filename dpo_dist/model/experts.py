@@ -21,7 +21,7 @@ from dpo_dist.config.schema import Quantization
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
-from dpo_dist.model.library_internals import describe_whole, unpack_mxfp4, whole_shape
+from dpo_dist.model.library_internals import describe_whole, dispatched, unpack_mxfp4, whole_shape
 
 if TYPE_CHECKING:
     from peft.tuners.lora import ParamWrapper
@@ -175,6 +175,23 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
     return others
 
 
+def expert_modules(causal_lm: Any) -> list[Any]:
+    """Return the modules that hold the stacked experts of a layer each, in transformers' own layout."""
+    return [module for module in causal_lm.modules() if hasattr(module, "is_transposed")]
+
+
+def exchange_tokens(causal_lm: Any, group: Any, alone: Any) -> None:
+    """Make modules that hold some of a layer's experts compute them for tokens of all ranks of `group`."""
+    outermost: dict[Any, Any] = {}  # an adapter's wrappers compute in place of the module
+    for module in causal_lm.modules():
+        if hasattr(module, "parameter_name"):
+            outermost.setdefault(module.get_base_layer(), module)
+    for experts in expert_modules(causal_lm):
+        module = outermost.get(experts, experts)
+        device = next(experts.parameters()).device.type
+        module.forward = dispatched(experts, module.forward, group, alone, device)
+
+
 def _layers_by_module(causal_lm: Any) -> dict[nn.Module, nn.Module]:
     """Return the decoder layer of each module in one."""
     layers: dict[nn.Module, nn.Module] = {}
@@ -236,8 +253,19 @@ def _summed(wrappers: "Sequence[ParamWrapper]") -> dict[str, Tensor]:
         active = [] if wrapper.disable_adapters else wrapper.active_adapters
         for adapter in filter(wrapper.lora_A.__contains__, active):
             weight = weights.get(name, getattr(experts, name))
-            weights[name] = weight + wrapper.get_delta_weight(adapter).to(weight.dtype)
+            weights[name] = weight + _delta(wrapper, adapter, experts).to(weight.dtype)
     return weights
+
+
+def _delta(wrapper: "ParamWrapper", adapter: str, experts: Any) -> Tensor:
+    """Return an adapter's update of the weights of experts, or of those that this rank has."""
+    own = getattr(experts, "own_experts", None)
+    if own is None:
+        whole: Tensor = wrapper.get_delta_weight(adapter)
+        return whole
+    left, right, scaling = wrapper.get_delta_factors(adapter)
+    delta: Tensor = scaling * left[own] @ right[own]
+    return delta
 
 
 def _forward(

@@ -35,6 +35,7 @@ from dpo_dist.distributed.checkpoint.saver import (
 )
 from dpo_dist.distributed.checkpoint.slices import SlicedWeights
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
+from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
@@ -373,6 +374,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     copy_shards(model.parameters(), world)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
+    share_experts(model, world)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     run_start_check(policy, longest, world, processor=inputs.processor, trains=True)
     if world.device.type == "cuda":

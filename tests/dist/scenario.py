@@ -15,6 +15,7 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, OptimizerKind, ReferenceConfig, RunConfig
 from dpo_dist.data.config import DataConfig
+from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, PolicyEngine
@@ -86,6 +87,7 @@ def load_policy(
     copy_shards(packed.parameters(), world)
     if config.adapter is not None:
         add_adapter(packed, config, seed)
+    share_experts(packed, world)
     return PolicyEngine(packed, optim, world, ema_decay)
 
 

@@ -74,13 +74,27 @@ class ShardGroup:
 
 
 @dataclass(frozen=True)
+class ExpertGroup:
+    """This rank's place among the `ranks` that share the experts of each layer, and its process groups.
+
+    Tokens are sent in `exchange`; the ranks of `equal` have the same experts; `alone` has this rank only.
+    """
+
+    rank: int
+    ranks: int
+    exchange: Any
+    equal: Any
+    alone: Any
+
+
+@dataclass(frozen=True)
 class World:
     """The processes of the run, as one of them sees them. Methods are collective, properties are not.
 
     `control` is a CPU process group for communication outside of steps. Calls of every group time out after
     `timeout_seconds`; `barrier`, `gather`, `on_main` and `together` first wait for ranks that still work. A
     replica is one rank, or the ranks of `sequence`, which compute the same micro-batches together. Without
-    `shards`, one copy of the weights is sharded over all ranks.
+    `shards`, one copy of the weights is sharded over all ranks; without `experts`, each rank has them all.
     """
 
     accelerator: Any
@@ -92,6 +106,7 @@ class World:
     timeout_seconds: int = 600
     sequence: TokenExchange | None = None
     shards: ShardGroup | None = None
+    experts: ExpertGroup | None = None
 
     @property
     def is_main(self) -> bool:

@@ -30,8 +30,8 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
-from dpo_dist.distributed.shard_groups import shard_groups
+from dpo_dist.distributed.parallel_groups import parallel_groups
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
@@ -141,8 +141,7 @@ def open_run(
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        grouped = with_sequence_groups(world, parallelism.sequence_parallel)
-        with shard_groups(grouped, parallelism.shard_size) as grouped, warn_of_recompiles(console.warn):
+        with parallel_groups(world, parallelism) as grouped, warn_of_recompiles(console.warn):
             yield Run(config, grouped, console, stop, began)
 
 
