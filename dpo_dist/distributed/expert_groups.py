@@ -15,9 +15,7 @@ from torch import nn
 
 from dpo_dist.distributed.deepspeed_internals import shard_slice
 from dpo_dist.distributed.processes.world import ExpertGroup, World
-from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.model.experts import exchange_tokens, expert_modules
+from dpo_dist.model.experts import exchange_tokens, expert_modules, keep_experts, shares_equally
 from dpo_dist.model.library_internals import describe_slice, whole_shape
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -47,27 +45,15 @@ def with_expert_groups(world: World, size: int) -> World:
     return replace(world, experts=ExpertGroup(world.rank % size, size, exchange, equal, alone))
 
 
-def share_experts(model: PackedCausalLM, world: World, key: str = "model.path") -> None:
+def share_experts(model: PackedCausalLM, world: World) -> None:
     """Keep only this rank's experts of each layer, and send tokens to the ranks of their experts; collective.
 
-    Raises ConfigError, which names `key`, for a model whose experts cannot be shared.
+    Nothing changes without groups, or in a model whose experts they cannot share: see `check_shared_experts`.
     """
     group = world.experts
-    if group is None:
+    if group is None or not shares_equally(model.causal_lm, group.ranks):
         return
-    stacks = expert_modules(model.causal_lm)
-    numbers = {whole_shape(weight)[0] for module in stacks for weight in module.parameters(recurse=False)}
-    if not stacks or any(number % group.ranks for number in numbers):
-        raise ConfigError(
-            "the experts of this model cannot be shared over so many processes",
-            where=f"parallelism.experts, {key}",
-            got=f"{group.ranks} processes, and "
-            + (f"{sorted(numbers)} experts in a layer" if stacks else "no experts that transformers stacks"),
-            remedy="set parallelism.experts to a divisor of the number of experts"
-            if stacks
-            else Remedy.to_unset("parallelism.experts=1"),
-        )
-    for module in stacks:
+    for module in expert_modules(model.causal_lm):
         count = whole_shape(next(module.parameters(recurse=False)))[0] // group.ranks
         first = group.rank * count
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -76,6 +62,5 @@ def share_experts(model: PackedCausalLM, world: World, key: str = "model.path") 
             describe_slice(piece, whole_shape(weight), first)
             shard_slice(weight, piece, group)
             setattr(module, name, piece)
-        module.num_experts = count
-        module.own_experts = slice(first, first + count)
+        keep_experts(module, first, count)
     exchange_tokens(model.causal_lm, group.exchange, group.alone)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dpo_dist.config.schema import Quantization
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
@@ -178,6 +179,35 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
 def expert_modules(causal_lm: Any) -> list[Any]:
     """Return the modules that hold the stacked experts of a layer each, in transformers' own layout."""
     return [module for module in causal_lm.modules() if hasattr(module, "is_transposed")]
+
+
+def shares_equally(causal_lm: Any, ranks: int) -> bool:
+    """Return whether a model has experts, and so many ranks get equally many of each layer's."""
+    stacks = [weight for module in expert_modules(causal_lm) for weight in module.parameters(recurse=False)]
+    return bool(stacks) and all(whole_shape(weight)[0] % ranks == 0 for weight in stacks)
+
+
+def check_shared_experts(causal_lm: Any, ranks: int) -> None:
+    """Raise ConfigError if `ranks` processes cannot share the experts of the policy."""
+    if ranks == 1 or shares_equally(causal_lm, ranks):
+        return
+    weights = [weight for module in expert_modules(causal_lm) for weight in module.parameters(recurse=False)]
+    numbers = sorted({whole_shape(weight)[0] for weight in weights})
+    kind = causal_lm.config.model_type
+    raise ConfigError(
+        "the experts of this model cannot be shared by so many processes",
+        where="parallelism.experts",
+        got=f"{ranks}, and {kind} with "
+        + (f"{' or '.join(map(str, numbers))} experts in a layer" if numbers else "no stacked experts"),
+        expected="a divisor of the number of experts, which transformers keeps as one weight of a layer",
+        remedy="choose such a divisor, or remove parallelism.experts",
+    )
+
+
+def keep_experts(module: Any, first: int, count: int) -> None:
+    """Make a module compute as one of `count` experts, which are those from `first` of its layer."""
+    module.num_experts = count
+    module.own_experts = slice(first, first + count)
 
 
 def exchange_tokens(causal_lm: Any, group: Any, alone: Any) -> None:

@@ -260,10 +260,14 @@ def dispatched(
     from transformers.distributed.expert_parallel import AllToAllEP  # noqa: PLC0415  (slow)
 
     own = SimpleNamespace(forward=forward, num_experts=experts.num_experts)
-    dispatch: Callable[..., Tensor] = AllToAllEP(
-        own, DeviceMesh.from_group(group, device), DeviceMesh.from_group(alone, device)
-    )
-    return dispatch
+    dispatch = AllToAllEP(own, DeviceMesh.from_group(group, device), DeviceMesh.from_group(alone, device))
+
+    def compute(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # Some routers give weights in float32, which decide the precision of the sum.
+        mixed: Tensor = dispatch(hidden_states, top_k_index, top_k_weights)
+        return mixed.to(hidden_states.dtype)
+
+    return compute
 
 
 # ---- transformers: recurrent layers ----

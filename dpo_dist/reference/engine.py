@@ -159,7 +159,7 @@ def load_for_scoring(
         deepspeed_config = frozen_config(placement.offload, model_config.dtype)
         with sharded_loading(world, deepspeed_config):
             model = load()
-            share_experts(model, world, key)
+            share_experts(model, world)
         world.barrier()  # ranks load at different speeds, and a slow one would time out DeepSpeed's next call
         engine = FrozenEngine(model, deepspeed_config)
     run_start_check(engine, longest, world, key, processor=processor)

@@ -20,7 +20,9 @@ from tests.support.ranks import run_ranks
 
 SECONDS = 90
 STEPS = [((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 8192), ((9, 10, 0), 256)]
-OF_EXPERTS = AdapterConfig(r=2, alpha=4.0, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"])
+OF_EXPERTS = AdapterConfig(
+    r=2, alpha=4.0, target_modules=["q_proj", "experts.gate_up_proj", "experts.down_proj"]
+)
 OF_ATTENTION = AdapterConfig(r=2, alpha=4.0, target_modules=["q_proj", "v_proj"])
 FAMILIES = (
     *("qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "mixtral", "olmoe", "granitemoe"),

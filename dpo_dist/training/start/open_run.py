@@ -30,7 +30,6 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.parallel_groups import parallel_groups
 from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
@@ -129,6 +128,9 @@ def open_run(
 
     `trains`: whether there is an optimizer; without one, its kernels are not compiled.
     """
+    # Imports DeepSpeed, which `--check` does without.
+    from dpo_dist.distributed.parallel_groups import parallel_groups  # noqa: PLC0415
+
     began = time.monotonic()
     parallelism = config.parallelism
     if not trains:
@@ -197,9 +199,13 @@ def say_header(run: Run) -> None:
     warning = rate_warning(config.model.adapter, config.optim)
     if warning:
         run.warn(warning)
-    groups = (
-        "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
-    )
+    groups = ""
+    if world.sequence is not None:
+        groups += f", in groups of {world.sequence.ranks} for sequence parallelism"
+    if world.experts is not None:
+        groups += f", in groups of {world.experts.ranks} that share experts"
+    if world.shards is not None:
+        groups += f", with a copy of the weights in each {world.shards.ranks}"
     run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
 
 
