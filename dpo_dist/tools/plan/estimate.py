@@ -117,6 +117,7 @@ class Estimate:
     scoring: float  # seconds of the reference at the datasheet's peak
     launching: float  # seconds in which the host launches kernels
     hooks: float  # seconds in which the GPU waits for ZeRO-3's hooks
+    exchanging: float  # seconds in which tokens go to their experts and back
     dequantizing: float  # seconds in which weights are computed from fewer bits
 
     @property
@@ -161,14 +162,24 @@ class Estimate:
         if not self._is_sharded:
             updated = self.shapes.number * self.shapes.trained
             return self.steps * (updated + gradients) / link(gpus)
-        gathering = 2 * self.times * self.whole / link(shards)  # in forward and backward
+        gathered = self.whole
+        of_experts = 0.0
+        if parallelism.experts > 1:  # they do not travel, but if trained to the ranks with equal experts
+            gathered -= self.shapes.number * self.shapes.experts
+            if self.config.model.adapter is None:
+                share = self.shapes.experts / self.shapes.trained
+                equal = 2 * self.shapes.number * self.shapes.experts + share * gradients
+                is_alone = shards == parallelism.experts
+                of_experts = 0.0 if is_alone else self.times * equal / parallelism.experts / link(shards)
+                gradients *= 1 - share
+        gathering = 2 * self.times * gathered / link(shards)  # in forward and backward
         if parallelism.hpz > 1:  # the first gather of a step makes the copy of a node
-            within = self.whole / link(parallelism.hpz)
-            gathering = self.whole / link(gpus) + (2 * self.times - 1) * within
+            within = gathered / link(parallelism.hpz)
+            gathering = gathered / link(gpus) + (2 * self.times - 1) * within
         reducing = self.times * gradients / link(shards)
         # Once a step, ranks with the same shards of other copies sum them in float32: out and back.
         between = 2 * 4 * self.shapes.trained / shards / link(gpus) if shards < gpus else 0.0
-        return self.steps * (gathering + reducing + between)
+        return self.steps * (gathering + of_experts + reducing + between)
 
     @property
     def on_host(self) -> float:
@@ -207,7 +218,7 @@ class Estimate:
         kind = self.config.parallelism.kind
         together = sum if is_bf16 and kind is ParallelismKind.ddp else max
         training = together((max(self.computing / reached, self.launching), self.sending)) + self.dequantizing
-        training += self.hooks
+        training += self.hooks + self.exchanging
         phases = {"training": epochs * (training + self.on_host)}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
@@ -262,6 +273,11 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
     steps = math.ceil(data.pairs / config.trainer.global_batch_pairs)
+    sharing = config.parallelism.experts
+    # To their experts and back: in forward, in backward, and where layers are computed again.
+    exchanges = 2 * (2 + again * useful / forward)
+    elsewhere = (sharing - 1) / sharing * shapes.number * shapes.exchanged
+    sent = exchanges * data.pairs * computed / gpus * elsewhere
     return Estimate(
         config,
         data,
@@ -277,6 +293,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         hooks=steps * times * shapes.layers * _HOOKS
         if config.parallelism.kind is ParallelismKind.zero3
         else 0.0,
+        exchanging=sent / machine.link(sharing),
         dequantizing=2
         * (1 + again)
         * steps

@@ -41,6 +41,7 @@ _TOKENS = 700.0
 _PAIRS = 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _OF_A_NODE = [f"zero3 parallelism.{key}={GPUS_PER_NODE}" for key in ("shard_size", "hpz")]
+_SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _QUANTIZED: list[_Setting] = [
     ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
@@ -245,7 +246,7 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}
-    former["parallelism"] |= {"hpz": 1, "shard_size": None}
+    former["parallelism"] |= {"hpz": 1, "shard_size": None, "experts": 1}
     quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
 
@@ -254,7 +255,10 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
         overrides = [*words.split(), f"{key}=full", "trainer.micro_batch_tokens=auto"]
         return load_run_config(overrides, saved=former)
 
-    kinds = [*_KINDS, *_OF_A_NODE] if _has_nodes(found.machine.gpus) else [*_KINDS]
+    has_nodes = _has_nodes(found.machine.gpus)
+    kinds = [*_KINDS, *(_OF_A_NODE if has_nodes else ())]
+    if found.shapes.can_share_experts(GPUS_PER_NODE) and found.machine.gpus % GPUS_PER_NODE == 0:
+        kinds += [_SHARING, *([f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"] if has_nodes else [])]
     alternatives: list[_Setting] = [
         (f"parallelism={kind}", layers) for kind in kinds for layers in ("none", 4, 2, "full")
     ]

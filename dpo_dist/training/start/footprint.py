@@ -36,7 +36,7 @@ from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
-from dpo_dist.model.experts import packable, unpackable
+from dpo_dist.model.experts import expert_modules, packable, shares_equally, unpackable
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
 from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
@@ -122,6 +122,21 @@ class Shapes:
     def weights(self) -> int:
         """All weights."""
         return _count_weights(self.causal_lm)
+
+    @cached_property
+    def experts(self) -> int:
+        """Weights of experts that processes can share (`parallelism.experts`)."""
+        return _count_experts(self.causal_lm)
+
+    def can_share_experts(self, processes: int) -> bool:
+        """Return whether so many processes get equally many experts of each layer."""
+        return shares_equally(self.causal_lm, processes)
+
+    @property
+    def exchanged(self) -> int:
+        """Numbers that a token sends to all its experts of all layers, if they are on other processes."""
+        text = self.causal_lm.config.get_text_config()
+        return len(expert_modules(self.causal_lm)) * visited_experts(text) * int(text.hidden_size)
 
     @cached_property
     def trained(self) -> int:
@@ -210,10 +225,14 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     gathered = min(max(_GATHERED_WEIGHTS, largest), weights)
     hpz = config.parallelism.hpz
     shards = config.parallelism.shard_size or processes  # processes of one copy of all states
+    sharing = config.parallelism.experts
+    whole = 0.0  # frozen experts that are shared are not sharded again
+    if sharing > 1 and config.model.adapter is not None:
+        whole = number * _count_experts(causal_lm)
     parts = {
         "copy of the weights": held / hpz if hpz > 1 else 0.0,
-        "weights": resident * held / (shards if stage == 3 else 1),
-        "experts of a layer": _unpacked_bytes(config, number, causal_lm),
+        "weights": resident * ((held - whole) / (shards if stage == 3 else 1) + whole / sharing),
+        "experts of a layer": _unpacked_bytes(config, number, causal_lm) / sharing,
         "gradients": gradients / (1 if stage == 1 else shards),
         "optimizer states": master * trained / shards,
         "gathered weights": number * gathered if stage == 3 and shards > 1 else 0.0,
@@ -290,6 +309,13 @@ def quantized_weights(causal_lm: Any) -> int:
     of_images = weights_of(image_parts(causal_lm).values())
     quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
     return sum(map(torch.numel, quantized | {*packable(causal_lm).values()}))
+
+
+def _count_experts(causal_lm: Any) -> int:
+    """Return the number of weights of experts that processes can share."""
+    return sum(
+        weight.numel() for module in expert_modules(causal_lm) for weight in module.parameters(recurse=False)
+    )
 
 
 def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:

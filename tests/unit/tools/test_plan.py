@@ -366,6 +366,33 @@ def test_experts_in_4_bits_take_what_users_expect(tmp_path: Path) -> None:
     assert "warning" not in text
 
 
+MIXTURE = {
+    **{"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1},
+    "head_dim": 128,
+}
+
+
+def test_tokens_travel_in_place_of_experts() -> None:
+    words = ["trainer.micro_batch_tokens=4096", "model.gradient_checkpointing=full"]
+    plain = estimated(*words, kind="qwen3_moe", gpus=16, **MIXTURE)
+    shared = estimated(*words, "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE)
+    weights, experts = plain.shapes.weights, plain.shapes.experts
+    assert experts == 4 * 16 * 3 * 64 * SHAPE["hidden_size"]
+    assert plain.sending == pytest.approx(STEPS * 2 * 8 * weights / 50e9)
+    assert plain.exchanging == 0
+    # Two ranks have equal experts, an eighth of all.
+    assert shared.sending == pytest.approx(STEPS * 2 * 8 * (weights - experts + experts / 8) / 50e9)
+    tokens, numbers = STEPS * 128 * 700 / 16, 4 * 2 * SHAPE["hidden_size"]
+    # There and back, in forward, in backward, and where a layer is computed again; 7 of 8 in another process.
+    assert shared.exchanging == pytest.approx(6 * tokens * numbers * 2 * 7 / 8 / 250e9)
+    parts = ("weights", "gradients", "optimizer states")
+    assert all(shared.needs.parts[part] == pytest.approx(plain.needs.parts[part]) for part in parts)
+    adapter = estimated(*words, ADAPTER[1], "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE)
+    frozen = adapter.shapes.weights - experts
+    assert adapter.needs.parts["weights"] == pytest.approx(2 * (frozen / 16 + experts / 8))
+    assert adapter.sending == pytest.approx(STEPS * 2 * (4 * frozen + 4 * adapter.shapes.trained) / 50e9)
+
+
 def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text, content = planned("+experiment=qwen7b", "plan.gpus=1", "plan.price=2")
