@@ -135,6 +135,12 @@ def open_run(
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
+        # What is scored does not depend on these, and fewer processes than a run had may score.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes % (parallelism.shard_size or 1):
+            parallelism = replace(parallelism, shard_size=None)
+        if processes % parallelism.experts:
+            parallelism = replace(parallelism, experts=1)
     deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
     joins = join(config, deepspeed_config, console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
