@@ -19,6 +19,7 @@ NAMES = {
     "encode": "records encoded per second, by number of processes",
     "store": "the reference store with many entries",
     "starts": "what a start costs, by the number of records",
+    "over_nodes": "bytes and seconds of ways to train over nodes, with a slow link",
 }
 
 

@@ -420,6 +420,26 @@ RULES = (
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
     unused("parallelism.hpz", "parallelism.offload_parameters=none"),
+    unused("parallelism.hpz", "parallelism.shard_size=null"),
+    unused("parallelism.shard_size", "parallelism.kind=zero3"),
+    unused("parallelism.experts", "parallelism.kind=zero3"),
+    unused("parallelism.experts", "parallelism.hpz=1"),
+    Rule(
+        "parallelism.experts parallelism.shard_size!=null",
+        "groups that share experts are parts of the groups of parallelism.shard_size",
+        "set parallelism.shard_size to a multiple of parallelism.experts",
+        lambda c: (c.parallelism.shard_size or 0) % c.parallelism.experts != 0,
+    ),
+    Rule(
+        "parallelism.experts!=1 loss.sync_reference.every!=null",
+        "a reference that follows the policy has its experts on other processes",
+        to_unset("parallelism.experts") + ", or loss.sync_reference.every",
+    ),
+    Rule(
+        "parallelism.shard_size!=null parallelism.offload_optimizer!=none",
+        "gradients that go to the host cannot be summed over several copies of the weights",
+        to_unset("parallelism.shard_size") + ", or set parallelism.offload_optimizer=none",
+    ),
     unused("parallelism.offload_optimizer", "parallelism.kind=zero3|zero2"),
     unused(
         "trainer.keep_best",

@@ -235,6 +235,13 @@ class ParallelismConfig:
     hpz: int = key(1, ge=1, verbs="train")
     """Processes of a group, usually a node, that keeps its own copy of the weights with ZeRO-3: weights then
     cross the network once a step, and otherwise stay in the group (ZeRO++, arXiv 2306.10209). 1: no copy."""
+    shard_size: int | None = key(None, ge=1, verbs="train precompute")
+    """Processes, usually those of a node, over which ZeRO-3 shards weights, gradients and optimizer states
+    (MiCS, arXiv 2205.00119): each group of so many has all of them, and only gradients leave it, once a step.
+    null: all processes."""
+    experts: int = key(1, ge=1, verbs="train precompute")
+    """Processes that share the experts of each layer with ZeRO-3: tokens are sent to their experts, which no
+    process gathers (expert parallelism). 1: each process computes all experts."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate")

@@ -50,7 +50,8 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
     processes = os.environ.get("WORLD_SIZE", "1")
     is_wide = parallelism.reduce_in_float32
     if is_wide is None:
-        is_wide = int(processes) > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        summed = parallelism.shard_size or int(processes)  # several copies sum theirs in float32 anyway
+        is_wide = summed > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return {
         **_shared_config(zero, dtype),
         "gradient_accumulation_steps": 1,

@@ -9,6 +9,7 @@ leaves; tests/unit/distributed/test_zero.py has those that would be lost).
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState, SharedDict
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import (
+    Init,
     InsertPostInitMethodToModuleSubClasses,
     ZeroParamStatus,
 )
@@ -31,6 +33,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as transformers_deepspeed
 
+from dpo_dist.distributed.processes.world import ExpertGroup
+from dpo_dist.model.library_internals import first_element
 from dpo_dist.model.lora import active_adapters, adapted_layers
 
 Range = tuple[nn.Parameter, int, int, int]
@@ -90,11 +94,11 @@ def reduce_in_optimizer_only(engine: Any) -> None:
         engine.enable_backward_allreduce = False
 
 
-def flat_masters(engine: Any, rank: int) -> list[Flat]:
+def flat_masters(engine: Any) -> list[Flat]:
     """Return the flat float32 tensors that the optimizer of an engine updates, of any ZeRO stage."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        groups = [_ranges_of_stage_3(weights, rank) for weights in optimizer.fp16_groups]
+        groups = [_ranges_of_stage_3(weights) for weights in optimizer.fp16_groups]
         tensors = optimizer.fp32_partitioned_groups_flat
     elif isinstance(optimizer, BF16_Optimizer):
         groups = [_ranges_of_mapping(weights) for weights in optimizer.bf16_groups]
@@ -105,11 +109,62 @@ def flat_masters(engine: Any, rank: int) -> list[Flat]:
     return list(zip(tensors, groups, strict=True))
 
 
-def shard_range(weight: Any, rank: int) -> tuple[int, int]:
-    """Return the first element and the length of a rank's slice of a ZeRO-3 weight."""
+def shard_range(weight: Any) -> tuple[int, int]:
+    """Return the first element and the length of this rank's shard of a weight, or of a slice of one."""
     size = weight.partition_numel()
-    first = min(rank * size, weight.ds_numel)
-    return first, min(size, weight.ds_numel - first)
+    first = min(weight.ds_zero_partition_rank * size, weight.ds_numel)
+    return first_element(weight) + first, min(size, weight.ds_numel - first)
+
+
+@contextlib.contextmanager
+def sharded_over(group: Any) -> Iterator[None]:
+    """Inside the block, ZeRO-3 shards weights over the ranks of `group`; None: over all ranks.
+
+    DeepSpeed and transformers give no group where they shard weights.
+    """
+    original = Init.__init__
+
+    @functools.wraps(original)
+    def shard(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **{**options, "data_parallel_group": group})
+
+    if group is not None:
+        Init.__init__ = shard
+    try:
+        yield
+    finally:
+        Init.__init__ = original
+
+
+def shard_slice(weight: Any, piece: Any, group: ExpertGroup) -> None:
+    """Shard `piece`, a slice of the sharded `weight` for this rank's experts, and release the weight.
+
+    Trained, it is sharded over the ranks with equal experts, and DeepSpeed counts its gradients as those of
+    an expert: each rank of the group has others, of the tokens of all ranks. Frozen, it stays whole.
+    """
+    piece.ds_zero_partition_process_group = group.alone
+    if piece.requires_grad:
+        name = f"experts over {group.ranks}"
+        groups._EXPERT_PARALLEL_GROUP[name] = group.exchange
+        piece.ds_zero_placement_family = "autoep_expert"
+        piece.ds_zero_partition_group_name = name
+        piece.ds_zero_partition_process_group = group.equal
+    weight.convert_to_zero_parameters([piece])
+    weight.ds_tensor = None
+
+
+def gradient_sums(engine: Any) -> Tensor:
+    """Return this rank's shards of the gradients of a ZeRO-3 engine since its last update, flat."""
+    sums: Tensor = engine.optimizer.grad_partitions_flat_buffer
+    return sums
+
+
+def expert_gradient_sums(engine: Any) -> list[Tensor]:
+    """Return the parts of `gradient_sums` that are of slices of experts."""
+    optimizer = engine.optimizer
+    parts = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    weights = itertools.chain(*optimizer.fp16_groups)
+    return [parts[weight.ds_id] for weight in weights if hasattr(weight, "ds_zero_placement_family")]
 
 
 def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:
@@ -123,12 +178,12 @@ def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:
     return ranges
 
 
-def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[Range]:
+def _ranges_of_stage_3(weights: Sequence[Any]) -> list[Range]:
     """Return the ranges in stage 3, which cuts each weight into equal slices; the last may be padded."""
     ranges = []
     start = 0
     for weight in weights:
-        first, length = shard_range(weight, rank)
+        first, length = shard_range(weight)
         if length:
             ranges.append((weight, start, first, length))
         start += weight.partition_numel()

@@ -70,7 +70,7 @@ class ReferenceSync:
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of the reference; not collective."""
-        return ModelSlices(_SHARDS, list(self._slices()))
+        return ModelSlices(_SHARDS, list(self._slices()) if self._world.writes_shards else [])
 
     @torch.no_grad()
     def load_shards(self, folder: Path) -> None:
@@ -80,4 +80,4 @@ class ReferenceSync:
         release_gathered(self._reference.values())
 
     def _slices(self) -> Iterator[Slice]:
-        return weight_slices(self._reference, self._world.rank)
+        return weight_slices(self._reference)

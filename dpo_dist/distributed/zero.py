@@ -44,6 +44,7 @@ from dpo_dist.distributed.memory import (
 )
 from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.shard_groups import sum_over_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.layers import (
@@ -244,7 +245,7 @@ class PolicyEngine(Engine):
         super().__init__(model, engine)
         inner = inner_optimizer(engine)
         if isinstance(inner, MuonAndAdamW):
-            inner.ranges = dict(flat_masters(engine, world.rank))
+            inner.ranges = dict(flat_masters(engine))
         self._world = world
         self._current = ""
         self._leaf_gradients = None
@@ -314,6 +315,8 @@ class PolicyEngine(Engine):
         self._engine.set_gradient_accumulation_boundary(is_last)
         with explain_out_of_memory(self._current):
             self._engine.backward(loss * self._world.size)
+        if is_last:
+            sum_over_groups(self._engine, self._world)
         if self._leaf_gradients is not None:
             self._lost |= self._leaf_gradients.drop_lost()
 
@@ -367,7 +370,7 @@ class PolicyEngine(Engine):
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        return ModelSlices(SHARDS, list(slices), slices.step)
+        return ModelSlices(SHARDS, list(slices) if self._world.writes_shards else [], slices.step)
 
     def load_shards(self, folder: Path) -> None:
         """Load the shards from a checkpoint that any number of ranks wrote, with any kind of parallelism."""
@@ -379,7 +382,7 @@ class PolicyEngine(Engine):
 
     def _slices(self) -> OptimizerSlices:
         names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
-        return OptimizerSlices(self._engine, names, self._world.rank, self._averages)
+        return OptimizerSlices(self._engine, names, self._world.shard_place, self._averages)
 
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""

@@ -18,10 +18,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dpo_dist.config.schema import Quantization
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
-from dpo_dist.model.library_internals import describe_whole, unpack_mxfp4, whole_shape
+from dpo_dist.model.library_internals import describe_whole, dispatched, unpack_mxfp4, whole_shape
 
 if TYPE_CHECKING:
     from peft.tuners.lora import ParamWrapper
@@ -175,6 +176,52 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
     return others
 
 
+def expert_modules(causal_lm: Any) -> list[Any]:
+    """Return the modules that hold the stacked experts of a layer each, in transformers' own layout."""
+    return [module for module in causal_lm.modules() if hasattr(module, "is_transposed")]
+
+
+def shares_equally(causal_lm: Any, ranks: int) -> bool:
+    """Return whether a model has experts, and so many ranks get equally many of each layer's."""
+    stacks = [weight for module in expert_modules(causal_lm) for weight in module.parameters(recurse=False)]
+    return bool(stacks) and all(whole_shape(weight)[0] % ranks == 0 for weight in stacks)
+
+
+def check_shared_experts(causal_lm: Any, ranks: int) -> None:
+    """Raise ConfigError if `ranks` processes cannot share the experts of the policy."""
+    if ranks == 1 or shares_equally(causal_lm, ranks):
+        return
+    weights = [weight for module in expert_modules(causal_lm) for weight in module.parameters(recurse=False)]
+    numbers = sorted({whole_shape(weight)[0] for weight in weights})
+    kind = causal_lm.config.model_type
+    raise ConfigError(
+        "the experts of this model cannot be shared by so many processes",
+        where="parallelism.experts",
+        got=f"{ranks}, and {kind} with "
+        + (f"{' or '.join(map(str, numbers))} experts in a layer" if numbers else "no stacked experts"),
+        expected="a divisor of the number of experts, which transformers keeps as one weight of a layer",
+        remedy="choose such a divisor, or remove parallelism.experts",
+    )
+
+
+def keep_experts(module: Any, first: int, count: int) -> None:
+    """Make a module compute as one of `count` experts, which are those from `first` of its layer."""
+    module.num_experts = count
+    module.own_experts = slice(first, first + count)
+
+
+def exchange_tokens(causal_lm: Any, group: Any, alone: Any) -> None:
+    """Make modules that hold some of a layer's experts compute them for tokens of all ranks of `group`."""
+    outermost: dict[Any, Any] = {}  # an adapter's wrappers compute in place of the module
+    for module in causal_lm.modules():
+        if hasattr(module, "parameter_name"):
+            outermost.setdefault(module.get_base_layer(), module)
+    for experts in expert_modules(causal_lm):
+        module = outermost.get(experts, experts)
+        device = next(experts.parameters()).device.type
+        module.forward = dispatched(experts, module.forward, group, alone, device)
+
+
 def _layers_by_module(causal_lm: Any) -> dict[nn.Module, nn.Module]:
     """Return the decoder layer of each module in one."""
     layers: dict[nn.Module, nn.Module] = {}
@@ -236,8 +283,19 @@ def _summed(wrappers: "Sequence[ParamWrapper]") -> dict[str, Tensor]:
         active = [] if wrapper.disable_adapters else wrapper.active_adapters
         for adapter in filter(wrapper.lora_A.__contains__, active):
             weight = weights.get(name, getattr(experts, name))
-            weights[name] = weight + wrapper.get_delta_weight(adapter).to(weight.dtype)
+            weights[name] = weight + _delta(wrapper, adapter, experts).to(weight.dtype)
     return weights
+
+
+def _delta(wrapper: "ParamWrapper", adapter: str, experts: Any) -> Tensor:
+    """Return an adapter's update of the weights of experts, or of those that this rank has."""
+    own = getattr(experts, "own_experts", None)
+    if own is None:
+        whole: Tensor = wrapper.get_delta_weight(adapter)
+        return whole
+    left, right, scaling = wrapper.get_delta_factors(adapter)
+    delta: Tensor = scaling * left[own] @ right[own]
+    return delta
 
 
 def _forward(

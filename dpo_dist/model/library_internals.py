@@ -7,6 +7,7 @@ version changes one of these parts.
 import contextlib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import modeling_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, Transpose, WeightRenaming, rename_source_key
@@ -248,6 +250,26 @@ def wrap_checkpointing(layer: Any, wrapper: Callable[..., Any]) -> None:
     layer._gradient_checkpointing_func = partial(wrapper, layer._gradient_checkpointing_func)
 
 
+def dispatched(
+    experts: Any, forward: Callable[..., Tensor], group: Any, alone: Any, device: str
+) -> Callable[..., Tensor]:
+    """Return the `forward` of a module with some experts for the tokens of all ranks of a process group.
+
+    `group` has the ranks that share the experts, in their order, and `alone` this rank.
+    """
+    from transformers.distributed.expert_parallel import AllToAllEP  # noqa: PLC0415  (slow)
+
+    own = SimpleNamespace(forward=forward, num_experts=experts.num_experts)
+    dispatch = AllToAllEP(own, DeviceMesh.from_group(group, device), DeviceMesh.from_group(alone, device))
+
+    def compute(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # Some routers give weights in float32, which decide the precision of the sum.
+        mixed: Tensor = dispatch(hidden_states, top_k_index, top_k_weights)
+        return mixed.to(hidden_states.dtype)
+
+    return compute
+
+
 # ---- transformers: recurrent layers ----
 
 KIMI_RULE = "chunk_kimi_delta_attention"
@@ -360,9 +382,20 @@ def describe_whole(weight: Any, shape: torch.Size) -> None:
     weight.ds_shape = shape
 
 
+def describe_slice(piece: Any, shape: tuple[int, ...], first: int) -> None:
+    """Say that a weight is a part of one of `shape`, from row `first`."""
+    piece.shape_of_whole = shape
+    piece.first_element = first * math.prod(shape[1:])
+
+
 def whole_shape(weight: Any) -> tuple[int, ...]:
-    """Return the whole shape of a weight, also of one that is packed or that ZeRO-3 shards."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
+    """Return the whole shape of a weight, also of one that is packed, a slice, or that ZeRO-3 shards."""
+    return tuple(getattr(weight, "shape_of_whole", getattr(weight, "ds_shape", weight.shape)))
+
+
+def first_element(weight: Any) -> int:
+    """Return the index in the whole weight of a weight's first element: 0 if it is no slice."""
+    return int(getattr(weight, "first_element", 0))
 
 
 def mark_as_adapted(causal_lm: Any) -> None:

@@ -14,8 +14,10 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
 from dpo_dist.data import ImageProcessor
 from dpo_dist.distributed.deepspeed_config import frozen_config, sharded_loading, unsharded_loading
+from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.processes.failures import is_communication_error
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import Agree, StartCheck
@@ -144,9 +146,10 @@ def load_for_scoring(
 
     def load() -> PackedCausalLM:
         model = load_packed(folder, model_config, longest, world.device, key, world.sequence)
+        copy_shards(model.parameters(), world)
         if finish is not None:
             finish(model)
-        return model
+        return model.requires_grad_(False)
 
     if model_config.quantization is not None:
         with unsharded_loading(world):  # ZeRO cannot shard it: every rank has the whole model
@@ -156,6 +159,7 @@ def load_for_scoring(
         deepspeed_config = frozen_config(placement.offload, model_config.dtype)
         with sharded_loading(world, deepspeed_config):
             model = load()
+            share_experts(model, world)
         world.barrier()  # ranks load at different speeds, and a slow one would time out DeepSpeed's next call
         engine = FrozenEngine(model, deepspeed_config)
     run_start_check(engine, longest, world, key, processor=processor)

@@ -35,9 +35,11 @@ from dpo_dist.distributed.checkpoint.saver import (
 )
 from dpo_dist.distributed.checkpoint.slices import SlicedWeights
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
+from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
@@ -370,8 +372,10 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     files = inputs.policy_files
     longest = config.data.max_length
     model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
+    copy_shards(model.parameters(), world)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
+    share_experts(model, world)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     run_start_check(policy, longest, world, processor=inputs.processor, trains=True)
     if world.device.type == "cuda":

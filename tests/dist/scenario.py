@@ -15,7 +15,9 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, OptimizerKind, ReferenceConfig, RunConfig
 from dpo_dist.data.config import DataConfig
+from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.encoded.store import EncodedSource
@@ -82,8 +84,10 @@ def load_policy(
     """A policy in float32, or as a configuration says, with its adapter."""
     config = ModelConfig(str(model), dtype=Dtype.fp32) if isinstance(model, Path) else model
     packed = load_packed(Path(config.path), config, max_length, world.device, sequence=world.sequence)
+    copy_shards(packed.parameters(), world)
     if config.adapter is not None:
         add_adapter(packed, config, seed)
+    share_experts(packed, world)
     return PolicyEngine(packed, optim, world, ema_decay)
 
 

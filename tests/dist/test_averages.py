@@ -160,11 +160,12 @@ def one_rank(assets: Assets, odd: Models, tmp_path_factory: pytest.TempPathFacto
     [
         pytest.param(3, ParallelismKind.zero3, Offload.none, id="3 ranks, zero3"),
         pytest.param(2, ParallelismKind.ddp, Offload.cpu, id="2 ranks, ddp, offloaded"),
+        pytest.param(4, ParallelismConfig(shard_size=2), Offload.cpu, id="2 groups of 2, offloaded"),
     ],
 )
 def test_any_number_of_ranks_follows_like_one_and_like_the_weighted_mean_of_whole_weights(
     size: int,
-    kind: ParallelismKind,
+    kind: ParallelismKind | ParallelismConfig,
     offload: Offload,
     assets: Assets,
     odd: Models,

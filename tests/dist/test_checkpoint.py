@@ -314,6 +314,7 @@ DDP, ZERO2, ZERO3 = map(
     ParallelismConfig, (ParallelismKind.ddp, ParallelismKind.zero2, ParallelismKind.zero3)
 )
 LORA = Policy(AdapterConfig(r=2, alpha=4))
+IN_GROUPS = replace(ZERO3, shard_size=2)
 SHARED_BY_2, SHARED_BY_4 = replace(ZERO2, sequence_parallel=2), replace(ZERO3, sequence_parallel=4)
 NF4_LORA = replace(LORA, quantization=Quantization.nf4)
 BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)))
@@ -321,6 +322,8 @@ FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
     "bco and a reference that follows, 2 with zero3 to zero2": (BCO, FP32, 2, ZERO3, 2, ZERO2),
+    "a reference that follows, 2 groups of 2 to 3 with zero3": (BCO, FP32, 4, IN_GROUPS, 3, ZERO3),
+    "DoRA in bf16, 2 with zero3 to 2 groups of 2": (DORA, BF16, 2, ZERO3, 4, IN_GROUPS),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
     "Muon on LoRA, 2 with ddp to 3 with zero2": (replace(LORA, optim=MUON.optim), FP32, 2, DDP, 3, ZERO2),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),

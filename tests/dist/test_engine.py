@@ -113,6 +113,14 @@ WAYS = [
     pytest.param(4, ParallelismConfig(ZERO2, sequence_parallel=2), False, FP32, id="2 x 2, sequence, zero2"),
     pytest.param(4, ParallelismConfig(ZERO3, sequence_parallel=4), True, FP32, id="4, sequence"),
     pytest.param(4, ParallelismConfig(ZERO3, hpz=2), False, FP32, id="2 x 2, copies of the weights"),
+    pytest.param(4, ParallelismConfig(ZERO3, shard_size=2), False, FP32, id="2 x 2, sharded in groups"),
+    pytest.param(3, ParallelismConfig(ZERO3, shard_size=1), True, FP32, id="3 copies"),
+    pytest.param(
+        4, ParallelismConfig(ZERO3, shard_size=2, sequence_parallel=2), True, FP32, id="sequences in groups"
+    ),
+    pytest.param(
+        2, ParallelismConfig(ZERO3, shard_size=1), True, FP16, marks=NEEDS_FP16, id="2 copies, fp16"
+    ),
     # Each kind has an optimizer wrapper of its own in 16 bits, with its own way to skip a step.
     pytest.param(2, ZERO3, True, BF16, id="2 ranks, zero3, bf16"),
     pytest.param(2, ZERO2, True, BF16, id="2 ranks, zero2, bf16"),
@@ -151,7 +159,7 @@ def test_steps_equal_plain_pytorch_up_to_rounding(
         assert of_rank["bad norms"] == ["inf", "inf"]
         assert of_rank["unchanged"]
         assert of_rank["drift"] < of_drift
-        assert of_rank["share"] == pytest.approx(1 / size, abs=0.01)
+        assert of_rank["share"] == pytest.approx(1 / (getattr(kind, "shard_size", None) or size), abs=0.01)
 
 
 def norm_in_bf16(model: Path, assets: Assets, world: World, _folder: Path) -> float:
@@ -175,29 +183,42 @@ def test_gradients_in_bf16_that_are_summed_in_float32_do_not_depend_on_the_numbe
     assert two == pytest.approx(one, rel=1e-6)
 
 
-def gathered(assets: Assets, world: World, _folder: Path) -> list[list[int]]:
-    """Calls that gather weights in a second step of two micro-batches: processes and elements of each."""
+def messages(assets: Assets, world: World, _folder: Path) -> dict[str, list[list[int]]]:
+    """Calls that gather weights, and that sum tensors, in a second step of two micro-batches.
+
+    Of each call the processes and the elements.
+    """
     policy = load_policy(assets.config(assets.policy, dtype=Dtype.fp32).model, world)
     objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
-    calls, gather = list[list[int]](), comm.cdb.all_gather_into_tensor
+    gathers, sums = list[list[int]](), list[list[int]]()
+    gather, add = comm.cdb.all_gather_into_tensor, dist.all_reduce
 
-    def noted(**options: Any) -> Any:
-        calls.append([dist.get_world_size(options["group"]), options["output_tensor"].numel()])
+    def noted_gather(**options: Any) -> Any:
+        gathers.append([dist.get_world_size(options["group"]), options["output_tensor"].numel()])
         return gather(**options)
 
+    def noted_sum(tensor: torch.Tensor, *arguments: Any, group: Any = None, **options: Any) -> Any:
+        sums.append([dist.get_world_size(group), tensor.numel()])
+        return add(tensor, *arguments, group=group, **options)
+
     for _ in range(2):
-        calls.clear()
-        with mock.patch.object(comm.cdb, "all_gather_into_tensor", noted):
+        gathers.clear()
+        sums.clear()
+        with (
+            mock.patch.object(comm.cdb, "all_gather_into_tensor", noted_gather),
+            mock.patch.object(dist, "all_reduce", noted_sum),
+        ):
             all_steps(policy, objective, assets.dataset(), world, [((0, 1, 2, 3, 4), 1)])
-    return calls
+    return {"gathers": gathers, "sums": sums}
 
 
 def test_a_layer_is_gathered_at_once_and_with_copies_over_the_network_once_a_step(
     assets: Assets, tmp_path: Path
 ) -> None:
-    scenario = partial(gathered, assets)
+    scenario = partial(messages, assets)
     plain, copied = (
-        run_ranks(scenario, 4, tmp_path / str(hpz), ParallelismConfig(ZERO3, hpz=hpz))[0] for hpz in (1, 2)
+        run_ranks(scenario, 4, tmp_path / str(hpz), ParallelismConfig(ZERO3, hpz=hpz))[0]["gathers"]
+        for hpz in (1, 2)
     )
     whole = sum(size for _, size in plain)
     assert {processes for processes, _ in plain} == {4}
@@ -205,3 +226,16 @@ def test_a_layer_is_gathered_at_once_and_with_copies_over_the_network_once_a_ste
     assert sum(size for processes, size in copied if processes == 4) == pytest.approx(whole / 2, rel=0.01)
     # In each micro-batch the embedding and two layers of six matrices: far fewer calls than 26.
     assert sum(size >= 1024 for _, size in plain) < 20
+
+
+def test_groups_of_shards_exchange_gradients_once_a_step_and_nothing_else(
+    assets: Assets, tmp_path: Path
+) -> None:
+    groups = ParallelismConfig(ZERO3, shard_size=2)
+    found = run_ranks(partial(messages, assets), 4, tmp_path / "ranks", groups)[0]
+    assert {processes for processes, _ in found["gathers"]} == {2}
+    weights = sum(
+        weight.numel() for weight in AutoModelForCausalLM.from_pretrained(assets.policy).parameters()
+    )
+    large = [size for _, size in found["sums"] if size > 100]  # the others are of metrics
+    assert large == [pytest.approx(weights / 2, rel=0.01)]

@@ -49,7 +49,7 @@ def steps(
             {name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / "after.st"
         )
     names = {weight: name for name, weight in policy.causal_lm.named_parameters()}
-    (_, ranges), *_ = flat_masters(policy._engine, world.rank)
+    (_, ranges), *_ = flat_masters(policy._engine)
     cut = [names[weight] for weight, *_, length in ranges if length < weight.numel()]
     return {"norms": norms, "cut": cut}
 

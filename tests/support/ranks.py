@@ -17,9 +17,10 @@ from typing import Any
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.parallel_groups import parallel_groups
 from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.join import start_world
-from dpo_dist.distributed.processes.world import World, with_sequence_groups
+from dpo_dist.distributed.processes.world import World
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,9 +139,9 @@ def _be_rank(
     parallelism = kind if isinstance(kind, ParallelismConfig) else ParallelismConfig(kind)
     try:
         world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
-        world = with_sequence_groups(world, parallelism.sequence_parallel)
-        with watch_world(world, Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
-            outcome = {"result": scenario(world, folder)}
+        reports = Reports(stacks=folder / f"rank-{rank}.stacks.txt")
+        with watch_world(world, reports), parallel_groups(world, parallelism) as grouped:
+            outcome = {"result": scenario(grouped, folder)}
             world.barrier()
     except BaseException as error:
         traceback.print_exc()

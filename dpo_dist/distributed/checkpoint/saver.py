@@ -54,6 +54,7 @@ from dpo_dist.distributed.checkpoint.slices import (
 )
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.foundation.errors import DISK_IS_FULL, CheckpointError, ConfigError, first_line, lack_behind
 from dpo_dist.foundation.files import (
     commit_folder,
@@ -284,6 +285,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
                     weight.copy_(saved.whole(name))
         else:
             weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
+    copy_shards(trained.values(), world)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
@@ -100,25 +99,26 @@ class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
     `names` has the names of the trained weights, `averages` the moving averages of the `masters`, if any.
+    `place`: this rank's place among the ranks that shard one copy of the weights, and their number.
     """
 
     def __init__(
         self,
         engine: Any,
         names: Mapping[nn.Parameter, str],
-        rank: int,
+        place: tuple[int, int],
         averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ):
         self._engine = engine
         self._inner = inner_optimizer(engine)
         self._names = names
-        self._rank = rank
+        self._place = place
         self._averages = averages
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
         eight_bit = is_eight_bit(self._inner)
-        for flat, ranges in flat_masters(self._engine, self._rank):
+        for flat, ranges in flat_masters(self._engine):
             # States of the flat tensor's shape, such as moments, are cut as the weights in it are.
             tensors = {WEIGHT: flat.detach()}
             if not eight_bit:
@@ -130,15 +130,16 @@ class OptimizerSlices:
                 yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
         if eight_bit:
             # Blocks of the flat tensor share a scale: states are not cut by weight. Codebooks are constants.
-            cut = f"{zero_kind(self._engine)} {self._rank} of {dist.get_world_size()}"
-            for number, (flat, _) in enumerate(flat_masters(self._engine, self._rank)):
+            rank, ranks = self._place
+            cut = f"{zero_kind(self._engine)} {rank} of {ranks}"
+            for number, (flat, _) in enumerate(flat_masters(self._engine)):
                 states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
                 if states:
                     yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
-        return [flat for flat, _ in flat_masters(self._engine, self._rank)]
+        return [flat for flat, _ in flat_masters(self._engine)]
 
     @property
     def step(self) -> int:
@@ -182,10 +183,10 @@ def is_eight_bit(optimizer: object) -> bool:
     return type(optimizer).__module__.startswith("bitsandbytes")
 
 
-def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
+def weight_slices(weights: Mapping[str, Any]) -> Iterator[Slice]:
     """Yield this rank's slices of ZeRO-3 weights that no optimizer trains."""
     for name, weight in weights.items():
-        first, length = shard_range(weight, rank)
+        first, length = shard_range(weight)
         if length:
             shard = shard_of(weight)
             assert shard is not None, "ZeRO-3 shards these weights"

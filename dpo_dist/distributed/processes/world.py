@@ -62,12 +62,39 @@ class Peer:
 
 
 @dataclass(frozen=True)
+class ShardGroup:
+    """This rank's place among the `ranks` that shard one copy of the weights.
+
+    `copies` is the process group of the ranks that have the same shards of other copies.
+    """
+
+    rank: int
+    ranks: int
+    copies: Any
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """This rank's place among the `ranks` that share the experts of each layer, and its process groups.
+
+    Tokens are sent in `exchange`; the ranks of `equal` have the same experts; `alone` has this rank only.
+    """
+
+    rank: int
+    ranks: int
+    exchange: Any
+    equal: Any
+    alone: Any
+
+
+@dataclass(frozen=True)
 class World:
     """The processes of the run, as one of them sees them. Methods are collective, properties are not.
 
     `control` is a CPU process group for communication outside of steps. Calls of every group time out after
     `timeout_seconds`; `barrier`, `gather`, `on_main` and `together` first wait for ranks that still work. A
-    replica is one rank, or the ranks of `sequence`, which compute the same micro-batches together.
+    replica is one rank, or the ranks of `sequence`, which compute the same micro-batches together. Without
+    `shards`, one copy of the weights is sharded over all ranks; without `experts`, each rank has them all.
     """
 
     accelerator: Any
@@ -78,6 +105,8 @@ class World:
     control: Any = None
     timeout_seconds: int = 600
     sequence: TokenExchange | None = None
+    shards: ShardGroup | None = None
+    experts: ExpertGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -98,6 +127,16 @@ class World:
     def leads(self) -> bool:
         """Return whether this is the rank that counts and writes for its replica."""
         return self.sequence is None or self.sequence.rank == 0
+
+    @property
+    def shard_place(self) -> tuple[int, int]:
+        """Return this rank's place among the ranks that shard one copy of the weights, and their number."""
+        return (self.rank, self.size) if self.shards is None else (self.shards.rank, self.shards.ranks)
+
+    @property
+    def writes_shards(self) -> bool:
+        """Return whether this rank's shards are written: those of the first copy are."""
+        return self.rank < self.shard_place[1]
 
     @property
     def host(self) -> str:

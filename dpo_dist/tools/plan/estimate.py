@@ -43,10 +43,12 @@ _GPUS = {
 _PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix products reach on an H100
 MFU_RANGE = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
-_NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
 _HOST_MEMORY = 100e9  # bytes a second that CPU Adam moves on a node
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
+# Seconds of a layer and micro-batch in which the GPU waits for the Python code of ZeRO-3's hooks, by a 1.5B
+# model on one H200; a larger layer may hide them.
+_HOOKS = 5.7e-3
 _SHARDED_TOKEN = 3.3e-3  # seconds per layer and generated token under ZeRO-3; 1.6e-3 without it
 _DEQUANTIZING = 0.5  # computing weights from fewer bits reaches this share of the memory's speed
 _EXPERTS = 1.5  # experts take longer than dense layers: products are smaller, and tokens are sorted by expert
@@ -60,6 +62,13 @@ class Machine(NamedTuple):
     memory: float  # bytes on a GPU
     flops: float  # operations a second on a GPU, by its datasheet
     bandwidth: float  # bytes a second of a GPU's memory
+    network: float  # bytes a second of a GPU to other nodes
+
+    def link(self, ranks: int) -> float:
+        """Return the bytes a second of a GPU in a group of so many neighbours."""
+        if ranks == 1:
+            return math.inf
+        return _NVLINK if ranks <= GPUS_PER_NODE else self.network
 
 
 class Data(NamedTuple):
@@ -82,12 +91,14 @@ def choose_machine(plan: PlanConfig, dtype: Dtype) -> Machine:
     here = torch.cuda.device_count()
     kind = plan.gpu or "h100-80g"
     gib, half, single, bandwidth = _GPUS[kind]
+    network = plan.network * 1e9
     if plan.gpu is None and here:
         peak = matmul_peak(torch.device("cuda"), TORCH_DTYPES[dtype])
         memory = torch.cuda.mem_get_info()[1]
         name = torch.cuda.get_device_name()
-        return Machine(plan.gpus or here, name, memory, peak / _PRODUCTS_ALONE, bandwidth)
-    return Machine(plan.gpus or 8, kind, gib * 2**30, single if dtype is Dtype.fp32 else half, bandwidth)
+        return Machine(plan.gpus or here, name, memory, peak / _PRODUCTS_ALONE, bandwidth, network)
+    peak = single if dtype is Dtype.fp32 else half
+    return Machine(plan.gpus or 8, kind, gib * 2**30, peak, bandwidth, network)
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ class Estimate:
     computing: float  # seconds of training at the datasheet's peak
     scoring: float  # seconds of the reference at the datasheet's peak
     launching: float  # seconds in which the host launches kernels
+    hooks: float  # seconds in which the GPU waits for ZeRO-3's hooks
+    exchanging: float  # seconds in which tokens go to their experts and back
     dequantizing: float  # seconds in which weights are computed from fewer bits
 
     @property
@@ -139,16 +152,34 @@ class Estimate:
     def sending(self) -> float:
         """Seconds in which GPUs exchange weights and gradients."""
         parallelism = self.config.parallelism
-        is_wide = self.config.parallelism.reduce_in_float32
+        gpus = self.machine.gpus
+        link = self.machine.link
+        shards = parallelism.shard_size or gpus
+        is_wide = parallelism.reduce_in_float32
         if is_wide is None:
-            is_wide = self.machine.gpus > GPUS_PER_NODE
+            is_wide = shards > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.shapes.number) * self.shapes.trained)
-        sent = self.shapes.number * self.shapes.trained + gradients  # bytes of a step
-        if self._is_sharded:
-            # Weights are gathered twice a micro-batch, or twice a step if nodes keep copies (hpz).
-            gathers = 2 * self.times if parallelism.hpz == 1 else 2
-            sent = self.times * gradients + gathers * self.whole
-        return self.steps * sent / self._link
+        if not self._is_sharded:
+            updated = self.shapes.number * self.shapes.trained
+            return self.steps * (updated + gradients) / link(gpus)
+        gathered = self.whole
+        of_experts = 0.0
+        if parallelism.experts > 1:  # they do not travel, but if trained to the ranks with equal experts
+            gathered -= self.shapes.number * self.shapes.experts
+            if self.config.model.adapter is None:
+                share = self.shapes.experts / self.shapes.trained
+                equal = 2 * self.shapes.number * self.shapes.experts + share * gradients
+                is_alone = shards == parallelism.experts
+                of_experts = 0.0 if is_alone else self.times * equal / parallelism.experts / link(shards)
+                gradients *= 1 - share
+        gathering = 2 * self.times * gathered / link(shards)  # in forward and backward
+        if parallelism.hpz > 1:  # the first gather of a step makes the copy of a node
+            within = gathered / link(parallelism.hpz)
+            gathering = gathered / link(gpus) + (2 * self.times - 1) * within
+        reducing = self.times * gradients / link(shards)
+        # Once a step, ranks with the same shards of other copies sum them in float32: out and back.
+        between = 2 * 4 * self.shapes.trained / shards / link(gpus) if shards < gpus else 0.0
+        return self.steps * (gathering + of_experts + reducing + between)
 
     @property
     def on_host(self) -> float:
@@ -177,7 +208,8 @@ class Estimate:
         # The reference responds once, the policy at each evaluation or at the last one only.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
         generating = tokens * self.shapes.layers * _SHARDED_TOKEN
-        return evaluations * (gathers * self.whole / self._link + generating)
+        shards = self.config.parallelism.shard_size or self.machine.gpus
+        return evaluations * (gathers * self.whole / self.machine.link(shards) + generating)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
         """Return the seconds of `epochs` by phase, at this share of the GPU's datasheet FLOP/s."""
@@ -186,6 +218,7 @@ class Estimate:
         kind = self.config.parallelism.kind
         together = sum if is_bf16 and kind is ParallelismKind.ddp else max
         training = together((max(self.computing / reached, self.launching), self.sending)) + self.dequantizing
+        training += self.hooks + self.exchanging
         phases = {"training": epochs * (training + self.on_host)}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
@@ -209,12 +242,6 @@ class Estimate:
     @property
     def _is_sharded(self) -> bool:
         return self.config.parallelism.kind is ParallelismKind.zero3
-
-    @property
-    def _link(self) -> float:
-        """Bytes a second between GPUs."""
-        gpus = self.machine.gpus
-        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
@@ -246,6 +273,11 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
     steps = math.ceil(data.pairs / config.trainer.global_batch_pairs)
+    sharing = config.parallelism.experts
+    # To their experts and back: in forward, in backward, and where layers are computed again.
+    exchanges = 2 * (2 + again * useful / forward)
+    elsewhere = (sharing - 1) / sharing * shapes.number * shapes.exchanged
+    sent = exchanges * data.pairs * computed / gpus * elsewhere
     return Estimate(
         config,
         data,
@@ -258,6 +290,10 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
         launching=(1 + again) * steps * times * shapes.layers * _LAUNCHES,
+        hooks=steps * times * shapes.layers * _HOOKS
+        if config.parallelism.kind is ParallelismKind.zero3
+        else 0.0,
+        exchanging=sent / machine.link(sharing),
         dequantizing=2
         * (1 + again)
         * steps

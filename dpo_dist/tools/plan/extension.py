@@ -16,6 +16,8 @@ class PlanConfig:
     """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
     gpu: GpuKind | None = key(None)
     """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
+    network: float = key(50.0, gt=0, verbs="plan")
+    """GB a second of a GPU to GPUs of other nodes: 50 of a network of 400 Gbit/s for each."""
     price: float | None = key(None, gt=0, verbs="plan")
     """Price of one GPU hour, in any currency."""
     pairs: int | None = key(None, ge=1)

@@ -17,6 +17,7 @@ from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import ProgressOf
 from dpo_dist.kit import (
     GPUS_PER_NODE,
+    Dtype,
     LossConfig,
     ModelConfig,
     RunConfig,
@@ -39,10 +40,9 @@ from dpo_dist.tools.plan.extension import PlanConfig
 _TOKENS = 700.0
 _PAIRS = 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
+_OF_A_NODE = [f"zero3 parallelism.{key}={GPUS_PER_NODE}" for key in ("shard_size", "hpz")]
+_SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
-_ALTERNATIVES: list[_Setting] = [
-    (f"parallelism={kind}", layers) for kind in _KINDS for layers in ("none", 4, 2, "full")
-]
 _QUANTIZED: list[_Setting] = [
     ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
 ]
@@ -151,13 +151,23 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        has_gain = found.machine.gpus > GPUS_PER_NODE and found.config.parallelism.hpz == 1
-        by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if has_gain else ""
+        parallelism = found.config.parallelism
+        ways = ["raise trainer.global_batch_pairs"]
+        if _has_nodes(found.machine.gpus) and parallelism.hpz == 1 and parallelism.shard_size is None:
+            of_node = f"set parallelism.shard_size={GPUS_PER_NODE} with zero3"
+            ways.append(f"{of_node} (hpz={GPUS_PER_NODE} if a node has no room for all states)")
+            if parallelism.reduce_in_float32 is None and found.config.model.dtype is Dtype.bf16:
+                ways.append("set parallelism.reduce_in_float32=false")
         lines.append(
-            "communication-bound: exchanging weights takes longer than computing; raise "
-            f"trainer.global_batch_pairs, {by_node}or use fewer GPUs"
+            "communication-bound: exchanging weights takes longer than computing; "
+            f"{', '.join(ways)}, or use fewer GPUs"
         )
     return lines
+
+
+def _has_nodes(gpus: int) -> bool:
+    """Return whether so many GPUs are those of several whole nodes."""
+    return gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE == 0
 
 
 def _span(fast: float, slow: float) -> str:
@@ -234,7 +244,9 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     """Return the overrides that fit with the shortest epoch; None if nothing fits."""
     seconds: dict[str, float] = {}
     former = yaml.safe_load(to_yaml(found.config))
-    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # presets keep them
+    # Presets keep these.
+    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}
+    former["parallelism"] |= {"hpz": 1, "shard_size": None, "experts": 1}
     quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
 
@@ -243,7 +255,14 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
         overrides = [*words.split(), f"{key}=full", "trainer.micro_batch_tokens=auto"]
         return load_run_config(overrides, saved=former)
 
-    for words, layers in (*_ALTERNATIVES, *quantized):
+    has_nodes = _has_nodes(found.machine.gpus)
+    kinds = [*_KINDS, *(_OF_A_NODE if has_nodes else ())]
+    if found.shapes.can_share_experts(GPUS_PER_NODE) and found.machine.gpus % GPUS_PER_NODE == 0:
+        kinds += [_SHARING, *([f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"] if has_nodes else [])]
+    alternatives: list[_Setting] = [
+        (f"parallelism={kind}", layers) for kind in kinds for layers in ("none", 4, 2, "full")
+    ]
+    for words, layers in (*alternatives, *quantized):
         try:
             base = composed(words)
             changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))

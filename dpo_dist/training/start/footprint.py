@@ -36,7 +36,7 @@ from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
-from dpo_dist.model.experts import packable, unpackable
+from dpo_dist.model.experts import expert_modules, packable, shares_equally, unpackable
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
 from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
@@ -124,6 +124,22 @@ class Shapes:
         return _count_weights(self.causal_lm)
 
     @cached_property
+    def experts(self) -> int:
+        """Weights of experts that processes can share (`parallelism.experts`)."""
+        modules = expert_modules(self.causal_lm)
+        return sum(weight.numel() for module in modules for weight in module.parameters(recurse=False))
+
+    def can_share_experts(self, processes: int) -> bool:
+        """Return whether so many processes get equally many experts of each layer."""
+        return shares_equally(self.causal_lm, processes)
+
+    @property
+    def exchanged(self) -> int:
+        """Numbers that a token sends to all its experts of all layers, if they are on other processes."""
+        text = self.causal_lm.config.get_text_config()
+        return len(expert_modules(self.causal_lm)) * visited_experts(text) * int(text.hidden_size)
+
+    @cached_property
     def trained(self) -> int:
         """Weights that are trained."""
         return sum(weight.numel() for weight in self.causal_lm.parameters() if weight.requires_grad)
@@ -172,13 +188,18 @@ class Shapes:
         largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
         gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
         hpz = config.parallelism.hpz
+        shards = config.parallelism.shard_size or processes  # processes of one copy of all states
+        sharing = config.parallelism.experts
+        whole = 0.0  # frozen experts that are shared are not sharded again
+        if sharing > 1 and config.model.adapter is not None:
+            whole = number * self.experts
         parts = {
             "copy of the weights": held / hpz if hpz > 1 else 0.0,
-            "weights": resident * held / (processes if stage == 3 else 1),
-            "experts of a layer": _unpacked_bytes(config, number, causal_lm),
-            "gradients": gradients / (1 if stage == 1 else processes),
-            "optimizer states": master * self.trained / processes,
-            "gathered weights": number * gathered if stage == 3 and processes > 1 else 0.0,
+            "weights": resident * ((held - whole) / (shards if stage == 3 else 1) + whole / sharing),
+            "experts of a layer": _unpacked_bytes(config, number, causal_lm) / sharing,
+            "gradients": gradients / (1 if stage == 1 else shards),
+            "optimizer states": master * self.trained / shards,
+            "gathered weights": number * gathered if stage == 3 and shards > 1 else 0.0,
             # DeepSpeed reduces 5e8 gradients at a time, in a flat float32 copy (2 GB) and its bf16 cast
             # (1 GB).
             "reduction": 3e9 * min(1.0, self.trained / 5e8) if stage == 1 and processes > 1 else 0.0,
@@ -187,8 +208,8 @@ class Shapes:
         }
         if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
             bits = config.reference.quantization
-            copies = processes if bits is None else 1  # ZeRO shards no quantized weights
-            parts["reference"] = _weight_bytes(bits, number, causal_lm) / copies
+            of_reference = shards if bits is None else 1  # ZeRO shards no quantized weights
+            parts["reference"] = _weight_bytes(bits, number, causal_lm) / of_reference
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing

@@ -43,6 +43,7 @@ from dpo_dist.model.architectures import (
     router_notes,
 )
 from dpo_dist.model.attention.ulysses import check_shared_tokens
+from dpo_dist.model.experts import check_shared_experts
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, model_folder, start_folder
 from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
 from dpo_dist.model.files.manifest import check_undamaged
@@ -229,7 +230,6 @@ def _load(
     config = run.config
     world = run.world
     longest = config.data.max_length
-    ranks = config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     encoder = load_encoder(folder, encoder_folder or start, config.model)
@@ -237,7 +237,7 @@ def _load(
     processor = encoder.processor
     digest = encoder.digest
     with unsharded_loading(world):  # the shapes of sharded weights are empty
-        model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
+        model_config, causal_lm = checked_model(config.model, folder, start, longest, config.parallelism)
     flops = step_flops(causal_lm)
     weights = sum(map(torch.numel, causal_lm.parameters()))
     if trains:
@@ -336,7 +336,7 @@ def model_notes(
 
 
 def checked_model(
-    model: ModelConfig, folder: Path, start: Path | None, longest: int, sequence_parallel: int
+    model: ModelConfig, folder: Path, start: Path | None, longest: int, parallelism: ParallelismConfig
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """Return the policy's configuration, and the model with its adapter on the meta device; check both.
 
@@ -344,8 +344,9 @@ def checked_model(
     """
     model_config = load_config(folder, model)
     check_causal(model_config)
-    check_shared_tokens(model_config, sequence_parallel)
+    check_shared_tokens(model_config, parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, model, start)
+    check_shared_experts(causal_lm, parallelism.experts)
     check_contents_at_hand(folder, model)
     check_positions(causal_lm, longest)
     return model_config, causal_lm

@@ -30,7 +30,7 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
@@ -128,10 +128,19 @@ def open_run(
 
     `trains`: whether there is an optimizer; without one, its kernels are not compiled.
     """
+    # Imports DeepSpeed, which `--check` does without.
+    from dpo_dist.distributed.parallel_groups import parallel_groups  # noqa: PLC0415
+
     began = time.monotonic()
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
+        # What is scored does not depend on these, and fewer processes than a run had may score.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes % (parallelism.shard_size or 1):
+            parallelism = replace(parallelism, shard_size=None)
+        if processes % parallelism.experts:
+            parallelism = replace(parallelism, experts=1)
     deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
     joins = join(config, deepspeed_config, console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
@@ -140,8 +149,7 @@ def open_run(
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
-        with warn_of_recompiles(console.warn):
+        with parallel_groups(world, parallelism) as grouped, warn_of_recompiles(console.warn):
             yield Run(config, grouped, console, stop, began)
 
 
@@ -197,9 +205,13 @@ def say_header(run: Run) -> None:
     warning = rate_warning(config.model.adapter, config.optim)
     if warning:
         run.warn(warning)
-    groups = (
-        "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
-    )
+    groups = ""
+    if world.sequence is not None:
+        groups += f", in groups of {world.sequence.ranks} for sequence parallelism"
+    if world.experts is not None:
+        groups += f", in groups of {world.experts.ranks} that share experts"
+    if world.shards is not None:
+        groups += f", with a copy of the weights in each {world.shards.ranks}"
     run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
 
 

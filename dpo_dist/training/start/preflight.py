@@ -175,8 +175,8 @@ def _check_run_folder(run: RunFolder) -> None:
 def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
     """Check that the processes of this launch can be divided into groups."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for key in ("sequence_parallel", *["hpz"] * trains):
-        ranks = getattr(parallelism, key)
+    for key in ("sequence_parallel", *["experts", "shard_size", "hpz"] * trains):
+        ranks = getattr(parallelism, key) or processes
         if processes % ranks:
             raise ConfigError(
                 "the processes cannot be divided into groups of this size",

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -23,9 +24,11 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, Paralle
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
+    expert_gradient_sums,
     flat_masters,
     forget_process_group,
     gathered_once,
+    gradient_sums,
     inner_optimizer,
     is_sharded,
     optimizer_tensors,
@@ -39,6 +42,8 @@ from dpo_dist.distributed.deepspeed_internals import (
     set_loss_scale,
     shard_of,
     shard_range,
+    shard_slice,
+    sharded_over,
     timeout_of,
     use_gloo_all_reduce,
     whole_numel,
@@ -47,8 +52,9 @@ from dpo_dist.distributed.deepspeed_internals import (
 )
 from dpo_dist.distributed.processes.failures import Reports
 from dpo_dist.distributed.processes.join import join_world, leave_world, start_world
+from dpo_dist.distributed.processes.world import ExpertGroup
 from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.model.library_internals import whole_shape
+from dpo_dist.model.library_internals import describe_slice, whole_shape
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.cpu_adam import CPUAdamInPyTorch
 from tests.support.families import tiny_family
@@ -114,19 +120,52 @@ def test_zero_3_shards_every_weight_and_the_master_weights_are_slices() -> None:
     with made("zero3") as (engine, model):
         assert zero_kind(engine) == "DeepSpeedZeroOptimizer_Stage3"
         weights = dict(model.named_parameters())
-        ranges = {weight: rest for _, each in flat_masters(engine, 0) for weight, *rest in each}
-        flats = {weight: flat for flat, each in flat_masters(engine, 0) for weight, *_ in each}
+        ranges = {weight: rest for _, each in flat_masters(engine) for weight, *rest in each}
+        flats = {weight: flat for flat, each in flat_masters(engine) for weight, *_ in each}
         for name, weight in weights.items():
             assert is_sharded(weight)
             assert whole_shape(weight) == tuple(whole[name].shape)
             assert whole_numel(weight) == whole[name].numel()
-            assert shard_range(weight, 0) == (0, whole_numel(weight))
+            assert shard_range(weight) == (0, whole_numel(weight))
             shard = shard_of(weight)
             assert shard is not None
             assert torch.equal(shard.view(-1)[: whole_numel(weight)], whole[name].view(-1))
             start, first, length = ranges[weight]
             assert (first, length) == (0, whole_numel(weight))
             assert torch.equal(flats[weight].narrow(0, start, length), whole[name].view(-1))
+
+
+def test_a_group_shards_weights_and_slices_of_experts_with_their_gradients() -> None:
+    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    torch.manual_seed(0)
+    causal_lm = tiny_family("qwen3_moe")
+    with join_world(config, 60, Reports()) as world:
+        group = dist.new_group([0])
+        with sharded_over(group):
+            deepspeed.zero.Init(module=causal_lm, config_dict_or_path=config)
+        assert all(weight.ds_process_group is group for weight in causal_lm.parameters())
+        experts = causal_lm.model.layers[1].mlp.experts
+        weight = experts.down_proj
+        with deepspeed.zero.GatheredParameters([weight]):
+            piece = torch.nn.Parameter(weight.data.clone())
+        describe_slice(piece, (8, *piece.shape[1:]), 4)
+        shard_slice(weight, piece, ExpertGroup(0, 1, group, group, group))
+        experts.down_proj = piece
+        assert shard_of(weight) is None
+        assert whole_shape(piece) == (8, *piece.ds_shape[1:])
+        assert shard_range(piece) == (piece.ds_numel, piece.ds_numel), "the second half of the whole"
+
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+        engine, _ = world.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        backward(engine)
+        [of_experts] = expert_gradient_sums(engine)
+        assert of_experts.numel() == piece.ds_numel
+        assert of_experts.abs().sum() > 0
+        sums = gradient_sums(engine)
+        assert sums.numel() == sum(map(whole_numel, causal_lm.parameters()))
+        sums.zero_()
+        assert of_experts.abs().sum() == 0, "a part of the others"
 
 
 def test_a_weight_without_shards_is_itself() -> None:
@@ -148,7 +187,7 @@ def test_the_inner_optimizer_updates_master_weights_which_are_written_to_the_mod
 ) -> None:
     with made(kind, dtype) as (engine, model):
         assert zero_kind(engine) == name
-        inner, masters = inner_optimizer(engine), [flat for flat, _ in flat_masters(engine, 0)]
+        inner, masters = inner_optimizer(engine), [flat for flat, _ in flat_masters(engine)]
         assert type(inner) is torch.optim.AdamW
         assert all(master.dtype is torch.float32 for master in masters)
         held = {id(tensor) for tensors in optimizer_tensors(engine) for tensor in tensors_in(tensors)}

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -30,8 +31,11 @@ from dpo_dist.model.library_internals import (
     attention_name,
     can_choose_attention,
     compute_beside,
+    describe_slice,
     describe_whole,
+    dispatched,
     fill_conversions,
+    first_element,
     flash_attention,
     fork_states,
     ignored_patterns,
@@ -362,3 +366,29 @@ def test_the_adapters_in_use_are_those_that_peft_has_switched_on() -> None:
     assert adapters_in_use(model) == {"other"}
     with peft_model.disable_adapter():
         assert adapters_in_use(model) == frozenset()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_dispatched_experts_compute_as_their_own_forward(model_type: str) -> None:
+    """In 16 bits, also where the router's weights are float32."""
+    causal_lm = tiny_family(model_type).to(torch.bfloat16)
+    experts = causal_lm.model.layers[0].mlp.experts
+    hidden = torch.randn(5, 32, dtype=torch.bfloat16)
+    chosen = torch.tensor([[0, 1], [1, 2], [3, 0], [0, 2], [2, 1]])
+    weights = torch.rand(5, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        forward = dispatched(experts, experts.forward, group, group, "cpu")
+        found = forward(hidden, chosen, weights)
+    finally:
+        dist.destroy_process_group()
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, experts(hidden, chosen, weights))
+
+
+def test_a_slice_knows_its_place_in_the_whole_weight() -> None:
+    weight = nn.Parameter(torch.ones(2, 3, 5))
+    assert first_element(weight) == 0
+    describe_slice(weight, (8, 3, 5), 4)
+    assert (first_element(weight), whole_shape(weight)) == (4 * 15, (8, 3, 5))

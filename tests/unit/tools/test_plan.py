@@ -89,7 +89,20 @@ def estimated(
         ("trainer.micro_batch_tokens=4096", 8, 3 * 6 * P / 250e9),
         ("trainer.micro_batch_tokens=100", 8, 16 * 6 * P / 250e9),  # a pair is not divided
         ("trainer.micro_batch_tokens=4096", 16, 2 * 8 * P / 50e9),
-        ("trainer.micro_batch_tokens=4096 parallelism.hpz=8", 16, (2 * 4 + 4) * P / 50e9),
+        # Over the network only the first gather after an update.
+        (
+            "trainer.micro_batch_tokens=4096 parallelism.hpz=8",
+            16,
+            (2 + 2 * 4) * P / 50e9 + 3 * 2 * P / 250e9,
+        ),
+        # Gradients in bf16 inside of a node; over two nodes once a step, in float32, out and back.
+        (
+            "trainer.micro_batch_tokens=4096 parallelism.shard_size=8",
+            16,
+            2 * 6 * P / 250e9 + 2 * 4 * P / 8 / 50e9,
+        ),
+        ("trainer.micro_batch_tokens=4096 parallelism.shard_size=8", 8, 3 * 6 * P / 250e9),
+        ("parallelism=zero2 plan.network=25", 16, 6 * P / 25e9),
     ],
 )
 def test_seconds_of_a_step_in_which_weights_and_gradients_travel(
@@ -126,6 +139,8 @@ def test_training_is_three_forwards_and_what_is_computed_again() -> None:
     assert found.computing == pytest.approx(useful, rel=1e-4)
     assert found.scoring == pytest.approx(useful / 3, rel=1e-4)
     assert found.launching == pytest.approx(STEPS * 4 * 1.2e-3)
+    assert found.hooks == pytest.approx(STEPS * 4 * 5.7e-3), "of ZeRO-3"
+    assert estimated("parallelism=zero2").hooks == 0
     whole = estimated("model.gradient_checkpointing=full")
     assert whole.computing == pytest.approx(4 / 3 * useful, rel=1e-4)
     assert whole.launching == pytest.approx(STEPS * 4 * 1.2e-3 * 4 / 3)
@@ -215,7 +230,7 @@ def test_phases_overlap_but_for_ddp_in_bf16_and_the_reference_is_scored_once() -
         ([], max),
     ):
         found = estimated(*words)
-        training = 2 * together((found.computing / 0.4, found.sending))
+        training = 2 * (together((found.computing / 0.4, found.sending)) + found.hooks)
         assert found.seconds(0.4, 2.0)["training"] == pytest.approx(training)
         once = found.seconds(0.4)["reference, once for all runs"]
         assert found.seconds(0.4, 2.0)["reference, once for all runs"] == once > 0
@@ -351,6 +366,33 @@ def test_experts_in_4_bits_take_what_users_expect(tmp_path: Path) -> None:
     assert "warning" not in text
 
 
+MIXTURE = {
+    **{"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1},
+    "head_dim": 128,
+}
+
+
+def test_tokens_travel_in_place_of_experts() -> None:
+    words = ["trainer.micro_batch_tokens=4096", "model.gradient_checkpointing=full"]
+    plain = estimated(*words, kind="qwen3_moe", gpus=16, **MIXTURE)
+    shared = estimated(*words, "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE)
+    weights, experts = plain.shapes.weights, plain.shapes.experts
+    assert experts == 4 * 16 * 3 * 64 * SHAPE["hidden_size"]
+    assert plain.sending == pytest.approx(STEPS * 2 * 8 * weights / 50e9)
+    assert plain.exchanging == 0
+    # Two ranks have equal experts, an eighth of all.
+    assert shared.sending == pytest.approx(STEPS * 2 * 8 * (weights - experts + experts / 8) / 50e9)
+    tokens, numbers = STEPS * 128 * 700 / 16, 4 * 2 * SHAPE["hidden_size"]
+    # There and back, in forward, in backward, and where a layer is computed again; 7 of 8 in another process.
+    assert shared.exchanging == pytest.approx(6 * tokens * numbers * 2 * 7 / 8 / 250e9)
+    parts = ("weights", "gradients", "optimizer states")
+    assert all(shared.needs.parts[part] == pytest.approx(plain.needs.parts[part]) for part in parts)
+    adapter = estimated(*words, ADAPTER[1], "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE)
+    frozen = adapter.shapes.weights - experts
+    assert adapter.needs.parts["weights"] == pytest.approx(2 * (frozen / 16 + experts / 8))
+    assert adapter.sending == pytest.approx(STEPS * 2 * (4 * frozen + 4 * adapter.shapes.trained) / 50e9)
+
+
 def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text, content = planned("+experiment=qwen7b", "plan.gpus=1", "plan.price=2")
@@ -364,7 +406,9 @@ def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert "log-probs" not in text
     assert "disk: 85.1 GiB a checkpoint, 14.2 GiB the model\n" in text
     assert "communication-bound" not in text
-    assert "set parallelism.hpz=8 with zero3" in planned("+experiment=qwen7b", "plan.gpus=64")[0]
+    text, _ = planned("+experiment=qwen7b", "plan.gpus=64")
+    assert "set parallelism.shard_size=8 with zero3" in text
+    assert "set parallelism.reduce_in_float32=false" in text
     text, _ = planned("+experiment=qwen7b", "plan.gpus=512", "parallelism.hpz=8")
     assert "communication-bound" in text
     assert "hpz" not in text, "it is set"
@@ -389,6 +433,20 @@ def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", "plan.suggest=true")[1]
     assert not lora["fits"]
     assert "model.quantization=nf4" in lora["suggested"]
+
+
+def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["plan.gpus=64", "plan.suggest=true", "plan.network=25", "trainer.global_batch_pairs=128"]
+    small = planned("+experiment=qwen7b", *words)[1]["suggested"]
+    assert small.startswith("parallelism=zero3 parallelism.shard_size=8 ")
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256}
+    AutoConfig.for_model("llama", **sizes, **heads).save_pretrained(tmp_path)
+    large = planned("+experiment=qwen7b", f"model.path={tmp_path}", *words)[1]["suggested"]
+    assert large.startswith("parallelism=zero3 parallelism.hpz=8 "), "a node has no room for all states"
 
 
 def test_a_check_without_a_gpu_says_nothing_of_gpus() -> None:

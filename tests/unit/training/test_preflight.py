@@ -216,7 +216,7 @@ def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: p
     check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
 
 
-@pytest.mark.parametrize("key", ["sequence_parallel", "hpz"])
+@pytest.mark.parametrize("key", ["sequence_parallel", "experts", "shard_size", "hpz"])
 def test_processes_that_do_not_divide_into_groups_are_an_error(
     key: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,160 @@
+"""Ranks that share experts train like one process, and their checkpoints are those of any other world."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, Offload, ParallelismConfig
+from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, SavedSlices, latest_checkpoint
+from dpo_dist.distributed.checkpoint.slices import SHARDS
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.steps.step import Objective
+from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
+from tests.support import tiny
+from tests.support.families import tiny_causal_lm, tiny_config
+from tests.support.ranks import run_ranks
+
+SECONDS = 90
+STEPS = [((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 8192), ((9, 10, 0), 256)]
+OF_EXPERTS = AdapterConfig(
+    r=2, alpha=4.0, target_modules=["q_proj", "experts.gate_up_proj", "experts.down_proj"]
+)
+OF_ATTENTION = AdapterConfig(r=2, alpha=4.0, target_modules=["q_proj", "v_proj"])
+FAMILIES = (
+    *("qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "mixtral", "olmoe", "granitemoe"),
+    *("granitemoehybrid", "nemotron_h", "deepseek_v3", "glm4_moe", "gpt_oss"),
+)
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "num_hidden_layers": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+}
+
+
+def family(model_type: str, folder: Path) -> Path:
+    """A small mixture of four experts a layer."""
+    config = tiny_config(model_type, len(tiny.qwen()), **OWN.get(model_type, {}))
+    tiny_causal_lm(config).save_pretrained(folder)
+    tiny.qwen().save_pretrained(folder)
+    return folder
+
+
+def train(
+    assets: Assets,
+    model: ModelConfig,
+    root: Path,
+    steps: int,
+    live: bool,
+    world: World,
+    _folder: Path,
+) -> dict[str, Any]:
+    """Train the next steps after the last checkpoint, and save one."""
+    provider = ReferenceProvider()
+    loss = LOSS
+    if live:
+        engine = load_reference(Path(model.path), assets.config(Path(model.path)), world)
+        provider = ReferenceProvider(engine=engine)
+    else:
+        loss = LOSS.__class__(reference_free=True)
+    policy = load_policy(model, world, max_length=256)
+    policy.train()
+    done = 0
+    saved = latest_checkpoint(root, world)
+    if saved is not None:
+        policy.load_shards(saved.folder)
+        done = saved.state["step"]
+    objective = Objective(loss, provider)
+    norms = all_steps(policy, objective, assets.dataset(), world, STEPS[done : done + steps])
+    saver = CheckpointSaver(root, 2, [policy], world)
+    saver.save(done + steps, {"step": done + steps})
+    saver.commit()
+    return {"norms": norms}
+
+
+def weights_of(root: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    saved = SavedSlices.find(root / f"step-{step:06d}", SHARDS)
+    return {name: saved.whole(name) for name in saved.shapes}
+
+
+def compare(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    ours, theirs = weights_of(found), weights_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(
+            ours[name], weight, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+ONE = ParallelismConfig()
+PAIR = ParallelismConfig(experts=2)
+FOUR = ParallelismConfig(experts=4)
+IN_NODES = ParallelismConfig(experts=2, shard_size=2)
+
+
+def train_in(
+    worlds: list[tuple[int, ParallelismConfig]],
+    model: ModelConfig,
+    assets: Assets,
+    root: Path,
+    *,
+    live: bool = False,
+) -> list[float]:
+    """Train four steps in these worlds, one after the other; return the gradient norms."""
+    norms = []
+    for number, (ranks, parallelism) in enumerate(worlds):
+        scenario = partial(train, assets, model, root, len(STEPS) // len(worlds), live)
+        results = run_ranks(
+            scenario, ranks, root.with_name(f"{root.name}-{number}"), parallelism, seconds=SECONDS
+        )
+        assert all(result == results[0] for result in results)
+        norms += results[0]["norms"]
+    return norms
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families(model_type: str, assets: Assets, tmp_path: Path) -> None:
+    model = ModelConfig(str(family(model_type, tmp_path / "model")), dtype=Dtype.fp32)
+    one = train_in([(1, ONE)], model, assets, tmp_path / "one", live=True)
+    shared = train_in([(2, PAIR)], model, assets, tmp_path / "shared", live=True)
+    assert shared == pytest.approx(one, rel=5e-5)
+    compare(tmp_path / "shared", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("worlds", "adapter", "checkpointing"),
+    [
+        pytest.param([(4, PAIR)], None, "full", id="experts twice"),
+        pytest.param([(4, FOUR)], None, "none", id="an expert each"),
+        pytest.param([(4, IN_NODES)], None, "full", id="in nodes"),
+        pytest.param(
+            [(2, ParallelismConfig(experts=2, offload_parameters=Offload.cpu))], None, "none", id="offloaded"
+        ),
+        pytest.param([(2, PAIR), (3, ONE)], None, "none", id="to three ranks without"),
+        pytest.param([(1, ONE), (4, IN_NODES)], None, "none", id="from one rank to nodes"),
+        pytest.param([(4, FOUR), (2, PAIR)], OF_EXPERTS, "none", id="adapter on experts"),
+        pytest.param([(4, IN_NODES)], OF_ATTENTION, "full", id="adapter beside frozen experts"),
+    ],
+)
+def test_worlds(
+    worlds: list[tuple[int, ParallelismConfig]],
+    adapter: AdapterConfig | None,
+    checkpointing: Literal["none", "full"],
+    assets: Assets,
+    tmp_path: Path,
+) -> None:
+    path = str(family("qwen3_moe", tmp_path / "model"))
+    model = ModelConfig(path, dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing)
+    one = train_in([(1, ONE)] * len(worlds), model, assets, tmp_path / "one")
+    assert train_in(worlds, model, assets, tmp_path / "shared") == pytest.approx(one, rel=5e-5)
+    compare(tmp_path / "shared", tmp_path / "one")
