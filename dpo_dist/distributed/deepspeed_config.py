@@ -26,18 +26,13 @@ _SQUARES_PER_LAYER = 16
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 
-OVERLAPS = True
-"""Whether ZeRO-2 and ZeRO-3 exchange gradients on GPUs while backward computes (`overlap_comm`).
-
-Only tests change this: without overlap a step has the same numbers, but needs more time and less
-memory.
-"""
-
-
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration for the policy, without `communication`."""
-    overlaps = OVERLAPS and torch.cuda.is_available()
-    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": overlaps}
+    # On GPUs, ZeRO-2 and ZeRO-3 exchange gradients while backward computes.
+    zero: dict[str, Any] = {
+        "stage": ZERO_STAGES[parallelism.kind],
+        "overlap_comm": torch.cuda.is_available(),
+    }
     if parallelism.kind is ParallelismKind.zero3:
         zero["leaf_module"] = _NO_LEAVES
         zero["zero_hpz_partition_size"] = parallelism.hpz

@@ -13,7 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.distributed import deepspeed_config, zero
+from dpo_dist.distributed import zero
 from tests.e2e.test_evaluate import scores
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_module, run_train
@@ -72,11 +72,10 @@ def smooth() -> None:
     zero.ADAM_EPS = 1e-4  # smooth where a gradient is only rounding
 
 
-def on_device(overlaps: bool) -> None:
-    """Before a run on the device; without overlap as `selftest` has it."""
+def on_device() -> None:
+    """Before a run on the device."""
     smooth()
     stand_in_for_cpu_adam()
-    deepspeed_config.OVERLAPS = overlaps
 
 
 def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
@@ -139,8 +138,7 @@ def test_every_way_of_computing_is_that_of_the_cpu(
     wanted, run = on_cpu(assets, base), tmp_path / "run"
     keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
     overrides = command(assets, run, base, *keys)
-    prepare = partial(on_device, overlaps="offload_optimizer" not in parallelism)
-    assert_on_cuda(run_train(overrides, processes=processes, prepare=prepare))
+    assert_on_cuda(run_train(overrides, processes=processes, prepare=on_device))
     assert_as_on_cpu(run, wanted)
     if base == "rows":  # the code of this model generates otherwise than its forward computes
         assert not (run / "samples").exists()

@@ -151,6 +151,9 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
             return (-11, "") if keys["model.dtype"] == "bf16" else _train(keys, all_steps)
         case "ddp":
             return _train(keys, [1, 3, 4])
+    if "parallelism.experts" in keys:
+        assert keys["parallelism.experts"] == "4"
+        return _train(keys, all_steps)
     if "model.gradient_checkpointing" in keys:
         return _train(keys, all_steps, grad_norm=None)
     if "trainer.micro_batch_tokens" in keys:
@@ -174,7 +177,10 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "steps of small micro-batches": ("failed", "exit code 139: rank 1 was ended by SIGSEGV"),
         "steps of bf16": ("failed", "exit code -11: ended by SIGSEGV"),
         "steps of fused layers: compile": ("failed", "of zero2, where 0.001 is allowed"),
+        "steps of a copy of the weights on each half": ("failed", "diverged: loss or gradient"),
         "steps of one GPU": ("passed", "within 0.0e+00 of zero2"),
+        "steps of a mixture by zero3": ("failed", "diverged: loss or gradient"),
+        "steps of a mixture whose GPUs share experts": ("measured", "the others are compared with it"),
         "steps of a run resumed on half of the GPUs": ("failed", "steps [1, 2, 3, 4], not [3, 4]"),
         "GPU 3": ("measured", "4 TFLOP/s in bf16 matrix products"),
         "attention by varlen": ("failed", "RuntimeError: a bug"),

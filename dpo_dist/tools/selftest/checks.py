@@ -276,26 +276,40 @@ _WAYS_ON_GPUS = {
 }
 _ON_ONE, _ON_HALF = "one GPU", "a run resumed on half of the GPUs"
 _WAYS_ON_SEVERAL = {
+    "a copy of the weights on each half": "parallelism.shard_size={half}",
     _ON_ONE: "",
     _ON_HALF: "",
+}
+_EXPERTS_OF_A_GPU = 2
+_WAYS_OF_A_MIXTURE = {
+    "a mixture by zero3": "",
+    "a mixture whose GPUs share experts": "parallelism.experts={gpus}",
 }
 
 
 def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
-    """Compare the steps of every way of training with the steps of the first one that ran."""
+    """Compare the steps of every way of training with those of the first one that ran, and of a mixture."""
     write_pairs(folder / "pairs.jsonl")
-    model = write_model(folder / "tiny", _TINY)
-    usual = [f"model.path={quoted(model)}"]
     ways = dict(_WAYS)
     if gpus:
         ways |= _WAYS_ON_GPUS
     if gpus > 1:
         ways |= _WAYS_ON_SEVERAL
+    yield from _compare(folder, write_model(folder / "tiny", _TINY), ways, gpus)
+    if gpus > 1:
+        experts = {"num_experts": _EXPERTS_OF_A_GPU * gpus, "num_experts_per_tok": 2}
+        shape = _TINY | {"model_type": "qwen3_moe", "moe_intermediate_size": 32, **experts}
+        yield from _compare(folder, write_model(folder / "mixture", shape), _WAYS_OF_A_MIXTURE, gpus)
+
+
+def _compare(folder: Path, model: Path, ways: Mapping[str, str], gpus: int) -> Iterator[Check]:
+    """Compare the steps of `ways` to train a model."""
+    usual = [f"model.path={quoted(model)}"]
     first_way = ""
     first_rows = RunRows()
     for way, overrides in ways.items():
         keys = {"model.dtype": "fp32", "model.fused": "none"}
-        keys |= dict(key.split("=") for key in overrides.split())
+        keys |= dict(key.split("=") for key in overrides.format(gpus=gpus, half=gpus // 2).split())
         words = [*usual, *map("=".join, keys.items())]
         name = f"steps of {way}"
         number = {_ON_ONE: 1, _ON_HALF: gpus // 2}.get(way, gpus)
