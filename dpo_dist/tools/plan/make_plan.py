@@ -94,8 +94,11 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         **(found.hours() if found.fits else {}),
     }
     if config.section_of(PlanConfig).suggest:
-        content["suggested"] = suggested = _suggest(found, causal_lm)
-        lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
+        suggested, seconds = _suggest(found, causal_lm)
+        content["suggested"] = suggested
+        or_adapter = " or an adapter" if config.model.adapter is None else ""
+        nothing = f"nothing fits: take more GPUs{or_adapter}"
+        lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})" if suggested else nothing)
     return Plan(found.fits, lines, content)
 
 
@@ -240,9 +243,9 @@ def _without_weights(model: ModelConfig) -> Any:
     return policy_without_weights(model, own_table(Path(__file__).with_name("shapes.yaml")).get(model.path))
 
 
-def _suggest(found: Estimate, causal_lm: Any) -> str | None:
-    """Return the overrides that fit with the shortest epoch; None if nothing fits."""
-    seconds: dict[str, float] = {}
+def _suggest(found: Estimate, causal_lm: Any) -> tuple[str | None, list[float]]:
+    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits."""
+    seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}
@@ -270,5 +273,6 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
             continue
         tried = estimate(changed, found.data, found.machine, causal_lm)
         if tried.fits and tried.largest:
-            seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"][0]
-    return min(seconds, key=lambda words: seconds[words], default=None)
+            seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
+    fastest = min(seconds, key=lambda words: seconds[words], default=None)
+    return fastest, seconds.get(fastest or "", [])

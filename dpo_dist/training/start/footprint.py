@@ -59,6 +59,7 @@ GPUS_PER_NODE = 8
 PROCESS_BYTES = 1e9
 """Host memory of a process without its model: Python and libraries, 0.84e9 in a run without a GPU."""
 _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
+_CUDA_BYTES = 0.8e9  # chosen, for one process, which needs no NCCL: kernels and cuBLAS's workspaces
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
 # Size of an optimizer's states for a master weight, relative to the master weight.
 _STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
@@ -204,7 +205,7 @@ class Shapes:
             # (1 GB).
             "reduction": 3e9 * min(1.0, self.trained / 5e8) if stage == 1 and processes > 1 else 0.0,
             "output layer": head,
-            "CUDA and NCCL": _CONTEXT_BYTES,
+            **({"CUDA": _CUDA_BYTES} if processes == 1 else {"CUDA and NCCL": _CONTEXT_BYTES}),
         }
         if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
             bits = config.reference.quantization

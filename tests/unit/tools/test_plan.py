@@ -360,6 +360,9 @@ def test_experts_in_4_bits_take_what_users_expect(tmp_path: Path) -> None:
     _, whole = planned(*words)
     assert whole["bytes"]["weights"] / 2**30 == pytest.approx(57.0, abs=0.05)
     assert "experts of a layer" not in whole["bytes"]
+    card = ["plan.gpu=rtx4090-24g", "reference=adapter", "model.gradient_checkpointing=full"]
+    attention = "model.adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+    assert planned(*words, "model.quantization=nf4", attention, *card)[1]["fits"]
     text, packed = planned(*words, "model.quantization=nf4")
     assert packed["bytes"]["weights"] / 2**30 == pytest.approx(15.6, abs=0.05)
     assert packed["bytes"]["experts of a layer"] == 2 * 128 * 3 * 768 * 2048
@@ -432,7 +435,7 @@ def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(*SMALL)[1]["fits"], "also above the largest micro-batch that `auto` chooses"
     lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", "plan.suggest=true")[1]
     assert not lora["fits"]
-    assert "model.quantization=nf4" in lora["suggested"]
+    assert lora["suggested"] == "parallelism=ddp model.gradient_checkpointing=full"
 
 
 def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(

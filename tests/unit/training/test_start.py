@@ -487,7 +487,12 @@ def test_an_adapter_at_a_rate_for_all_weights_is_said_before_training(words: lis
     said: list[str] = []
     config = load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])
     world: Any = SimpleNamespace(
-        peers=[SimpleNamespace(host="here")], size=1, device=torch.device("cpu"), sequence=None
+        peers=[SimpleNamespace(host="here")],
+        size=1,
+        device=torch.device("cpu"),
+        sequence=None,
+        experts=None,
+        shards=None,
     )
     say_header(Run(config, world, Console(LineScreen(said.append))))
     assert ("optim.lr=1e-4" in "".join(line for line in said if line.startswith("warning: "))) == warned
