@@ -66,7 +66,7 @@ def _parser(**texts: Any) -> Arguments:
     one_of.add_argument(
         "--check",
         action="store_true",
-        help="check values, model, tokenizer, data, folders without a GPU (not doctor, encode, export, plan)",
+        help="check values, model, tokenizer, data, folders without a GPU, if the verb has such a check",
     )
     one_of.add_argument(
         "-c",

@@ -65,7 +65,8 @@ def likely_name(word: str, names: Collection[str]) -> str | None:
     of_section = [name for name in names if section in ("", name.rpartition(".")[0])]
     last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
     guesses = [last_parts[name] for name in get_close_matches(last, last_parts, 1, _SIMILAR)]
-    guesses += [name for name in names if name.endswith(f".{last}")]  # in another section
+    of_others = [name for name in names if name.endswith(f".{last}")]  # in another section
+    guesses += get_close_matches(word, of_others, 1, 0.0)
     if not section or not of_section:  # in a known section the common beginning makes all names similar
         guesses += get_close_matches(word, names, 1, _SIMILAR)
     return next(iter(guesses), None)

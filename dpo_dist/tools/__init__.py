@@ -1,1 +1,1 @@
-"""Tools that look at data, models and runs: a folder for each verb; `shared` has code that several use."""
+"""Tools that look at data, models and runs: a folder for each verb; the others have what several use."""

@@ -461,7 +461,8 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
             finish(run, completed, recorder, finished.summary)
     else:
         complete_mirror(run)
-    run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    report = f", report {folder.report}" if folder.report.exists() else ""
+    run.say(f"{folder} is complete: model {folder.model}{report}")
     metrics_function = environment.get("metrics_function")
     former = folder.environment.read_text() if folder.environment.exists() else ""
     if metrics_function is not None and json.dumps(metrics_function) not in former:

@@ -75,7 +75,7 @@ class ModelSlices:
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tensors of all slices, in their order."""
-        return [*itertools.chain(*(piece.parts.values() for piece in self.slices))]
+        return [tensor for piece in self.slices for tensor in piece.parts.values()]
 
     @property
     def bytes(self) -> int:

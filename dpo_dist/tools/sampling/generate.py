@@ -111,7 +111,7 @@ def may_mix_lengths(
     is_synchronised: bool = False,
 ) -> bool:
     """Return whether the prompts of a batch may have different lengths (see `can_mix_lengths`)."""
-    images = list(itertools.chain.from_iterable(request.images for request in requests))
+    images = [image for request in requests for image in request.images]
     can_mix = can_mix_lengths(
         causal_lm, device, min(stop_ids), images, agree, is_synchronised=is_synchronised
     )

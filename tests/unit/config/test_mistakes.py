@@ -394,3 +394,8 @@ def test_paths_need_no_quotes() -> None:
     config = configured("'data.train=[~/x, a=b, modèle, data/*.jsonl]' model.path=~/x")
     assert [source.path for source in config.data.train] == ["~/x", "a=b", "modèle", "data/*.jsonl"]
     assert config.model.path == "~/x"
+
+
+@pytest.mark.parametrize("typed", ["sampling.judge.model=x", "samp.endpoint.model=x"])
+def test_of_keys_with_one_last_part_the_nearest_is_named(typed: str) -> None:
+    assert "sampling.endpoint.model" in error_of(typed).remedy
