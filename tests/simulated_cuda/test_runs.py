@@ -46,7 +46,7 @@ WAYS = {
             "model.gradient_checkpointing=full",
         ),
         (1, "kind=zero2 offload_optimizer=cpu", f"reference.mode=live {ACTIVATIONS}"),
-        (2, "kind=zero3 sequence_parallel=2", "reference.mode=live reference.offload=cpu"),
+        (2, "kind=zero3 sequence_parallel=2 shard_size=1", "reference.mode=live reference.offload=cpu"),
     ),
     "lora": ((2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),),
     "rows": ((1, "kind=ddp", ""),),  # the policy's are padded, the reference computes them one by one
