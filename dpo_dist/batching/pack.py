@@ -184,7 +184,7 @@ def pack(
     if any(example.trained for example in examples):
         mask = np.concatenate([*itertools.chain.from_iterable(example.masks for example in examples)])
     is_target = slice(None) if mask is None else mask
-    numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
+    numbers = np.repeat(np.arange(len(responses)), list(map(len, responses)))
     target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
     return PackedBatch(
         input_ids=_int64(np.concatenate([ids[row][shared:] for row, shared, _ in segments])),
@@ -243,7 +243,7 @@ def joined_inputs(images: Sequence[ImageInput]) -> dict[str, Tensor]:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Return tensors end to end, padded with 0 to one size, as a processor pads several images."""
-    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    largest = list(map(max, zip(*(part.shape[1:] for part in parts), strict=True)))
     padded = []
     for part in parts:
         ends: list[int] = []
@@ -287,7 +287,7 @@ class PaddedRows:
 
 def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
     """Return `batch` as rows, in the order of its responses; on any device, without a synchronization."""
-    lengths = np.array([len(row) for row in batch.rows])
+    lengths = np.array(list(map(len, batch.rows)))
     longest = int(lengths.max())
     # Added to a token's index in the concatenated rows, a shift gives its index in the padded rows.
     shifts = np.arange(len(lengths)) * longest - (np.cumsum(lengths) - lengths)

@@ -36,7 +36,7 @@ def prefix_tree(examples: Sequence[Example], costs: ComputeCosts | None) -> list
         rows += input_rows(example)
         prompts_of_rows += [len(example.prompt_ids)] * len(example.responses)
         is_first += [number == 0 for number in range(len(example.responses))]
-    tokens = np.array([len(row) for row in rows])
+    tokens = np.array(list(map(len, rows)))
     prompts = np.array(prompts_of_rows)
     plain = np.where(is_first, 0, prompts)
     order = np.arange(len(rows))

@@ -46,7 +46,7 @@ class BatchSampler:
     @property
     def pairs_per_epoch(self) -> int:
         """Number of examples drawn in one epoch, by the weights of the sources."""
-        return sum(_draws(span) for span in self.spans)
+        return sum(map(_draws, self.spans))
 
     def indices(self, step: int) -> Indices:
         """Return the dataset indices of the global batch of `step` (0-based), int64 [pairs]."""
@@ -91,7 +91,7 @@ def make_sampler(spans: Sequence[SourceSpan], config: TrainerConfig) -> BatchSam
                 expected="at least one pair an epoch",
                 remedy="raise the weight, or remove the source",
             )
-    per_epoch = sum(_draws(span) for span in spans)
+    per_epoch = sum(map(_draws, spans))
     total = round(config.epochs * per_epoch)
     if config.max_steps is not None:
         total = config.max_steps * config.global_batch_pairs

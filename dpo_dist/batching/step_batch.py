@@ -144,8 +144,10 @@ def shard_batch(
     if which is not None:
         responses = chosen + which
         counts = np.ones_like(counts)
-    weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
-    weights = None if weights is None or not weights.any() else weights
+    weights = None
+    column = dataset.numbers.get("loss_weight")
+    if column is not None and column[indices].any():
+        weights = column[indices]
     # Every rank plans the whole batch: that takes milliseconds, and to be sent a plan would be one more wait.
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)

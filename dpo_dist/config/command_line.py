@@ -26,6 +26,7 @@ from dpo_dist.config.keys import (
     run_keys,
     section_meanings,
     strip_indices,
+    to_choose,
     verb_keys,
 )
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
@@ -126,7 +127,8 @@ def _is_value_of(option: str, word: str) -> bool:
 def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
     name, equals, value = word.partition("=")
     where = Typed(word, *values)
-    values = [value] if equals else values
+    if equals:
+        values = [value]
     key = name.lstrip("-").replace("-", "_")
     value = "".join(values[:1])
     if len(values) > 1:
@@ -207,8 +209,10 @@ def _without_defaults(value: Any) -> Any:
     defaults = asdict(SourceConfig(path="-")).items()
     entries = []
     for entry in value:
-        is_source = isinstance(entry, dict)
-        entries.append(dict(item for item in entry.items() if item not in defaults) if is_source else entry)
+        if isinstance(entry, dict):
+            entries.append(dict(item for item in entry.items() if item not in defaults))
+        else:
+            entries.append(entry)
     return entries
 
 
@@ -257,8 +261,10 @@ def explain(key: str, folders: Sequence[Path]) -> str:
     below = list[Key]()
     for row in key_rows():
         full = row.name.replace("[]", "")
-        if is_within(full, name):
-            (here if full == name else below).append(row)
+        if full == name:
+            here.append(row)
+        elif is_within(full, name):
+            below.append(row)
     presets = preset_names(name, folders) if re.fullmatch(r"\w+", name) else []
     if not (here or below or presets):
         raise unknown_key(name)
@@ -269,19 +275,20 @@ def explain(key: str, folders: Sequence[Path]) -> str:
         options = [(row.name, f"{row.meaning} ({row.default_words or 'must be set'})") for row in below]
         lines += ["", f"keys of {name} (default):", *_columns(options)]
     if presets:
-        lines += ["", f"presets: {'+' if name == 'experiment' else ''}{name}={'|'.join(presets)}"]
+        lines += ["", f"presets: {to_choose(name, '|'.join(presets))}"]
     return "\n".join(lines) + "\n"
 
 
 def _facts(row: Key) -> list[str]:
-    part = "part of the run's digest: another value is another run"
-    free = "not part of the run's digest: a run can be resumed with another value"
+    digest = "not part of the run's digest: a run can be resumed with another value"
+    if row.defines_result:
+        digest = "part of the run's digest: another value is another run"
     facts = {
         "meaning": row.meaning,
         "type": row.type_words,
         "default": row.default_words or "none, it must be set",
         "verbs": ", ".join(row.verbs),
-        "digest": part if row.defines_result else free,
+        "digest": digest,
     }
     declaring = [kind for kind in KINDS if KINDS[kind].options is row.declared_in]
     if declaring:
@@ -425,7 +432,7 @@ def file_schema(folders: Sequence[Path]) -> dict[str, Any]:
     for section, value in sections.items():
         names = preset_names(section, folders)
         # YAML of version 1.1 reads a bare `off` as false; null is a section without keys.
-        presets: list[Any] = [*names, *([False] if "off" in names else []), None]
+        presets: list[Any] = [*names, *[False] * ("off" in names), None]
         schema["properties"][section] = {"anyOf": [value, {"enum": presets}]}
     schema["properties"]["defaults"] = {"type": ["array", "string"], "description": "Presets, as in Hydra."}
     schema["patternProperties"] = {r"^loss\.options(\.|$)": {}}

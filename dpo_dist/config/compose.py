@@ -262,7 +262,8 @@ class Composition:
             layers, wrong = self._read(Path(file), file)
             self._files += layers
             self.mistakes += wrong
-        self._files += [] if saved is None else [_Layer("config.yaml", {}, dict(saved))]
+        if saved is not None:
+            self._files.append(_Layer("config.yaml", {}, dict(saved)))
         self._files.append(_Layer(COMMAND_LINE, presets, {}))
 
     def _read(self, file: Path, name: str, group: str = "experiment") -> _Read:
@@ -318,7 +319,9 @@ class Composition:
                 below, wrong = self._read(file, f"{place}/{preset}.yaml", place)
                 layers += below
                 mistakes += wrong
-        return layers if ("", "_self_") in choices else [*layers, last], mistakes
+        if ("", "_self_") not in choices:
+            layers.append(last)
+        return layers, mistakes
 
     def _keys_in(self, file: Path) -> dict[str, Any]:
         if file not in self._cache:

@@ -113,15 +113,18 @@ def title(config: Any, run_dir: Path) -> str:
     Example: `qwen7b ipo beta=0.1 lr=1e-06 1a2b3c4d`, in the run directory qwen7b-1a2b3c4d.
     """
     digest = config.identity.digest
-    is_default = run_dir.name == f"{config.run.name}-{digest}"
-    parts = [config.run.name if is_default else run_dir.name, "+".join(config.loss.kinds)]
+    parts = [run_dir.name, "+".join(config.loss.kinds)]
     if config.loss.uses("beta"):
         parts.append(f"beta={config.loss.beta:g}")
     parts.append(f"lr={config.optim.lr:g}")
     adapter = config.model.adapter
-    if adapter is not None:
-        new = f"{adapter.variant} r={adapter.r}"
-        parts.append(new if adapter.path is None else f"continues {adapter.path}")
+    if adapter is not None and adapter.path is not None:
+        parts.append(f"continues {adapter.path}")
+    elif adapter is not None:
+        parts.append(f"{adapter.variant} r={adapter.r}")
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
-    return " ".join([*parts, digest] if is_default else parts)
+    if run_dir.name == f"{config.run.name}-{digest}":
+        parts[0] = config.run.name
+        parts.append(digest)
+    return " ".join(parts)

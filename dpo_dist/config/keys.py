@@ -150,6 +150,12 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
     return sorted(names)
 
 
+def to_choose(group: str, preset: str) -> str:
+    """Return the word that chooses a preset: `loss=ipo`, `+experiment=quickstart`."""
+    plus = "+" if group == "experiment" else ""
+    return f"{plus}{group}={preset}"
+
+
 def is_within(key: str, above: str) -> bool:
     """Return whether `key` is `above` or below it."""
     return key == above or key.startswith((f"{above}.", f"{above}["))
@@ -164,8 +170,11 @@ def to_unset(key: str) -> str:
 @cache
 def readers(name: str) -> list[str]:
     """Return the verbs that read a key, or any key of a section."""
-    rows = [row for key, row in all_keys().items() if is_within(key, name)]
-    return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
+    verbs = set[str]()
+    for key, row in all_keys().items():
+        if is_within(key, name):
+            verbs.update(row.verbs)
+    return [verb for verb in EVERY_VERB.split() if verb in verbs]
 
 
 def verb_keys(verb: str, *, trains: bool = False) -> list[str]:

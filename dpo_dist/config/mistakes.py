@@ -27,6 +27,7 @@ from dpo_dist.config.keys import (
     presets_of,
     run_keys,
     strip_indices,
+    to_choose,
     verb_keys,
 )
 from dpo_dist.config.losses import NO_OPTION, kinds_using
@@ -82,8 +83,10 @@ def _likely_values(value: Any) -> list[str]:
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
     switch = str(value).lower()
-    if switch in (*ON, *OFF):
-        return ["true" if switch in ON else "false"]
+    if switch in ON:
+        return ["true"]
+    if switch in OFF:
+        return ["false"]
     if not isinstance(value, str):
         return []
     counted = re.fullmatch(r"(\d*\.?\d+) ?([kKmM])", value)
@@ -177,11 +180,13 @@ def _with_key(words: Sequence[str], verb: str) -> str:
         return "a size is no model: write model.path=ORG/NAME"
     keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
     lists = {key for key in keys if get_origin(run_keys()[key]) is list}
-    if lists and all(_DATA_FILE.search(word) for word in words):
+    if lists and all(map(_DATA_FILE.search, words)):
         keys = tuple(key for key in keys if key in lists)
-    forms = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
     lead = "write the key too:"
-    accepted = [word for word in forms if word]
+    accepted = list[str]()
+    for key in keys:
+        value = f"[{','.join(words)}]" if key in lists else first
+        accepted += filter(None, [assignment(key, value)])
     if accepted:
         return to_write_one_of(accepted, lead=lead)
     return f"{lead} {' or '.join(f'{key}=...' for key in keys)}"
@@ -193,11 +198,10 @@ def _presets_named(name: str, verb: str, is_size: bool) -> list[str]:
     ending = f"_{name.lower().replace('.', '_')}"
     words = []
     for group, presets in presets_of(keys, group_folders()).items():
-        plus = "+" if group == "experiment" else ""
         for preset in presets:
-            is_model_of_size = is_size and group == "model"
-            if preset.endswith(ending) if is_model_of_size else preset == name:
-                words.append(f"{plus}{group}={preset}")
+            is_model_of_size = is_size and group == "model" and preset.endswith(ending)
+            if is_model_of_size or preset == name:
+                words.append(to_choose(group, preset))
     return words
 
 
@@ -275,9 +279,12 @@ def as_tree(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def fits(key: str, value: Any) -> bool:
     """Return whether a key accepts a value."""
+    values = {key: value}
     kinds = kinds_using(key.removeprefix("loss."))
+    if kinds:
+        values["loss.kind"] = kinds[0]
     try:
-        SCHEMA.validate_python(as_tree({key: value, "loss.kind": kinds[0]} if kinds else {key: value}))
+        SCHEMA.validate_python(as_tree(values))
     except ValidationError as error:
         return not any(_key_at(detail["loc"]).startswith(key) for detail in error.errors())
     return True
@@ -309,7 +316,8 @@ def _instead_of_key(raw_key: str, value: str) -> str:
     # A key of a list's entries: `data.train.path=a` -> 'data.train=[{path: a}]'; `{file: a}` -> path: a.
     if mapping and key in valid_keys:
         before = "" if key == valid_keys[0] else f"{valid_keys[0].rpartition('.')[2]}: ..., "
-        value = "" if is_entry else value  # the word would take the place of all entries
+        if is_entry:  # the word would take the place of all entries
+            value = ""
         word = f"{list_key}=[{{{before}{name}: {value or '...'}}}]"
         return f"write this key inside an entry: '{word}'"
     if is_entry:
@@ -368,17 +376,20 @@ def _instead_of_mistyped(key: str, valid_keys: Collection[str], value: str) -> s
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     presets = preset_names(group, folders)
-    plus = "+" if group == "experiment" else ""
     remedy = advice().find_advice(group, choice)
-    guess = likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, presets)
+    name = choice
+    if choice.endswith((".yaml", ".yml")):
+        name = Path(choice).stem
+    guess = likely_name(name, presets)
     if not remedy and guess:
-        remedy = _did_you_mean(f"{plus}{group}={guess}")
+        remedy = _did_you_mean(to_choose(group, guess))
     elif not remedy and group in _PRESET_PATHS:
         keys = filter(run_keys().__contains__, _PRESET_PATHS[group])
         words = filter(None, [assignment(key, choice) for key in keys])
         remedy = to_write_one_of(list(words), lead="a path is no preset: write")
     elif not remedy:
-        remedy = f"write {plus}{group}={presets[0] if len(presets) == 1 else 'NAME'}"
+        only = presets[0] if len(presets) == 1 else "NAME"
+        remedy = f"write {to_choose(group, only)}"
         if group == "experiment":
             remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(
@@ -403,15 +414,10 @@ def composition_error(error: Exception, folders: Sequence[Path], word: str = "")
     if isinstance(error, OSError) and error.strerror:
         path = word or str(error.filename)
         similar = similar_path(Path(path))
-        is_meant = similar is not None and similar.suffix in (".yaml", ".yml")
-        return ConfigError(
-            "this file cannot be read",
-            where=path,
-            got=error.strerror,
-            remedy=f"did you mean {similar}?"
-            if is_meant
-            else "check the path, which is relative to the working directory",
-        )
+        remedy = "check the path, which is relative to the working directory"
+        if similar is not None and similar.suffix in (".yaml", ".yml"):
+            remedy = f"did you mean {similar}?"
+        return ConfigError("this file cannot be read", where=path, got=error.strerror, remedy=remedy)
     where = "command line, or a file that it names"
     got = str(error).partition("full_key:")[0]
     if isinstance(error, yaml.MarkedYAMLError):
@@ -493,7 +499,8 @@ def _no_option(place: str, name: str, detail: ErrorDetails, origin: Callable[[st
         if place == "loss.options" and isinstance(origin(key), InFile):
             remedy = "set loss.options=null"
         remedy += f", or choose a loss that uses it: {', '.join(sorted(users))}"
-        remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
+        if place == "loss.options":
+            remedy += "; loss=NAME replaces all options of the loss"
         message = f"{key} has no effect with this {kind_key}"
         where = f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
@@ -515,7 +522,7 @@ def _in_a_term(option: str, value: str, terms: Iterable[Any] = ()) -> str:
     """Return the remedy that gives an option of one loss to its entry of `loss.terms`."""
     users = kinds_using(f"options.{option}")
     kinds = [term.get("kind") if isinstance(term, dict) else term for term in terms]
-    kind = next((kind for kind in users if kind in kinds), users[0] if users else "...")
+    kind = [*filter(kinds.__contains__, users), *users, "..."][0]
     return f"write the entry {{kind: {kind}, options: {{{option}: {value}}}}}"
 
 

@@ -57,10 +57,7 @@ class Rule:
 
     def error(self, config: RunConfig) -> ConfigError:
         """Return the error of a configuration that breaks it."""
-        values = [
-            "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key))
-            for key in self._named()
-        ]
+        values = [as_written(value_at(config, key)) for key in self._named()]
         remedy = self.remedy(config) if callable(self.remedy) else self.remedy
         why = self.why.format(**vars(config))
         return ConfigError(why, where=", ".join(self.keys(config)), got=", ".join(values), remedy=remedy)
@@ -69,7 +66,7 @@ class Rule:
 def _holds(config: RunConfig, part: str) -> bool:
     key, equals, values = part.partition("=")
     value = value_at(config, key.rstrip("!"))
-    is_listed = as_written(value) in values.split("|") if equals else True
+    is_listed = not equals or as_written(value) in values.split("|")
     return is_listed is not key.endswith("!")
 
 
@@ -126,7 +123,7 @@ def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
 def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
     """Return the value of a key; `absent` for a key of a section that is null, such as `model.adapter`."""
     if key == LOSS:  # named for the error only: `also` says which losses break the rule
-        return None
+        return "+".join(config.loss.kinds)
     *sections, name = key.split(".")
     section = reduce(getattr, sections, config)
     return absent if section is None else getattr(section, name)

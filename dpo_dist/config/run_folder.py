@@ -153,12 +153,15 @@ class RunFolder:
 
 def check_writable(folder: Path, key: str = "run.dir") -> None:
     """Raise ConfigError if a folder, which `key` names, cannot be made or written; create nothing."""
-    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    above = next(filter(os.path.lexists, (folder, *folder.absolute().parents)))
     if not above.is_dir() or not os.access(above, os.W_OK):
+        got = str(above)
+        if not above.is_dir():
+            got = f"{folder}: {above} is not a folder"
         raise ConfigError(
             f"{key} cannot be written",
             where=key,
-            got=f"{folder}: {above} is not a folder" if not above.is_dir() else str(above),
+            got=got,
             expected="a folder that exists or can be created, with write permission",
             remedy=f"set {key} to another folder, or make this one writable",
         )
@@ -179,12 +182,15 @@ def existing_run(path: Path) -> RunFolder:
     above = [str(parent) for parent in path.parents if (parent / "config.yaml").is_file()]
     if above:
         nearest = above[:1]  # `path` is inside a run: its model, a checkpoint or a page
+    remedy = "name the run.dir of a run"
+    if nearest:
+        remedy = f"name one run, such as {' or '.join(nearest)}"
     raise ConfigError(
         "this is no run directory",
         where=str(path),
         got="a folder without a run" if path.exists() else "no such folder",
         expected="a folder with config.yaml, which a run writes before its first step",
-        remedy=f"name one run, such as {' or '.join(nearest)}" if nearest else "name the run.dir of a run",
+        remedy=remedy,
     )
 
 

@@ -281,13 +281,14 @@ class DataCounts:
         different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
         for example in self.examples:
             different.setdefault(example.why, example)
+        expected = f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)"
+        if is_unread:
+            expected = "a verdict that is read in each record"
         raise DataError(
             f"{dropped} of {first}{self.read} records cannot be used",
             where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
             got=f"{self.read} records{rest}; dropped: {reasons}",
-            expected="a verdict that is read in each record"
-            if is_unread
-            else f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
+            expected=expected,
             remedy=remedy,
         )
 
@@ -311,24 +312,29 @@ class DataCounts:
         if self.kept:
             return
         left = self.changed[LEFT_IN_TRAIN]
-        remedy: str = "raise data.eval_share" if left else "lower data.eval_share"
+        if left:
+            message = "the split has no evaluation data"
+            where = "data.eval_share"
+            remedy = "raise data.eval_share"
+        else:
+            message = "no training data are left"
+            where = "data.train"
+            remedy = "lower data.eval_share"
         if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
             remedy = "set data.drop_eval_prompts=false, or name other sources in data.eval"
-        raise DataError(
-            "the split has no evaluation data" if left else "no training data are left",
-            where="data.eval_share" if left else "data.train",
-            got=f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part",
-            remedy=remedy,
-        )
+        got = f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part"
+        raise DataError(message, where=where, got=got, remedy=remedy)
 
 
 def counts_in_one_line(counts: Mapping[str, int]) -> str:
     """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty if none."""
-    return ", ".join(
-        f"{number:,} {name}" + (f" ({in_words(name)})" if name in _ROWS else "")
-        for name, number in sorted(counts.items())
-        if number
-    )
+    words = list[str]()
+    for name, number in sorted(counts.items()):
+        if number and name in _ROWS:
+            words.append(f"{number:,} {name} ({in_words(name)})")
+        elif number:
+            words.append(f"{number:,} {name}")
+    return ", ".join(words)
 
 
 def named_in_one_line(names: Iterable[str]) -> str:
@@ -439,7 +445,9 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> str:
             "messages (role and content): let a reader of the source return them"
         )
     images = _column("images", fields)
-    return _source_with(guessed | ({"images": images} if images else {}), path, config)
+    if images:
+        guessed["images"] = images
+    return _source_with(guessed, path, config)
 
 
 def _with_reader(path: str, config: DataConfig, fields: Sequence[str]) -> str:
@@ -467,18 +475,21 @@ def _source_with(
     With a `reader`, and `without` some of the columns that the source has.
     """
     usual = asdict(SourceConfig(path="-"))
-    new_columns = {field: None if name == "null" else name or "COLUMN" for field, name in columns.items()}
-    added = {"reader": reader} if reader else {}
-    for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
+    fields: dict[str, Any] = {"path": path}
+    form = "write the source as {}"
+    for key, sources in (("data.eval", config.eval), ("data.train", config.train)):
         if [each.path for each in sources] == [path]:
             fields = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
-            old_columns = fields.pop("columns", None) or {}
-            old_columns = {name: place for name, place in old_columns.items() if name not in without}
-            all_columns = old_columns | new_columns
-            source = as_written(fields | added | ({"columns": all_columns} if all_columns else {}))
-            return f"write '{key}=[{source}]'"
-    source = as_written({"path": path, **added, **({"columns": new_columns} if new_columns else {})})
-    return f"write the source as {source}"
+            form = f"write '{key}=[{{}}]'"
+    old_columns = fields.pop("columns", None) or {}
+    all_columns = {name: place for name, place in old_columns.items() if name not in without}
+    for column, name in columns.items():
+        all_columns[column] = None if name == "null" else name or "COLUMN"
+    if reader:
+        fields["reader"] = reader
+    if all_columns:
+        fields["columns"] = all_columns
+    return form.format(as_written(fields))
 
 
 def _column(field: str, columns: Iterable[str]) -> str | None:

@@ -203,7 +203,9 @@ def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[st
     if "empty_thoughts" in names:
         parts += [(marks.tags[0], marks.empty_start) for marks in thoughts.values()]
     markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
-    for first, last in [*markers, *(thoughts if "thoughts" in names else ())]:
+    if "thoughts" in names:
+        markers += thoughts
+    for first, last in markers:
         spaces = r"\s*" if (first, last) in thoughts else ""
         parts.append((first, re.compile(rf"(?s){re.escape(first)}.*?(?:{re.escape(last)}{spaces}|\Z)")))
     return parts
@@ -358,11 +360,11 @@ def encode_record(
     if isinstance(encoded, BadRecord):
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)
-    numbers = {**NUMBERS, **record.numbers}
+    numbers = list({**NUMBERS, **record.numbers}.values())
     return EncodedRecord(
         encoded,
-        ranks=[[used.index(index) for index in example] for example in ranks],
+        ranks=[list(map(used.index, example)) for example in ranks],
         scores=[scores[index] for index in used],
         ties=ties,
-        numbers=list(numbers.values()) if record.numbers else [],
+        numbers=numbers if record.numbers else [],
     )

@@ -295,7 +295,9 @@ def _with_context(
     tools = _tools(record)
     arguments = _template_arguments(record)
     is_chat = bool(before) or any(name in record for name in _OF_CHATS)
-    return (*before, *turns) if is_chat else prompt, tools, arguments
+    if is_chat:
+        prompt = (*before, *turns)
+    return prompt, tools, arguments
 
 
 def _check_nothing_is_lost(

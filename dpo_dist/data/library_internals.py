@@ -59,5 +59,5 @@ def make_processor(folder: Path, kind: Any, parts: Mapping[str, Any]) -> Any:
     accept = {"check_argument_for_proper_class": lambda *_arguments: object}
     without_check: Any = type(kind.__name__, (kind,), accept)
     parameters, _ = without_check.get_processor_dict(folder)
-    arguments = [parts.get(name) for name in without_check.get_attributes()]
+    arguments = list(map(parts.get, without_check.get_attributes()))
     return without_check.from_args_and_dict(arguments, parameters)

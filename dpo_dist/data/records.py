@@ -184,7 +184,7 @@ class PreferenceRecord:
         """Return tools and template arguments as values for JSON, if the record has any."""
         fields: dict[str, Any] = {}
         if self.tools:
-            fields["tools"] = [dict(tool) for tool in self.tools]
+            fields["tools"] = list(map(dict, self.tools))
         if self.template_arguments:
             fields["chat_template_kwargs"] = dict(self.template_arguments)
         return fields
@@ -219,7 +219,7 @@ class BadRecord:
         columns = [column for column in self.source_columns if column[1] != "null"]
         if columns:
             details.append(f"set columns: {{{', '.join(map(': '.join, columns))}}}")
-        return self.reason + (f" ({'; '.join(details)})" if details else "")
+        return f"{self.reason} ({'; '.join(details)})" if details else self.reason
 
     def __str__(self) -> str:
         return f"{self.origin} {self.why}"
@@ -293,11 +293,10 @@ class ImageFile:
                     content = stream.read(MAX_RECORD_BYTES + 1)
         except (OSError, ValueError, RuntimeError) as fault:  # RuntimeError: links in a circle
             raise UnusableRecordError("image_unreadable", f"{type(fault).__name__} for its file") from fault
-        if not 0 < len(content) <= MAX_RECORD_BYTES:
-            detail = (
-                f"a file of {len(content):,} bytes" if not content else f"over {MAX_RECORD_BYTES:,} bytes"
-            )
-            raise UnusableRecordError("image_unreadable", detail)
+        if not content:
+            raise UnusableRecordError("image_unreadable", "a file of 0 bytes")
+        if len(content) > MAX_RECORD_BYTES:
+            raise UnusableRecordError("image_unreadable", f"over {MAX_RECORD_BYTES:,} bytes")
         return content
 
     @cached_property
@@ -398,10 +397,12 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
 
 def parts_of(content: str) -> list[Fields]:
     """Return a content as parts: texts, and places of images."""
-    first, *others = content.split(IMAGE)
-    parts: list[Fields] = [{"type": "text", "text": first}] if first or not others else []
-    for text in others:
-        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    parts: list[Fields] = []
+    for number, text in enumerate(content.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if text or not content:
+            parts.append({"type": "text", "text": text})
     return parts
 
 
@@ -494,9 +495,13 @@ class Part:
     @property
     def identity(self) -> list[str]:
         """A text for each property that selects records; empty if all records belong to this part."""
-        split = [f"{'eval' if self.is_eval else 'train'} {self.share!r}"] if self.share else []
-        held_out = [] if self.held_out is None else [hashlib.blake2b(self.held_out.tobytes()).hexdigest()]
-        return split + held_out
+        texts = list[str]()
+        if self.share:
+            name = "eval" if self.is_eval else "train"
+            texts.append(f"{name} {self.share!r}")
+        if self.held_out is not None:
+            texts.append(hashlib.blake2b(self.held_out.tobytes()).hexdigest())
+        return texts
 
     def has(self, prompt: int) -> bool:
         """Return whether records with this `prompt_hash` belong to this part."""

@@ -112,7 +112,9 @@ class Preparation:
         processor = self.processor
         template = ChatTemplate(tokenizer, config.chat_template)
         template.check_arguments(config.template_arguments or ())
-        digest = self.digest + (processor.settings.hex() if processor is not None else "")
+        digest = self.digest
+        if processor is not None:
+            digest += processor.settings.hex()
         digest = text_digest(digest + (template.text() or ""))
         cache = Path(config.cache)
         remove_abandoned(cache)
@@ -138,13 +140,15 @@ class Preparation:
         """
         parts = []
         for each in planned:
+            number = 0
             try:
-                parts.append(0 if each.is_encoded else self._encode(each, share))
+                if not each.is_encoded:
+                    number = self._encode(each, share)
             except DpoDistError:
                 # Perhaps another job has joined the source, and removed the copies.
                 if not is_whole(each.target):
                     raise
-                parts.append(0)
+            parts.append(number)
         return parts
 
     def join(
@@ -375,7 +379,7 @@ def _row_values(record: EncodedRecord) -> dict[str, Any]:
 
 def _identities(source: DataSource) -> list[str]:
     """Return the identities of local files; others are copies of what the pinned source names."""
-    return [file_identity(file) for file in source.files() or ()]
+    return list(map(file_identity, source.files() or ()))
 
 
 def _fingerprint(source: DataSource, config: DataConfig, digest: str, part: Part) -> str:

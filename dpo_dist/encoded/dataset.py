@@ -152,12 +152,12 @@ class PreferenceDataset:
     def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
         """Return the index in `labels` of each example's label, int64; the dataset has several labels."""
         sources = np.searchsorted(np.cumsum(self.source_pairs), indices, side="right")
-        return np.array([self.labels.index(label) for label in self.source_labels], dtype=np.int64)[sources]
+        return np.array(list(map(self.labels.index, self.source_labels)), dtype=np.int64)[sources]
 
     def lengths(self, index: int) -> list[int]:
         """Return the tokens of an example's pieces: prompt, response, response, ..."""
         first, stop = self._pieces(index)
-        return [int(tokens) for tokens in self.piece_tokens[first:stop]]
+        return list(map(int, self.piece_tokens[first:stop]))
 
     def example(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Example:
         """Return the token ids of an example, or of `which` of its responses; `masked`: with their masks.
@@ -169,7 +169,8 @@ class PreferenceDataset:
         pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
         masks = self.masks(index) if masked else ()
-        which = range(len(responses)) if which is None else which
+        if which is None:
+            which = range(len(responses))
         images = () if self.images is None else self.images.in_prompt(index)
         return Example(
             prompt,
@@ -212,12 +213,13 @@ class PreferenceDataset:
         if sum(lengths) == counts.sum():
             return ()
         starts = map(int, self.mask_starts[within.start : within.stop])
-        return tuple(
-            np.ones(tokens, dtype=np.bool_)
-            if trained == tokens
-            else np.asarray(self.trained[start : start + tokens])
-            for start, tokens, trained in zip(starts, lengths, counts, strict=True)
-        )
+        masks = list[Mask]()
+        for start, tokens, trained in zip(starts, lengths, counts, strict=True):
+            if trained == tokens:
+                masks.append(np.ones(tokens, dtype=np.bool_))
+            else:
+                masks.append(np.asarray(self.trained[start : start + tokens]))
+        return tuple(masks)
 
     def sizes(
         self,
@@ -300,9 +302,12 @@ class PreferenceDataset:
 
         Raises DataError: the token ids do not have these keys.
         """
-        selected = None if which is None else [which]
-        ranges = map(self.response_range, indices)
-        keys: Keys = self.keys[np.concatenate([r if which is None else r[which : which + 1] for r in ranges])]
+        selected = None
+        ranges = list(map(self.response_range, indices))
+        if which is not None:
+            selected = [which]
+            ranges = [responses[which : which + 1] for responses in ranges]
+        keys: Keys = self.keys[np.concatenate(ranges)]
         examples = [self.example(index, selected, masked=True) for index in indices]
         if not np.array_equal(response_keys(examples), keys):
             raise self.damaged_ids(indices)
@@ -390,7 +395,7 @@ def open_dataset(
         encoded=tuple(sources),
         numbers={name: arrays[NUMBER + name] for name in NUMBERS if NUMBER + name in arrays},
         images=images,
-        prefixes=Prefixes(*(arrays.pop(name) for name in PREFIX_COLUMNS)),
+        prefixes=Prefixes(*map(arrays.pop, PREFIX_COLUMNS)),
         columns_files=(file,),
         **{name: arrays[name] for name in DATASET_COLUMNS},
     )
@@ -513,7 +518,9 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         misfits = column != NUMBERS[name]
         if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
             kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
-            null = ", ".join(f"{each}: null" for each in (name, *(VOTES if name == "soft_label" else ())))
+            null = f"{name}: null"
+            if name == "soft_label":
+                null = ", ".join(f"{each}: null" for each in (name, *VOTES))
             remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:

@@ -109,7 +109,7 @@ def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:
     if 2 * shift > len(order):
         raise DataError(
             "kto needs for each record a response to another prompt, but most records have the same prompt",
-            where=str(dataset.origin(start)) if len(order) else "",
+            where=str(dataset.origin(start)),
             got=f"{shift} of {len(order)} records of this source have one prompt",
             remedy="join files of one kind, or set loss=apo_zero_unpaired, which needs no other response",
         )

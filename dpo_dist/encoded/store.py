@@ -243,12 +243,14 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
     records = source.table()
     if records is None or source.order(records) is not None:
         return
-    images = source.images() if has_images(records) else None
-    rows = [] if images is None else images.select(["digest", "tokens"]).to_pylist()
-    tokens = {image["digest"]: image["tokens"] for image in rows}
+    tokens = dict[bytes, int]()
+    images = source.images()
+    if images is not None:
+        tokens.update(zip(images["digest"].to_pylist(), images["tokens"].to_pylist(), strict=True))
     chunks = []
     for batch in records.select(["ids", "images"]).to_batches():
-        ids, digests = batch["ids"], batch["images"].flatten().to_pylist()
+        ids = batch["ids"]
+        digests = batch["images"].flatten().to_pylist()
         values = ids.values.to_numpy()
         if digests:  # else the ids are not copied
             values = values.copy()

@@ -318,10 +318,14 @@ class Console:
                 new = done - first[1]
                 share = done / total if total else None
                 amount = pluralize(done, unit) if total is None else f"{done:,} of {pluralize(total, unit)}"
-                parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
-                parts += [f"{new / seconds:,.0f} a second"] if new > seconds >= 1 else []
+                parts = [f"{title}: {amount}"]
+                if share is not None:
+                    parts.append(percent(share))
+                if new > seconds >= 1:
+                    parts.append(f"{new / seconds:,.0f} a second")
                 left = (total - done) * seconds / new if total and new and seconds >= 1 else None
-                parts += [f"{duration(left)} left"] if left else []
+                if left:
+                    parts.append(f"{duration(left)} left")
                 content = {"work": title, "unit": unit, "done": done, "total": total, "share": share}
                 self.show_progress({**content, "seconds_left": left}, ", ".join(parts))
 

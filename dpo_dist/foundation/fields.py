@@ -161,7 +161,7 @@ def describe_type(hint: Any) -> str:
 def choices(hint: Any) -> list[str]:
     """Return the names that a type enumerates; empty for other types."""
     if get_origin(hint) is Literal:
-        return [str(name) for name in get_args(hint)]
+        return list(map(str, get_args(hint)))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return [member.value for member in hint]
     if get_origin(hint) in (UnionType, Union):
@@ -179,7 +179,7 @@ def as_written(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_in_brackets(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(_in_brackets(item) for item in value) + "]"
+        return "[" + ", ".join(map(_in_brackets, value)) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):

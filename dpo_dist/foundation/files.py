@@ -343,7 +343,7 @@ def for_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [for_json(item) for item in value]
+        return list(map(for_json, value))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -388,4 +388,4 @@ def similar_path(path: Path) -> Path | None:
     """Return the file or folder beside a path that does not exist whose name is most like it, if any."""
     is_typed = path.parent.is_dir() and not os.path.lexists(path)
     names = [other.name for other in path.parent.iterdir()] if is_typed else []
-    return next((path.with_name(name) for name in get_close_matches(path.name, names, 1)), None)
+    return next(map(path.with_name, get_close_matches(path.name, names, 1)), None)

@@ -68,7 +68,7 @@ def printable(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """Return `text` with escapes in place of control characters, except line ends."""
-    return "\n".join(printable(line) for line in text.split("\n"))
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def print_line(text: str, to: TextIO | None = None) -> None:

@@ -98,20 +98,21 @@ def size(count: float) -> str:
 def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
     """Return one line per row, with aligned columns; the columns `numbers` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if at in numbers else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = list[str]()
+    for row in rows:
+        cells = list[str]()
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            cells.append(cell.rjust(width) if column in numbers else cell.ljust(width))
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def with_interval(value: float | None, ends: Sequence[float] | None, form: str) -> str:
     """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
     if value is None:
         return "-"
-    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+    text = f"{value:{form}}"
+    return f"{text} [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else text
 
 
 HIDDEN = "***"

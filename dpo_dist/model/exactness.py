@@ -82,14 +82,16 @@ class Rounding:
         """Return the log-probs that `score` computes with the model, and how far rounding moves them."""
         logps = score()
         noise = 0.0
-        is_float32 = _is_float32(causal_lm)
+        # Products with int8 weights may round their inputs to int8.
+        is_float32 = next(causal_lm.parameters()).dtype == torch.float32 and not _is_int8(causal_lm)
         if not is_float32:
             draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
             with rounded_once_more(causal_lm):
                 again = [score() for _ in range(draws)]
             noise = float(torch.stack([changes(each, logps).mean() for each in again]).mean())
         finite = logps[logps.isfinite()]
-        return logps, cls(is_float32, float(finite.std()) if len(finite) > 1 else 0.0, noise)
+        spread = float(finite.std()) if len(finite) > 1 else 0.0
+        return logps, cls(is_float32, spread, noise)
 
     @property
     def largest(self) -> float:
@@ -119,11 +121,6 @@ def changes(logps: Tensor, others: Tensor) -> Tensor:
 
 def _is_int8(model: nn.Module) -> bool:
     return any(weight.dtype == torch.int8 for weight in model.parameters())
-
-
-def _is_float32(model: nn.Module) -> bool:
-    # Products with int8 weights may round their inputs to int8.
-    return next(model.parameters()).dtype == torch.float32 and not _is_int8(model)
 
 
 # With these, every prefix that is not very short is shared.
@@ -468,9 +465,11 @@ def _candidates(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrang
         if can_share and model.can_pack(own_logits=False) and not is_alone:
             yield Arrangement.packed, False
         return
-    recorded = recorded_arrangement(model.causal_lm.config.get_text_config().model_type)
+    first = recorded_arrangement(model.causal_lm.config.get_text_config().model_type)
+    if is_alone:
+        first = Arrangement.single
     arrangements = list(Arrangement)
-    arrangements = arrangements[arrangements.index(Arrangement.single if is_alone else recorded) :]
+    arrangements = arrangements[arrangements.index(first) :]
     for own_logits in (False, True) if model.has_chunked_head else (True,):
         for arrangement in arrangements:
             if arrangement is not Arrangement.packed or model.can_pack(own_logits=own_logits):

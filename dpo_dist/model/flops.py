@@ -157,7 +157,9 @@ def patches_per_token(model_config: Any) -> float:
     parts = itertools.product((model_config, vision), _PATCHES_ON_A_SIDE)
     sides = [getattr(part, name, None) for part, name in parts]
     ratio = getattr(model_config, "downsample_ratio", None)  # InternVL's is 0.5 for two patches on a side
-    return float(next(filter(None, sides), 1 / ratio if ratio else 1)) ** 2
+    if ratio:
+        sides.append(1 / ratio)
+    return float(next(filter(None, sides), 1)) ** 2
 
 
 def recomputed_share(model: ModelConfig) -> float:

@@ -64,7 +64,7 @@ def extend(
     """
     rows = [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts]
     ids = pad_sequence(rows, True, filler, padding_side="left").to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
+    mask = pad_sequence(list(map(torch.ones_like, rows)), True, padding_side="left")
 
     def end(ids: Tensor, *_: Any) -> Tensor:
         return torch.full((len(ids),), must_end(), device=ids.device)
@@ -201,7 +201,7 @@ class _Check:
     def _fault(self, rows: Sequence[Example]) -> str:
         """Return how much the log-probs of some row differ in this batch; empty if rounding explains it."""
         plain, rounding = Rounding.measured(
-            self._causal_lm, lambda: torch.stack([self._plain(row) for row in rows])
+            self._causal_lm, lambda: torch.stack(list(map(self._plain, rows)))
         )
         if plain.isnan().any():
             raise NotFiniteError

@@ -148,9 +148,8 @@ class EncodedImages:
             first = np.searchsorted(ends, np.count_nonzero(before == self.reader.token), side="right")
             order += images[int(first) :]
         inputs = self._features(order)
-        positions = self._row_positions if inputs else None
-        if positions is not None:
-            own = torch.cat([positions[row][shared:] for row, shared, _ in self.segments])
+        if inputs and self._row_positions is not None:
+            own = torch.cat([self._row_positions[row][shared:] for row, shared, _ in self.segments])
             inputs["position_ids"] = copy_to_device(device, own.T.numpy())[:, None]
         return inputs
 
@@ -230,4 +229,4 @@ class EncodedImages:
 
 def _flat(value: Any) -> Tensor:
     """Return features [tokens, width] from those of each image or tile, or of a batch of them."""
-    return value.flatten(0, -2) if isinstance(value, Tensor) else torch.cat([_flat(part) for part in value])
+    return value.flatten(0, -2) if isinstance(value, Tensor) else torch.cat(list(map(_flat, value)))

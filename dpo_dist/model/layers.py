@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -223,7 +223,8 @@ def text_notes(causal_lm: Any) -> list[str]:
         notes.append(f"images are read by {names}: {number:,} of {total:,} weights are trained")
     if dropped:
         note = "the model also reads images or sounds: only its text part is scored or trained; "
-        note = "the model also reads sounds, which the data do not have; " if of_images else note
+        if of_images:
+            note = "the model also reads sounds, which the data do not have; "
         note += "the other parts are not in memory, and the result has them as in the model's files"
         notes.append(f"{note}: {', '.join(sorted(dropped))}")
     return notes
@@ -363,8 +364,12 @@ def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
         has_equal_parts = any(map(_is_list_of_equals, module.children()))
         if hasattr(module, "compress_rate") or (has_equal_parts and module in inside):
             names.append(name)
-    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return [causal_lm.get_submodule(name) for name in outer]
+    return list(map(causal_lm.get_submodule, outermost(names)))
+
+
+def outermost(names: Collection[str]) -> list[str]:
+    """Return the names of modules that are not inside another one of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def shared_weights(causal_lm: nn.Module) -> set[nn.Parameter]:
@@ -376,8 +381,8 @@ def shared_weights(causal_lm: nn.Module) -> set[nn.Parameter]:
 def _is_list_of_equals(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return False
-    is_one_kind = len({type(part) for part in module}) == 1
-    return is_one_kind and any(True for _ in module.parameters())
+    is_one_kind = len(set(map(type, module))) == 1
+    return is_one_kind and next(module.parameters(), None) is not None
 
 
 def join_gradients(block: nn.Module) -> None:

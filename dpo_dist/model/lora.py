@@ -32,6 +32,7 @@ from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.layers import (
     image_modules,
     image_weights,
+    outermost,
     partly_used_blocks,
     text_part,
     without_gradient,
@@ -136,15 +137,16 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
         if fault:  # peft stopped at the first layer, so that those behind it differ, too
             refused = ["out_proj"] if "out_proj" in fault else list(_EXPERT_PROJECTIONS)
         names = [name for name in _last_parts(targets) if name not in refused]
-        names += [target for target in _targets(adapter) if any(_matches(name, target) for name in experts)]
+        names += [target for target in _targets(adapter) if _with_ending(experts, target)]
+        remedy = "name other layers"
+        if names:
+            remedy = to_write(f"model.adapter.target_modules=[{','.join(names)}]", verb="set")
         raise ConfigError(
             "for this architecture, peft would adapt other layers than the named ones",
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
             expected="no fused experts, and no out_proj of a state-space model",
-            remedy=to_write(f"model.adapter.target_modules=[{','.join(names)}]", verb="set")
-            if names
-            else "name other layers",
+            remedy=remedy,
         )
     return lora
 
@@ -300,7 +302,7 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     targets = _targets(adapter)
     experts = stacked_experts(causal_lm)
     for target in targets:
-        if target != _ALL_LINEAR and not any(_matches(name, target) for name in (*layers, *experts)):
+        if target != _ALL_LINEAR and not _with_ending([*layers, *experts], target):
             names = [_ALL_LINEAR, *_last_parts(layers), *dict.fromkeys(map(_short_name, experts))]
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model, nor stacked experts",
@@ -330,7 +332,8 @@ def check_rank(causal_lm: Any, adapter: AdapterConfig) -> None:
     sides |= {
         name: min(causal_lm.get_parameter(name).shape[1:]) for name in target_experts(causal_lm, adapter)
     }
-    highest = (max if _ALL_LINEAR in _targets(adapter) else min)(sides.values(), default=adapter.r)
+    extreme = max if _ALL_LINEAR in _targets(adapter) else min
+    highest = extreme(sides.values(), default=adapter.r)
     if adapter.r > highest:
         name = next(name for name, side in sides.items() if side == highest)
         raise ConfigError(
@@ -349,13 +352,17 @@ def target_experts(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     name, as in `experts.down_proj`, tell them apart.
     """
     linear = [name for name, module in causal_lm.named_modules() if _is_linear(module)]
-    targets = [target for target in _targets(adapter) if not any(_matches(name, target) for name in linear)]
-    return [name for name in stacked_experts(causal_lm) if any(_matches(name, each) for each in targets)]
+    stacks = stacked_experts(causal_lm)
+    selected: set[str] = set()
+    for target in _targets(adapter):
+        if not _with_ending(linear, target):
+            selected.update(_with_ending(stacks, target))
+    return [name for name in stacks if name in selected]
 
 
 def _first_of_text(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
     """Return the names that end with `ending`: the text model's, else those of image parts."""
-    matches = [name for name in names if _matches(name, ending)]
+    matches = _with_ending(names, ending)
     return [name for name in matches if name not in for_images] or matches
 
 
@@ -366,8 +373,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and not derived
 
 
-def _matches(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+def _with_ending(names: Iterable[str], ending: str) -> list[str]:
+    """Return the names whose last parts are `ending`."""
+    return [name for name in names if f".{name}".endswith(f".{ending}")]
 
 
 def find_modules(causal_lm: Any, endings: list[str]) -> list[str]:
@@ -386,7 +394,7 @@ def find_modules(causal_lm: Any, endings: list[str]) -> list[str]:
         if is_leaf and weights and all(weight.is_floating_point() for weight in weights):
             plain.append(name)
     for ending in endings:
-        if not any(_matches(name, ending) for name in plain):
+        if not _with_ending(plain, ending):
             raise ConfigError(
                 "this model has no such module to train in full",
                 where=_SAVED_KEY,
@@ -397,8 +405,7 @@ def find_modules(causal_lm: Any, endings: list[str]) -> list[str]:
     selected: set[str] = set()
     for ending in endings:
         selected |= {*_first_of_text(plain, ending, for_images)}
-    inner = {name for name in selected if any(name.startswith(f"{outer}.") for outer in selected)}
-    names = [name for name in plain if name in selected - inner]
+    names = outermost([name for name in plain if name in selected])
     shared = tied_pair(causal_lm)
     if len(shared) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
@@ -456,8 +463,11 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def _activate(model: nn.Module, name: str) -> None:
     """Make every layer use the adapter `name`, or no adapter if the layer lacks this one."""
     for layer, adapters in _switchable(model):
-        active, _ = adapter_state(layer)
-        set_adapter_state(layer, ([name], False) if name in adapters else (active, True))
+        if name in adapters:
+            set_adapter_state(layer, ([name], False))
+        else:
+            active, _ = adapter_state(layer)
+            set_adapter_state(layer, (active, True))
 
 
 def _switchable(model: nn.Module) -> list[tuple[Any, list[str]]]:

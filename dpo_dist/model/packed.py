@@ -210,7 +210,9 @@ class PackedCausalLM(nn.Module):
         if self.arrangement is Arrangement.packed:
             return self._packed(batch, encoded, statistics, with_routing)
         pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
-        rows = padded_rows(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
+        if not isinstance(pad_id, int) or pad_id < 0:
+            pad_id = 0
+        rows = padded_rows(batch, pad_id)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
             inputs = {} if encoded is None else encoded.row_inputs(rows.input_ids, 0)
@@ -219,10 +221,7 @@ class PackedCausalLM(nn.Module):
         else:
             outputs = self._one_by_one(rows, batch, encoded, with_routing)
             weights = outputs.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
-        predicting = (
-            outputs.predicting if encoded is None else encoded.with_dummy_gradient(outputs.predicting)
-        )
-        logps = self._logps(predicting, batch.targets, statistics)
+        logps = self._logps(outputs.predicting, encoded, batch.targets, statistics)
         return (logps, self._routing(outputs, weights)) if with_routing else logps
 
     def _packed(
@@ -263,10 +262,7 @@ class PackedCausalLM(nn.Module):
             packed_positions=positions,
             **inputs,
         ).select(predictors)
-        predicting = (
-            outputs.predicting if encoded is None else encoded.with_dummy_gradient(outputs.predicting)
-        )
-        logps = self._logps(predicting, targets, statistics)
+        logps = self._logps(outputs.predicting, encoded, targets, statistics)
         if share is None:
             return (logps, self._routing(outputs, repeats)) if with_routing else logps
         logps = share.gather(logps)
@@ -328,8 +324,16 @@ class PackedCausalLM(nn.Module):
         predicting = outputs.logits if self.own_logits else outputs.last_hidden_state
         return _Outputs(predicting.flatten(0, 1), tuple(outputs.router_logits) if with_routing else ())
 
-    def _logps(self, predicting: Tensor, targets: Tensor, statistics: Sequence[Statistic]) -> Tensor:
+    def _logps(
+        self,
+        predicting: Tensor,
+        encoded: EncodedImages | None,
+        targets: Tensor,
+        statistics: Sequence[Statistic],
+    ) -> Tensor:
         """Return log-probs of `targets` from hidden states or logits `predicting`, [targets, width]."""
+        if encoded is not None:
+            predicting = encoded.with_dummy_gradient(predicting)
         if self.own_logits:
             return logps_of_logits(predicting, targets, statistics)
         head = self.causal_lm.get_output_embeddings()

@@ -41,7 +41,7 @@ class _Group:
         self.keeps = keeps
         self.lengths: dict[str, Tensor] = {}
         spans = [np.arange(nodes[member].start, nodes[member].stop) for member in members]
-        lengths = np.array([len(span) for span in spans])
+        lengths = np.array(list(map(len, spans)))
         if joined:
             tokens = np.concatenate(spans)[None]
             ends = np.append(0, lengths.cumsum())
@@ -72,10 +72,11 @@ class _Levels:
 
         numbers = sorted(range(len(nodes)), key=kind)
         parents = {node.parent for node in nodes}
-        self.groups = [
-            _Group(members, nodes, device, joined=joined, keeps=not parents.isdisjoint(members))
-            for members in (list(same) for _, same in itertools.groupby(numbers, kind))
-        ]
+        self.groups = list[_Group]()
+        for _, same in itertools.groupby(numbers, kind):
+            members = list(same)
+            keeps = not parents.isdisjoint(members)
+            self.groups.append(_Group(members, nodes, device, joined=joined, keeps=keeps))
         tokens = np.concatenate([group.tokens.ravel() for group in self.groups])
         # Which token each place of the groups has, the index behind the last where it is padding; the places
         # of the tokens in their order. Both int64, on the device.
@@ -202,8 +203,12 @@ class ForkedStates:
         if not is_kernel(function):
             # Any chunk gives the same result. PyTorch pads each node to a whole one, in Granite 4 256 tokens.
             options["chunk_size"] = min(options["chunk_size"], _CHUNK)
-        dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-        dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+        dt = dt.float()
+        if dt_bias is not None:
+            dt = dt + dt_bias.float()
+        if dt_softplus:
+            dt = softplus(dt)
+        dt = dt.clamp(*dt_limit)
 
         def step(group: _Group, rows: list[Tensor], initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
             x, steps, b, c = rows

@@ -291,7 +291,8 @@ def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
     label = facts.soft_label
     assert label is not None
     entropy: Tensor = torch.special.entr(label) + torch.special.entr(1 - label)
-    return weight * entropy * (1.0 if facts.pair_weights is None else facts.pair_weights)
+    floor = weight * entropy
+    return floor if facts.pair_weights is None else floor * facts.pair_weights
 
 
 def _minus_margin(facts: BatchFacts, logits: Tensor) -> Tensor:

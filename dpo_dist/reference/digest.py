@@ -71,12 +71,14 @@ def digest_model(
     program wrote and that has changed since, and for an adapter of another base.
     """
     memo = store / MEMO_FOLDER if store is not None else None
-    for part in (folder, *([] if adapter is None else [adapter])):
-        check_undamaged(part, memo, with_weights=with_weights)
+    check_undamaged(folder, memo, with_weights=with_weights)
+    added = list[Path]()
+    if adapter is not None:
+        check_undamaged(adapter, memo, with_weights=with_weights)
+        added = [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS]
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
     code = [folder / CONFIG_FILE, *sorted(own_code)]
     weights = weight_files(folder) if with_weights else []
-    added = [] if adapter is None else [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS]
     names = {file: file.relative_to(folder).as_posix() for file in [*code, *weights]}
     names |= {file: f"adapter/{file.name}" for file in added}
     with ThreadPoolExecutor(max_workers=8) as pool:

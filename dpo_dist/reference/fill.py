@@ -266,7 +266,8 @@ class StoreFiller:
                 damaged += with_other_ids
                 logps = score(batch.to(world.device))
                 self.computed_tokens += batch.tokens
-                self.tokens += sum(map(sum, batch.layout)) if batch.tokens else 0
+                if batch.tokens:
+                    self.tokens += sum(map(sum, batch.layout))
                 if world.leads and len(batch.keys):
                     keys.append(batch.keys)
                     entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])
@@ -302,7 +303,8 @@ class StoreFiller:
             else:
                 batch = dummy_batch(dummy_image)
             batch = replace(batch, forwards=forwards)
-            batch = batch.pinned() if self.world.device.type == "cuda" else batch
+            if self.world.device.type == "cuda":
+                batch = batch.pinned()
             yield batch, [] if is_whole else [part.pair for part in parts]
 
 
@@ -332,7 +334,8 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
         responses = order[start : start + RESPONSES_AT_ONCE]
         keys = dataset.keys[order[max(start - 1, 0) : start + RESPONSES_AT_ONCE]]
         is_new = (keys[1:] != keys[:-1]).any(axis=1)
-        is_new = is_new if start else np.insert(is_new, 0, True)
+        if not start:
+            is_new = np.insert(is_new, 0, True)
         responses = responses[is_new]
         stored = store.contains(dataset.keys[responses])
         hits += int(stored.sum())

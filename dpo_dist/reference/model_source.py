@@ -104,7 +104,9 @@ def find_files(
         adapter_config: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
         base = str(adapter_config.get("base_model_name_or_path"))
         commit = adapter_config.get("revision")
-        folder = find(base, None if Path(base).expanduser().is_dir() else commit, key)
+        if Path(base).expanduser().is_dir():
+            commit = None
+        folder = find(base, commit, key)
     return ModelSource(name, key, folder, adapter, revision, "")
 
 
@@ -115,6 +117,7 @@ def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSou
     adapter = source.adapter
     files = digest_model(folder, store, remote_code=model.trust_remote_code, adapter=adapter)
     parts = [files.digest, tokenizer_digest(source.tokenizer_folder)]
-    parts += [] if model.images is None else [tokenizer_digest(folder, with_images=True)]
+    if model.images is not None:
+        parts.append(tokenizer_digest(folder, with_images=True))
     parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))

@@ -183,7 +183,7 @@ def open_shard(file: Path) -> Shard | None:
     """Return a shard whose keys match its name and folder; warn and return None if they do not."""
     try:
         with safe_open(file, "np") as opened:
-            keys, ends, checks = (opened.get_tensor(name) for name in ("keys", "ends", "checks"))
+            keys, ends, checks = map(opened.get_tensor, ("keys", "ends", "checks"))
         shard = Shard(file, keys.view(np.uint64).reshape(-1, 2), ends.view(np.int64), checks.view(np.int64))
         if _shard_name(file.parent, shard.keys, shard.ends, shard.checks) == file.name:
             return shard
@@ -375,7 +375,7 @@ class LogpStore:
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
         keys = np.ascontiguousarray(keys[order])
-        ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
+        ends = np.cumsum(list(map(len, entries)), dtype=np.int64)
         checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
         name = _shard_name(self.folder, keys, ends, checks)
         try:

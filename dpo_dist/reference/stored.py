@@ -62,7 +62,7 @@ def stored_pairs(
     for at, dataset in enumerate(datasets):
         for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
             examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
-            responses = [dataset.response_range(index) for index in examples]
+            responses = list(map(dataset.response_range, examples))
             logps = iter(_find(stores, np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
             for index, within in zip(examples, responses, strict=True):
                 values = list(itertools.islice(logps, len(within)))

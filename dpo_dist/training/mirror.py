@@ -114,8 +114,11 @@ class Mirror:
             finished = find_finished(self._identity, self._folder)
             if finished:
                 here.append(finished.step)
-            there = max([*_steps(names), state.step if state.is_finished else -1])
-            return there if there > max(here, default=-1) else None
+            there = _steps(names)
+            if state.is_finished:
+                there.append(state.step)
+            newest = max(there, default=-1)
+            return newest if newest > max(here, default=-1) else None
 
     def claim(self) -> None:
         """Write the run's state to a mirror without one: the first file there. An error for another run's.
@@ -219,12 +222,6 @@ class Mirror:
             file.parent.mkdir(parents=True, exist_ok=True)
         self._remote.get([*names], [*map(str, files)])
 
-    def _run_parts(self) -> tuple[Path, ...]:
-        """Return files and folders of the run, without checkpoints, what other verbs write, and the state."""
-        run = self._folder
-        small = (run.environment, run.config, run.metrics, run.samples, run.logs, run.wandb_id, run.report)
-        return *small, run.evaluation.path, run.tensorboard, run.trackers, run.model
-
     def in_use(self) -> Collection[Path]:
         """Return the checkpoints that are being uploaded."""
         with self._lock:
@@ -272,7 +269,12 @@ class Mirror:
         state = read_state(run)
         names = self._names()
         is_finished = state is not None and state.is_finished
-        files = _files(self._run_parts() if is_finished else self._run_parts()[:-1])
+        # Without checkpoints and the state, which are last, and what other verbs write.
+        parts = [run.environment, run.config, run.metrics, run.samples, run.logs, run.wandb_id, run.report]
+        parts += [run.evaluation.path, run.tensorboard, run.trackers]
+        if is_finished:
+            parts.append(run.model)
+        files = _files(parts)
         for folder in checkpoints:
             manifest = folder / MANIFEST
             name = self._remote_name(manifest)
@@ -362,8 +364,10 @@ class Mirror:
         if self._thread is None and not self._failure:
             self._console.say(f"the mirror {self._url} has the whole run")
             return
-        number = f"{self._files_done:,} of {pluralize(self._files_total, 'file')} are there"
-        why = ", ".join(filter(None, [self._failure, number if self._files_total else "nothing is sent"]))
+        number = "nothing is sent"
+        if self._files_total:
+            number = f"{self._files_done:,} of {pluralize(self._files_total, 'file')} are there"
+        why = ", ".join(filter(None, [self._failure, number]))
         again = "the same command uploads the others, or goes on from the run directory"
         self._console.warn(f"the mirror {self._url} is behind the run: {why}; {again}")
 

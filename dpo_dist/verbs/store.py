@@ -76,12 +76,14 @@ def _list_folder(folder: Path) -> _Listing:
     stored = sum(file.stat().st_size for file in folder.iterdir())
     damaged = f", {len(files) - len(shards)} damaged" if len(files) > len(shards) else ""
     digests = [folder.name]
+    reference = "-"
     label = f"no readable {FINGERPRINT_FILE}"
     if fingerprint is not None:
-        digests = [folder.name, fingerprint.reference]
+        reference = fingerprint.reference
+        digests.append(reference)
         label = fingerprint.label or "unnamed"
     line = (
-        f"{label}   reference {fingerprint.reference if fingerprint else '-'}   fingerprint {folder.name}   "
+        f"{label}   reference {reference}   fingerprint {folder.name}   "
         f"{pluralize(entries, 'entry', 'entries')}, "
         f"{pluralize(sum(shard.tokens for shard in shards), 'token')}, "
         f"{size(stored)}, {pluralize(len(shards), 'shard')}{damaged}, "
@@ -168,8 +170,9 @@ def _find_by_digest(listings: Sequence[_Listing], digits: str) -> list[_Listing]
     """Return the folders of the one fingerprint or reference whose digest begins with `digits`."""
     matching = [each for each in listings if any(name.startswith(digits) for name in each.digests)]
     if len({each.digests[-1] for each in matching}) != 1:
+        number = "more than one" if matching else "no"
         raise ConfigError(
-            "a digest matches more than one reference" if matching else "a digest matches no reference",
+            f"a digest matches {number} reference",
             where="--drop",
             got=digits,
             remedy="dpo-dist store info lists the digests",

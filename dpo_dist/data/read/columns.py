@@ -49,10 +49,11 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
             continue
         try:
             fields = read(dict(record))  # a reader may change it
-            detail = "" if isinstance(fields, Mapping) else f"reader returned a {type(fields).__name__}"
         except Exception as fault:  # the user's code can raise anything
-            fields, detail = None, f"reader raised {type(fault).__name__}"
-        yield BadRecord("reader_failed", origin, detail) if detail else fields, origin
+            fields = BadRecord("reader_failed", origin, f"reader raised {type(fault).__name__}")
+        if not isinstance(fields, Mapping | BadRecord):
+            fields = BadRecord("reader_failed", origin, f"reader returned a {type(fields).__name__}")
+        yield fields, origin
 
 
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
@@ -234,9 +235,12 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
     tags = {tag: name for tag, name in dict(entry.get("tags", {})).items() if name}
     keys = ("columns", "split", "data_dir", "revision")
     # An entry has no word for a list that is best first; all other formats are said by its columns.
-    faults = [] if source.format in (DataFormat.auto, DataFormat.ranked) else ["format of the source"]
+    faults = list[str]()
+    if source.format not in (DataFormat.auto, DataFormat.ranked):
+        faults.append("format of the source")
     faults += [f"{key} of the source" for key in keys if getattr(source, key) is not None]
-    faults += [] if field_of else [f"formatting {formatting}"]
+    if not field_of:
+        faults.append(f"formatting {formatting}")
     faults += [key for key in entry if key not in _KEYS]
     faults += [f"column {name}" for name in columns_of if name not in field_of]
     for tag, name in tags.items():

@@ -132,12 +132,13 @@ def _not_an_array(content: Any, path: str) -> DataError:
         records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
         code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
         remedy = f"python -c {code} writes its list; then read {new}"
+    got = f"a {type(content).__name__}"
+    if names:
+        got = f"one object with {first_few([*map(shown_key, names)])}"
     return DataError(
         "a .json file is one list of records",
         where=path,
-        got=f"one object with {first_few([*map(shown_key, names)])}"
-        if names
-        else f"a {type(content).__name__}",
+        got=got,
         expected="[{...}, {...}]",
         remedy=remedy,
     )
@@ -201,7 +202,7 @@ def _with_given_arguments(value: Any) -> Any:
             name: without_nulls(item) if name in names else _with_given_arguments(item)
             for name, item in value.items()
         }
-    return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
+    return list(map(_with_given_arguments, value)) if isinstance(value, list) else value
 
 
 def store_image(content: bytes, folder: Path) -> str:
@@ -258,8 +259,9 @@ def _rows_in_memory(records: Iterable[Any], name: str) -> Iterable[Any]:
 def _opened(file: Path, path: str) -> BinaryIO:
     """Open a file and decompress it. Raises DataError: the file is in UTF-16."""
     raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
-    # Of .json all records are in memory together.
-    least = MAX_RECORD_BYTES * (1 if file_kind(file) == ".json" else 8)
+    least = 8 * MAX_RECORD_BYTES
+    if file_kind(file) == ".json":  # of which all records are in memory together
+        least = MAX_RECORD_BYTES
     limit = max(least, _MAX_EXPANSION * file.stat().st_size)
     stream = io.BufferedReader(_Bounded(raw, limit), _BLOCK_BYTES)
     start = stream.peek(2)[:2]
@@ -354,7 +356,8 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
             yield line, ValueError(NOT_UTF8)
         elif cells:
             yield line, dict(zip(header, cells, strict=False))
-        size = 0 if cells else size
+        if cells:
+            size = 0
         line = rows.line_num + 1
 
 
@@ -375,13 +378,15 @@ def _check_header(header: str, path: str, separator: str) -> None:
             f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
         )
         code = shlex.quote(f"import pandas; {read}.to_csv({json.dumps(str(new))}, index=False)")
-        write = f"python -c {code} writes commas; then read {new}"
+        remedy = f"python -c {code} writes commas; then read {new}"
+        if other in kinds:
+            remedy = f"rename the file to {kinds[other]}"
         raise DataError(
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
             expected=", ".join(f"{mark!r} in a {kind}" for mark, kind in kinds.items()),
-            remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
+            remedy=remedy,
         )
 
 
@@ -416,7 +421,7 @@ def _parquet_rows(file: Path, path: str) -> Iterator[Any]:
         raise ValueError(f"records of {largest:,} bytes: over {MAX_RECORD_BYTES:,}")
     records = min(_BATCH_RECORDS, max(1, _MAX_BATCH_BYTES // 4 // max(largest, 1)))
     for batch in table.iter_batches(records):
-        if batch.nbytes > max(_MAX_BATCH_BYTES, MAX_RECORD_BYTES if len(batch) == 1 else 0):
+        if batch.nbytes > _MAX_BATCH_BYTES:
             raise ValueError(f"{len(batch)} records expand to {batch.nbytes:,} bytes")
         yield from _table_rows([batch])
 

@@ -17,6 +17,7 @@ from dpo_dist.data.read.fields import (
 from dpo_dist.data.read.messages import check_no_media, has_more
 from dpo_dist.data.read.values import (
     finite_numbers,
+    first_value,
     from_json,
     given_images,
     has_value,
@@ -178,8 +179,9 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     for fields, names in itertools.product((record, metadata), PAIR_SCORES):
         if not isinstance(fields, Mapping):
             continue
-        scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
-        if None not in scores or (names == PAIR_SCORES[0] and scores != [None, None]):
+        scores = list(map(fields.get, names))
+        has_score = [score not in (None, "") for score in scores]
+        if all(has_score) or (names == PAIR_SCORES[0] and any(has_score)):
             return finite_numbers(scores)
     return None
 
@@ -212,7 +214,8 @@ def _is_output(record: Fields, name: str) -> bool:
     asked, output = record.get("input"), record.get("output")
     if name != "output" or not isinstance(asked, list) or not asked or not is_messages(asked):
         return False
-    return isinstance(output, str) or ends_with_response(output if isinstance(output, list) else [output])
+    turns = output if isinstance(output, list) else [output]
+    return isinstance(output, str) or ends_with_response(turns)
 
 
 def ranking(record: Fields) -> Content:
@@ -237,11 +240,14 @@ def ranking(record: Fields) -> Content:
     for item in items:
         is_object = isinstance(item, Mapping) and (is_scored or message_role(item) is None)
         responses.append(_response(item) if is_object else item)
-    scores = None
-    if is_scored or beside is not None:
-        numbers = finite_numbers(inside if is_scored else beside or ())
-        if is_scored and beside is not None and finite_numbers(beside) != numbers:
+    numbers = finite_numbers(inside) if is_scored else ()
+    if beside is not None:
+        numbers_beside = finite_numbers(beside)
+        if is_scored and numbers_beside != numbers:
             raise UnusableRecordError("invalid_scores", "a response has two different scores")
+        numbers = numbers_beside
+    scores = None
+    if numbers:
         if len(numbers) != len(items):
             raise UnusableRecordError("invalid_scores", f"{len(numbers)} scores of {len(items)} responses")
         order = sorted(range(len(items)), key=lambda index: -numbers[index])
@@ -264,7 +270,7 @@ def _scores_inside(responses: Sequence[Fields]) -> Sequence[Any]:
         if first is None and any(value is not None for value in values):
             first = values
     if all(rank is None for rank in ranks):
-        return ranks if first is None else first
+        return first or ranks
     places = [-rank for rank in finite_numbers(ranks)]
     scores = places if first is None else finite_numbers(first)
     for (score, place), (other, below) in itertools.combinations(zip(scores, places, strict=True), 2):
@@ -275,15 +281,11 @@ def _scores_inside(responses: Sequence[Fields]) -> Sequence[Any]:
 
 def _response(item: Fields) -> Any:
     """Return the text of an object of a list, or the whole message if it has tool calls or thoughts."""
-    text = _first(item, _TEXTS)
+    text = first_value(item, _TEXTS)
     if isinstance(text, list) and is_messages(text):
         return text
     rest = {key: item[key] for key in item if key not in (*_TEXTS, *_SCORES, "rank")}
     return {"role": "assistant", **rest, "content": text} if has_more(item) else text
-
-
-def _first(fields: Fields, names: Iterable[str]) -> Any:
-    return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 # Labels of single responses, in lower case, each with its opposite.
@@ -307,7 +309,7 @@ def is_labelled(record: Fields) -> bool:
     A label that is neither good nor bad counts only beside a response: many tables have a column `label`.
     """
     words = _label_words(record)
-    is_label = has_completion(record) if words.isdisjoint(_GOOD + _BAD) else True
+    is_label = not words.isdisjoint(_GOOD + _BAD) or has_completion(record)
     return bool(words) and is_label and not has_pair(record) and not has_ranking(record)
 
 
@@ -315,7 +317,7 @@ def label_column(record: Fields) -> dict[str, str]:
     """Return the column for `label`: it has one, is called as good ones are, and stands beside one answer."""
     names = [name for name in map(str, record) if _LABEL_NAMES.intersection(name.lower().split("_"))]
     labels = [name for name in names if _label_words(record, (name,)) & {*_GOOD, *_BAD}]
-    answers = [name for name in map(str, record) if is_answer(name)]
+    answers = list(filter(is_answer, map(str, record)))
     return {"label": labels[0]} if len(labels) == len(answers) == 1 else {}
 
 
@@ -332,9 +334,12 @@ def _label_words(record: Fields, names: Sequence[str] = LABELS) -> set[str]:
 
 def _labels_of(record: Fields) -> set[float]:
     """Return the different labels of a record: 1 for good, 0 for bad, -1 for a bad one that is written so."""
-    words = _label_words(record)
-    labels = {1.0 for word in words.intersection(_GOOD)}
-    labels |= {-1.0 if word.startswith("-") else 0.0 for word in words.intersection(_BAD)}
+    labels = set[float]()
+    for word in _label_words(record):
+        if word in _GOOD:
+            labels.add(1.0)
+        elif word in _BAD:
+            labels.add(-1.0 if word.startswith("-") else 0.0)
     return labels
 
 
@@ -353,7 +358,7 @@ def is_response(record: Fields, name: str) -> bool:
 def check_no_other(record: Fields, content: Content) -> None:
     """Check that a record has no further responses, except copies of those that are read."""
     fields = [content.field] if content.field else [*content.responses]
-    values = [record.get(name) for name in fields]
+    values = list(map(record.get, fields))
     best = next(iter(content.responses.values()))
     others = list[str]()
     for name in (*SIDE_FIELDS, "completion", *LISTS, *CONVERSATIONS):

@@ -15,6 +15,7 @@ from dpo_dist.data.read.values import (
     CALLING,
     PLAIN_ROLES,
     ROLES,
+    first_value,
     from_json,
     given_images,
     has_value,
@@ -117,9 +118,10 @@ def unread_error(
 def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has audio, video, or a thought that is not text."""
     for message in messages:
-        names = with_value(message, (*MEDIA, *_THOUGHTS))
         # A flag is no thought, nor is a number that a table wrote for an empty cell.
-        unread = tuple(name for name in names if name in MEDIA or isinstance(message[name], list | Mapping))
+        names = with_value(message, _THOUGHTS)
+        thoughts = [name for name in names if isinstance(message[name], list | Mapping)]
+        unread = with_value(message, MEDIA) + thoughts
         if unread:
             raise unread_error(f"a message has {', '.join(unread)}", unread)
 
@@ -217,7 +219,7 @@ def _listed_thoughts(fields: dict[str, Any], extra: dict[str, Any]) -> dict[str,
     others = dict(fields)
     for name in set(_THOUGHT_LISTS).intersection(fields):
         items = fields[name] if isinstance(fields[name], list) else [fields[name]]
-        texts = [_thought_text(item) for item in items]
+        texts = list(map(_thought_text, items))
         if None in texts:  # such as an encrypted one
             continue
         thought = "".join(map(str, texts))
@@ -230,8 +232,9 @@ def _listed_thoughts(fields: dict[str, Any], extra: dict[str, Any]) -> dict[str,
 
 
 def _thought_text(item: Any) -> str | None:
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    text = item.get(_THOUGHT_TEXTS[kind]) if kind in _THOUGHT_TEXTS else None
+    if not isinstance(item, Mapping) or item.get("type") not in _THOUGHT_TEXTS:
+        return None
+    text = item.get(_THOUGHT_TEXTS[item["type"]])
     return text if isinstance(text, str) else None
 
 
@@ -256,11 +259,13 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         if kind in _IMAGE_PARTS:
             # Without a value of its own it is the place of an image in the record's list.
             source = next((name for name in _SOURCES if is_given(fields.get(name))), "")
-            prefix = "data:;base64," if source == "base64" else ""
-            yield "image", f"{prefix}{fields[source]}" if prefix else fields.get(source)
+            image = fields.get(source)
+            if source == "base64":
+                image = f"data:;base64,{image}"
+            yield "image", image
             continue
         names = (kind, "text", "value") if kind in _PARTS else ()
-        value = next((fields[name] for name in names if fields.get(name) is not None), None)
+        value = first_value(fields, names)
         if _PARTS.get(kind) in ("reasoning", "thinking") and isinstance(value, list):
             value = "".join(_texts(value))  # Mistral's thoughts are parts, too
         _check_no_calls(fields, CALLING if kind == "tool_call" else ())
@@ -355,12 +360,14 @@ def read_tools(value: Any) -> tuple[Fields, ...]:
         # The schema of the arguments is in `parameters`.
         schemas = with_value(function, _SCHEMAS)
         if schemas and not with_value(function, ("parameters",)):
-            names = {name: "parameters" if name == schemas[0] else name for name in function}
-            function = {names[name]: function[name] for name in function if name != "parameters"}
+            names = {schemas[0]: "parameters"}
+            function = {names.get(name, name): function[name] for name in function if name != "parameters"}
         if "function" in tool:
             read.append({**tool, "function": function})
+        elif "name" in tool:
+            read.append({"type": "function", "function": function})
         else:
-            read.append({"type": "function", "function": function} if "name" in tool else tool)
+            read.append(tool)
     return tuple(read)
 
 
@@ -436,11 +443,10 @@ def _shared_turns(sides: list[Messages]) -> int:
     A single side is split before its first assistant turn with weight 1 in the loss, else before its last.
     """
     limit = min(map(len, sides)) - 1
-    if len(sides) == 1:
-        first_trained = (
-            at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant"
-        )
-        return next(first_trained, limit)
-    turns = enumerate(zip(*sides, strict=False))
-    different = (at for at, same in turns if any(turn != same[0] for turn in same))
-    return min(next(different, limit), limit)
+    for index, turns in enumerate(zip(*(side[:limit] for side in sides), strict=True)):
+        first = turns[0]
+        if len(sides) == 1 and first.is_trained and first.role == "assistant":
+            return index
+        if any(turn != first for turn in turns):
+            return index
+    return limit

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -68,7 +68,8 @@ class DataSource:
     """
 
     def __init__(self, source: SourceConfig | str):
-        source = SourceConfig(path=source) if isinstance(source, str) else source
+        if isinstance(source, str):
+            source = SourceConfig(path=source)
         self.config = resolve_source(source)
         # Of a pinned source at a URL: a digest of what its file system said of its files.
         self._listing = ""
@@ -90,15 +91,12 @@ class DataSource:
 
     def prompts(self) -> Iterator[Record]:
         """Read the records for their prompts; a record without usable responses has none."""
-        return (
-            record if isinstance(record, BadRecord) else parse_prompt(record, self.config.format, origin)
-            for record, origin in self.raw_records()
-        )
+        return (self.parse(raw, parse_prompt) for raw in self.raw_records())
 
-    def parse(self, raw: RawRecord) -> Record:
+    def parse(self, raw: RawRecord, parse: Callable[..., Record] = parse_record) -> Record:
         """Return the preference in one of the `raw_records`."""
         record, origin = raw
-        return record if isinstance(record, BadRecord) else parse_record(record, self.config.format, origin)
+        return record if isinstance(record, BadRecord) else parse(record, self.config.format, origin)
 
     def raw_records(self, copies: Path | None = None) -> Iterator[RawRecord]:
         """Return the first `limit` records, after the source's `reader` and `columns`.
@@ -283,7 +281,7 @@ class DataSource:
         reader = self.config.reader
         return {
             "content": self.content_identity(memo),
-            "kinds": [file_kind(file) for file in self.files() or []],
+            "kinds": list(map(file_kind, self.files() or [])),
             **{name: getattr(self.config, name) for name in ("format", "split", "columns")},
             "reader": reader and find_function(reader, READER).digest,
         }
@@ -461,7 +459,7 @@ def _chosen_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
         raise DataError(
             "the source has no such split",
             where=source.path,
-            got=f"{split}{'' if source.split else ' (the default)'}",
+            got=source.split or "train (the default)",
             expected=", ".join(sorted(splits)),
             remedy="set the source's split",
         )

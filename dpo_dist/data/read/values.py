@@ -49,7 +49,9 @@ _RANGES = {"loss_weight": (0.0, math.inf), "soft_label": (0.0, 1.0), "margin": (
 def parse_json(content: bytes | str) -> Any:
     """Parse JSON in UTF-8. Raises ValueError, also for a duplicate key, without quoting the JSON."""
     try:
-        return _JSON.decode(content if isinstance(content, str) else content.decode("utf-8-sig"))
+        if isinstance(content, bytes):
+            content = content.decode("utf-8-sig")
+        return _JSON.decode(content)
     except UnicodeDecodeError as fault:
         raise ValueError(NOT_UTF8) from fault
     except RecursionError as fault:
@@ -77,9 +79,10 @@ def from_json(value: Any, *, of_texts: bool = False) -> Any:
         return _JSON.decode(value)
     except (ValueError, RecursionError):
         pass
-    is_printed = value.lstrip().startswith(("[{'", "{'", "['") if of_texts else ("[{'", "{'"))
+    text = value.strip()
+    is_printed = text.startswith(("[{'", "{'")) or (of_texts and text.startswith("['"))
     try:
-        return ast.literal_eval(value.strip()) if is_printed else value
+        return ast.literal_eval(text) if is_printed else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 
@@ -88,7 +91,7 @@ def without_nulls(value: Any) -> Any:
     """Return a value without null fields: a table writes null for each field that an object lacks."""
     if isinstance(value, Mapping):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 def may_be_json(value: Any) -> bool:
@@ -102,12 +105,17 @@ def has_value(value: Any) -> bool:
         return False
     if isinstance(value, str):
         return value.strip() not in _EMPTY_TEXTS
-    return len(value) > 0 if isinstance(value, list | tuple | Mapping) else True
+    return not isinstance(value, list | tuple | Mapping) or len(value) > 0
 
 
 def with_value(fields: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Return the names of those fields that have content."""
     return [name for name in names if name in fields and has_value(fields[name])]
+
+
+def first_value(fields: Fields, names: Iterable[str]) -> Any:
+    """Return the value of the first of these fields that is not null; None if all are."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:
@@ -196,7 +204,6 @@ def plain_record(fields: Fields, *, has_texts: bool, is_ranking: bool) -> Fields
     columns: dict[str, str] = {}
     answers = two_answers(fields)
     texts = _TEXTS.union(answers.names if answers else ())
-    lists = LISTS if is_ranking else [name for name in LISTS if name != "output"]
     if not has_texts:
         fields = _with_prompt_outside(fields)
     for name, value in fields.items():
@@ -205,12 +212,13 @@ def plain_record(fields: Fields, *, has_texts: bool, is_ranking: bool) -> Fields
         if not says_what_it_is and not has_value(value):
             continue
         record[name] = value
+        is_list = name in LISTS and (is_ranking or name != "output")
         if name in _WITH_NULLS:
             plain = from_json(without_nulls(value))
             record[name] = list(map(from_json, plain)) if isinstance(plain, list) else plain
         elif name in _JSON_FIELDS:
             record[name] = from_json(value)
-        elif name in lists and may_be_json(value):
+        elif is_list and may_be_json(value):
             items = from_json(value)
             if isinstance(items, list):
                 record[name] = items
@@ -234,11 +242,9 @@ def _with_prompt_outside(record: Fields) -> Fields:
         paths = _nested_conversation(field, record.get(field))
         if not paths:
             continue
-        messages = paths[field].rpartition(".")[2]
+        names = {paths[field].rpartition(".")[2]: "prompt"}
         outer = {name: value for name, value in record.items() if name != field}
-        inner = {
-            "prompt" if name == messages else name: value for name, value in from_json(record[field]).items()
-        }
+        inner = {names.get(name, name): value for name, value in from_json(record[field]).items()}
         inner = {name: inner[name] for name in with_value(inner, inner)}
         twice = with_value(outer, inner)
         if twice:

@@ -143,19 +143,22 @@ def two_answers(names: Iterable[str]) -> TwoAnswers | None:
 @lru_cache(maxsize=256)
 def _two_answers(names: tuple[str, ...]) -> TwoAnswers | None:
     # `response_0_source` is about an answer: the shortest names are the answers.
-    answers = [name for name in names if is_answer(name)]
+    answers = list(filter(is_answer, names))
     twins = []
     for one, other in itertools.combinations(answers, 2):
         words = _difference(_words(one), _words(other))
         if words is not None:
-            backwards = TwoAnswers((other, one), words[::-1])
-            twins.append(backwards if backwards.is_ordered else TwoAnswers((one, other), words))
+            two = TwoAnswers((other, one), words[::-1])
+            if not two.is_ordered:
+                two = TwoAnswers((one, other), words)
+            twins.append(two)
     length = min((len(_words(two.names[0])) for two in twins), default=0)
     twins = [two for two in twins if len(_words(two.names[0])) == length]
     ordered = [two for two in twins if two.is_ordered]
     # `response_model` beside `response_a` and `response_b` is no third answer, but `response_c` is one.
-    marks = {word for two in twins for word in two.words}
-    marks = {word for word in marks if word.isdigit() or len(word) == 1}
+    marks = set[str]()
+    for two in twins:
+        marks |= {word for word in two.words if word.isdigit() or len(word) == 1}
     if len(ordered) == 1 and marks <= {*ordered[0].words}:
         return ordered[0]
     return twins[0] if len(twins) == 1 else None
@@ -291,8 +294,9 @@ def _vote(record: Fields, name: str, two: TwoAnswers) -> int | None:
     if two.is_ordered and not _FLAGS.isdisjoint(words) and len(places) == 1 and not is_turned:
         return places[0] if truth else None
     if name in _SIGNED:
-        is_known = _SIGNED[name] in record and isinstance(value, int | float) and two.words == ("1", "2")
-        return (_TIE if value == 0 else int(value > 0)) if is_known else None
+        if _SIGNED[name] not in record or not isinstance(value, int | float) or two.words != ("1", "2"):
+            return None
+        return _TIE if value == 0 else int(value > 0)
     if not _name(name):
         return None
     vote = _place(record, value, two, counts_from_0=not _COUNT_FROM_0.isdisjoint(words))
@@ -413,7 +417,7 @@ def check_columns(record: Fields, columns: Mapping[str, str | None]) -> None:
     A column that the user ignores by its name is no verdict. Raises UnusableRecordError: `unread_verdict`.
     """
     two = _given_answers(record)
-    if two is None or set(two.names) != {columns.get(side) for side in ("chosen", "rejected")}:
+    if two is None or set(two.names) != set(map(columns.get, ("chosen", "rejected"))):
         return
     for name in record:
         value = record[name]

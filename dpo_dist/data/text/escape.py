@@ -241,7 +241,7 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
 def _origin(position: int, pieces: Sequence[_Piece]) -> int:
     """Translate a position in the changed text of these pieces to the original text."""
     piece = pieces[bisect_right(pieces, position, key=lambda piece: piece.start) - 1]
-    return piece.origin + (position - piece.start if piece.is_same else 0)
+    return piece.origin + position - piece.start if piece.is_same else piece.origin
 
 
 _ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
@@ -303,7 +303,7 @@ class EscapedEncoder:
     def _encode_literally(
         self, escaped: Sequence[str], tokenizer: Tokenizer, with_starts: bool
     ) -> list[Encoded]:
-        aliased = [self._marks.with_aliases(text) for text in escaped]
+        aliased = list(map(self._marks.with_aliases, escaped))
         spelled = [text for text, _ in aliased]
         encoded = tokenize_texts(tokenizer, spelled, literal=True, with_starts=with_starts)
         # Some vocabularies have special tokens as ordinary pieces.

@@ -80,7 +80,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     is_applied = bool(changes) and config.template is TextTemplate.applied
     if is_applied:
         read_as = "text, with the template that is in it"
-        splits = [facts.split_end(text) for text in texts]
+        splits = list(map(facts.split_end, texts))
         if is_templated:
             return _all_counted(prompt, [bare + end for bare, end in splits], read_as, changes)
         texts = tuple(bare for bare, _ in splits)
@@ -117,7 +117,7 @@ def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
     for with_tools in (False, True):
         with contextlib.suppress(ConfigError):  # the template cannot be used for training
             ends |= _trained_ends(tokenizer_facts(tokenizer, data, with_tools=with_tools))
-    ids = {tokenizer.convert_tokens_to_ids(end) for end in ends - {None}}
+    ids = set(map(tokenizer.convert_tokens_to_ids, ends - {None}))
     return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))
 
 
@@ -181,15 +181,15 @@ def _by_template(
     messages = record.prompt
     assert isinstance(messages, tuple)
     if chat is None:
+        instead = "convert them to plain text"
+        if config.text_as_messages:
+            instead = "set data.text_as_messages=false"
         raise ConfigError(
             "the data are conversations, but the tokenizer has no chat template",
             where=str(record.origin),
             got="messages",
             expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
-            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or "
-            + (
-                "set data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"
-            ),
+            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or " + instead,
         )
     responses = tuple(map(turns_of, record.responses))
     # The tools, and the arguments of the run and of the record.
@@ -239,18 +239,19 @@ def _by_template(
 
 def _contents(turns: Messages, thoughts: ThoughtMarks) -> list[str]:
     """Return the texts of contents that a template writes: it may leave out or change those with thoughts."""
-    contents = [turn.content for turn in turns if not _has_thought(turn.content, thoughts)]
-    return [part for content in contents for part in content.split(IMAGE)]
-
-
-def _has_thought(content: str, thoughts: ThoughtMarks) -> bool:
-    return thoughts.is_in(content) or DEFAULT_MARKS.is_in(content)
+    texts = list[str]()
+    for turn in turns:
+        has_thought = thoughts.is_in(turn.content) or DEFAULT_MARKS.is_in(turn.content)
+        if not has_thought:
+            texts += turn.content.split(IMAGE)
+    return texts
 
 
 def _thought(message: Message, thoughts: ThoughtMarks) -> str:
     """Return the thought of a message, from its content or a field; "" if it has none."""
-    if _has_thought(message.content, thoughts):
-        return (thoughts if thoughts.is_in(message.content) else DEFAULT_MARKS).spelled(message.content)
+    for marks in (thoughts, DEFAULT_MARKS):
+        if marks.is_in(message.content):
+            return marks.spelled(message.content)
     return message_thought(message) or ""
 
 
@@ -437,8 +438,10 @@ class _Conversation:
         texts = list[str | None]()
         for turn in map(self.chat.turn, messages):
             conversation = self.chat.render((*self.messages, turn), self.context)
-            is_unchanged = conversation.startswith(prompt)
-            texts.append(self.facts.turn_with_end(conversation[len(prompt) :]) if is_unchanged else None)
+            text = None
+            if conversation.startswith(prompt):
+                text = self.facts.turn_with_end(conversation[len(prompt) :])
+            texts.append(text)
         return texts
 
     def _with_spelled_thought(self, message: Message) -> Message:

@@ -237,7 +237,7 @@ class ChatRenderer:
         fields = in_form(plain, self._in_parts)
         calls = fields.get("tool_calls")
         if calls and not self._takes_objects:
-            fields["tool_calls"] = [with_text_arguments(call) for call in calls]
+            fields["tool_calls"] = list(map(with_text_arguments, calls))
         return fields
 
     def turn(self, message: Message) -> Forms:
@@ -247,8 +247,10 @@ class ChatRenderer:
             return self.data(fields)
         # The model does not write the tags around calls and names as text: the template does.
         marks = self._marks
-        patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
-        marked = {name: marks.mark_tokens(fields[name], pattern) for name, pattern in patterns}
+        marked = {}
+        for name, value in fields.items():
+            pattern = marks.in_response if name in _TEXTS else marks.anywhere
+            marked[name] = marks.mark_tokens(value, pattern)
         return Forms(fields, marked)
 
     def data(self, values: Fields) -> Forms:
@@ -329,9 +331,9 @@ class ChatRenderer:
 
         def turn_of(message: Message) -> Forms:
             content = message.content
-            turn = self._plain(
-                replace(message, content=marked(content, CONTENT) if content.strip() else content)
-            )
+            if content.strip():
+                content = marked(content, CONTENT)
+            turn = self._plain(replace(message, content=content))
             calls = turn.get(CALLS)
             if calls:
                 functions = [call["function"] for call in calls]

@@ -54,7 +54,9 @@ class TokenizerFacts:
         in_parts = frozenset[str]() if chat_template is None else roles_in_parts(tokenizer, chat_template)
         self.thoughts = thought_marks(tokenizer, chat_template, in_parts)
         # The end of a thought that is a turn of its own may also end other turns (gpt-oss).
-        thought_tags = {*THOUGHT_TAGS, *(() if self.thoughts.is_turn else self.thoughts.tags)}
+        thought_tags = set(THOUGHT_TAGS)
+        if not self.thoughts.is_turn:
+            thought_tags.update(self.thoughts.tags)
         self._turn_tokens = tags & turn_tokens(tokenizer, chat_template, thought_tags)
         special = {token for token, is_special in added.items() if is_special}
         special |= self._turn_tokens | set(tokenizer.all_special_tokens)
@@ -128,14 +130,18 @@ class TokenizerFacts:
     @cached_property
     def tokens_inside_turns(self) -> set[str]:
         """The special tokens that the template writes within turns, as gpt-oss does between channels."""
-        turns = [] if self.chat is None else map(self.without_tail, self.chat.turns_of_parts)
-        within = (token for turn in turns for token in self._special.findall(turn)[:-1])
-        return set(within) - {self.tokenizer.eos_token}
+        tokens = set[str]()
+        if self.chat is not None:
+            for turn in map(self.without_tail, self.chat.turns_of_parts):
+                tokens.update(self._special.findall(turn)[:-1])
+        return tokens - {self.tokenizer.eos_token}
 
     @cached_property
     def stops(self) -> set[str]:
         """The tokens that end a generated response: the last ones of a text, a turn and a call."""
-        ends = [self.end_of_turn, self.turn_with_end(self.chat.after_call if self.chat is not None else "")]
+        ends = [self.end_of_turn]
+        if self.chat is not None:
+            ends.append(self.turn_with_end(self.chat.after_call))
         return {*map(self.last_special, ends), *filter(None, [self.tokenizer.eos_token])}
 
     @cached_property
@@ -156,16 +162,16 @@ class TokenizerFacts:
 
     def is_ended(self, response: str) -> bool:
         """Return whether a response ends as in the output of a chat template: with an end of turn or EOS."""
-        eos = self.tokenizer.eos_token
-        return response.rstrip().endswith((*self._turn_tokens, *_FOREIGN_ENDS, *([str(eos)] if eos else [])))
+        eos = filter(None, [self.tokenizer.eos_token])
+        return response.rstrip().endswith((*self._turn_tokens, *_FOREIGN_ENDS, *eos))
 
     def split_end(self, response: str) -> tuple[str, str]:
         """Return a templated response without its end of turn or text, and this end, or the default one."""
-        ends = [self.end_of_text] if self.chat is None else [self.end_of_turn, self.end_of_text]
-        end = ends[0]
-        while response.rstrip().endswith(tuple(ends)):
+        ends = (self.end_of_turn, self.end_of_text)
+        end = self.end_of_turn
+        while response.rstrip().endswith(ends):
             response = response.rstrip()
-            end = next(end for end in ends if response.endswith(end))
+            end = next(filter(response.endswith, ends))
             response = response.removesuffix(end)
         return response, end
 
@@ -181,16 +187,18 @@ class TokenizerFacts:
         # Hello.<|im_end|>\n of ChatML, or another end: a call of gpt-oss ends with <|call|>.
         end = self.after_ending_token(turn)
         if end:
-            is_usual = turn[:end].endswith(self._after_answer.end)
-            return turn[:end] + (self._added_eos if is_usual else "")
+            turn = turn[:end]
+            if turn.endswith(self._after_answer.end):
+                turn += self._added_eos
+            return turn
         # Text after the end: Hello.<|im_end|>--
         before, ending, _ = turn.rpartition(self.end_of_turn)
         if ending:
             return before + ending
         # No end: \n<think></think>\nHello. of GLM 4.5 gets <|endoftext|>; an earlier turn ends with the token
         # that starts the next one (`TurnFinder._end`).
-        after = "" if self.chat is None else self.chat.after_response
-        return turn.removesuffix(after) + self.end_of_turn
+        assert self.chat is not None
+        return turn.removesuffix(self.chat.after_response) + self.end_of_turn
 
     def without_tail(self, rendered: str) -> str:
         """Return a rendered conversation without what the template writes at the end of each.
@@ -264,7 +272,7 @@ class TokenizerFacts:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of special tokens, and of those that the template writes around turns."""
-        tokens = [token for token in self.marks.tokens if self._special.fullmatch(token)]
+        tokens = list(filter(self._special.fullmatch, self.marks.tokens))
         return frozenset(self.tokenizer.convert_tokens_to_ids(tokens))
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:

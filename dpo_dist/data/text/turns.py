@@ -33,7 +33,7 @@ _PROBE = "dpo_dist probe"
 
 def message_thought(message: Message) -> str | None:
     """Return the thought that a field of a message has."""
-    thoughts = (message.fields.get(name) for name in THOUGHT_FIELDS)
+    thoughts = map(message.fields.get, THOUGHT_FIELDS)
     return next((thought for thought in thoughts if thought and isinstance(thought, str)), None)
 
 
@@ -84,7 +84,7 @@ class TurnFinder:
         output = self._chat.render(turns, self._context)
         # Each turn is what a pass of the template's loop writes; else what it adds to the turns before it.
         passes = _loop_passes(self._chat, turns, self._context, output)
-        spans = [span for span in passes.spans[first:] if span]
+        spans = list(filter(None, passes.spans[first:]))
         if len(spans) < len(response) or any(one[1] > other[0] for one, other in pairwise(spans)):
             spans = self._added_spans(turns, output)
         for index, (message, (start, stop)) in enumerate(zip(response, spans, strict=True), start=first):

@@ -124,7 +124,7 @@ class VarlenAttention:
             # transformers limits FlashAttention's window on both sides.
             return self._by_segment(query, key, value, scores)
         dim = value.shape[-1]
-        scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+        scale = scores.factor(query)
         heads = with_one_dim(query, key, value, _HEAD_MULTIPLE)
         attended = [
             self._call(call, heads, scores, scale, window, is_causal=is_causal)
@@ -234,7 +234,8 @@ def packed_attention(
     runs: ImageRuns | None = None,
 ) -> PackedAttention:
     """Return the attention function for a micro-batch of these segments with these runs of image tokens."""
-    runs = runs if runs is not None and any(runs.places) else None
+    if runs is not None and not any(runs.places):
+        runs = None
     if backend is AttentionBackend.sdpa:
         return SegmentAttention(segments, device, runs)
     return VarlenAttention(segments, backend, device, runs)

@@ -111,6 +111,10 @@ class Scores:
     softcap: float | None = None  # products x become softcap * tanh(x / softcap)
     sinks: Tensor | None = None  # [heads], the score of a key with value 0 that every query sees
 
+    def factor(self, query: Tensor) -> float:
+        """Return the factor of query-key products."""
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
 
 @dataclass(frozen=True)
 class ImageRuns:
@@ -190,18 +194,12 @@ class SegmentAttention:
         in_images = replace(
             scores, rule=self._image_rules.setdefault(reach, _whole_images(reach, self.device))
         )
-        return torch.cat(
-            [
-                self._attend(
-                    query[:, start:stop],
-                    key[:, : shared + stop],
-                    value[:, : shared + stop],
-                    in_images if is_image else scores,
-                )
-                for start, stop, is_image in pieces(query.shape[1], runs)
-            ],
-            dim=1,
-        )
+        outputs = list[Tensor]()
+        for start, stop, is_image in pieces(query.shape[1], runs):
+            own_scores = in_images if is_image else scores
+            seen = slice(shared + stop)
+            outputs.append(self._attend(query[:, start:stop], key[:, seen], value[:, seen], own_scores))
+        return torch.cat(outputs, dim=1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Return one segment's attention [heads, tokens, dim]; the queries are its last tokens."""
@@ -209,7 +207,7 @@ class SegmentAttention:
         if tokens == 0:
             return query.new_empty(query.shape[0], 0, dim)
         rule = self._causal if scores.rule is None or scores.rule.is_causal(length) else scores.rule
-        scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+        scale = scores.factor(query)
         if scores.softcap is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
             inputs = (query, key, value, rule.mask(tokens, length, wide), scale, scores.softcap)
@@ -223,7 +221,7 @@ class SegmentAttention:
         if scores.sinks is not None:
             query, key, value = _with_sink(query, key, value, scores.sinks / scale)
         if rule is not self._causal or tokens < length:
-            mask = rule.mask(tokens, length, query.dtype, 0 if scores.sinks is None else 1)
+            mask = rule.mask(tokens, length, query.dtype, int(scores.sinks is not None))
             return _attend(query, key, value, mask, scale)[..., :dim]
         if scores.sinks is not None:  # causal SDPA needs a query for each key: one more for the sink
             query = pad(query, (0, 0, 1, 0))
@@ -232,9 +230,10 @@ class SegmentAttention:
 
 def _whole_images(reach: int | None, device: torch.device) -> MaskRule:
     """Return the rule of queries that see every key, but none that is `reach` or more tokens before."""
+    limit = torch.inf if reach is None else reach
 
     def visible(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
-        return key > query - (torch.inf if reach is None else reach)
+        return key > query - limit
 
     return MaskRule(visible, None, False, device)
 

@@ -125,12 +125,14 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
 
 def _not_found(path: str, key: str, reason: str) -> ConfigError:
     similar = similar_path(Path(path).expanduser())
-    check = "check the path or the hub name, and that the hub can be reached or the model is cached"
+    remedy = "check the path or the hub name, and that the hub can be reached or the model is cached"
+    if similar:
+        remedy = f"did you mean {similar}?"
     return ConfigError(
         "the model is neither a local folder nor found on the Hugging Face Hub",
         where=key,
         got=f"{path} ({reason})",
-        remedy=f"did you mean {similar}?" if similar else check,
+        remedy=remedy,
     )
 
 
@@ -163,8 +165,10 @@ def weight_files(folder: Path) -> list[Path]:
     first = read_model_json(folder / CONFIG_FILE).get("transformers_weights")
     names = ("model.safetensors", "model.safetensors.index.json") if first is None else (str(first),)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None or not file.name.endswith(".index.json"):
-        return [] if file is None else [file]
+    if file is None:
+        return []
+    if not file.name.endswith(".index.json"):
+        return [file]
     weight_map: Any = read_model_json(file)["weight_map"]
     return [file, *(folder / name for name in sorted(set(weight_map.values())))]
 
@@ -325,7 +329,7 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
             + ", and for a new adapter 'model.adapter={r: 16, alpha: 32}'",
         )
     adapter = read_model_json(folder / ADAPTER_CONFIG)
-    other = [name for name in _OTHER_FORMS if adapter.get(name)]
+    other = list(filter(adapter.get, _OTHER_FORMS))
     if adapter.get("peft_type") != "LORA":
         other.append(f"peft_type {adapter.get('peft_type')}")
     if adapter.get("ensure_weight_tying") and adapter.get("modules_to_save"):

@@ -160,7 +160,7 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
     """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
     names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
-    matches = {*itertools.chain.from_iterable(folder.glob(name) for name in names)}
+    matches = {*itertools.chain.from_iterable(map(folder.glob, names))}
     files = sorted(filter(Path.is_file, matches))
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / CONFIG_FILE  # an adapter's folder with a tokenizer has no config.json
@@ -588,7 +588,10 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
         owner = ".".join(parts[:depth])
         is_layer = isinstance(modules[owner], nn.ModuleList) and parts[depth].isdecimal()
         is_foreign = predicts_more if is_layer else owner in ("", causal_lm.base_model_prefix)
-        (foreign if is_foreign else missed).append(name)
+        if is_foreign:
+            foreign.append(name)
+        else:
+            missed.append(name)
     if missed:
         raise ConfigError(
             f"the weight files have tensors that {type(causal_lm).__name__} does not read",

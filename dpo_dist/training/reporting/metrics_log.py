@@ -111,7 +111,10 @@ class RowSample:
 
     def add(self, row: MetricsRow) -> None:
         """Add the next row."""
-        (self._evaluations if is_evaluation(row) else self._steps).add(row)
+        if is_evaluation(row):
+            self._evaluations.add(row)
+        else:
+            self._steps.add(row)
         if not all(map(math.isfinite, row.values())):
             self._first.setdefault("not finite", row)
         self._last |= dict.fromkeys(row, row)
@@ -201,8 +204,7 @@ def log_position(row: Mapping[str, float]) -> float:
 
 def _line(row: Mapping[str, float]) -> bytes:
     """Return a row as a line of JSON, with null for nan and infinity."""
-    values = {key: value if math.isfinite(value) else None for key, value in row.items()}
-    return json.dumps(values).encode() + b"\n"
+    return json.dumps(for_json(row)).encode() + b"\n"
 
 
 def _known(row: Mapping[str, float | None]) -> MetricsRow:

@@ -139,7 +139,9 @@ class AccelerateRun:
             case TrackerName.mlflow:
                 options = {"run_name": title}
             case TrackerName.trackio | TrackerName.swanlab:
-                options = {"name": title, **({"resume": "allow"} if self._id else {})}
+                options = {"name": title}
+                if self._id:
+                    options["resume"] = "allow"
             case TrackerName.aim:
                 first = title
                 options = {"experiment": project, "capture_terminal_logs": False}
@@ -154,7 +156,9 @@ class AccelerateRun:
             case TrackerName.dvclive:
                 options = {"dir": str(place), "resume": True, "dvcyaml": str(place / "dvc.yaml")}
                 options["save_dvc_exp"] = False  # a commit of the user's repository
-        return first, options | ({_RUN_IDS[self._name][1]: self._id} if self._id else {})
+        if self._id:
+            options[_RUN_IDS[self._name][1]] = self._id
+        return first, options
 
 
 OpenRun = WandbRun | AccelerateRun
@@ -225,7 +229,8 @@ class InBackground:
                     waiting[0](run)
                     waiting.popleft()
                     self._sent += 1
-            failure = "" if waiting else failure  # is said once
+            if waiting:  # is said once
+                failure = ""
         for call in waiting:
             with self._warns(""):
                 call(run)

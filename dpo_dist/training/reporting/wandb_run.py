@@ -180,7 +180,8 @@ class WandbRun:
                     sample.pop("images", None)  # thumbnails are for pages
                     cells = dict(dotted_items(sample))
                     for name, cell in cells.items():
-                        cells[name] = cell[:_CELL_CHARACTERS] if isinstance(cell, str) else cell
+                        if isinstance(cell, str):
+                            cells[name] = cell[:_CELL_CHARACTERS]
                     table.append(cells)
                 rows = [list(cells.values()) for cells in table]
                 values[SAMPLES] = wandb.Table(columns=list(table[0]), data=rows, allow_mixed_types=True)
@@ -220,8 +221,10 @@ def open_wandb(tracked: TrackedRun, end: float, console: Console) -> WandbRun | 
             console.warn(f"wandb cannot start {mode}: {first_line(error)}")
             end_service()
             continue
-        is_offline = f"offline; upload with: {upload_command(tracked.folder)}"
-        console.say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
+        place = tracker.run.url
+        if mode == "offline":
+            place = f"offline; upload with: {upload_command(tracked.folder)}"
+        console.say(f"wandb: {place}")
         return tracker
     return None
 

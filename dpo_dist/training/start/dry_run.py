@@ -204,7 +204,7 @@ def _check_steps(
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
     are_whole = all(first.is_whole for first in train)
-    part = Part.to_train(data, _prompts(evaluation) if evaluation else None)
+    part = Part.to_train(data, _prompts(evaluation))
     trained = [sum(map(part.has, map(int, _prompts([first])))) for first in train]
     if config.loss.needs_partners:
         # A start looks for partners among the examples that are left, which are not known here.
@@ -226,10 +226,12 @@ def _check_steps(
         spans.append(SourceSpan(0, max(round(expected), least), source.weight))
     sampler = make_sampler(spans, config.trainer)
     unit = config.loss.unit
+    length = steps_in_words(sampler, unit)
     if are_whole or config.trainer.max_steps is not None:
         check_schedule(config.optim, sampler.steps)
-    is_exact = are_whole or config.trainer.max_steps is not None
-    lines = [("training", ("" if is_exact else _about(train)) + steps_in_words(sampler, unit))]
+    else:
+        length = _about(train) + length
+    lines = [("training", length)]
     if are_whole:
         check_batch(sampler, unit)
         lines += [("  warning", warning) for warning in short_run_warnings(sampler, unit)]
@@ -341,14 +343,15 @@ def _first_records(
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
     first = "the first " if has_more else ""
     rest = " (the others were not looked at)" if has_more else ""
-    parts = [
-        f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}",
-        f"dropped: {counts.dropped_in_words}" if counts.dropped_in_words else "",
-        counts.forms_in_words,
-        f"changed or unusual: {counts.changed_in_words}" if counts.changed_in_words else "",
-        f"{tokens:.0f} tokens per example",
-        f"{pluralize(images, 'record')} with images" if images else "",
-    ]
+    parts = [f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}"]
+    if counts.dropped:
+        parts.append(f"dropped: {counts.dropped_in_words}")
+    parts.append(counts.forms_in_words)
+    if counts.changed_in_words:
+        parts.append(f"changed or unusual: {counts.changed_in_words}")
+    parts.append(f"{tokens:.0f} tokens per example")
+    if images:
+        parts.append(f"{pluralize(images, 'record')} with images")
     fields: list[str] = []
     for record in records:
         if isinstance(record, PreferenceRecord):
@@ -360,7 +363,7 @@ def _first_records(
     expected = source.expected_number()
     if has_more:  # as many of each record as here
         pairs *= max(1.0, expected / counts.read)
-    text = "; ".join(filter(None, parts))
+    text = "; ".join(parts)
     return _FirstRecords(
         text, notes, tokens, counts, not has_more, pairs, has_more and expected > 0, dataset, images
     )

@@ -90,7 +90,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
     they are None outside a git checkout.
     """
     changes = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -102,7 +102,10 @@ class Inputs(EvaluationInputs):
     @property
     def datasets(self) -> dict[str, PreferenceDataset]:
         """The datasets by name: `train`, and `eval` if the run has evaluation data."""
-        return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
+        datasets = {"train": self.train_set}
+        if self.eval_set is not None:
+            datasets["eval"] = self.eval_set
+        return datasets
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -146,7 +149,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
     train_set = _with_labels_and_partners(run, train_set)
-    eval_set = None if eval_set is None else _with_labels_and_partners(run, eval_set)
+    if eval_set is not None:
+        eval_set = _with_labels_and_partners(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.datasets.items():

@@ -84,7 +84,7 @@ class EvaluatedModel:
         reference = inputs.reference_files.digest if inputs.reference_files is not None else None
         data = inputs.eval_set
         assert data is not None, "evaluations have data"
-        precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
+        precision = [model.dtype, model.quantization]
         facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
         facts += [data.fingerprint, list(data.source_labels)]
         if metrics_function is not None:
@@ -108,7 +108,8 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
             config.model.quantization if reference.mode is ReferenceMode.adapter else reference.quantization
         )
         reference = replace(reference, mode=ReferenceMode.cached, quantization=bits)
-    data = replace(data, train=[]) if data.eval else data
+    if data.eval:
+        data = replace(data, train=[])
     config = replace(config, data=data, reference=reference)
     config.data.check_has_evaluation_data("evaluate models on")
     run = RunFolder(config.run.path)

@@ -77,20 +77,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         find_function(config.loss.function, LOSS_FUNCTION)
     # Packages.
     model = config.model
-    is_8bit = trains and config.optim.kind is OptimizerKind.adamw_8bit
-    needed = [
-        # package, key, value that needs it, value that does not
-        ("bitsandbytes", "model.quantization", model.quantization, "null"),
-        ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
-        ("bitsandbytes", "optim.kind", config.optim.kind if is_8bit else None, OptimizerKind.adamw),
-        ("liger-kernel", "model.fused", model.fused if model.fused is FusedLayers.liger else None, "none"),
-        *(
-            (package, "model.attention", model.attention if model.attention is backend else None, "auto")
-            for backend, package in FLASH_ATTN.items()
-        ),
-    ]
-    for package, key, value, instead in needed:
-        if value is not None and not is_installed(package):
+    for package, key, value, instead in _needed_packages(config, trains=trains):
+        if not is_installed(package):
             install = "build it, the folder hopper of FlashAttention's repository"
             if package in _EXTRAS:
                 install = install_extra(_EXTRAS[package])
@@ -145,30 +133,50 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         check_writable(folder, key)
 
 
+def _needed_packages(config: RunConfig, *, trains: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Yield a package that is needed, the key, its value that needs it, and a value that does not."""
+    model = config.model
+    if model.quantization is not None:
+        yield "bitsandbytes", "model.quantization", model.quantization, "null"
+    if config.reference.quantization is not None:
+        yield "bitsandbytes", "reference.quantization", config.reference.quantization, "null"
+    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
+        yield "bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw
+    if model.fused is FusedLayers.liger:
+        yield "liger-kernel", "model.fused", model.fused, "none"
+    if model.attention in FLASH_ATTN:
+        yield FLASH_ATTN[model.attention], "model.attention", model.attention, "auto"
+
+
 def _check_run_folder(run: RunFolder) -> None:
     """Raise ConfigError if a new run's directory holds other things: it is /, the home, or a folder of runs.
 
     Not one with other files of the user's own: a launcher may have put its logs there.
     """
     is_begun = run.lock.exists() or run.state.exists()
-    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
+    foreign = [run.path / CONFIG_FILE]  # a model's
+    if not is_begun:
+        foreign.append(run.config)  # a user's
     there = [str(file) for file in foreign if file.is_file()]
+    message = "run.dir has files that no run has written"
+    remedy = "set run.dir to a new folder"
     home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 (no error if a user has no home)
     folder = Path(os.path.realpath(run.path.expanduser()))  # raises no error for a link to itself
     is_above = not is_begun and (folder in Path.cwd().resolve().parents or folder in (home, *home.parents))
     if is_above:
         there = [str(run)]
+        message = "run.dir is a folder of other things"
+        remedy = "remove run.dir, or name a new folder: run.dir=output/my_run"
     elif not is_begun:
         there += [str(state.parent) for state in sorted(run.path.glob(f"*/{run.state.name}"))]
     if not there:
         return
-    remedy = "remove run.dir, or name a new folder: run.dir=output/my_run"
     raise ConfigError(
-        "run.dir is a folder of other things" if is_above else "run.dir has files that no run has written",
+        message,
         where="run.dir",
         got=first_few(there),
         expected="an empty folder, or one that only this run uses",
-        remedy=remedy if is_above else "set run.dir to a new folder",
+        remedy=remedy,
     )
 
 

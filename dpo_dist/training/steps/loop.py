@@ -239,10 +239,12 @@ class Loop:
         overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
         running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
+        tokens = rank_batch.tokens
         flops = self.inputs.flops.step(
             rank_batch.computed_tokens, rank_batch.targets, rank_batch.attended, rank_batch.image_tokens
         )
         if partners is not None:
+            tokens += partners.tokens
             flops += self.inputs.flops.forward(
                 partners.computed_tokens, partners.targets, partners.attended, partners.image_tokens
             )
@@ -253,7 +255,7 @@ class Loop:
             values={**running, "grad_norm": totals.grad_norm, **times},
             learning_rate=rate,
             pairs=pairs,
-            tokens=rank_batch.tokens + (0 if partners is None else partners.tokens),
+            tokens=tokens,
             flops=flops,
             seconds=sum(times.values()),
         )

@@ -281,7 +281,8 @@ def train_step(
         loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        sums = batch_sums if world.is_main else sums  # every rank has the whole batch's: they count once
+        if world.is_main:  # every rank has the whole batch's: they count once
+            sums = batch_sums
         objective = replace(objective, reference=ReferenceProvider())  # the reference is already in `slopes`
     # Forward and backward, one micro-batch after the other: only one has its activations in memory.
     clock.enter("forward")
@@ -380,7 +381,7 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
     total = world.sum(torch.cat((counted, vote_values)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
     by_metric, counts = sums.by_name(reduced)
-    ranks = [round(vote) for vote in reduced[len(sums.values) :]]
+    ranks = list(map(round, reduced[len(sums.values) :]))
     return StepTotals(by_metric, counts, metric_means(by_metric, counts), ranks, norm)
 
 
@@ -438,7 +439,8 @@ def evaluate(
                 sums += objective.measure(pairs, plan)[1]
     if objective.loss.is_coupled:
         _, batch_sums = objective.measure(gather_pairs(scored, rank_batch, world), plan)
-        sums = batch_sums if world.is_main else sums
+        if world.is_main:
+            sums = batch_sums
     parts = [torch.stack([*part.values()]) for part in values]
     table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
     rewards = [(part["reward_chosen"] + part["reward_rejected"])[None] for part in values]

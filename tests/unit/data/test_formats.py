@@ -129,6 +129,10 @@ def test_weights_of_messages_say_which_turns_are_trained(name: str) -> None:
     record = good({"chosen": turns, "rejected": [user("q"), assistant("bad")]})
     assert seen(record.prompt) == [Q]
     assert [one.is_trained for one in record.responses[0]] == [False, None, True]  # type: ignore[union-attr]
+    # A trained turn that both sides share is a part of the prompt.
+    shared = [user("q"), assistant("a") | {name: 1.0}, user("m")]
+    record = good({"chosen": [*shared, assistant("b")], "rejected": [*shared, assistant("c")]})
+    assert (len(seen(record.prompt)), record.responses) == (3, ("b", "c"))
 
 
 @pytest.mark.parametrize("tools", [[TOOL], [*TOOLS], json.dumps([TOOL]), [json.dumps(TOOL)]])
