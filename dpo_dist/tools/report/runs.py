@@ -274,14 +274,16 @@ class _Results:
         columns["seeds"] = [f"{len(members[each])} of {self.groups.count(each)}" for each in members]
         for key in keys:
             metric = find_metric(key)
-            values_of_groups = [[value for _, value in values(rows, key)] for rows in members.values()]
-            means = [fmean(results) if results else None for results in values_of_groups]
-            best = self._best(key, means)
+            results_of_groups = [[value for _, value in values(rows, key)] for rows in members.values()]
+            best = self._best(key, [fmean(results) for results in results_of_groups if results])
             cells = []
-            for results, mean in zip(values_of_groups, means, strict=True):
-                cell = "-" if mean is None else metric.form(mean)
-                if mean is not None and mean == best:
-                    cell += "*"
+            for results in results_of_groups:
+                cell = "-"
+                if results:
+                    mean = fmean(results)
+                    cell = metric.form(mean)
+                    if mean == best:
+                        cell += "*"
                 if len(results) > 1:
                     cell += f" \u00b1 {metric.form(stdev(results))}"
                 cells.append(cell)

@@ -192,6 +192,9 @@ class Observer:
         unread = record.unread
         if self._tokenizer is not None:
             unread = unread_fields(record, self._tokenizer, self._config)
+        overlap = None
+        if self._benchmark is not None:
+            overlap = self._benchmark.item_in(prompt, *responses)
         facts = RecordFacts(
             record.origin,
             is_readable=True,
@@ -206,7 +209,7 @@ class Observer:
             hash=hash_of_prompt,
             preferences=tuple(_preferences(record, responses, prompt_key)),
             signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
-            benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
+            benchmark=overlap,
         )
         names = {*text_names(record, texts), *call_faults(record)}
         if facts.unread:
@@ -283,7 +286,8 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
     """Return the lengths of the chosen and the rejected response; -1 for one that is missing."""
     if side == "rejected":
         return -1, len(responses[0])
-    return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
+    rejected = len(responses[-1]) if len(responses) > 1 else -1
+    return len(responses[0]), rejected
 
 
 def _same_prompt(texts: Texts, images: Sequence[str]) -> str:
