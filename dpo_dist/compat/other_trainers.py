@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
@@ -29,10 +30,12 @@ def other_trainers() -> dict[str, Any]:
 @cache
 def _table(section: str) -> dict[str, tuple[Any, ...]]:
     """Return for each name that other trainers use its meanings in a section."""
-    rows, meanings = other_trainers()[section], dict[str, tuple[Any, ...]]()
-    for meaning, names in rows.items() if isinstance(rows, dict) else ((row, row["names"]) for row in rows):
+    rows = other_trainers()[section]
+    rows_with_names = rows.items() if isinstance(rows, dict) else [(row, row["names"]) for row in rows]
+    meanings = defaultdict[str, tuple[Any, ...]](tuple)
+    for meaning, names in rows_with_names:
         for name in names.split():
-            meanings[name] = (*meanings.get(name, ()), meaning)
+            meanings[name] += (meaning,)
     return meanings
 
 
@@ -94,8 +97,8 @@ _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"
 def find_answer(key: str, value: str) -> Answer | None:
     """Return the answer to a key with this value, or to a key of the same meaning; None if there is none."""
     names = (key, *equivalents(key, "keys"))
-    methods = equivalents(value, "methods") if {*map(strip_indices, names)} & _METHODS else ()
-    if methods:
+    methods = equivalents(value, "methods")
+    if methods and not _METHODS.isdisjoint(map(strip_indices, names)):
         return Answer(methods[0])
     answers = (answer_on(f"{name}={value}", value) for name in names)
     return next(filter(None, answers), None)
@@ -107,14 +110,22 @@ def as_sources(value: Any) -> Any:
         return value
     sources = []
     for entry in value:
-        path, kind = entry.get("data_files") or entry["path"], entry.get("type")
+        path = entry.get("data_files") or entry["path"]
+        kept = ["name", "data_dir", "revision", "weight", "limit"]
         is_file = re.fullmatch(r"\.[a-z]{2,7}", Path(str(path)).suffix)  # org/name-v1.5 has such a suffix
-        kept = ("name", "data_dir", "revision", "weight", "limit", *([] if is_file else ["split"]))
+        if not is_file:
+            kept.append("split")
         source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
-        fields = entry | (kind if isinstance(kind, dict) else {})
-        names = {name.removeprefix("field_"): fields[name] for name in fields if name.startswith("field_")}
-        columns = {name: column for name, column in names.items() if name != column}
-        sources.append(source | ({"columns": columns} if columns else {}))
+        kind = entry.get("type")
+        fields = {**entry, **kind} if isinstance(kind, dict) else entry
+        columns = {}
+        for key, column in fields.items():
+            name = key.removeprefix("field_")
+            if name not in (key, column):
+                columns[name] = column
+        if columns:
+            source["columns"] = columns
+        sources.append(source)
     return sources
 
 
@@ -125,10 +136,12 @@ _KEYS_OF_A_TRAINER = 3
 
 def trainer_of(keys: Collection[Any]) -> str | None:
     """Return the trainer whose file has these keys: at least three known ones, and one that it alone has."""
-    trainers, same = other_trainers()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
-    known = [key for key in map(str, keys) if key in same or is_foreign(key)]
-    own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
-    return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
+    same = {name.rpartition(".")[2] for name in run_keys()}
+    known = {key for key in map(str, keys) if key in same or is_foreign(key)}
+    if len(known) < _KEYS_OF_A_TRAINER:
+        return None
+    trainers: dict[str, str] = other_trainers()["trainers"]
+    return next((name for name, signs in trainers.items() if known.intersection(signs.split())), None)
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:

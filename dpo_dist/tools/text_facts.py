@@ -125,12 +125,13 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
         # A word that is too long is split into letters, so that its repetitions count.
         words += word if len(word) > _LONGEST_WORD else (word,)
     grams = list(zip(words, words[1:], words[2:], strict=False))
+    distinct = len(set(grams)) / len(grams) if grams else None
     return TextFacts(
         length=tokens,
         finished=is_finished,
         refusals=is_refusal(text),
-        distinct_3=len(set(grams)) / len(grams) if grams else None,
-        longest_repeat=longest_repeat(words) / len(words) if words else 0.0,
+        distinct_3=distinct,
+        longest_repeat=longest_repeat(words) / max(len(words), 1),
         empty=not text.strip(),
         language=detect_language(text),
     )

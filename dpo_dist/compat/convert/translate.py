@@ -148,7 +148,8 @@ class Translation:
         if reason:
             self.comment(key, value, reason)
             return
-        meaning = _meaning_of("optimizer" if key == "optim" else key, value)
+        name = "optimizer" if key == "optim" else key  # our section `optim` is another thing
+        meaning = _meaning_of(name, value)
         answer = meaning.answer
         targets = meaning.targets
         if meaning.fitting:  # learning_rate: 1e-6
@@ -169,8 +170,10 @@ class Translation:
         lines = list(self.about)
         if self.comments:
             lines += ["Not translated:", *self.comments]
-        comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
-        comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
+        comments = ""
+        for line in lines:
+            text = " ".join(line.split())
+            comments += f"# {''.join(filter(str.isprintable, text))}\n"
         order = list(run_keys())
         keys = as_tree({key: self.values[key] for key in sorted(self.values, key=order.index)})
         return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
@@ -284,12 +287,9 @@ def set_sources(run: Translation) -> None:
 def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
     if run.trainer == "LLaMA-Factory":
-        train_names = as_list(run.take("dataset"))
-        test_names = as_list(run.take("eval_dataset"))
-        folder = run.take("dataset_dir", default="data")
-        limit = run.take("max_samples")
-        train = [{"path": folder, "name": name, "limit": limit} for name in train_names]
-        tests = [{"path": folder, "name": name, "limit": limit} for name in test_names]
+        source = {"path": run.take("dataset_dir", default="data"), "limit": run.take("max_samples")}
+        train = [{**source, "name": name} for name in as_list(run.take("dataset"))]
+        tests = [{**source, "name": name} for name in as_list(run.take("eval_dataset"))]
         return train, tests
     train = run.take("datasets", default=[])
     tests = run.take("test_datasets", default=[])
@@ -545,7 +545,9 @@ def _simpo(run: Translation) -> None:
     run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
     # A TRL run that sets gamma / beta is one of SimPO's own trainer, whose loss has no likelihood term.
     has_likelihood = ratio < 0 or run.trainer != "TRL"
-    weight = run.take("cpo_alpha", default=likelihood if has_likelihood else 0)
+    if not has_likelihood:
+        likelihood = 0
+    weight = run.take("cpo_alpha", default=likelihood)
     if weight:
         run.left.pop("rl", None)
         run.left.pop("loss_type", None)
@@ -587,7 +589,9 @@ def _trains_adapter(run: Translation) -> bool:
         run.comment("ref_adapters", run.left.pop("ref_adapters"), why)
         run.not_default.add("reference.path")
     kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
-    kind = str(run.facts.get("tuner") if kind is None else kind).lower()
+    if kind is None:
+        kind = run.facts.get("tuner")
+    kind = str(kind).lower()
     if kind not in ("lora", "qlora", "true", "none", "full", "false"):
         raise ConfigError(
             f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",

@@ -131,8 +131,11 @@ def open_images(paths: str, speakers: Sequence[Speaker], say: Callable[[str], No
         names = shlex.split(paths)
     except ValueError:  # a quote that is not closed
         names = [paths]
-    if blind or not names:
-        say(f"{' and '.join(blind)} cannot read images" if blind else "/image PATH: name a file")
+    if blind:
+        say(f"{' and '.join(blind)} cannot read images")
+        return []
+    if not names:
+        say("/image PATH: name a file")
         return []
     images = []
     for path in names:

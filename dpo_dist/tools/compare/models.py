@@ -325,8 +325,9 @@ def compare_models(
                 texts_of_prompts = []
                 for row in zip(*answers, strict=True):
                     texts = [answer.completions[0].content for answer in row if answer.completions]
-                    # A prompt that a model cannot be asked is not judged.
-                    texts_of_prompts.append(texts if len(texts) == len(speakers) else [])
+                    if len(texts) < len(speakers):
+                        texts = []  # a prompt that a model cannot be asked is not judged
+                    texts_of_prompts.append(texts)
                 records = prompts.parts[index]
                 return judge_texts(
                     records, texts_of_prompts, judge, in_pairs=compares(config.section_of(PairsConfig))
@@ -440,7 +441,7 @@ def _write(
     results: dict[str, Any] = files.for_json(
         {
             "base": names[0],
-            "judge": None if judge is None else str(judge),
+            "judge": judge and str(judge),
             "judge_compares": judge is not None and compares(run.config.section_of(PairsConfig)),
             **sections,
             "prompts_also_in_train": in_train,

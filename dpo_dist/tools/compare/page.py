@@ -50,7 +50,10 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
         values = {**model, **model["style"]}
         ends = {"kl": model["kl_interval"], "score": model["score_interval"], **model["style_intervals"]}
         cells = [number_above_interval(values.get(each), ends.get(each), _scale(each)) for each in _COLUMNS]
-        rate = "base" if model["name"] == base else _rate(rates.get((model["name"], base)))
+        rate: object = "base"
+        if model["name"] != base:
+            value, interval = rates.get((model["name"], base), (None, None))
+            rate = number_above_interval(value, interval, 100)
         rows.append([part("macros.jinja", "named", model["name"], model["path"]), *cells, rate])
     # Without empty columns. The base's own row does not count: it always has a KL of 0.
     columns = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
@@ -123,14 +126,12 @@ def headline(results: _Row) -> list[str]:
 
     A model whose responses never end is not ranked: the judge saw only their beginnings.
     """
-    return _ranking_sentences(results) + _held_out_warning(results)
-
-
-def _held_out_warning(results: _Row) -> list[str]:
-    """Return a sentence on models that were trained on prompts of the comparison; empty if none was."""
+    sentences = _ranking_sentences(results)
     counts = results.get("prompts_also_in_train", {}).items()
     facts = " and ".join(f"{name} was trained on {count:,} of them" for name, count in counts if count)
-    return [f"Not all prompts are held out: {facts}."] if facts else []
+    if facts:
+        sentences.append(f"Not all prompts are held out: {facts}.")
+    return sentences
 
 
 def _ranking_sentences(results: _Row) -> list[str]:
@@ -169,7 +170,8 @@ def _title(metric: str) -> str:
 def _rates(results: _Row) -> Rates:
     rates: dict[Pair, tuple[float, Interval]] = {}
     for win in results["wins"]:
-        rate, ends = win["rate"], win["interval"]
+        rate = win["rate"]
+        ends = win["interval"]
         rates[win["first"], win["second"]] = rate, ends
         rates[win["second"], win["first"]] = 1 - rate, ends and [1 - ends[1], 1 - ends[0]]
     return rates
@@ -187,20 +189,17 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
 
     The measure is the score or, without scores, the win rate over the base (one half for the base itself).
     """
-    models, base = results["models"], results["base"]
-    scores = {
-        model["name"]: (model["score"], model["score_interval"])
-        for model in models
-        if model["score"] is not None
-    }
+    base = results["base"]
+    scores = {}
+    for model in results["models"]:
+        if model["score"] is not None:
+            scores[model["name"]] = (model["score"], model["score_interval"])
     if scores:
         return "score", scores
     rates = {model: rate for (model, other), rate in _rates(results).items() if other == base}
-    return f"win rate over {base}", {base: (_HALF, None), **rates} if rates else {}
-
-
-def _rate(rate: tuple[float, Interval] | None) -> Markup:
-    return number_above_interval(rate[0], rate[1], 100) if rate else Markup("")
+    if rates:
+        rates = {base: (_HALF, None), **rates}
+    return f"win rate over {base}", rates
 
 
 def _scale(metric: str) -> float:
@@ -219,7 +218,7 @@ def _differences(results: _Row, rates: Rates) -> _Table:
         win = Markup("")
         if rate is not None:
             kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
-            win = Markup('<span class="{}">{}</span>').format(kind, _rate(rate))
+            win = Markup('<span class="{}">{}</span>').format(kind, number_above_interval(*rate, 100))
         cells = [win] if rates else []
         for metric in metrics:
             value = row.get(metric)

@@ -80,12 +80,12 @@ def judge_texts(
 
 def without_judge(first: str, second: str) -> float | None:
     """Return the first response's credit where equal responses tie or an empty one loses, else None."""
-    has_first, has_second = bool(first.strip()), bool(second.strip())
-    if first == second or not (has_first or has_second):
+    texts = (first.strip(), second.strip())
+    if first == second or not any(texts):
         return TIED
-    if has_first and has_second:
+    if all(texts):
         return None
-    return WON if has_first else LOST
+    return WON if texts[0] else LOST
 
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
@@ -115,7 +115,7 @@ def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
             pair = (verdict["first"], verdict["second"])
             credit = verdict["credit"]
             outcomes[pair][_OUTCOMES[credit]] += 1
-            values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
+            values[*pair, _RATE].append(_term(credit))
     columns = {key: np.array(column, dtype=np.float64).T for key, column in values.items()}
     lowest = _score_empty_responses(columns, models) if prompts else None
     pairs = list(itertools.combinations(models, 2))
@@ -168,8 +168,13 @@ def _measure_response(response: _Row) -> dict[str, tuple[float, float]]:
     if response["logp"] is not None and response["base_logp"] is not None:
         measures["kl"] = response["logp"] - response["base_logp"]
         ratio_per_token = (measures["kl"], float(response["logp_tokens"]))
-    terms = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in measures.items()}
+    terms = {name: _term(value) for name, value in measures.items()}
     return {**terms, "kl_per_token": ratio_per_token}
+
+
+def _term(value: float | None) -> tuple[float, float]:
+    """Return a value and its count for a mean."""
+    return (0.0, 0.0) if value is None else (float(value), 1.0)
 
 
 def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
@@ -186,7 +191,10 @@ def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], pro
             has_both = has_value * has_other
             differences[first, second, metric] = np.stack([(other - value) * has_both, has_both])
     measures = {key: (table[0], table[1]) for key, table in {**columns, **differences}.items()}
-    lowest = {key: -1.0 if key in differences else 0.0 for key in measures if key[-1] in _SHARES}
+    lowest = {}
+    for key in measures:
+        if key[-1] in _SHARES:
+            lowest[key] = -1.0 if key in differences else 0.0
     ends = bootstrap_intervals(measures, np.arange(prompts, dtype=np.uint64), lowest=lowest)
     means = {}
     for key, (values, counts) in measures.items():

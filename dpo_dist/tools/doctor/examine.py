@@ -111,8 +111,7 @@ def examine(
             _for_each_chunk(entry, find, [prompts.add], progress(f"evaluation prompts of {label}"))
     comparison = Comparison(config, prompts)
     for entry, label, is_eval in _with_labels(config):
-        is_encoded = tokenizer is not None
-        source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=is_encoded)
+        source = ExaminedSource(label, entry.path, config, is_eval=is_eval)
         comparison.add_source(label, is_eval=is_eval)
         _for_each_chunk(entry, observer.observe, [source.add, comparison.add], progress(label))
         findings += source.findings()

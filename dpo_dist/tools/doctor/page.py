@@ -32,7 +32,7 @@ def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: i
     content: dict[str, Any] = {
         "format": FORMAT,
         "exit_code": int(exit_code),
-        "model": str(diagnosis.model) if diagnosis.model is not None else None,
+        "model": diagnosis.model and str(diagnosis.model),
         "versions": {"dpo_dist": dpo_dist.__version__, "python": platform.python_version()},
         "store": diagnosis.store,
         "sources": diagnosis.sources,

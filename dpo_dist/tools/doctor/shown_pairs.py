@@ -131,7 +131,8 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
             name = ("chosen", "rejected")[index]
         else:
             name = f"response {index + 1} of {count}"
-        yield index, name, None if record.scores is None else record.scores[index]
+        score = None if record.scores is None else record.scores[index]
+        yield index, name, score
 
 
 def _segments(

@@ -56,7 +56,8 @@ def _shown(row: Answers, labels: Sequence[str], images: Thumbnails) -> dict[str,
         if response.get("score") is not None and first.get("score") is not None:
             differences.append(abs(response["score"] - first["score"]))
     if row.get("chosen") is not None:
-        responses[f"{row['label']} response" if row.get("label") else "chosen"] = {"text": row["chosen"]}
+        name = f"{row['label']} response" if "label" in row else "chosen"
+        responses[name] = {"text": row["chosen"]}
     columns = [_column(name, response, first, base) for name, response in responses.items()]
     return {
         "title": _title(row["prompt"]),
@@ -93,8 +94,10 @@ def _column(
     pieces = [(text, False)] if text.strip() else []
     if pieces and other.strip() and response is not first:
         pieces, share = mark_differences(text, other)
-        differs = f"{percent(share)} of its words not in {base}"
-        notes.append(f"the same text as {base}" if text == other else differs)
+        note = f"{percent(share)} of its words not in {base}"
+        if text == other:
+            note = f"the same text as {base}"
+        notes.append(note)
     if len(response["text"]) > _LONGEST_TEXT:
         notes.append(f"first {_LONGEST_TEXT:,} of {len(response['text']):,} characters")
     return name, "; ".join(notes), pieces
@@ -117,4 +120,4 @@ def mark_differences(text: str, other: str) -> tuple[list[MarkedPiece], float]:
             new += (stop - start) * (kind != "equal")
             pieces += [(text[before:begin], False), (text[begin:end], kind != "equal")]
     pieces.append((text[end:], False))
-    return [piece for piece in pieces if piece[0]], new / len(words) if words else 0.0
+    return [piece for piece in pieces if piece[0]], new / max(len(words), 1)

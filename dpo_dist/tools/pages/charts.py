@@ -54,8 +54,11 @@ class Axis:
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
         """Return an axis for these finite values, with some room at both ends."""
-        values = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
-        low, high = min(values), max(values)
+        values = list(values)
+        if not values:
+            values = [1.0, 10.0] if is_log else [0.0, 1.0]
+        low = min(values)
+        high = max(values)
         if is_log:
             room = (high / low) ** _PADDING if high > low else 2.0
             return cls(low / room, high * room, start, end, is_log=True)
@@ -169,7 +172,9 @@ def chart(
         drawing.append(Line(line.label, line.role, line.steps[is_point], line.values[is_point]))
     low = float(steps[0])
     high = float(steps[-1])
-    across = Axis(low, high if high > low else low + 1, 50, 364)
+    if high == low:
+        high += 1
+    across = Axis(low, high, 50, 364)
     up = _value_axis(drawing, 184, 8, is_log=log)
     labels = names or list(dict.fromkeys(line.label for line in drawing))
     points = []
@@ -255,12 +260,14 @@ def _legend(
     for (label, is_evaluation), indices in indices_of_items.items():
         if is_shared and not is_evaluation and (label, True) in indices_of_items:
             continue
+        mark = "ring" if is_evaluation else "stroke"
+        has_both = is_evaluation and (label, False) in indices_of_items
         item = {
             "color": color_classes(labels, label),
             "lines": indices,
-            "mark": "ring" if is_evaluation else "stroke",
+            "mark": mark,
             "label": label,
-            "note": " (evaluation)" if is_evaluation and (label, False) in indices_of_items else "",
+            "note": " (evaluation)" if has_both else "",
             "last": joint.join(_last_value(lines[index], end, over) for index in indices),
         }
         items.append(item)

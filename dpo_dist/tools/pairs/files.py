@@ -60,18 +60,21 @@ def check_output(file: Path, settings: Mapping[str, Any]) -> None:
     if not file.exists():
         return
     summary = _summary_file(file)
-    old = json.loads(summary.read_text(encoding="utf-8"))["settings"] if summary.exists() else {}
+    old = {}
+    if summary.exists():
+        old = json.loads(summary.read_text(encoding="utf-8"))["settings"]
     now = json.loads(json.dumps(settings))
-    changed = [
-        f"{name}: {as_written(old.get(name))} before, {as_written(now.get(name))} now"
-        for name in sorted({*old, *now})
-        if old.get(name) != now.get(name)
-    ]
+    changed = []
+    for name in sorted({*old, *now}):
+        if old.get(name) != now.get(name):
+            changed.append(f"{name}: {as_written(old.get(name))} before, {as_written(now.get(name))} now")
+    if not old:
+        changed = ["a file without a summary of its settings"]
     if changed:
         raise ConfigError(
             "the file of pairs exists and was made with other settings",
             where=str(file),
-            got="; ".join(changed) if old else "a file without a summary of its settings",
+            got="; ".join(changed),
             remedy="set run.dir to another folder, or remove this one",
         )
 

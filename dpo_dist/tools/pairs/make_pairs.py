@@ -259,13 +259,17 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
         row["responses"] = []
         row["unused"] = []
         for each in completions.completions:
+            content = each.content
+            if is_dialogue:
+                content = as_fields(record.prompt, (content,))[1]
             response = {
-                "content": as_fields(record.prompt, (each.content,))[1] if is_dialogue else each.content,
+                "content": content,
                 **each.fields,
                 **{name: getattr(each, name) for name in names},
                 "model": results.models[each.model].name,
             }
-            row["responses" if each.unused is None else "unused"].append(response)
+            part = "responses" if each.unused is None else "unused"
+            row[part].append(response)
         provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
         images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
         yield {**row, **record.context_fields(), "provenance": provenance, **images}

@@ -291,7 +291,8 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
     between = []
     for name, by_item in sorted(by_annotator.items()):
         lefts = [each.verdict == _SIDES[each.left] for each in by_item.values() if each.verdict != TIE]
-        annotators[name] = {"judged": len(by_item), "left_share": statistics.fmean(lefts) if lefts else None}
+        share = statistics.fmean(lefts) if lefts else None
+        annotators[name] = {"judged": len(by_item), "left_share": share}
     for names in itertools.combinations(sorted(by_annotator), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
@@ -325,8 +326,10 @@ def label_pairs(
         training_records(data, DataSource.records, say), limit or _MOST_ITEMS, seed, counts_of_draw
     )
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+counts_of_draw).items())
-    comparisons = pluralize(len(items), "comparison")
-    say(f"{comparisons}; records: {rest}" if rest else comparisons)
+    line = pluralize(len(items), "comparison")
+    if rest:
+        line += f"; records: {rest}"
+    say(line)
     if not items:
         raise DataError(
             "there is nothing to compare",

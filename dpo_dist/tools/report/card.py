@@ -76,8 +76,17 @@ def model_card(
     )
     environment.filters |= {"code": code, "plain": Markup}
     adapter = config.model.adapter
+    start = None
+    if adapter is not None:
+        if adapter.path is not None:
+            start = _model_name(adapter.path)
+        # peft has no auto class for models that read images, but transformers loads adapters, too.
+        if loader == _CAUSAL:
+            loader = "AutoPeftModelForCausalLM"
     name = _model_name(config.model.path)
-    link = Markup(f"[{plain_line(name)}](https://huggingface.co/{name})")  # noqa: S704
+    base = code(name)
+    if hub_name(config.model.path) is not None:
+        base = Markup(f"[{plain_line(name)}](https://huggingface.co/{name})")  # noqa: S704
     unit = config.loss.unit
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
@@ -91,26 +100,28 @@ def model_card(
         values["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:
         values["data.chat_template"] = Path(config.data.chat_template).name
-    if adapter is not None and adapter.path is not None:
-        values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
-    is_averaged = config.export.weights is not ExportedWeights.last
+    if start is not None:
+        values["model.adapter"] = {**values["model.adapter"], "path": start}
+    averaged = ""
+    if config.export.weights is not ExportedWeights.last:
+        averaged = f"{config.trainer.ema_decay:g}"
+    best = summary.get("best_checkpoint") if "model_step" in summary else None
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=Markup("METADATA"),
         title=f"{name.rpartition('/')[2]}-{'+'.join(config.loss.kinds)}",
         adapter=adapter,
-        base=code(name) if hub_name(config.model.path) is None else link,
+        base=base,
         base_name=name,
         quantized=config.model.quantization,
-        start=None if adapter is None or adapter.path is None else _model_name(adapter.path),
+        start=start,
         unit=unit,
         pairs=Markup(pairs_in_words),  # noqa: S704  (digits)
         steps=pluralize(summary["steps"], "step"),
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
-        best=summary.get("best_checkpoint") if "model_step" in summary else None,
-        averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
+        best=best,
+        averaged=averaged,
         verdict=summary["verdict"],
-        # peft has no auto class for models that read images, but transformers loads adapters, too.
-        loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
+        loader=loader,
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
         data=_data(config.data, summary),

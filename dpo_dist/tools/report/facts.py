@@ -82,7 +82,7 @@ class RunFacts:
         self.evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
         self.last_rows = self.evaluations or self.steps
         self.part = "evaluation" if self.evaluations else "training"
-        self.total_steps = int(summary.get("steps") or (rows[-1]["step"] if rows else 0))
+        self.total_steps = int(summary.get("steps") or last(rows, "step") or 0)
         evaluated = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
         self.evaluated_pairs = int(evaluated)  # of the last evaluation; 0 if unknown
 
@@ -134,7 +134,8 @@ class RunFacts:
         end = median(ends)
         if falls:
             return end + median(fall for _, fall in falls), end
-        start = first(evaluation_rows(self.rows) if self.evaluations else self.steps, key)
+        rows = evaluation_rows(self.rows) if self.evaluations else self.steps
+        start = first(rows, key)
         return None if start is None else (start, end)
 
     def recent_rows(self) -> list[MetricsRow]:
@@ -198,7 +199,8 @@ class RunFacts:
         pairs = last(rows, "pairs")
         if not rms or not beta or not pairs or self.setting("loss.reference_free"):
             return {}
-        good = self.label_share("eval" if rows is self.evaluations else "train")
+        part = "eval" if rows is self.evaluations else "train"
+        good = self.label_share(part)
         # A margin is a difference between a pair's responses, or between the means of both labels.
         spread = 1 / (good * (1 - good)) if self.unit == "record" and 0 < good < 1 else 2
         return {

@@ -108,9 +108,10 @@ def write_worst(
                 "prompt": decode(prompt.tolist()),
             }
             if is_unpaired:
-                is_good = values.tokens_chosen[index] > 0
-                row["reward"] = float(values.margin[index]) * (1 if is_good else -1)
-                sides = {"good" if is_good else "bad": example.responses[0]}
+                label = "good" if values.tokens_chosen[index] > 0 else "bad"
+                reward = float(values.margin[index])
+                row["reward"] = reward if label == "good" else -reward
+                sides = {label: example.responses[0]}
             else:
                 row["margin"] = float(values.margin[index])
                 sides = {"chosen": example.responses[0], "rejected": example.responses[-1]}

@@ -143,11 +143,12 @@ def write_page(
     worst = worst_pairs(folder.last_evaluation.worst) if facts.evaluation else []
     accuracy_title = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
     is_running = "exit" not in facts.summary
+    last_step = last(run.rows, "step") if is_running else None
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
         "verdict": verdict_for_page(facts),
-        "last_step": run.rows[-1]["step"] if run.rows and is_running else None,
+        "last_step": last_step,
         "tiles": list(_tiles(facts)),
         "samples": samples_section(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
@@ -319,11 +320,10 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
     """Return a dataset's numbers of read, kept, dropped and changed records, for the page."""
     read = counts["read"]
     dropped = counts.get("dropped") or {}
-    rows = [
-        _counted(count, read, f"dropped: {in_words(name)}", f"dropped.{name}")
-        for name, count in sorted(dropped.items(), key=lambda item: -item[1])
-        if count
-    ]
+    rows = []
+    for name, count in sorted(dropped.items(), key=lambda item: -item[1]):
+        if count:
+            rows.append(_counted(count, read, f"dropped: {in_words(name)}", f"dropped.{name}"))
     for name, count in counts.items():
         if count and isinstance(count, int) and name not in ("read", "kept", "pairs"):
             # Records that the split gives to the other part are not among the `read` ones.

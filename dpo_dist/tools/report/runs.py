@@ -84,7 +84,9 @@ def compare_runs(
     last = list[MetricsRow]()
     for each in facts:
         rows = each.run.evaluations if has_evaluation else each.run.steps
-        last.append(rows[-1] if rows and "exit" in each.summary else {})
+        if "exit" not in each.summary:
+            rows = []
+        last.append(rows[-1] if rows else {})
     # Why some metrics cannot be compared, with the prefixes of their names.
     warnings = dict[str, tuple[str, ...]]()
     if not has_evaluation:
@@ -102,12 +104,16 @@ def compare_runs(
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     keys = _result_metrics(last)
     metrics = {METRICS[key].title: results.cells(key) for key in keys}
-    parts = {key: _differing_parts(texts) for key, texts in naming.items()} if is_short else {}
+    parts = dict[str, list[str]]()
+    if is_short:
+        parts = {key: _differing_parts(texts) for key, texts in naming.items()}
     columns = {"run": names, **parts, "outcome": outcomes, **metrics}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
     over_seeds = results.over_seeds(keys, completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
-    unit = units.pop() if len(units) == 1 else "example"
+    unit = units.pop()
+    if units:
+        unit = "example"
     curves = []
     for group, kind, each in zip(groups, kinds, facts, strict=True):
         # Over pairs seen in place of steps, because batch sizes may differ.
@@ -166,16 +172,18 @@ def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[s
     """Return by key the settings that differ and can change results, and other differences."""
     differing = differing_settings([each.config for each in facts])
     differing.pop("loss.options", None)  # present only if null; each option has a row of its own
-    others = {key: texts for key, texts in differing.items() if key.startswith(_KEYS_WITHOUT_RESULT)}
-    settings = {key: texts for key, texts in differing.items() if key not in others}
-    for key, texts in settings.items():
-        users = set(kinds_using(key.removeprefix("loss.")))
-        if not users:
+    settings = {}
+    others = {}
+    for key, texts in differing.items():
+        if key.startswith(_KEYS_WITHOUT_RESULT):
+            others[key] = texts
             continue
-        # Other losses do not depend on it.
+        settings[key] = texts
+        # Losses of other kinds do not depend on it.
+        users = set(kinds_using(key.removeprefix("loss.")))
         for index, each in enumerate(facts):
             kinds = _kinds(each)
-            if kinds and not users.intersection(kinds):
+            if users and kinds and not users.intersection(kinds):
                 texts[index] = "-"
     return settings, others | differing_settings([each.environment for each in facts])
 
@@ -183,7 +191,7 @@ def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[s
 def _kinds(facts: PageFacts) -> list[str]:
     """Return the kinds of a run's loss; none if its configuration is not known."""
     loss = facts.config.get("loss") or {}
-    kinds = [term.get("kind") for term in loss.get("terms") or ()] or [loss.get("kind")]
+    kinds = [term.get("kind") for term in loss.get("terms") or [loss]]
     return [str(kind) for kind in kinds if kind is not None]
 
 
@@ -266,14 +274,16 @@ class _Results:
         columns["seeds"] = [f"{len(members[each])} of {self.groups.count(each)}" for each in members]
         for key in keys:
             metric = find_metric(key)
-            values_of_groups = [[value for _, value in values(rows, key)] for rows in members.values()]
-            means = [fmean(results) if results else None for results in values_of_groups]
-            best = self._best(key, means)
+            results_of_groups = [[value for _, value in values(rows, key)] for rows in members.values()]
+            best = self._best(key, [fmean(results) for results in results_of_groups if results])
             cells = []
-            for results, mean in zip(values_of_groups, means, strict=True):
-                cell = "-" if mean is None else metric.form(mean)
-                if mean is not None and mean == best:
-                    cell += "*"
+            for results in results_of_groups:
+                cell = "-"
+                if results:
+                    mean = fmean(results)
+                    cell = metric.form(mean)
+                    if mean == best:
+                        cell += "*"
                 if len(results) > 1:
                     cell += f" \u00b1 {metric.form(stdev(results))}"
                 cells.append(cell)

@@ -126,8 +126,9 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     row = facts.rows[index]
     quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
     # If several skipped steps end the run, its last row has the last of them: `step` is the first.
-    ends = row is facts.rows[-1] and "loss" in row
-    step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
+    step = int(row["step"])
+    if row is facts.rows[-1] and "loss" in row:
+        step -= (facts.summary.get("bad_in_a_row") or 1) - 1
     before = RunFacts(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
     symptom = next(_signs_of_rate(before), None)
     if symptom:
@@ -392,13 +393,13 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
     for source, share in facts.sources("train").items():
         of_source = f" of {source[1:]}" if source else ""
         means = pooled(unseen, facts.accuracy_key + source, FEWEST_PAIRS, share)
-        high = [(step, value) for step, value in means if step <= within and value >= _AT_ONCE]
         by_length = _leak_by_length(facts, source, _LENGTHS_DIFFER)
         evidence = by_length or _leak_by_form(facts, source)
-        if high and evidence:
-            step, value = high[0]
-            yield f"{facts.accuracy_title}{of_source} is {value:.3f} at step {step:.0f} already, {evidence}"
-            return
+        for step, value in means:
+            if evidence and step <= within and value >= _AT_ONCE:
+                title = f"{facts.accuracy_title}{of_source}"
+                yield f"{title} is {value:.3f} at step {step:.0f} already, {evidence}"
+                return
         if means and by_length and _leak_by_length(facts, source, _LENGTHS_TELL):
             yield f"the label{of_source} shows {by_length}"
             return
@@ -662,7 +663,10 @@ class Verdict:
         """Return the verdict for a screen, at most six lines; the sentence's own finding is not repeated."""
         lines = [f"verdict: {self.sentence}"]
         for fault in self.findings:
-            lines.append(f"  try: {fault.remedy}" if fault is self.worst else f"  - {fault.with_remedy}")
+            line = f"  - {fault.with_remedy}"
+            if fault is self.worst:
+                line = f"  try: {fault.remedy}"
+            lines.append(line)
         return lines
 
 

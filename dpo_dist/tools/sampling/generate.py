@@ -52,8 +52,10 @@ class Sample:
     @classmethod
     def from_tokens(cls, ids: list[int], stop_ids: Collection[int]) -> "Sample":
         """Return the sample at the start of generated tokens, up to the first of `stop_ids`."""
-        length = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-        return cls(ids[:length], None if length is None else ids[length])
+        for length, token in enumerate(ids):
+            if token in stop_ids:
+                return cls(ids[:length], token)
+        return cls(ids)
 
     @property
     def is_finished(self) -> bool:
@@ -87,8 +89,8 @@ def batches(
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
 
     def alike(index: int) -> tuple[int, int]:
-        length = len(requests[index].prompt_ids)
-        return requests[index].new_tokens(sampling), 0 if mixes_lengths else length
+        length = 0 if mixes_lengths else len(requests[index].prompt_ids)
+        return requests[index].new_tokens(sampling), length
 
     indices_of_batches = []
     while order:
@@ -318,5 +320,6 @@ def generate_together(
     gathered = world.gather((samples, is_broken))
     if any(fault for _, fault in gathered):
         raise NotFiniteError
-    everything = {index: sample for part, _ in gathered for index, sample in part.items()}
-    return [everything[index] for index in range(len(requests))]
+    for part, _ in gathered:
+        samples |= part
+    return [samples[index] for index in range(len(requests))]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -405,7 +406,8 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
     faults = [verdict for verdict in verdicts.values() if verdict not in _VERDICTS]
     counts = Counter(faults) + Counter(requests=len(verdicts))
     if (0,) in verdicts:
-        return Judgement([float(each) if each in _VERDICTS else None for each in verdicts.values()], counts)
+        grades = [None if verdict in faults else float(verdict) for verdict in verdicts.values()]
+        return Judgement(grades, counts)
     wins: list[list[float]] = [[] for _ in range(responses)]
     for first, second in itertools.combinations(range(responses), 2):
         both = verdicts[first, second], verdicts[second, first]
@@ -416,7 +418,8 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
         counts["position_disagreements"] += credit == 0.5 and both != ("tie", "tie")
         wins[first].append(credit)
         wins[second].append(1 - credit)
-    return Judgement([sum(each) / len(each) if each else None for each in wins], counts)
+    shares = [fmean(row) if row else None for row in wins]
+    return Judgement(shares, counts)
 
 
 Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge

@@ -229,7 +229,7 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
         "template_arguments": data.template_arguments,
         **asdict(sampling),
         "dtype": str(model.dtype),
-        "quantization": None if model.quantization is None else str(model.quantization),
+        "quantization": model.quantization and str(model.quantization),
     }
 
 

@@ -23,12 +23,8 @@ def _is_for_others(config: RunConfig) -> bool:
     return responds or bool(config.section_of(CompareConfig).models)
 
 
-def _asks_nothing(config: RunConfig) -> bool:
-    return config.section_of(SamplesConfig).prompts == 0
-
-
 _RULES = [
-    without_evaluations("samples.prompts", _asks_nothing),
+    without_evaluations("samples.prompts", lambda c: c.section_of(SamplesConfig).prompts == 0),
     unused("sampling.top_p", "sampling.temperature!=0"),
     unused("sampling.top_k", "sampling.temperature!=0"),
 ]

@@ -103,11 +103,12 @@ class Server:
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "prompt": prompt_ids.tolist() if self.takes_ids else self._as_text(prompt_ids),
             "extra_body": extra,
         }
-        if self.takes_ids:
-            body |= {"n": count, "logprobs": 1}
+        if not self.takes_ids:
+            body["prompt"] = self._as_text(prompt_ids)
+        else:
+            body |= {"prompt": prompt_ids.tolist(), "n": count, "logprobs": 1}
             # Else the defaults of the model's folder, such as a repetition penalty, would count.
             extra |= {
                 "top_k": sampling.top_k or -1,
@@ -127,6 +128,7 @@ class Server:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
         stop_ids = self.responder.stop_ids
         vocabulary = self.responder.vocabulary or _MOST_IDS
+        prompt_tokens = reply.usage.prompt_tokens if reply.usage else None
         answers = []
         for choice in reply.choices:
             ids: list[int] | None = getattr(choice, "token_ids", None)
@@ -143,13 +145,14 @@ class Server:
             # Rounding lifts the log-prob of a certain token a little above 0.
             if not all(-math.inf < logp <= 1e-3 for logp in logps):
                 raise self.client.unusable("a log-prob that is not finite, or above 0")
-            sample = Sample.from_tokens(
-                self._ids_after(prompt_ids, choice.text or "") if ids is None else ids, stop_ids
-            )
+            if ids is None:
+                ids = self._ids_after(prompt_ids, choice.text or "")
+            sample = Sample.from_tokens(ids, stop_ids)
             if choice.finish_reason == "stop" and not sample.is_finished:
                 eos = self.responder.tokenizer.eos_token_id
-                sample = replace(sample, end=eos if eos in stop_ids else min(stop_ids))
-            answers.append(_Answer(sample, logps, reply.usage.prompt_tokens if reply.usage else None))
+                end = eos if eos in stop_ids else min(stop_ids)
+                sample = replace(sample, end=end)
+            answers.append(_Answer(sample, logps, prompt_tokens))
         return answers
 
     def _ids_after(self, prompt_ids: TokenIds, text: str) -> list[int]:
@@ -247,7 +250,9 @@ def check_served(
         if reply.prompt_tokens not in (None, 0, len(ids)):
             got = f"it reads {reply.prompt_tokens} tokens of a prompt of {len(ids)}"
             raise _other(server, got, "it applies a chat template, or drops a system prompt")
-        tokens = [*reply.sample.ids, *([] if reply.sample.end is None else [reply.sample.end])]
+        tokens = list(reply.sample.ids)
+        if reply.sample.end is not None:
+            tokens.append(reply.sample.end)
         if len(tokens) == len(reply.logps) > 0:
             examples.append(Example(ids, (np.array(tokens, dtype=np.int32),)))
             theirs += reply.logps

@@ -38,7 +38,7 @@ def sampling_for(verb: str, config: SamplingConfig, seed: int = 0) -> Sampling:
     """Return the settings with which a verb samples; `train` samples at evaluations."""
     tokens, temperature = _USUAL[verb]
     return Sampling(
-        tokens if config.max_new_tokens is None else config.max_new_tokens,
+        config.max_new_tokens or tokens,
         temperature if config.temperature is None else config.temperature,
         config.top_p,
         config.top_k,

@@ -19,10 +19,13 @@ from dpo_dist.tools.pages.render import part
 
 SEED = "trainer.seed"
 _WIDE = 10.0  # two values with a larger ratio are on a logarithmic axis
-_PANEL_WIDTH, _PANEL_HEIGHT = 380, 252
+_PANEL_WIDTH = 380
+_PANEL_HEIGHT = 252
 _LINE_HEIGHT = 16  # of the legend
-_LEFT, _RIGHT = 50.0, 364.0
-_TOP, _BOTTOM = 28.0, 204.0
+_LEFT = 50.0
+_RIGHT = 364.0
+_TOP = 28.0
+_BOTTOM = 204.0
 _BARS = 0.7  # the part of the space of a value that its bars take
 _APART = 5.0  # coordinates between the points of two lines at one value: else bars of the spread hide others
 

@@ -62,8 +62,9 @@ def point_settings(words: Iterable[str], config: RunConfig) -> dict[str, Any]:
     settings = dict[str, Any]()
     for word in words:
         key, _, text = word.lstrip("+").partition("=")
-        is_group = not key.partition(".")[2]
-        value = text if is_group or key not in run_keys() else plain(value_at(config, key))
+        value: Any = text
+        if "." in key and key in run_keys():
+            value = plain(value_at(config, key))
         settings[key] = value if value is None or isinstance(value, bool | int | float | str) else text
     return settings
 
@@ -98,7 +99,10 @@ def load_points(
     choices = []
     for word in words:
         dimension = dimensions.get(word)
-        choices.append([f"{dimension.key}={text}" for text in dimension.texts] if dimension else [word])
+        options = [word]
+        if dimension:
+            options = [f"{dimension.key}={text}" for text in dimension.texts]
+        choices.append(options)
     refused = dict[tuple[str, ...], ConfigError]()
     point_of_run = dict[str | None, tuple[str, ...]]()
     for choice in product(*choices):
@@ -197,7 +201,8 @@ def _dimensions(
             remedy = to_write(f"{key}={','.join(names_chosen(override))}")
         if message:
             mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
-    raise_all([*mistakes, *before] if mistakes else ())
+    if mistakes:
+        raise_all([*mistakes, *before])
     count = prod(counts.values())
     if count > _MOST_POINTS:
         remedy = "sweep fewer values, or divide them among several sweeps"
@@ -214,7 +219,8 @@ def _dimensions(
 
 def _samplable(key: str, text: str, interval: IntervalSweep) -> str:
     """Return the remedy for an interval that cannot be sampled."""
-    low, high = float(interval.start or 0), float(interval.end or 0)
+    low = float(interval.start or 0)
+    high = float(interval.end or 0)
     if interval.tags - {"log"}:
         return "the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)"
     if low > high:
@@ -234,7 +240,8 @@ def _dimension(override: Override) -> tuple[float, Dimension]:
     key = override.get_key_element()
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
-        low, high = float(sweep.start or 0), float(sweep.end or 0)
+        low = float(sweep.start or 0)
+        high = float(sweep.end or 0)
         if low > high or sweep.tags - {"log"} or (sweep.tags and low <= 0):
             raise ValueError
         hint = run_keys().get(override.key_or_group)

@@ -110,7 +110,8 @@ def _search_chart(search: Mapping[str, Any]) -> Markup:
     """Return a chart of the values of a search's completed trials."""
     trials = list(search["values"])
     values = list(search["values"].values())
-    best = list(accumulate(values, min if search["is_lowest_best"] else max))
+    better = min if search["is_lowest_best"] else max
+    best = list(accumulate(values, better))
     lines = [Line("best so far", "smooth", trials, best), Line("trial", "evaluation", trials, values)]
     title = find_metric(search["by"].removeprefix(PREFIX)).title
     return chart(f"Search: {title}", lines, over="trial")

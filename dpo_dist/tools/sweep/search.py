@@ -161,6 +161,7 @@ class Search(Pool):
         values = self._report(words)
         outcome = _PRUNED
         state = TrialState.PRUNED
+        value = None
         if is_finished(self.points[words]):
             outcome = RunOutcome.completed
             state = TrialState.COMPLETE
@@ -171,6 +172,7 @@ class Search(Pool):
                     got=self._by,
                     remedy=f"set it to a metric of {RunFolder(self.points[words].run.path).metrics_table}",
                 )
+            value = values[max(values)]
         elif self.codes.get(words) == ExitCode.diverged:
             outcome = RunOutcome.diverged
         elif words not in self._hopeless:
@@ -180,7 +182,7 @@ class Search(Pool):
             self.ends[words] = (outcome, "")
         for trial in self._open.pop(words):
             trial.set_user_attr(_OUTCOME, str(outcome))
-            self._study.tell(trial, values[max(values)] if state is TrialState.COMPLETE else None, state)
+            self._study.tell(trial, value, state)
 
     def facts(self) -> dict[str, Any]:
         """Return what sweep.json has about the search: also the value of each completed trial."""

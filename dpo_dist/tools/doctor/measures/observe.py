@@ -69,7 +69,7 @@ class ImageFacts:
 
     key: int  # of its file's content
     pixels: int
-    tokens: int | None = None  # its placeholders; None: not encoded
+    tokens: int = -1  # its placeholders; -1: not encoded
 
 
 @dataclass(eq=False, slots=True)
@@ -86,7 +86,7 @@ class RecordFacts:
     tokens: Lengths | None = None  # before anything is cut; None: not encoded
     cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
     changed: dict[str, int] = field(default_factory=dict)  # what encoding changes
-    examples: int = 0  # into which encoding makes it
+    examples: int = 1  # into which encoding makes it
     pair: PairFacts | None = None  # None: a single response
     unread: tuple[str, ...] = ()  # fields that no format reads
     images: tuple[ImageFacts, ...] = ()
@@ -119,14 +119,15 @@ class Observer:
         # Where a model reads only text, images do not distinguish prompts.
         self._reads_images = tokenizer is None or processor is not None
         self._held_out = Part.to_evaluate(config) if config.eval_share else None
-        template = special = None
+        template = None
+        special = []
         if tokenizer is not None:
             template = ChatTemplate(tokenizer, config.chat_template).text(with_tools=True)
-            special = tokenizer.all_special_tokens
+            for token in tokenizer.all_special_tokens:
+                if not token.isalnum() and not token.isspace():
+                    special.append(token)
         self._omits_tools = template is not None and not re.search(r"\btools\b", template)
-        self._special = any_of(
-            token for token in special or () if not token.isalnum() and not token.isspace()
-        )
+        self._special = any_of(special)
 
     def evaluation_prompts(
         self, records: Sequence[PreferenceRecord | BadRecord], *, is_eval: bool
@@ -191,6 +192,9 @@ class Observer:
         unread = record.unread
         if self._tokenizer is not None:
             unread = unread_fields(record, self._tokenizer, self._config)
+        overlap = None
+        if self._benchmark is not None:
+            overlap = self._benchmark.item_in(prompt, *responses)
         facts = RecordFacts(
             record.origin,
             is_readable=True,
@@ -205,7 +209,7 @@ class Observer:
             hash=hash_of_prompt,
             preferences=tuple(_preferences(record, responses, prompt_key)),
             signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
-            benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
+            benchmark=overlap,
         )
         names = {*text_names(record, texts), *call_faults(record)}
         if facts.unread:
@@ -282,7 +286,8 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
     """Return the lengths of the chosen and the rejected response; -1 for one that is missing."""
     if side == "rejected":
         return -1, len(responses[0])
-    return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
+    rejected = len(responses[-1]) if len(responses) > 1 else -1
+    return len(responses[0]), rejected
 
 
 def _same_prompt(texts: Texts, images: Sequence[str]) -> str:

@@ -36,10 +36,12 @@ _Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]: the chosen side's features minus the rejected side's."""
 
-_FEWEST_PROMPTS, _FEWEST_PROMPTS_FOR_GROUPS = 10, 50
+_FEWEST_PROMPTS = 10
+_FEWEST_PROMPTS_FOR_GROUPS = 50
 # Many features of many sources are tested, so intervals have 3 standard errors instead of 2. One-sided forms
 # are chosen among hundreds of words, so theirs have 4: 17 pairs are enough if all are on one side.
-_STANDARD_ERRORS, _STANDARD_ERRORS_FOR_FORMS = 3.0, 4.0
+_STANDARD_ERRORS = 3.0
+_STANDARD_ERRORS_FOR_FORMS = 4.0
 _MIN_DIFFERS = 0.03
 """A form is reported as one-sided only if the sides differ in it in at least this share of the pairs."""
 _MIN_WORD_PAIRS = 5
@@ -74,8 +76,9 @@ class LeakTest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the test for doctor.json, with its direction in words."""
-        fields = {name: value for name, value in vars(self).items() if name != "direction"}
-        return fields | {"detail": self.detail}
+        fields = {**vars(self), "detail": self.detail}
+        del fields["direction"]
+        return fields
 
     @property
     def differing_pairs(self) -> int:
@@ -117,6 +120,7 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
     for group, features in columns.items():
         members = features
         single = features  # those that have a test of their own
+        has_groups = different >= _FEWEST_PROMPTS_FOR_GROUPS
         if group in _WORDS:
             block = table[:, features]
             counts = block.getnnz(axis=0)
@@ -126,10 +130,11 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
             frequent.sort(key=lambda at: -_interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
             single = [features[at] for at in frequent[:1]]
             members = [features[at] for at in usual]
-        if group not in _WORDS or different >= _FEWEST_PROMPTS_FOR_GROUPS:
-            names = vectorizer.feature_names_
-            tests += [_test(table[:, [column]], prompts, names[column], group) for column in single]
-        if len(members) > 1 and different >= _FEWEST_PROMPTS_FOR_GROUPS:
+        if group not in _WORDS or has_groups:
+            for column in single:
+                name = vectorizer.feature_names_[column]
+                tests.append(_test(table[:, [column]], prompts, name, group))
+        if len(members) > 1 and has_groups:
             tests.append(_test(table[:, members], prompts, group, group))
     return sorted(tests, key=lambda test: -test.accuracy)
 
@@ -189,7 +194,8 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
             detail = f"the one with {side} {length.feature} is chosen in {share} of the pairs"
             yield from rule.value(length.accuracy, length.pairs, source, detail)
     for group, members in groups.items():
-        rule = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"]
+        name = "style_bias" if group in _STYLE else "label_leak"
+        rule = DOCTOR_RULES[name]
         test = members[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
             detail = (
@@ -261,12 +267,11 @@ class _Counted:
 class ExaminedSource:
     """Counts the facts about the records of one source; a readable one has a prompt and responses."""
 
-    def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool, is_encoded: bool):
+    def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool):
         self.label = label
         self.path = path
         self.is_eval = is_eval
         self._config = config
-        self._is_encoded = is_encoded
         self.read = self._readable = self._kept = self._held_out = 0
         self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next one to drop comes first
         self._names = defaultdict[str, _Counted](_Counted)
@@ -284,15 +289,16 @@ class ExaminedSource:
         """Add the facts about the next records; facts about pairs are kept for a sample only."""
         for record in records:
             if record.pair is not None:
-                push = heapq.heappush if len(self._sample) < _SAMPLED_PAIRS else heapq.heappushpop
-                push(self._sample, (-record.pair.record, -self.read, record.pair))
+                heapq.heappush(self._sample, (-record.pair.record, -self.read, record.pair))
+                if len(self._sample) > _SAMPLED_PAIRS:
+                    heapq.heappop(self._sample)
             self.read += 1
             if len(self._unread) < _MOST_FIELDS:
                 self._unread.update(record.unread)
             for image in record.images:
                 self._images["key"].append(image.key)
                 self._images["pixels"].append(image.pixels)
-                self._images["tokens"].append(0 if image.tokens is None else image.tokens + 1)
+                self._images["tokens"].append(image.tokens + 1)
             if record.images:
                 self._images_of_records[len(record.images)] += 1
             if record.dropped is not None:
@@ -312,7 +318,8 @@ class ExaminedSource:
             self._kept += 1
             self._held_out += record.is_held_out
             if record.pair is not None and record.pair.side is not None:
-                self._labels["good" if record.pair.side == "chosen" else "bad"] += 1
+                label = "good" if record.pair.side == "chosen" else "bad"
+                self._labels[label] += 1
             for counts, tokens in zip(self._cuts, record.cut, strict=True):
                 if tokens > 0:
                     counts[tokens] += 1
@@ -356,14 +363,15 @@ class ExaminedSource:
                     "cut": cuts.total(),
                     "cut_tokens": sum(tokens * records for tokens, records in cuts.items()),
                 }
+        held_out = self._held_out if self._config.eval_share else None
         return {
             "label": self.label,
             "path": self.path,
             "is_eval": self.is_eval,
             "read": self.read,
             "kept": self._kept,
-            "pairs": self._examples if self._is_encoded else self._kept,
-            "held_out": self._held_out if self._config.eval_share else None,
+            "pairs": self._examples,
+            "held_out": held_out,
             "labels": self._labels,
             "dropped": {
                 reason: {"count": records.count, "examples": records.origins}
@@ -397,9 +405,9 @@ class ExaminedSource:
         read = self.read
         dropped = sum(records.count for records in self._reasons.values())
         if not self._kept:
-            remedy = reason_remedy(self._dropped[0][0] if self._dropped else None)
-            findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
-            yield from (replace(finding, remedy=remedy) for finding in findings)
+            most_frequent = next((reason for reason, _ in self._dropped), None)
+            for finding in DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read"):
+                yield replace(finding, remedy=reason_remedy(most_frequent))
         elif dropped > self._config.max_bad_share * read:
             detail = f"{dropped} of {read} records"
             yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
@@ -414,7 +422,8 @@ class ExaminedSource:
             detail = ", ".join(f"{kind.replace('_', ' ')} in {self._names[kind].count}" for kind in kinds)
             if name == "columns_not_read":
                 detail = named_in_one_line(self._unread)
-            is_part = name == "chat_template_not_applied" and records.count < self._kept
-            rule = DOCTOR_RULES["two_forms" if is_part else name]
+            rule = DOCTOR_RULES[name]
+            if name == "chat_template_not_applied" and records.count < self._kept:
+                rule = DOCTOR_RULES["two_forms"]
             yield from rule.count(records.count, self._readable, self.label, records.origins, detail)
         yield from leak_findings(self.leaks, self.label)

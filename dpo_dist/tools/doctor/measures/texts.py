@@ -86,24 +86,21 @@ class Texts:
 
 def plain_texts(record: PreferenceRecord) -> Texts:
     """Return the texts of a record; the turns of a response are joined by newlines."""
-    prompt = record.prompt
-    messages = turns_of(prompt, "user")
-    turns = tuple((message.role, _turn_text(message)) for message in messages)
-    return Texts(turns, tuple(map(_response_text, record.responses)))
-
-
-def _response_text(response: Response) -> str:
-    return response if isinstance(response, str) else "\n".join(map(_turn_text, response))
+    turns = tuple((turn.role, _turn_text(turn)) for turn in turns_of(record.prompt, "user"))
+    responses = []
+    for response in record.responses:
+        text = response if isinstance(response, str) else "\n".join(map(_turn_text, response))
+        responses.append(text)
+    return Texts(turns, tuple(responses))
 
 
 def _turn_text(message: Message) -> str:
     parts = [str(message.fields[name]) for name in THOUGHT_FIELDS if message.fields.get(name)]
     if message.content:
         parts.append(with_marks(message.content))
-    if message.fields.get("tool_calls"):
-        parts.append(
-            json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
-        )
+    calls = message.fields.get("tool_calls")
+    if calls:
+        parts.append(json.dumps(calls, ensure_ascii=False, default=str, sort_keys=True))
     return "\n".join(parts)
 
 
@@ -119,16 +116,11 @@ def signature(text: str, images: str = "") -> Signature:
     digests, are not similar. The share of equal numbers of two signatures estimates the Jaccard similarity of
     both sets of pairs, with a standard error of at most 0.06.
     """
-    words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
+    words = plain_words(re.sub(r"\d+", "0", text)) or _WORD.findall(text)
     pairs = {f"{first} {second}" for first, second in pairwise(words)} or {*words}
     sketch = EMPTY_SKETCH.copy()
     sketch.update_batch(sorted((images + pair).encode("utf-8", "replace") for pair in pairs))
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
-
-
-def names_model(response: str) -> bool:
-    """Return whether a response names a model or says that an AI wrote it."""
-    return _MODEL_NAME.search(response) is not None
 
 
 def is_loop(text: str) -> bool:
@@ -288,7 +280,7 @@ _FEATURES: Mapping[str, Mapping[str, Feature]] = {
         "share of other scripts": _share("[\u0370-\u1fff\u3040-\ud7ff]"),
         "share outside ASCII": _share("[^\x00-\x7f]"),
     },
-    "model names": {"model name": lambda _, bare: names_model(bare)},
+    "model names": {"model name": lambda _, bare: _MODEL_NAME.search(bare) is not None},
     "refusal": {"refusal": lambda _, bare: is_refusal(bare)},
     "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
 }
@@ -308,8 +300,12 @@ def differences(chosen: str, rejected: str) -> dict[str, float]:
 
 def subtract_features(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     """Return the first features minus the second ones, where they differ."""
-    gaps = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
-    return {name: gap for name, gap in gaps.items() if gap}
+    gaps = {}
+    for name in {**first, **second}:
+        gap = first.get(name, 0.0) - second.get(name, 0.0)
+        if gap:
+            gaps[name] = gap
+    return gaps
 
 
 def measure_features(response: str) -> dict[str, float]:

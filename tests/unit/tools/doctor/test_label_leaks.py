@@ -89,7 +89,7 @@ def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
 def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
     keys = [*range(20_300)]
     random.Random(0).shuffle(keys)
-    source = ExaminedSource("a", "a.jsonl", DataConfig(), is_eval=False, is_encoded=False)
+    source = ExaminedSource("a", "a.jsonl", DataConfig(), is_eval=False)
     facts = [
         RecordFacts(
             Origin("a.jsonl", key), pair=PairFacts(key, key, {"characters": 1.0 - 2 * (key >= 20_000)})
