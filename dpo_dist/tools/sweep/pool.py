@@ -64,9 +64,11 @@ def warm_up() -> None:
 
 
 def _ending(code: int) -> str:
-    """Return an exit code in a word or two: completed, diverged, invalid, signal 9."""
+    """Return an exit code in a word or two: completed, diverged, invalid, signal 9, exit code 127."""
     if code in set(ExitCode):
         return ExitCode(code).name
+    if 0 < code < 128:
+        return f"exit code {code}"
     return f"signal {-code if code < 0 else code - 128}"
 
 
