@@ -56,6 +56,7 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
         (1, 1, "failed", "configuration error: no"),
         (3, 3, "diverged", "configuration error: no"),
         (-9, -9, "signal 9", "configuration error: no"),
+        (127, 127, "exit code 127", "configuration error: no"),
         (143, 143, "signal 15", "configuration error: no"),
     ],
 )
