@@ -3,19 +3,39 @@
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from deepspeed.comm import comm
+from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, Offload, ParallelismConfig
-from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, SavedSlices, latest_checkpoint
+from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ModelConfig,
+    Offload,
+    ParallelismConfig,
+    ReferenceConfig,
+)
+from dpo_dist.distributed.checkpoint.saver import (
+    CheckpointSaver,
+    SavedSlices,
+    latest_checkpoint,
+    load_checkpoint_weights,
+)
 from dpo_dist.distributed.checkpoint.slices import SHARDS
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import ReferenceProvider, load_for_scoring
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
+from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
 
 SECONDS = 90
@@ -120,6 +140,53 @@ def train_in(
         assert all(result == results[0] for result in results)
         norms += results[0]["norms"]
     return norms
+
+
+def gathered(assets: Assets, model: Path, world: World, _folder: Path) -> int:
+    """Elements that one forward of the reference gathers from other ranks."""
+    engine = load_reference(model, assets.config(model), world)
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    elements = 0
+    gather = comm.cdb.all_gather_into_tensor
+
+    def count(**options: Any) -> Any:
+        nonlocal elements
+        elements += options["output_tensor"].numel() * (dist.get_world_size(options["group"]) > 1)
+        return gather(**options)
+
+    engine.token_logps(batch)  # keeps small weights
+    with mock.patch.object(comm.cdb, "all_gather_into_tensor", count):
+        engine.token_logps(batch)
+    return elements
+
+
+def test_no_rank_gathers_experts_of_a_reference(assets: Assets, tmp_path: Path) -> None:
+    path = family("qwen3_moe", tmp_path / "model")
+    weights = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+    others = sum(weight.numel() for name, weight in weights.items() if ".experts." not in name)
+    for elements in run_ranks(partial(gathered, assets, path), 4, tmp_path / "ranks", PAIR, seconds=SECONDS):
+        assert 0 < elements <= 1.01 * others
+
+
+def scores(assets: Assets, model: Path, checkpoint: Path, world: World, _folder: Path) -> list[float]:
+    """Log-probs by the weights of a checkpoint, as an evaluation loads them."""
+
+    def finish(packed: PackedCausalLM) -> None:
+        load_checkpoint_weights(packed, checkpoint, world)
+
+    settings = ModelConfig(str(model), dtype=Dtype.fp32)
+    engine = load_for_scoring(model, settings, ReferenceConfig(), 256, world, finish)
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    return [float(logp) for logp in engine.token_logps(batch)]
+
+
+def test_every_copy_scores_by_the_weights_of_a_checkpoint(assets: Assets, tmp_path: Path) -> None:
+    path = family("qwen3_moe", tmp_path / "model")
+    train_in([(1, ONE)], ModelConfig(str(path), dtype=Dtype.fp32), assets, tmp_path / "run")
+    scenario = partial(scores, assets, path, tmp_path / "run" / "step-000004")
+    [expected] = run_ranks(scenario, 1, tmp_path / "one", ONE, seconds=SECONDS)
+    for logps in run_ranks(scenario, 4, tmp_path / "four", IN_NODES, seconds=SECONDS):
+        assert logps == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

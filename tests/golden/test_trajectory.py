@@ -31,9 +31,14 @@ WAYS = {
         2,
         ["model.fused=compile", "model.gradient_checkpointing=2"],
     ),
-    "two processes, parameters offloaded": (
+    "two processes, parameters offloaded, a copy each": (
         2,
-        ["parallelism.offload_parameters=cpu", "reference.mode=live", "reference.offload=cpu"],
+        [
+            "parallelism.offload_parameters=cpu",
+            "parallelism.shard_size=1",
+            "reference.mode=live",
+            "reference.offload=cpu",
+        ],
     ),
 }
 

@@ -189,11 +189,10 @@ class Shapes:
         largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
         gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
         hpz = config.parallelism.hpz
-        shards = config.parallelism.shard_size or processes  # processes of one copy of all states
+        shards = self._shards(processes)
         sharing = config.parallelism.experts
-        whole = 0.0  # frozen experts that are shared are not sharded again
-        if sharing > 1 and config.model.adapter is not None:
-            whole = number * self.experts
+        experts = float(number * self.experts) if sharing > 1 else 0.0
+        whole = 0.0 if config.model.adapter is None else experts  # frozen ones are not sharded again
         parts = {
             "copy of the weights": held / hpz if hpz > 1 else 0.0,
             "weights": resident * ((held - whole) / (shards if stage == 3 else 1) + whole / sharing),
@@ -209,8 +208,9 @@ class Shapes:
         }
         if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
             bits = config.reference.quantization
-            of_reference = shards if bits is None else 1  # ZeRO shards no quantized weights
-            parts["reference"] = _weight_bytes(bits, number, causal_lm) / of_reference
+            parts["reference"] = _weight_bytes(bits, number, causal_lm)
+            if bits is None:  # ZeRO shards no quantized weights
+                parts["reference"] = (parts["reference"] - experts) / shards + experts / sharing
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing
@@ -227,7 +227,14 @@ class Shapes:
         if self.config.parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if self.config.parallelism.offload_parameters is Offload.none else whole
-        return on_node * PROCESS_BYTES + whole + on_node / gpus * (states * self.trained + policy)
+        shards = self._shards(gpus)
+        # Of several copies, one is written to checkpoints.
+        saved = min(on_node, shards) * states * self.trained
+        return on_node * PROCESS_BYTES + whole + (saved + on_node * policy) / shards
+
+    def _shards(self, processes: int) -> int:
+        """Return how many of `processes` have one copy of all states."""
+        return self.config.parallelism.shard_size or processes
 
     def disk_bytes(self) -> dict[str, float]:
         """Return the bytes of a checkpoint, and of the model or the adapter that a run ends with."""

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.experts import check_shared_experts
 from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.model.layers import checkpoint_layers
 from tests.support.families import tiny_causal_lm, tiny_config
@@ -40,6 +41,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_next": NARROW | HEADS | STATES | {"shared_expert_intermediate_size": 64},
 }
 IDS = torch.tensor([[3, 9, 4, 17, 5, 22, 11, 6, 8, 13]])
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "got"),
+    [
+        ("qwen3_moe", 3, "3, and qwen3_moe with 4 experts in a layer"),
+        ("llama4_text", 2, "2, and llama4_text with no stacked experts"),
+        ("llama", 2, "2, and llama with no stacked experts"),
+    ],
+)
+def test_experts_that_processes_cannot_share_equally_are_refused(family: str, ranks: int, got: str) -> None:
+    causal_lm = tiny_causal_lm(tiny_config(family))
+    check_shared_experts(causal_lm, 1)
+    with pytest.raises(ConfigError, match="cannot be shared by so many processes") as raised:
+        check_shared_experts(causal_lm, ranks)
+    assert raised.value.got == got
 
 
 def written(folder: Path, family: str, **options: Any) -> Any:

@@ -289,6 +289,10 @@ def test_bytes_of_hosts_and_disks(words: list[str], host: float, disk: dict[str,
     assert estimated(*words, gpus=16).host < found.host
     fewer = found.host - estimated(*words, gpus=2).host
     assert fewer == pytest.approx(6 * PROCESS_BYTES), "one process for each GPU"
+    # One of several copies is written, and each of them is offloaded.
+    assert estimated(*words, "parallelism.offload_optimizer=none", gpus=8).host == pytest.approx(
+        estimated(*words, "parallelism.offload_optimizer=none", "parallelism.shard_size=8", gpus=16).host
+    )
 
 
 def test_an_adapter_writes_itself_and_a_quantized_base_keeps_what_is_not_linear() -> None:
@@ -393,6 +397,10 @@ def test_tokens_travel_in_place_of_experts() -> None:
     adapter = estimated(*words, ADAPTER[1], "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE)
     frozen = adapter.shapes.weights - experts
     assert adapter.needs.parts["weights"] == pytest.approx(2 * (frozen / 16 + experts / 8))
+    live = estimated(
+        *words, "reference.mode=live", "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE
+    )
+    assert live.needs.parts["reference"] == pytest.approx(2 * ((weights - experts) / 16 + experts / 8))
     assert adapter.sending == pytest.approx(STEPS * 2 * (4 * frozen + 4 * adapter.shapes.trained) / 50e9)
 
 
