@@ -14,7 +14,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.schema import OptimConfig, OptimizerKind
+from dpo_dist.config.schema import ModelConfig, OptimConfig, OptimizerKind
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
@@ -34,6 +34,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     whole_numel,
     write_masters_to_model,
 )
+from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
     empty,
@@ -44,9 +45,10 @@ from dpo_dist.distributed.memory import (
 )
 from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.shard_groups import sum_over_groups
+from dpo_dist.distributed.shard_groups import copy_shards, sum_over_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import first_few
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.layers import (
     decoder_layers,
     join_gradients,
@@ -55,7 +57,7 @@ from dpo_dist.model.layers import (
     without_gradient,
 )
 from dpo_dist.model.library_internals import shards_loading, whole_shape
-from dpo_dist.model.lora import adapter_off
+from dpo_dist.model.lora import adapter_off, add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
@@ -183,6 +185,21 @@ class LossScale:
         if self.applied + 1 == _STEPS_TO_DOUBLE:
             return LossScale(self.value * 2)
         return LossScale(self.value, self.applied + 1)
+
+
+def load_to_train(
+    folder: Path, model: ModelConfig, longest: int, world: World, seed: int, adapter: Path | None = None
+) -> PackedCausalLM:
+    """Return a model with its adapter, in the groups of `world`; collective.
+
+    `adapter`: the folder of an adapter that is continued; a new one is drawn by `seed`.
+    """
+    packed = load_packed(folder, model, longest, world.device, sequence=world.sequence)
+    copy_shards(packed.parameters(), world)
+    if model.adapter is not None:
+        add_adapter(packed, model, seed, adapter)
+    share_experts(packed, world)
+    return packed
 
 
 ADAM_EPS = 1e-8

@@ -35,12 +35,10 @@ from dpo_dist.distributed.checkpoint.saver import (
 )
 from dpo_dist.distributed.checkpoint.slices import SlicedWeights
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
-from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.shard_groups import copy_shards
-from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
+from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine, load_to_train
 from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
@@ -50,9 +48,8 @@ from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import duration, first_few, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.experts import experts_kernel
-from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
-from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.states import lacks_delta_kernels
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
@@ -371,11 +368,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     world = run.world
     files = inputs.policy_files
     longest = config.data.max_length
-    model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
-    copy_shards(model.parameters(), world)
-    if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed, files.adapter)
-    share_experts(model, world)
+    model = load_to_train(files.folder, config.model, longest, world, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     run_start_check(policy, longest, world, processor=inputs.processor, trains=True)
     if world.device.type == "cuda":

@@ -15,14 +15,10 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, OptimizerKind, ReferenceConfig, RunConfig
 from dpo_dist.data.config import DataConfig
-from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.shard_groups import copy_shards
-from dpo_dist.distributed.zero import Engine, PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine, load_to_train
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.encoded.store import EncodedSource
-from dpo_dist.model.files.load import load_packed
-from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
@@ -83,11 +79,7 @@ def load_policy(
 ) -> PolicyEngine:
     """A policy in float32, or as a configuration says, with its adapter."""
     config = ModelConfig(str(model), dtype=Dtype.fp32) if isinstance(model, Path) else model
-    packed = load_packed(Path(config.path), config, max_length, world.device, sequence=world.sequence)
-    copy_shards(packed.parameters(), world)
-    if config.adapter is not None:
-        add_adapter(packed, config, seed)
-    share_experts(packed, world)
+    packed = load_to_train(Path(config.path), config, max_length, world, seed)
     return PolicyEngine(packed, optim, world, ema_decay)
 
 

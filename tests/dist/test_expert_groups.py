@@ -1,5 +1,6 @@
 """Ranks that share experts train like one process, and their checkpoints are those of any other world."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,14 @@ from deepspeed.comm import comm
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,
     ModelConfig,
     Offload,
+    OptimConfig,
+    OptimizerKind,
     ParallelismConfig,
     ReferenceConfig,
 )
@@ -36,7 +40,7 @@ from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_refer
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS
-from tests.support.ranks import run_ranks
+from tests.support.ranks import OPTIM, run_ranks, start_ranks
 
 SECONDS = 90
 STEPS = [((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 8192), ((9, 10, 0), 256)]
@@ -76,18 +80,18 @@ def train(
     root: Path,
     steps: int,
     live: bool,
+    optim: OptimConfig,
     world: World,
     _folder: Path,
 ) -> dict[str, Any]:
     """Train the next steps after the last checkpoint, and save one."""
     provider = ReferenceProvider()
-    loss = LOSS
+    loss = LossConfig(reference_free=True)
     if live:
         engine = load_reference(Path(model.path), assets.config(Path(model.path)), world)
         provider = ReferenceProvider(engine=engine)
-    else:
-        loss = LOSS.__class__(reference_free=True)
-    policy = load_policy(model, world, max_length=256)
+        loss = LOSS
+    policy = load_policy(model, world, optim, max_length=256)
     policy.train()
     done = 0
     saved = latest_checkpoint(root, world)
@@ -133,7 +137,7 @@ def train_in(
     """Train four steps in these worlds, one after the other; return the gradient norms."""
     norms = []
     for number, (ranks, parallelism) in enumerate(worlds):
-        scenario = partial(train, assets, model, root, len(STEPS) // len(worlds), live)
+        scenario = partial(train, assets, model, root, len(STEPS) // len(worlds), live, OPTIM)
         results = run_ranks(
             scenario, ranks, root.with_name(f"{root.name}-{number}"), parallelism, seconds=SECONDS
         )
@@ -190,7 +194,9 @@ def test_every_copy_scores_by_the_weights_of_a_checkpoint(assets: Assets, tmp_pa
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_families(model_type: str, assets: Assets, tmp_path: Path) -> None:
+def test_two_ranks_that_share_experts_train_like_one_process(
+    model_type: str, assets: Assets, tmp_path: Path
+) -> None:
     model = ModelConfig(str(family(model_type, tmp_path / "model")), dtype=Dtype.fp32)
     one = train_in([(1, ONE)], model, assets, tmp_path / "one", live=True)
     shared = train_in([(2, PAIR)], model, assets, tmp_path / "shared", live=True)
@@ -213,7 +219,7 @@ def test_families(model_type: str, assets: Assets, tmp_path: Path) -> None:
         pytest.param([(4, IN_NODES)], OF_ATTENTION, "full", id="adapter beside frozen experts"),
     ],
 )
-def test_worlds(
+def test_a_run_is_the_same_in_any_groups_and_goes_on_in_others(
     worlds: list[tuple[int, ParallelismConfig]],
     adapter: AdapterConfig | None,
     checkpointing: Literal["none", "full"],
@@ -225,3 +231,14 @@ def test_worlds(
     one = train_in([(1, ONE)] * len(worlds), model, assets, tmp_path / "one")
     assert train_in(worlds, model, assets, tmp_path / "shared") == pytest.approx(one, rel=5e-5)
     compare(tmp_path / "shared", tmp_path / "one")
+
+
+def test_8_bit_states_are_refused_where_a_rank_has_other_experts(assets: Assets, tmp_path: Path) -> None:
+    """Their blocks belong to a rank's weights, which another grouping changes."""
+    pytest.importorskip("bitsandbytes")
+    model = ModelConfig(str(family("qwen3_moe", tmp_path / "model")), dtype=Dtype.fp32)
+    optim = replace(OPTIM, kind=OptimizerKind.adamw_8bit)
+    scenario = partial(train, assets, model, tmp_path / "run", 2, False, optim)
+    run_ranks(scenario, 4, tmp_path / "before", PAIR, seconds=SECONDS)
+    for outcome in start_ranks(scenario, 4, tmp_path / "after", FOUR).finish(SECONDS):
+        assert outcome.error == "CheckpointError", outcome.log

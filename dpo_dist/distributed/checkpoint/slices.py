@@ -132,10 +132,13 @@ class OptimizerSlices:
             # Blocks of the flat tensor share a scale: states are not cut by weight. Codebooks are constants.
             rank, ranks = self._place
             cut = f"{zero_kind(self._engine)} {rank} of {ranks}"
-            for number, (flat, _) in enumerate(flat_masters(self._engine)):
+            for number, (flat, ranges) in enumerate(flat_masters(self._engine)):
                 states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
+                # Ranks that share experts have other weights in a flat tensor of the same number.
+                held = [(self._names[weight], first, length) for weight, _, first, length in ranges]
+                digest = hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest()
                 if states:
-                    yield Slice(f"{cut}, group {number}", (), 0, states)
+                    yield Slice(f"{cut}, group {number}, {digest}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
