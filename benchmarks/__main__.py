@@ -24,7 +24,7 @@ NAMES = {
 
 
 def main() -> int:
-    names = "\n".join(f"  {name:<10}{meaning}" for name, meaning in NAMES.items())
+    names = "\n".join(f"  {name:<12}{meaning}" for name, meaning in NAMES.items())
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print(f"usage: python -m benchmarks NAME [options]; NAME --help lists the options\n\n{names}")
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2

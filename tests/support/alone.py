@@ -22,6 +22,8 @@ class _Alone:
     leads: bool = True
     host: str = "this host"
     peers: tuple[Peer, ...] = (Peer(0, "this host", 0, "this host"),)
+    shards: None = None
+    experts: None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None: ...
