@@ -419,7 +419,7 @@ RULES = (
     unused("parallelism.hpz", "parallelism.offload_parameters=none"),
     unused("parallelism.hpz", "parallelism.shard_size=null"),
     unused("parallelism.shard_size", "parallelism.kind=zero3"),
-    unused("parallelism.experts", "parallelism.kind=zero3"),
+    unused("parallelism.experts", "parallelism.kind=zero3", or_if=lambda c: c.model.quantization is not None),
     unused("parallelism.experts", "parallelism.hpz=1"),
     Rule(
         "parallelism.experts parallelism.shard_size!=null",

@@ -153,6 +153,11 @@ def shard_slice(weight: Any, piece: Any, group: ExpertGroup) -> None:
     weight.ds_tensor = None
 
 
+def keep_from_broadcast(weight: Any) -> None:
+    """Let a weight keep this rank's values where DeepSpeed gives all ranks those of rank 0."""
+    weight.ds_optim_param = True
+
+
 def gradient_sums(engine: Any) -> Tensor:
     """Return this rank's shards of the gradients of a ZeRO-3 engine since its last update, flat."""
     sums: Tensor = engine.optimizer.grad_partitions_flat_buffer

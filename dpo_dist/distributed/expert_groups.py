@@ -2,7 +2,8 @@
 
 Each rank keeps whole experts, a slice of the stacked weights. Ranks with equal slices shard these by ZeRO-3
 as any other weight, if they are trained; frozen ones stay whole, so that nothing of them is ever sent.
-Weights keep their names, and slices in checkpoints their place in the whole weight.
+Weights keep their names, and slices in checkpoints their place in the whole weight. A quantized base is not
+sharded: beside its experts, each rank has it whole.
 """
 
 from dataclasses import replace
@@ -13,9 +14,15 @@ import deepspeed
 import torch.distributed as dist
 from torch import nn
 
-from dpo_dist.distributed.deepspeed_internals import shard_slice
+from dpo_dist.distributed.deepspeed_internals import is_sharded, keep_from_broadcast, shard_slice
 from dpo_dist.distributed.processes.world import ExpertGroup, World
-from dpo_dist.model.experts import exchange_tokens, expert_modules, keep_experts, shares_equally
+from dpo_dist.model.experts import (
+    Share,
+    exchange_tokens,
+    expert_modules,
+    keep_experts,
+    shares_equally,
+)
 from dpo_dist.model.library_internals import describe_slice, whole_shape
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -54,13 +61,20 @@ def share_experts(model: PackedCausalLM, world: World) -> None:
     if group is None or not shares_equally(model.causal_lm, group.ranks):
         return
     for module in expert_modules(model.causal_lm):
-        count = whole_shape(next(module.parameters(recurse=False)))[0] // group.ranks
-        first = group.rank * count
+        own = Share(group.rank, group.ranks).of(whole_shape(next(module.parameters(recurse=False)))[0])
+        packed = getattr(module, "packings", {})
         for name, weight in list(module.named_parameters(recurse=False)):
-            with deepspeed.zero.GatheredParameters([weight]):
-                piece = nn.Parameter(weight.data[first : first + count].clone(), weight.requires_grad)
-            describe_slice(piece, whole_shape(weight), first)
-            shard_slice(weight, piece, group)
+            piece: Any = weight
+            if is_sharded(weight):
+                with deepspeed.zero.GatheredParameters([weight]):
+                    piece = nn.Parameter(weight.data[own].clone(), weight.requires_grad)
+                describe_slice(piece, whole_shape(weight), own.start)
+                shard_slice(weight, piece, group)
+            else:
+                if name not in packed:  # only this rank's were packed
+                    piece = nn.Parameter(weight.data[own].clone(), weight.requires_grad)
+                keep_from_broadcast(piece)
             setattr(module, name, piece)
-        keep_experts(module, first, count)
+        keep_experts(module, own)
     exchange_tokens(model.causal_lm, group.exchange, group.alone)
+    model.exchanges_tokens = True

@@ -91,8 +91,8 @@ class Engine:
 
     @property
     def is_synchronised(self) -> bool:
-        """Whether each forward is collective: weights are gathered from all ranks."""
-        return dist.get_world_size() > 1 and self._shards_weights
+        """Whether each forward is collective: weights are gathered, or tokens exchanged."""
+        return dist.get_world_size() > 1 and (self._shards_weights or self.model.exchanges_tokens)
 
     @property
     def causal_lm(self) -> Any:
@@ -194,7 +194,9 @@ def load_to_train(
 
     `adapter`: the folder of an adapter that is continued; a new one is drawn by `seed`.
     """
-    packed = load_packed(folder, model, longest, world.device, sequence=world.sequence)
+    packed = load_packed(
+        folder, model, longest, world.device, sequence=world.sequence, share=world.share_of_experts
+    )
     copy_shards(packed.parameters(), world)
     if model.adapter is not None:
         add_adapter(packed, model, seed, adapter)
@@ -310,7 +312,7 @@ class PolicyEngine(Engine):
             return self._engine(batch, tuple(statistics), **options)
 
     def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
-        if not self.is_synchronised:
+        if not self.is_synchronised or not self._shards_weights:
             return contextlib.nullcontext()
         # If all weights fit into half of the free memory of every rank.
         size = sum(whole_numel(weight) * weight.element_size() for weight in self.model.parameters())

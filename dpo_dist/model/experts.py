@@ -7,7 +7,7 @@ module's own forward runs with the weights that they stand for, to which it adds
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,13 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
-from dpo_dist.model.library_internals import describe_whole, dispatched, unpack_mxfp4, whole_shape
+from dpo_dist.model.library_internals import (
+    describe_whole,
+    dispatched,
+    expert_updates,
+    unpack_mxfp4,
+    whole_shape,
+)
 
 if TYPE_CHECKING:
     from peft.tuners.lora import ParamWrapper
@@ -74,6 +80,19 @@ def choose_products(causal_lm: Any, device: torch.device, dtype: torch.dtype) ->
             )
             causal_lm.set_experts_implementation("eager")
             return
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of each layer's experts that one process has: the slice `rank` of `ranks` equal ones."""
+
+    rank: int
+    ranks: int
+
+    def of(self, number: int) -> slice:
+        """Return the experts of this process, of so many in a layer."""
+        count = number // self.ranks
+        return slice(self.rank * count, (self.rank + 1) * count)
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,28 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
     return others
 
 
+def packed_shares(
+    causal_lm: Any, packed: Mapping[str, Packing | Mxfp4], share: Share | None
+) -> dict[str, Callable[[Tensor], nn.Parameter]]:
+    """Return the functions that pack stacked weights, or only the experts of this process, by name.
+
+    `causal_lm`: the model, which is not loaded yet. Shares are packed as they are read: no process ever has
+    all experts of a layer in its memory together with those of other layers.
+    """
+    shared = set[str]()
+    if share is not None and shares_equally(causal_lm, share.ranks):
+        shared = {name for name, module in causal_lm.named_modules() if hasattr(module, "is_transposed")}
+
+    def pack_share(packing: Packing | Mxfp4, weight: Tensor) -> nn.Parameter:
+        assert share is not None, "only then experts are shared"
+        return packing.pack(weight[share.of(len(weight))])
+
+    return {
+        name: partial(pack_share, packing) if name.rpartition(".")[0] in shared else packing.pack
+        for name, packing in packed.items()
+    }
+
+
 def expert_modules(causal_lm: Any) -> list[Any]:
     """Return the modules that hold the stacked experts of a layer each, in transformers' own layout."""
     return [module for module in causal_lm.modules() if hasattr(module, "is_transposed")]
@@ -204,10 +245,14 @@ def check_shared_experts(causal_lm: Any, ranks: int) -> None:
     )
 
 
-def keep_experts(module: Any, first: int, count: int) -> None:
-    """Make a module compute as one of `count` experts, which are those from `first` of its layer."""
+def keep_experts(module: Any, own: slice) -> None:
+    """Make a module, whose weights are of these experts of its layer, compute with them."""
+    count = own.stop - own.start
     module.num_experts = count
-    module.own_experts = slice(first, first + count)
+    module.own_experts = own
+    packings: dict[str, Packing | Mxfp4] = getattr(module, "packings", {})
+    for name, packing in packings.items():
+        packings[name] = replace(packing, shape=torch.Size((count, *packing.shape[1:])))
 
 
 def exchange_tokens(causal_lm: Any, group: Any, alone: Any) -> None:
@@ -293,9 +338,7 @@ def _delta(wrapper: "ParamWrapper", adapter: str, experts: Any) -> Tensor:
     if own is None:
         whole: Tensor = wrapper.get_delta_weight(adapter)
         return whole
-    left, right, scaling = wrapper.get_delta_factors(adapter)
-    delta: Tensor = scaling * left[own] @ right[own]
-    return delta
+    return expert_updates(wrapper, adapter, own)
 
 
 def _forward(

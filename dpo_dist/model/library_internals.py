@@ -398,6 +398,18 @@ def first_element(weight: Any) -> int:
     return int(getattr(weight, "first_element", 0))
 
 
+def expert_updates(wrapper: Any, adapter: str, experts: slice) -> Tensor:
+    """Return what an adapter adds to the stacked weights of some experts; peft computes it for all only."""
+    # By the field's names A [experts * rank, inputs] and B [outputs, rank * experts].
+    down = wrapper.lora_A[adapter].weight
+    up = wrapper.lora_B[adapter].weight
+    down = down.reshape(wrapper.num_experts, -1, down.shape[-1])[experts]
+    up = up.reshape(up.shape[0], -1, wrapper.num_experts)[..., experts]
+    order = "e o i" if wrapper._did_swap_in_out_features else "e i o"
+    update: Tensor = torch.einsum(f"o r e, e r i -> {order}", up, down)
+    return update * wrapper.scaling[adapter]
+
+
 def mark_as_adapted(causal_lm: Any) -> None:
     """Tell a transformers model that it has an adapter, as its own `add_adapter` does."""
     causal_lm._hf_peft_config_loaded = True

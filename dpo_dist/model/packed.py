@@ -121,6 +121,7 @@ class PackedCausalLM(nn.Module):
         self._rope_limit = rope_limit(causal_lm.config.get_text_config())
         self.arrangement = arrangement
         self.is_generating = False
+        self.exchanges_tokens = False  # with other ranks, which have other experts
         self.forks_states = fork_states(causal_lm)
         head = causal_lm.get_output_embeddings()
         # An output layer with its own forward may compute more than the product with its weight.

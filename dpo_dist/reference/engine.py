@@ -145,7 +145,9 @@ def load_for_scoring(
     log.info("loading a model to score from %s", folder)
 
     def load() -> PackedCausalLM:
-        model = load_packed(folder, model_config, longest, world.device, key, world.sequence)
+        model = load_packed(
+            folder, model_config, longest, world.device, key, world.sequence, world.share_of_experts
+        )
         copy_shards(model.parameters(), world)
         if finish is not None:
             finish(model)
@@ -154,6 +156,7 @@ def load_for_scoring(
     if model_config.quantization is not None:
         with unsharded_loading(world):  # ZeRO cannot shard it: every rank has the whole model
             model = load().eval()
+            share_experts(model, world)
         engine = Engine(model, model)
     else:
         deepspeed_config = frozen_config(placement.offload, model_config.dtype)

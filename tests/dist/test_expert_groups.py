@@ -23,6 +23,8 @@ from dpo_dist.config.schema import (
     OptimConfig,
     OptimizerKind,
     ParallelismConfig,
+    ParallelismKind,
+    Quantization,
     ReferenceConfig,
 )
 from dpo_dist.distributed.checkpoint.saver import (
@@ -41,6 +43,7 @@ from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.stored import quantize_mxfp4
 
 SECONDS = 90
 STEPS = [((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 8192), ((9, 10, 0), 256)]
@@ -66,9 +69,9 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def family(model_type: str, folder: Path) -> Path:
+def family(model_type: str, folder: Path, **sizes: int) -> Path:
     """A small mixture of four experts a layer."""
-    config = tiny_config(model_type, len(tiny.qwen()), **OWN.get(model_type, {}))
+    config = tiny_config(model_type, len(tiny.qwen()), **OWN.get(model_type, {}), **sizes)
     tiny_causal_lm(config).save_pretrained(folder)
     tiny.qwen().save_pretrained(folder)
     return folder
@@ -242,3 +245,26 @@ def test_8_bit_states_are_refused_where_a_rank_has_other_experts(assets: Assets,
     run_ranks(scenario, 4, tmp_path / "before", PAIR, seconds=SECONDS)
     for outcome in start_ranks(scenario, 4, tmp_path / "after", FOUR).finish(SECONDS):
         assert outcome.error == "CheckpointError", outcome.log
+
+
+DDP = ParallelismConfig(ParallelismKind.ddp)
+# The scales of NF4 have scales of their own, over more experts than a process has.
+PACKED = {"qwen3_moe in int8": 5e-5, "qwen3_moe in nf4": 1e-2, "gpt_oss in MXFP4": 5e-5}
+
+
+@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("adapter", [OF_ATTENTION, OF_EXPERTS], ids=["beside experts", "on experts"])
+def test_processes_share_the_experts_of_a_quantized_base(
+    case: str, adapter: AdapterConfig, assets: Assets, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model_type, _, kind = case.partition(" in ")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
+    folder = family(model_type, tmp_path / "model", **sizes, head_dim=16)
+    if kind == "MXFP4":
+        quantize_mxfp4(folder)
+    quantization = Quantization.int8 if kind == "int8" else Quantization.nf4
+    model = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=adapter, quantization=quantization)
+    one = train_in([(1, DDP)], model, assets, tmp_path / "one")
+    shared = train_in([(2, replace(DDP, experts=2))], model, assets, tmp_path / "shared")
+    assert shared == pytest.approx(one, rel=PACKED[case])

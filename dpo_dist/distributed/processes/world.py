@@ -24,6 +24,7 @@ from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.attention.ulysses import TokenExchange
+from dpo_dist.model.experts import Share
 
 T = TypeVar("T")
 
@@ -137,6 +138,11 @@ class World:
     def writes_shards(self) -> bool:
         """Return whether this rank's shards are written: those of the first copy are."""
         return self.rank < self.shard_place[1]
+
+    @property
+    def share_of_experts(self) -> Share | None:
+        """Return which experts of each layer this rank has; None: all."""
+        return None if self.experts is None else Share(self.experts.rank, self.experts.ranks)
 
     @property
     def host(self) -> str:

@@ -39,7 +39,16 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention.kernels import check_kernel, choose_backend
 from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
-from dpo_dist.model.experts import Mxfp4, Packing, choose_products, compute_packed, packings, unpackable
+from dpo_dist.model.experts import (
+    Mxfp4,
+    Packing,
+    Share,
+    choose_products,
+    compute_packed,
+    packed_shares,
+    packings,
+    unpackable,
+)
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -238,6 +247,7 @@ def load_packed(
     device: torch.device,
     key: str = "model.path",
     sequence: TokenExchange | None = None,
+    share: Share | None = None,
 ) -> PackedCausalLM:
     """Return the model of `folder` with the chunked head, in the arrangement recorded for its architecture.
 
@@ -245,7 +255,7 @@ def load_packed(
     keeps only its shard. Dropout is off: policy and reference compute the same function (law L7).
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
-    each batch. Errors name `key`.
+    each batch. Of experts that are quantized only this process's `share` is packed. Errors name `key`.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
@@ -257,7 +267,7 @@ def load_packed(
     mask = image_mask(model_config) if reads else ImageMask.causal
     check_kernel(backend, device, text, TORCH_DTYPES[config.dtype], mask)
     check_device(config, text, device)
-    causal_lm = load_weights(folder, model_config, config, device, key=key)
+    causal_lm = load_weights(folder, model_config, config, device, key=key, share=share)
     choose_products(causal_lm, device, TORCH_DTYPES[config.dtype])
     fused = choose_fused(config, text, device)
     if fused is FusedLayers.liger:
@@ -323,6 +333,7 @@ def load_weights(
     *,
     key: str = "model.path",
     kind: Any = None,
+    share: Share | None = None,
 ) -> Any:
     """Return the model of `folder` with every weight read from its files, none left at random values.
 
@@ -341,7 +352,7 @@ def load_weights(
             head = described.get_output_embeddings()
             whole = [*image_parts(described), *(n for n, one in described.named_modules() if one is head)]
             options["quantization_config"].llm_int8_skip_modules = whole
-    pack = {name: packing.pack for name, packing in packed.items()}
+    pack = packed_shares(described, packed, share)
     kept = [name for name, packing in packed.items() if isinstance(packing, Mxfp4)]
     with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
         causal_lm, report = _load(folder, model_config, config, kind, kept, **options)

@@ -31,6 +31,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     gradient_sums,
     inner_optimizer,
     is_sharded,
+    keep_from_broadcast,
     optimizer_tensors,
     own_accelerate_state,
     record_gather_orders,
@@ -166,6 +167,22 @@ def test_a_group_shards_weights_and_slices_of_experts_with_their_gradients() -> 
         assert sums.numel() == sum(map(whole_numel, causal_lm.parameters()))
         sums.zero_()
         assert of_experts.abs().sum() == 0, "a part of the others"
+
+
+def test_a_weight_may_keep_its_values_where_deepspeed_sends_those_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = policy_config(ParallelismConfig(kind=ParallelismKind.ddp), OptimConfig(), Dtype.fp32)
+    causal_lm = tiny()
+    own = causal_lm.lm_head.weight
+    keep_from_broadcast(own)
+    sent = list[int]()
+    monkeypatch.setattr(deepspeed.comm, "broadcast", lambda tensor, *_, **__: sent.append(tensor.data_ptr()))
+    with join_world(config, 60, Reports()) as world:
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+        world.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    assert sent
+    assert own.data_ptr() not in sent
 
 
 def test_a_weight_without_shards_is_itself() -> None:

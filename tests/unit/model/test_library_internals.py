@@ -34,6 +34,7 @@ from dpo_dist.model.library_internals import (
     describe_slice,
     describe_whole,
     dispatched,
+    expert_updates,
     fill_conversions,
     first_element,
     flash_attention,
@@ -392,3 +393,15 @@ def test_a_slice_knows_its_place_in_the_whole_weight() -> None:
     assert first_element(weight) == 0
     describe_slice(weight, (8, 3, 5), 4)
     assert (first_element(weight), whole_shape(weight)) == (4 * 15, (8, 3, 5))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_an_adapter_of_some_experts_is_a_part_of_that_of_all(model_type: str) -> None:
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(tiny_family(model_type), LoraConfig(r=2, target_parameters=names))
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    assert wrappers
+    for wrapper in wrappers:
+        nn.init.normal_(wrapper.lora_B["default"].weight)
+        whole = wrapper.get_delta_weight("default")
+        torch.testing.assert_close(expert_updates(wrapper, "default", slice(1, 3)), whole[1:3])
