@@ -17,7 +17,7 @@ from torch import nn
 from dpo_dist.distributed.deepspeed_internals import is_sharded, keep_from_broadcast, shard_slice
 from dpo_dist.distributed.processes.world import ExpertGroup, World
 from dpo_dist.model.experts import (
-    Share,
+    ExpertShare,
     exchange_tokens,
     expert_modules,
     keep_experts,
@@ -61,7 +61,7 @@ def share_experts(model: PackedCausalLM, world: World) -> None:
     if group is None or not shares_equally(model.causal_lm, group.ranks):
         return
     for module in expert_modules(model.causal_lm):
-        own = Share(group.rank, group.ranks).of(whole_shape(next(module.parameters(recurse=False)))[0])
+        own = ExpertShare(group.rank, group.ranks).of(whole_shape(next(module.parameters(recurse=False)))[0])
         packed = getattr(module, "packings", {})
         for name, weight in list(module.named_parameters(recurse=False)):
             piece: Any = weight

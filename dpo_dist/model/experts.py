@@ -83,7 +83,7 @@ def choose_products(causal_lm: Any, device: torch.device, dtype: torch.dtype) ->
 
 
 @dataclass(frozen=True)
-class Share:
+class ExpertShare:
     """The share of each layer's experts that one process has: the slice `rank` of `ranks` equal ones."""
 
     rank: int
@@ -196,7 +196,7 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
 
 
 def packed_shares(
-    causal_lm: Any, packed: Mapping[str, Packing | Mxfp4], share: Share | None
+    causal_lm: Any, packed: Mapping[str, Packing | Mxfp4], share: ExpertShare | None
 ) -> dict[str, Callable[[Tensor], nn.Parameter]]:
     """Return the functions that pack stacked weights, or only the experts of this process, by name.
 

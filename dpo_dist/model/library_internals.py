@@ -406,8 +406,8 @@ def expert_updates(wrapper: Any, adapter: str, experts: slice) -> Tensor:
     down = down.reshape(wrapper.num_experts, -1, down.shape[-1])[experts]
     up = up.reshape(up.shape[0], -1, wrapper.num_experts)[..., experts]
     order = "e o i" if wrapper._did_swap_in_out_features else "e i o"
-    update: Tensor = torch.einsum(f"o r e, e r i -> {order}", up, down)
-    return update * wrapper.scaling[adapter]
+    update: Tensor = wrapper.scaling[adapter] * torch.einsum(f"o r e, e r i -> {order}", up, down)
+    return update
 
 
 def mark_as_adapted(causal_lm: Any) -> None:

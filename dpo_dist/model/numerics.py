@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype, FusedLayers, ModelConfig
+from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import is_installed
 
@@ -27,11 +27,12 @@ def numerics_profile(
     *,
     recurrent: bool = False,
     has_experts: bool = False,
+    sharing: int = 1,
 ) -> dict[str, str]:
     """Return the numerics profile of a model scored on `device`: its fields and their values.
 
     `backend` and `fused` are the chosen ones, never `auto`. `recurrent`: the model may have recurrent layers;
-    `has_experts`: it is a mixture of experts.
+    `has_experts`: it is a mixture of experts, which `sharing` processes share.
     """
     profile = {
         "dtype": config.dtype.value,
@@ -51,6 +52,9 @@ def numerics_profile(
     if config.quantization is not None:
         version = _minor(importlib.metadata.version("bitsandbytes"))
         parts = ", with the experts" if has_experts else ""
+        # The scales of NF4 have scales of their own, for blocks that a share of the experts cuts elsewhere.
+        if has_experts and sharing > 1 and config.quantization is Quantization.nf4:
+            parts += f" of {sharing} processes"
         profile["quantization"] = f"{config.quantization} by bitsandbytes {version}{parts}"
     if fused is FusedLayers.compile:
         profile["compile"] = "inductor"

@@ -166,6 +166,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         world.device,
         recurrent=text.model_type in WITH_STATES | UNPACKABLE,
         has_experts=visited_experts(text) > 0,
+        sharing=1 if world.experts is None else world.experts.ranks,
     )
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)

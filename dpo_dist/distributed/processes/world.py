@@ -24,7 +24,7 @@ from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.attention.ulysses import TokenExchange
-from dpo_dist.model.experts import Share
+from dpo_dist.model.experts import ExpertShare
 
 T = TypeVar("T")
 
@@ -140,9 +140,9 @@ class World:
         return self.rank < self.shard_place[1]
 
     @property
-    def share_of_experts(self) -> Share | None:
+    def share_of_experts(self) -> ExpertShare | None:
         """Return which experts of each layer this rank has; None: all."""
-        return None if self.experts is None else Share(self.experts.rank, self.experts.ranks)
+        return None if self.experts is None else ExpertShare(self.experts.rank, self.experts.ranks)
 
     @property
     def host(self) -> str:

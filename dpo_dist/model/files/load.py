@@ -40,9 +40,9 @@ from dpo_dist.model.architectures import (
 from dpo_dist.model.attention.kernels import check_kernel, choose_backend
 from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
 from dpo_dist.model.experts import (
+    ExpertShare,
     Mxfp4,
     Packing,
-    Share,
     choose_products,
     compute_packed,
     packed_shares,
@@ -247,7 +247,7 @@ def load_packed(
     device: torch.device,
     key: str = "model.path",
     sequence: TokenExchange | None = None,
-    share: Share | None = None,
+    share: ExpertShare | None = None,
 ) -> PackedCausalLM:
     """Return the model of `folder` with the chunked head, in the arrangement recorded for its architecture.
 
@@ -333,7 +333,7 @@ def load_weights(
     *,
     key: str = "model.path",
     kind: Any = None,
-    share: Share | None = None,
+    share: ExpertShare | None = None,
 ) -> Any:
     """Return the model of `folder` with every weight read from its files, none left at random values.
 

@@ -191,8 +191,9 @@ class Shapes:
         hpz = config.parallelism.hpz
         shards = self._shards(processes)
         sharing = config.parallelism.experts
-        experts = float(number * self.experts) if sharing > 1 else 0.0
-        whole = 0.0 if config.model.adapter is None else experts  # frozen ones are not sharded again
+        whole = 0.0  # frozen experts are not sharded again
+        if sharing > 1 and config.model.adapter is not None:
+            whole = self.experts * self._expert_bytes(config.model.quantization)
         parts = {
             "copy of the weights": held / hpz if hpz > 1 else 0.0,
             "weights": resident * ((held - whole) / (shards if stage == 3 else 1) + whole / sharing),
@@ -208,9 +209,10 @@ class Shapes:
         }
         if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
             bits = config.reference.quantization
-            parts["reference"] = _weight_bytes(bits, number, causal_lm)
-            if bits is None:  # ZeRO shards no quantized weights
-                parts["reference"] = (parts["reference"] - experts) / shards + experts / sharing
+            experts = self.experts * self._expert_bytes(bits) if sharing > 1 else 0.0
+            others = _weight_bytes(bits, number, causal_lm) - experts
+            # ZeRO shards no quantized weights.
+            parts["reference"] = others / (shards if bits is None else 1) + experts / sharing
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing
@@ -218,6 +220,14 @@ class Shapes:
         if per_token is not None:
             per_token /= config.parallelism.sequence_parallel
         return Footprint({name: part for name, part in parts.items() if part}, per_token)
+
+    def _expert_bytes(self, quantization: Quantization | None) -> float:
+        """Return the bytes of a weight of an expert."""
+        if quantization is None:
+            return float(self.number)
+        if quantization is Quantization.nf4 and _is_mxfp4(self.causal_lm):
+            return _BYTES_IN_MXFP4
+        return BYTES_PER_QUANTIZED_WEIGHT[quantization]
 
     def host_bytes(self, gpus: int) -> float:
         """Return the bytes of host memory on rank 0's node, which reads the model and writes checkpoints."""

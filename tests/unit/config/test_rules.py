@@ -192,6 +192,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "parallelism.hpz=8 parallelism.offload_optimizer=cpu parallelism.reduce_in_float32=true",
         "parallelism.offload_parameters=cpu parallelism.offload_optimizer=cpu",
         "parallelism.shard_size=8 parallelism.offload_parameters=cpu",
+        f"{NF4} parallelism.experts=2",
         "trainer.eval_every=10 samples.prompts=4 data.eval_share=0.1",
         "sampling.max_new_tokens=9 sampling.top_p=0.5 sampling.top_k=5",
         "samples.prompts=0",

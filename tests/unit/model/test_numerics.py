@@ -137,3 +137,14 @@ def test_the_callers_choice_of_kernels_is_restored(wanted: bool) -> None:
         assert torch.utils.deterministic.fill_uninitialized_memory is fill
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_share_of_experts_in_nf4_is_another_reference_and_one_in_int8_the_same() -> None:
+    def of(kind: Quantization, sharing: int) -> dict[str, str]:
+        config = ModelConfig(dtype=Dtype.bf16, quantization=kind)
+        kernels = AttentionBackend.sdpa, FusedLayers.none, CPU
+        return numerics_profile(config, *kernels, has_experts=True, sharing=sharing)
+
+    pytest.importorskip("bitsandbytes")
+    assert of(Quantization.nf4, 2) != of(Quantization.nf4, 1)
+    assert of(Quantization.int8, 2) == of(Quantization.int8, 1)

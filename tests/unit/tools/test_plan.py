@@ -394,6 +394,18 @@ def test_tokens_travel_in_place_of_experts() -> None:
     assert shared.exchanging == pytest.approx(6 * tokens * numbers * 2 * 7 / 8 / 250e9)
     parts = ("weights", "gradients", "optimizer states")
     assert all(shared.needs.parts[part] == pytest.approx(plain.needs.parts[part]) for part in parts)
+    packed = estimated(
+        *words,
+        *ADAPTER,
+        "model.quantization=int8",
+        "parallelism.experts=8",
+        kind="qwen3_moe",
+        gpus=8,
+        **MIXTURE,
+    )
+    alone = estimated(*words, *ADAPTER, "model.quantization=int8", kind="qwen3_moe", gpus=8, **MIXTURE)
+    saved = alone.needs.parts["weights"] - packed.needs.parts["weights"]
+    assert saved == pytest.approx(experts * 7 / 8), "a byte for each of the others'"
     adapter = estimated(*words, ADAPTER[1], "parallelism.experts=8", kind="qwen3_moe", gpus=16, **MIXTURE)
     frozen = adapter.shapes.weights - experts
     assert adapter.needs.parts["weights"] == pytest.approx(2 * (frozen / 16 + experts / 8))
