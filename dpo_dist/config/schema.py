@@ -240,8 +240,8 @@ class ParallelismConfig:
     (MiCS, arXiv 2205.00119): each group of so many has all of them, and only gradients leave it, once a step.
     null: all processes."""
     experts: int = key(1, ge=1, verbs="train precompute")
-    """Processes that share the experts of each layer, with ZeRO-3 or a quantized base: tokens are sent to their
-    experts, which no process gathers (expert parallelism). 1: each process computes all experts."""
+    """Processes that share the experts of each layer, with ZeRO-3 or a quantized base: tokens are sent to
+    their experts, which no process gathers (expert parallelism). 1: each process computes all experts."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate")
