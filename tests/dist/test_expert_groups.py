@@ -96,6 +96,7 @@ def train(
         loss = LOSS
     policy = load_policy(model, world, optim, max_length=256)
     policy.train()
+    assert policy.is_synchronised is (world.size > 1), "ranks that generate wait for each other"
     done = 0
     saved = latest_checkpoint(root, world)
     if saved is not None:
