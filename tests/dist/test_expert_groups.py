@@ -254,10 +254,7 @@ PACKED = {"qwen3_moe in int8": 5e-5, "qwen3_moe in nf4": 1e-2, "gpt_oss in MXFP4
 
 
 @pytest.mark.parametrize("case", PACKED)
-@pytest.mark.parametrize("adapter", [OF_ATTENTION, OF_EXPERTS], ids=["beside experts", "on experts"])
-def test_processes_share_the_experts_of_a_quantized_base(
-    case: str, adapter: AdapterConfig, assets: Assets, tmp_path: Path
-) -> None:
+def test_processes_share_the_experts_of_a_quantized_base(case: str, assets: Assets, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model_type, _, kind = case.partition(" in ")
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
@@ -265,7 +262,7 @@ def test_processes_share_the_experts_of_a_quantized_base(
     if kind == "MXFP4":
         quantize_mxfp4(folder)
     quantization = Quantization.int8 if kind == "int8" else Quantization.nf4
-    model = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=adapter, quantization=quantization)
+    model = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=OF_EXPERTS, quantization=quantization)
     one = train_in([(1, DDP)], model, assets, tmp_path / "one")
     shared = train_in([(2, replace(DDP, experts=2))], model, assets, tmp_path / "shared")
     assert shared == pytest.approx(one, rel=PACKED[case])
