@@ -1,0 +1,77 @@
+"""A teacher's distribution of the next token as a sparse row: its largest probabilities, and draws from the rest.
+
+The cross-entropy with a row, and its gradient, are unbiased estimates of those with the whole distribution
+(arXiv 2503.16870). Those with the largest probabilities alone are not, renormalised or not.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SoftTargets(NamedTuple):
+    """What a teacher wants at each position: probabilities of some tokens, at this temperature of softmax."""
+
+    ids: Tensor  # int64 [positions, tokens]; a token may stand there more than once
+    shares: Tensor  # float32 [positions, tokens], with the sum 1, or 0 where nothing is wanted
+    temperature: float
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """How a teacher's distributions are kept: float32 [positions, width], of ids below 2^24 exactly.
+
+    A row has the ids of the `k` largest probabilities and these, the ids of `drawn` tokens of the rest, what
+    each of these stands for, and the entropy of the whole distribution, in nats. `temperature` is that of the
+    softmax; `vocabulary`: the student's number of token ids, whose distribution has the teacher's first ones.
+    """
+
+    k: int
+    drawn: int
+    temperature: float
+    vocabulary: int
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return 2 * self.k + self.drawn + 2
+
+    def rows(self, probabilities: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the rows of distributions, float32 [positions, ids].
+
+        `uniforms`, [positions, drawn], in [0, 1): each chooses a token in its own part of the rest. Draws from
+        equal parts have less noise than as many independent ones, and are unbiased together.
+        """
+        if self.vocabulary < probabilities.shape[1]:  # padding of the teacher's output layer
+            probabilities = probabilities[:, : self.vocabulary]
+            probabilities = probabilities / probabilities.sum(1, keepdim=True)
+        largest = probabilities.topk(self.k)
+        rest = probabilities.scatter(1, largest.indices, 0.0)
+        # In float32 a sum over 150,000 tokens would lose the small ones.
+        ends = rest.cumsum(1, dtype=torch.float64)
+        mass = ends[:, -1:]
+        places = (torch.arange(self.drawn, device=mass.device) + uniforms) / self.drawn * mass
+        drawn = torch.searchsorted(ends, places, right=True).clamp(max=ends.shape[1] - 1)
+        entropy = torch.special.entr(probabilities).sum(1, keepdim=True)
+        parts = (largest.indices, largest.values, drawn, mass / max(1, self.drawn), entropy)
+        return torch.cat([part.float() for part in parts], dim=1)
+
+    def soft_targets(self, rows: Tensor) -> SoftTargets:
+        """Return what rows want of a student."""
+        largest, shares, drawn, share, _ = rows.split((self.k, self.k, self.drawn, 1, 1), dim=1)
+        ids = torch.cat((largest, drawn), dim=1).long()
+        shares = torch.cat((shares, share.expand(-1, self.drawn)), dim=1)
+        return SoftTargets(ids, shares, self.temperature)
+
+    def divergences(self, rows: Tensor, expected_logps: Tensor) -> Tensor:
+        """Return KL(teacher || student) at each position, in nats, float32 [positions].
+
+        `expected_logps`: the teacher's mean of the student's log-probs, as `token_logps` returns it.
+        """
+        return -rows[:, -1] - expected_logps
+
+    def most_likely(self, rows: Tensor) -> Tensor:
+        """Return the id of the teacher's largest probability, float32 [positions]."""
+        return rows[:, 0]

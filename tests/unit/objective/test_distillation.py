@@ -1,0 +1,123 @@
+"""A teacher's sparse rows, and the head's gradient towards them, beside whole distributions in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.objective import token_logps as head
+from dpo_dist.objective.distillation import SparseRows
+from dpo_dist.objective.token_logps import LogitChange, logps_of_logits, rows_of_logits, teacher_rows, token_logps
+
+POSITIONS, HIDDEN, VOCABULARY = 37, 24, 101
+CHANGES = {
+    "plain": LogitChange(),
+    "scaled": LogitChange(0.5),
+    "capped": LogitChange(1.5, softcap=3.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * VOCABULARY * 8)
+
+
+def drawn(seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {
+        "hidden": torch.randn(POSITIONS, HIDDEN),
+        "weight": torch.randn(VOCABULARY, HIDDEN) / 4,
+        "bias": torch.randn(VOCABULARY) / 4,
+        "targets": torch.randint(VOCABULARY, (POSITIONS,)),
+        "teacher": torch.randn(POSITIONS, VOCABULARY) * 2,
+        "slopes": torch.randn(2, POSITIONS),
+    }
+
+
+def changed(hidden: Tensor, weight: Tensor, bias: Tensor, change: LogitChange) -> Tensor:
+    logits = (hidden @ weight.T + bias) * change.scale
+    return logits if change.softcap is None else change.softcap * torch.tanh(logits / change.softcap)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_whole_teacher_is_the_dense_cross_entropy(change: LogitChange, temperature: float) -> None:
+    """Also beside log-probs with gradients of their own, over several chunks."""
+    facts = drawn()
+    kept = SparseRows(VOCABULARY, 0, temperature, VOCABULARY)
+    rows = rows_of_logits(facts["teacher"], torch.empty(POSITIONS, 0), kept)
+    leaves = [facts[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    values = token_logps(*leaves, facts["targets"], change=change, soft=kept.soft_targets(rows))
+    (values * facts["slopes"]).sum().backward()
+
+    exact = [facts[name].double().requires_grad_() for name in ("hidden", "weight", "bias")]
+    logits = changed(*exact, change)
+    teacher = torch.softmax(facts["teacher"].double() / temperature, -1)
+    logps = torch.log_softmax(logits, -1).gather(1, facts["targets"][:, None])[:, 0]
+    expected = (teacher * torch.log_softmax(logits / temperature, -1)).sum(1)
+    (torch.stack((logps, expected)) * facts["slopes"].double()).sum().backward()
+    torch.testing.assert_close(values.double(), torch.stack((logps, expected)), rtol=1e-6, atol=2e-6)
+    for leaf, other in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+    divergence = (teacher * (teacher.log() - torch.log_softmax(logits / temperature, -1))).sum(1)
+    torch.testing.assert_close(kept.divergences(rows, values[1]).double(), divergence, rtol=1e-5, atol=1e-5)
+
+
+def test_existing_logits_give_the_same() -> None:
+    facts = drawn()
+    kept = SparseRows(5, 4, 1.7, VOCABULARY)
+    uniforms = torch.rand(POSITIONS, 4)
+    logits = changed(facts["hidden"], facts["weight"], facts["bias"], LogitChange())
+    rows = teacher_rows(facts["hidden"], facts["weight"], facts["bias"], uniforms, kept)
+    torch.testing.assert_close(rows, rows_of_logits(logits, uniforms, kept))
+    soft = kept.soft_targets(rows)
+    arguments = facts["targets"], ("entropy", "most_likely"), soft
+    mine = token_logps(facts["hidden"], facts["weight"], facts["bias"], *arguments[:2], soft=soft)
+    torch.testing.assert_close(mine, logps_of_logits(logits, *arguments))
+    assert torch.equal(mine[3], logits.argmax(1).float())
+    assert torch.equal(kept.most_likely(rows), logits.argmax(1).float())
+
+
+def test_draws_are_unbiased() -> None:
+    """The mean over 2,000 seeds is the dense value and gradient, within its standard error."""
+    torch.manual_seed(0)
+    seeds = 2000
+    teacher = torch.randn(1, VOCABULARY) * 2
+    student = torch.randn(1, VOCABULARY)
+    kept = SparseRows(8, 5, 1.0, VOCABULARY)
+    rows = rows_of_logits(teacher.expand(seeds, -1), torch.rand(seeds, 5), kept)
+    soft = kept.soft_targets(rows)
+    torch.testing.assert_close(soft.shares.sum(1), torch.ones(seeds))
+    shares = torch.zeros(seeds, VOCABULARY).scatter_add_(1, soft.ids, soft.shares)
+    wanted = torch.softmax(teacher, -1)
+    # A drawn token has its share, or none: a variance of at most probability times share.
+    error = (wanted[0] * soft.shares[:, -1].mean() / seeds).sqrt()
+    assert ((shares.mean(0) - wanted[0]).abs() <= 5 * error).all()
+    values = logps_of_logits(student.expand(seeds, -1), torch.zeros(seeds, dtype=torch.int64), (), soft)[1]
+    dense = (wanted * torch.log_softmax(student, -1)).sum()
+    assert (values.mean() - dense).abs() < 4 * values.std() / seeds**0.5
+    # The k largest alone are not: what they miss is far outside of that error.
+    truncated = (soft.shares[:, :8] * torch.log_softmax(student, -1)[0, soft.ids[:, :8]]).sum(1).mean()
+    assert (truncated - dense).abs() > 40 * values.std() / seeds**0.5
+
+
+def test_a_certain_teacher() -> None:
+    """Nothing is left to draw: no share, no id outside of the vocabulary, no nan."""
+    logits = torch.full((3, VOCABULARY), -1e4)
+    logits[:, 7] = 0.0
+    kept = SparseRows(2, 3, 1.0, VOCABULARY)
+    rows = rows_of_logits(logits, torch.full((3, 3), 0.999999), kept)
+    soft = kept.soft_targets(rows)
+    assert rows.isfinite().all()
+    assert ((soft.ids >= 0) & (soft.ids < VOCABULARY)).all()
+    assert soft.shares[:, 0].tolist() == [1.0] * 3
+    assert soft.shares[:, 1:].sum() == 0
+    assert kept.divergences(rows, torch.zeros(3)).tolist() == [0.0] * 3
+
+
+def test_ids_that_the_student_lacks_are_padding() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, VOCABULARY)
+    whole = SparseRows(90, 0, 1.0, 90)
+    nothing = torch.empty(4, 0)
+    of_known_ids = rows_of_logits(logits[:, :90], nothing, whole)
+    torch.testing.assert_close(rows_of_logits(logits, nothing, whole), of_known_ids)
