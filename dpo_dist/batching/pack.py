@@ -21,6 +21,7 @@ from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.prefix_tree import Segment, paths, prefix_tree
 from dpo_dist.data import Example, ImageInput, Mask, TokenIds
+from dpo_dist.objective.distillation import TeacherInputs
 
 DUMMY_RESPONSES = 2  # in a `dummy_batch`
 
@@ -71,6 +72,7 @@ class PackedBatch:
     margin: Tensor | None = None
     token_weights: Tensor | None = None  # float32 [targets], factors of the log-probs, if the loss has them
     reference_logps: Tensor | None = None  # float32 [targets]; None: a forward pass computes them
+    teacher: TeacherInputs | None = None
     sources: Tensor | None = None  # int64 [pairs], index of each pair's source in the dataset's labels
     mask: Mask | None = None  # bool [completion tokens], which are targets, on the host; None: all
     images: PackedImages | None = None  # None if no rank has an image in this micro-batch
@@ -140,6 +142,8 @@ class PackedBatch:
         if self.images is not None:
             inputs = {name: change(value) for name, value in self.images.inputs.items()}
             changed["images"] = replace(self.images, inputs=inputs)
+        if self.teacher is not None:
+            changed["teacher"] = self.teacher.map(change)
         return replace(self, **changed)
 
 

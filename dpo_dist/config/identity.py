@@ -71,6 +71,8 @@ class RunIdentity:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
         if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
             del defining["model"]["images"]
+        if not self.config.loss.needs_teacher:  # the same digest as if teachers did not exist
+            del defining["teacher"]
         if LossKind.custom in self.config.loss.kinds:
             function = find_function(self.config.loss.function, LOSS_FUNCTION)
             defining["loss"]["function_source"] = function.digest

@@ -34,7 +34,7 @@ class RouterConfig:
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo reward_aware simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce kto "
+    "discopop dpop odpo reward_aware simpo orpo cpo sft distill aot aot_unpaired beta_dpo plackett_luce kto "
     "apo_zero_unpaired custom",
 )
 """Names of `loss.kind`."""
@@ -123,6 +123,14 @@ class CpoOptions:
 
 
 @schema
+class DistillOptions:
+    """Options of `distill`."""
+
+    temperature: float = key(1.0, gt=0)
+    """`distill`: temperature of the softmax of teacher and policy."""
+
+
+@schema
 class BetaDpoOptions:
     """Options of `beta_dpo`."""
 
@@ -145,6 +153,7 @@ class KindFacts:
     options: type[Any] | None = None
     """The class of `loss.options`; None: the kind has no options."""
     needs_reference: bool = True
+    needs_teacher: bool = False
     fewest_responses: int = 2
     accepts_rankings: bool = False
     needs_scores: bool = False
@@ -272,6 +281,18 @@ KINDS: dict[LossKind, KindFacts] = {
         accepts_rankings=True,
         length_averaged=True,
     ),
+    LossKind.distill: KindFacts(
+        "the sum over the chosen response's tokens of KL(teacher || policy) / (mean nw of the global batch), "
+        "both at the temperature `loss.options.temperature`; the teacher is `teacher.path`",
+        "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870",
+        frozenset(),
+        options=DistillOptions,
+        needs_reference=False,
+        needs_teacher=True,
+        fewest_responses=1,
+        accepts_rankings=True,
+        length_averaged=True,
+    ),
     LossKind.aot: KindFacts(
         "pw - pl and rw - rl each sorted over the global batch, D their difference: "
         "-(1-e) ls(b D) - e ls(-b D)",
@@ -385,6 +406,7 @@ KindOptions: TypeAlias = Annotated[
     | SimpoOptions
     | OrpoOptions
     | CpoOptions
+    | DistillOptions
     | BetaDpoOptions
     | None,
     BeforeValidator(_options_of_kind),
@@ -503,6 +525,11 @@ class LossConfig:
     def needs_reference(self) -> bool:
         """Return whether the loss depends on a reference's log-probs."""
         return not self.reference_free and any(facts.needs_reference for facts in self.facts)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether the loss depends on a teacher's distributions."""
+        return any(facts.needs_teacher for facts in self.facts)
 
     @property
     def is_one_sided(self) -> bool:

@@ -22,6 +22,8 @@ AUC = "rewards/auc"
 MISMATCH = "loss/kl"
 """Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
 mismatched responses, whose part above 0 is the z of `kto`."""
+AGREEMENT = "teacher/agreement"
+"""Share of the chosen responses' tokens at which the most likely token is the teacher's."""
 EXCESS = "loss/excess"
 """The loss minus the least that it can be with soft labels."""
 PERCENTS = (5, 25, 50, 75, 95)
@@ -90,6 +92,13 @@ METRICS: Mapping[str, Metric] = {
     "tokens/rejected": _pair_metric("tokens rejected", unit="tokens"),
     "entropy/chosen": Metric("entropy chosen", unit="nats", only_evaluated=True),
     "entropy/rejected": Metric("entropy rejected", unit="nats", only_evaluated=True),
+    AGREEMENT: Metric(
+        "agreement with the teacher",
+        _digits(".3f"),
+        best=_HIGHEST,
+        is_share=True,
+        chart="Tokens at which the teacher's choice is the policy's",
+    ),
     "grad_norm": Metric("norm before clipping", chart="Gradient norm"),
     "learning_rate": Metric("learning rate", chart="Learning rate"),
     "pairs_per_second": Metric("pairs/s", _digits(",.1f")),

@@ -16,7 +16,7 @@ from dpo_dist.config.keys import all_keys, to_unset
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import likely_name
-from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig
+from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig, TeacherMode
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
@@ -506,6 +506,17 @@ RULES = (
         "a quantized reference cannot take the policy's weights",
         "set reference.quantization=null, or remove loss.sync_reference.every",
     ),
+    # The teacher.
+    Rule(
+        f"teacher.path=null {LOSS}",
+        "this loss learns from a teacher",
+        "set teacher.path to a model with the tokenizer of model.path",
+        lambda c: c.loss.needs_teacher,
+    ),
+    *(
+        unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
+        for name in ("path", "mode", "k", "drawn", "seed", "offload")
+    ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
     unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
@@ -538,8 +549,9 @@ _NEEDED = {
     ),
     "reference.mode": Rule(
         f"reference.mode!=cached {LOSS}",
-        "only a stored reference can be precomputed",
+        "only a stored reference or teacher can be precomputed",
         "set reference=cached, with a loss that uses a reference model",
+        lambda c: not (c.loss.needs_teacher and c.teacher.mode is TeacherMode.cached),
     ),
 }
 

@@ -157,6 +157,7 @@ FLASH_ATTN = {
 """The package of each FlashAttention kernel."""
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
+TeacherMode = StrEnum("TeacherMode", ["cached", "live"])
 Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
@@ -218,6 +219,26 @@ class ReferenceConfig:
     """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
     store: NonEmpty = key("${run.root}/reference", free=True, verbs=EVERY_READER)
     """Folder of stored log-probs, shared by runs."""
+
+
+@schema
+class TeacherConfig:
+    """The model from whose distributions `distill` learns."""
+
+    path: NonEmpty | None = key(None)
+    """Folder or hub name of the teacher, a model with the token ids of `model.path`."""
+    mode: TeacherMode = key(TeacherMode.cached, free=True)
+    """`cached`: asked once, and its distributions stored in `reference.store`; `live`: computed beside the
+    policy, for disks without room."""
+    k: int = key(48, ge=1)
+    """Largest probabilities of the teacher that are kept of each token."""
+    drawn: int = key(16, ge=1)
+    """Tokens drawn from the other ones, which keep the gradient unbiased; they take 4 bytes each, the largest
+    ones 8."""
+    seed: int = key(0, ge=0)
+    """Seed of the draws: another one asks the teacher again."""
+    offload: Offload = key(Offload.none, free=True)
+    """Where the teacher's weights are kept: on the device (`none`) or `cpu`."""
 
 
 @schema
@@ -450,6 +471,7 @@ class RunConfig:
     data: DataConfig = section(DataConfig, verbs="train precompute encode evaluate")
     loss: LossConfig = section(LossConfig, verbs="train evaluate")
     reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
+    teacher: TeacherConfig = section(TeacherConfig, verbs="train precompute evaluate")
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")

@@ -29,12 +29,15 @@ from dpo_dist.model.library_internals import (
     whole_mask,
 )
 from dpo_dist.model.states import ForkedStates
+from dpo_dist.objective.distillation import SoftTargets, TeacherInputs
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     LogitChange,
     Statistic,
     float32_logits,
     logps_of_logits,
+    rows_of_logits,
+    teacher_rows,
     token_logps,
 )
 
@@ -84,10 +87,15 @@ class LogpHead(nn.Linear):
         input: Tensor,  # noqa: A002  (nn.Linear's name)
         targets: Tensor | None = None,
         statistics: Sequence[Statistic] = (),
+        soft: SoftTargets | None = None,
+        asked: TeacherInputs | None = None,
     ) -> Tensor:
-        """Return `objective.token_logps.token_logps` of `targets`; without targets all logits."""
+        """Return `token_logps` of `targets`, or `teacher_rows` of what is `asked`, or else all logits."""
+        if asked is not None:
+            assert asked.uniforms is not None
+            return teacher_rows(input, self.weight, self.bias, asked.uniforms, asked.kept, self.change)
         if targets is not None:
-            return token_logps(input, self.weight, self.bias, targets, statistics, self.change)
+            return token_logps(input, self.weight, self.bias, targets, statistics, self.change, soft)
         if self.is_precise:
             return float32_logits(input, self.weight, self.bias)
         return super().forward(input)
@@ -203,6 +211,7 @@ class PackedCausalLM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return `objective.token_logps.token_logps` of the targets in `batch`.
 
+        For the statistic `as_teacher` return the rows of the batch's `teacher`, float32 [width, targets].
         The ranks of `sequence` call it together. `with_routing` also returns `objective.router.routing_sums`
         of a mixture of experts.
         """
@@ -222,7 +231,7 @@ class PackedCausalLM(nn.Module):
         else:
             outputs = self._one_by_one(rows, batch, encoded, with_routing)
             weights = outputs.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
-        logps = self._logps(outputs.predicting, encoded, batch.targets, statistics)
+        logps = self._logps(outputs.predicting, encoded, batch.targets, statistics, batch.teacher)
         return (logps, self._routing(outputs, weights)) if with_routing else logps
 
     def _packed(
@@ -241,6 +250,7 @@ class PackedCausalLM(nn.Module):
         predictors = batch.predictors
         targets = batch.targets
         repeats = batch.repeats
+        teacher = batch.teacher
         share = None
         if self.sequence is not None:
             share = TokenShare.from_predictors(self.sequence, len(ids), batch.target_places[1], device)
@@ -249,6 +259,8 @@ class PackedCausalLM(nn.Module):
             positions = positions[share.tokens]
             predictors = share.predictors
             targets = targets[share.targets]
+            own_targets = share.targets
+            teacher = None if teacher is None else teacher.map(lambda rows: rows[own_targets])
         inputs: dict[str, Any] = {"position_ids": positions[None]}
         if self.forks_states:
             inputs["packed_states"] = ForkedStates(batch.segments, device)
@@ -263,7 +275,7 @@ class PackedCausalLM(nn.Module):
             packed_positions=positions,
             **inputs,
         ).select(predictors)
-        logps = self._logps(outputs.predicting, encoded, targets, statistics)
+        logps = self._logps(outputs.predicting, encoded, targets, statistics, teacher)
         if share is None:
             return (logps, self._routing(outputs, repeats)) if with_routing else logps
         logps = share.gather(logps)
@@ -331,14 +343,28 @@ class PackedCausalLM(nn.Module):
         encoded: EncodedImages | None,
         targets: Tensor,
         statistics: Sequence[Statistic],
+        teacher: TeacherInputs | None,
     ) -> Tensor:
         """Return log-probs of `targets` from hidden states or logits `predicting`, [targets, width]."""
         if encoded is not None:
             predicting = encoded.with_dummy_gradient(predicting)
-        if self.own_logits:
-            return logps_of_logits(predicting, targets, statistics)
         head = self.causal_lm.get_output_embeddings()
-        logps: Tensor = head(predicting, targets=targets, statistics=statistics)
+        if "as_teacher" in statistics:
+            assert teacher is not None
+            assert teacher.uniforms is not None
+            if self.own_logits:
+                return rows_of_logits(predicting, teacher.uniforms, teacher.kept).T
+            rows: Tensor = head(predicting, asked=teacher)
+            return rows.T
+        soft = None
+        if "of_teacher" in statistics:
+            assert teacher is not None
+            assert teacher.rows is not None
+            soft = teacher.kept.soft_targets(teacher.rows)
+            statistics = [statistic for statistic in statistics if statistic != "of_teacher"]
+        if self.own_logits:
+            return logps_of_logits(predicting, targets, statistics, soft)
+        logps: Tensor = head(predicting, targets=targets, statistics=statistics, soft=soft)
         return logps
 
     def _routing(self, outputs: "_Outputs", weights: Tensor) -> Tensor:

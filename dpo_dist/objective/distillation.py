@@ -1,9 +1,10 @@
-"""A teacher's distribution of the next token as a sparse row: its largest probabilities, and draws from the rest.
+"""A teacher's distribution of the next token as a sparse row: its largest probabilities, draws from the rest.
 
 The cross-entropy with a row, and its gradient, are unbiased estimates of those with the whole distribution
 (arXiv 2503.16870). Those with the largest probabilities alone are not, renormalised or not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class SparseRows:
     def rows(self, probabilities: Tensor, uniforms: Tensor) -> Tensor:
         """Return the rows of distributions, float32 [positions, ids].
 
-        `uniforms`, [positions, drawn], in [0, 1): each chooses a token in its own part of the rest. Draws from
-        equal parts have less noise than as many independent ones, and are unbiased together.
+        `uniforms`, [positions, drawn], in [0, 1): each chooses a token in its own part of the rest. Draws
+        from equal parts have less noise than as many independent ones, and are unbiased together.
         """
         if self.vocabulary < probabilities.shape[1]:  # padding of the teacher's output layer
             probabilities = probabilities[:, : self.vocabulary]
@@ -60,7 +61,8 @@ class SparseRows:
 
     def soft_targets(self, rows: Tensor) -> SoftTargets:
         """Return what rows want of a student."""
-        largest, shares, drawn, share, _ = rows.split((self.k, self.k, self.drawn, 1, 1), dim=1)
+        sizes = [self.k, self.k, self.drawn, 1, 1]
+        largest, shares, drawn, share, _ = torch.split(rows, sizes, dim=1)
         ids = torch.cat((largest, drawn), dim=1).long()
         shares = torch.cat((shares, share.expand(-1, self.drawn)), dim=1)
         return SoftTargets(ids, shares, self.temperature)
@@ -75,3 +77,16 @@ class SparseRows:
     def most_likely(self, rows: Tensor) -> Tensor:
         """Return the id of the teacher's largest probability, float32 [positions]."""
         return rows[:, 0]
+
+
+class TeacherInputs(NamedTuple):
+    """What a batch has of a teacher, one of two: rows for the policy, or what the teacher draws rows by."""
+
+    kept: SparseRows
+    rows: Tensor | None = None  # float32 [targets, kept.width]
+    uniforms: Tensor | None = None  # float32 [targets, kept.drawn], in [0, 1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TeacherInputs":
+        """Return these inputs with their tensors changed."""
+        rows, uniforms = (None if each is None else change(each) for each in self[1:])
+        return TeacherInputs(self.kept, rows, uniforms)

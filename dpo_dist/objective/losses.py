@@ -95,6 +95,8 @@ class BatchFacts:
     """Margin to subtract from the logits."""
     mismatch: Tensor | None = None
     """`kto`: mean log-ratio of mismatched responses over the *global* batch, one number without gradient."""
+    divergence: Tensor | None = None
+    """`distill`: KL(teacher || policy), summed over the tokens of the chosen response."""
     running: RunningMeans = field(default_factory=RunningMeans)
     """`beta_dpo`, `bco_pair`: means over the steps before."""
 
@@ -223,6 +225,11 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
             # mean over tokens, as in supervised fine-tuning.
             tokens = facts.mean_chosen_tokens
             return -chosen / (policy.chosen_tokens.mean() if tokens is None else tokens)
+        case LossKind.distill:  # Hinton et al. 2015, arXiv 1503.02531, without its factor temperature^2
+            if facts.divergence is None:
+                raise ValueError("loss kind distill needs the divergences from a teacher")
+            tokens = facts.mean_chosen_tokens  # see sft
+            return facts.divergence / (policy.chosen_tokens.mean() if tokens is None else tokens)
         # Sorted over the global batch: TRL sorts each micro-batch, whose size would change the loss (law L1).
         case LossKind.aot:  # Melnyk et al. 2024, arXiv 2406.05882
             return _smoothed(beta * _sorted_difference(policy.margin, reference.margin), smoothing)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.metrics import (
+    AGREEMENT,
     AUC,
     CUSTOM,
     ENTROPIES,
@@ -170,6 +171,7 @@ class MetricPlan:
             AUC: loss.is_unpaired,
             MISMATCH: loss.needs_partners,
             EXCESS: self.has_floor,
+            AGREEMENT: loss.needs_teacher and self.is_evaluation,
             BATCH_MARGIN: LossKind.beta_dpo in loss.kinds,
             BATCH_REWARD: loss.has_running_reward,
             AUX_LOSS: has_aux,
@@ -191,7 +193,8 @@ class ScoredPairs:
     """Log-probs of the pairs of a micro-batch, or of the global batch for coupled losses.
 
     `weights`, [pairs]: 1 for a pair, 0 for a dummy. `distance` (policy minus reference log-prob, absolute)
-    and `entropy` of the tokens, in nats, summed by response, if measured. `sources`, int64 [pairs]: index of
+    and `entropy` of the tokens, in nats, and their `agreement` with a teacher, 0 or 1, summed by response, if
+    measured. `sources`, int64 [pairs]: index of
     each pair's source in `MetricPlan.labels`. `routing`: `objective.router.routing_sums`, if the run has
     router losses.
     """
@@ -202,6 +205,7 @@ class ScoredPairs:
     facts: BatchFacts = field(default_factory=BatchFacts)
     distance: PairLogps | None = None
     entropy: PairLogps | None = None
+    agreement: PairLogps | None = None
     sources: Tensor | None = None
     routing: Tensor | None = None
 
@@ -313,6 +317,8 @@ def metric_sums(
         if sums is not None:  # counted by tokens: the batch's sum of values is divided by its sum of tokens
             measured[f"{name}/chosen"] = sums.chosen, sums.chosen_tokens
             measured[f"{name}/rejected"] = sums.rejected, sums.rejected_tokens
+    if pairs.agreement is not None:
+        measured[AGREEMENT] = pairs.agreement.chosen, pairs.agreement.chosen_tokens
     members = {"": ones} | length_members(columns)
     if pairs.sources is not None:
         members |= {f"/{label}": pairs.sources == number for number, label in enumerate(plan.labels)}

@@ -17,8 +17,13 @@ _BLOCK_ROWS = 2048
 # Probabilities kept for backward: to keep all would save up to a quarter of the head's time.
 _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
-Statistic = Literal["collisions", "entropy", "most_likely"]
-"""A value of the distribution at each target, beside the log-prob of the target (`token_logps`)."""
+Statistic = Literal["collisions", "entropy", "most_likely", "of_teacher", "as_teacher"]
+"""A value of the distribution at each target, beside the log-prob of the target (`token_logps`).
+
+Two are of a packed model and what its batch has of a teacher: the mean of the model's log-probs under the
+teacher's rows, which comes first and has a gradient; and the rows of the model as a teacher, in place of all
+other values.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def teacher_rows(
 ) -> Tensor:
     """Return the rows of the distributions whose log-probs `token_logps` computes, in chunks.
 
-    `hidden`: [positions, hidden_size]; `uniforms`: [positions, kept.drawn]. Returns float32 [positions, width].
+    `hidden`: [positions, hidden_size]; `uniforms`: [positions, kept.drawn]. Returns float32
+    [positions, kept.width].
     """
     rows = torch.empty(len(hidden), kept.width, dtype=torch.float32, device=hidden.device)
     for chunk in _chunks(len(hidden), weight):
@@ -204,6 +210,8 @@ def _statistic(probabilities: Tensor, statistic: Statistic) -> Tensor:
             values = torch.special.entr(probabilities).sum(dim=-1)
         case "most_likely":  # exact: ids are below 2^24
             values = probabilities.argmax(dim=-1).float()
+        case "of_teacher" | "as_teacher":
+            raise ValueError(f"{statistic} needs what a batch has of a teacher")
     return values
 
 
@@ -261,7 +269,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         grad_logps = grad_values if grad_values.dim() == 1 else grad_values[0]
         hidden, weight, bias, targets, *of_teacher = ctx.saved_tensors
-        soft = SoftTargets(*of_teacher, ctx.temperature) if of_teacher else None
+        soft = SoftTargets(of_teacher[0], of_teacher[1], ctx.temperature) if of_teacher else None
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None

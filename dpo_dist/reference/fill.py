@@ -36,7 +36,7 @@ FillProgress = Callable[[int, int], None]
 """Called with the number of scored pairs, and of all pairs."""
 
 Scorer = Callable[[PackedBatch], Tensor]
-"""Per-token log-probs of a batch by the reference model: float32 [targets]."""
+"""Per-token log-probs of a batch by the reference model, float32 [targets]; by a teacher [width, targets]."""
 
 _BATCHES_AHEAD = 2
 _LOCK = "fill.lock"
@@ -95,6 +95,8 @@ class StoreFiller:
         costs: the model's compute costs, which balance the ranks; `load_scorer` may set them.
         entries_per_shard: approximate number of entries in a shard.
         stops: checked after each micro-batch.
+        which: only this response of each pair is scored; None: all.
+        prepare: adds to a batch on the host what the scorer needs.
         shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
             enough: a network file system may not show files that another node just wrote.
         computed_tokens: those of the micro-batches of this rank.
@@ -108,6 +110,8 @@ class StoreFiller:
     costs: ComputeCosts
     entries_per_shard: int
     stops: Stops
+    which: int | None = None
+    prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
     shards: frozenset[str] = frozenset()
     computed_tokens: int = 0
     tokens: int = 0
@@ -137,7 +141,7 @@ class StoreFiller:
     ) -> tuple[Indices, FillReport, frozenset[str]]:
         """Return the missing responses, what the store has, and the names of its shards; not collective."""
         store = LogpStore.open(self.store.root, self.store.fingerprint)
-        missing, hits = missing_responses(store, dataset, indices)
+        missing, hits = missing_responses(store, dataset, indices, self.which)
         report = FillReport(hits, damaged=frozenset(store.damaged))
         return missing, report, self.shards.union(store.shards)
 
@@ -270,7 +274,8 @@ class StoreFiller:
                     self.tokens += sum(map(sum, batch.layout))
                 if world.leads and len(batch.keys):
                     keys.append(batch.keys)
-                    entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])
+                    ends = np.cumsum(batch.response_tokens.numpy())[:-1]
+                    entries += np.split(logps.T.cpu().numpy(), ends)
                 progress(number / len(needs))
                 is_stopped = self.stops.must_stop()
                 if is_stopped:
@@ -302,7 +307,7 @@ class StoreFiller:
                 batch = pack(inputs, keys, dummy_image=dummy_image, costs=self.costs)
             else:
                 batch = dummy_batch(dummy_image)
-            batch = replace(batch, forwards=forwards)
+            batch = self.prepare(replace(batch, forwards=forwards))
             if self.world.device.type == "cuda":
                 batch = batch.pinned()
             yield batch, [] if is_whole else [part.pair for part in parts]
@@ -320,14 +325,23 @@ def _report_round(progress: FillProgress, before: int, pairs: int, total: int, s
     progress(before + int(share * pairs), total)
 
 
-def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
+def missing_responses(
+    store: LogpStore, dataset: PreferenceDataset, indices: Indices, which: int | None = None
+) -> tuple[Indices, int]:
     """Return the distinct responses of the pairs `indices` that the store lacks, and how many it has.
 
-    The missing ones are ascending indices in `dataset.keys`, int64 [missing]. A damaged entry is missing.
+    With `which`, only this response of each pair counts. The missing ones are ascending indices in
+    `dataset.keys`, int64 [missing]. A damaged entry is missing.
     """
     visited = np.zeros(len(dataset), dtype=np.bool_)
     visited[indices] = True
-    order = dataset.key_order[np.repeat(visited, np.diff(dataset.first_pieces) - 1)[dataset.key_order]]
+    counts = np.diff(dataset.first_pieces) - 1
+    is_needed = np.repeat(visited, counts)
+    if which is not None:
+        starts = np.cumsum(counts) - counts
+        is_needed[:] = False
+        is_needed[starts[indices] + which] = True
+    order = dataset.key_order[is_needed[dataset.key_order]]
     hits = 0
     missing = [np.empty(0, np.int64)]
     for start in range(0, len(order), RESPONSES_AT_ONCE):

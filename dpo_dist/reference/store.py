@@ -39,7 +39,7 @@ from dpo_dist.reference.index import file_state, forget_whole, open_index, recal
 log = logging.getLogger(__name__)
 
 StoredLogps = npt.NDArray[np.float32]
-"""Per-token log-probs of a response: float32 [response tokens]."""
+"""Per-token log-probs of a response, float32 [response tokens]; of a teacher [response tokens, width]."""
 _Numbers = npt.NDArray[np.int64]
 
 # Raise it when a change of the code changes digits of log-probs: runs would mix old and new ones.
@@ -63,12 +63,14 @@ class ReferenceFingerprint:
     """Identity of stored log-probs: the reference model and the numerics that computed them.
 
     `reference` is the digest of the model's files, `profile` comes from `model.numerics.numerics_profile`.
-    The identity does not include `label`, the model's readable name.
+    The identity does not include `label`, the model's readable name. `width`: numbers of each token, above 1
+    for rows of a teacher's distributions (`objective.distillation`).
     """
 
     reference: str
     profile: dict[str, str]
     label: str = field(default="", compare=False)
+    width: int = 1
 
     @property
     def name(self) -> str:
@@ -78,14 +80,19 @@ class ReferenceFingerprint:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `space.json`."""
-        return {**vars(self), "logp_path": LOGP_PATH_VERSION, "format": STORE_FORMAT}
+        content = {**vars(self), "logp_path": LOGP_PATH_VERSION, "format": STORE_FORMAT}
+        if self.width == 1:  # of log-probs, as before there were teachers
+            del content["width"]
+        return content
 
 
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
     """Return a folder's fingerprint; None if `space.json` is missing, damaged or of another folder."""
     try:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
-        fingerprint = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
+        fingerprint = ReferenceFingerprint(
+            content["reference"], dict(content["profile"]), content["label"], content.get("width", 1)
+        )
         return fingerprint if fingerprint.as_dict() == content and fingerprint.name == folder.name else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
@@ -128,7 +135,7 @@ class Shard:
 
     @property
     def tokens(self) -> int:
-        """Number of values: one for each response token."""
+        """Number of values: of log-probs one for each response token."""
         return int(self.ends[-1])
 
     @cached_property
@@ -199,7 +206,8 @@ def open_shard(file: Path) -> Shard | None:
 class LogpStore:
     """Log-probs of responses by key, of one fingerprint.
 
-    An entry has one float32 value per completion token, including the end-of-turn token. Keys are uint64
+    An entry has one float32 value per completion token, including the end-of-turn token; of a teacher it has
+    `fingerprint.width`. Keys are uint64
     [n, 2] (`batching.content_keys`). Opening a store maps the index of its shards, which is written if they
     have changed, and maps the values. A shard is read only if it is not known to be whole.
 
@@ -301,7 +309,9 @@ class LogpStore:
                 shard = int(index.shards[entry])
                 values = self._contents[shard][start : start + 4 * int(index.tokens[entry])]
                 if zlib.crc32(values.data) == index.checks[entry]:
-                    yield values.view(np.float32)
+                    numbers = values.view(np.float32)
+                    width = self.fingerprint.width
+                    yield numbers if width == 1 else numbers.reshape(-1, width)
                     break
                 self.damaged.add(self.shards[shard])
             else:
@@ -373,7 +383,7 @@ class LogpStore:
             )
         # Sorted: the same entries make the same file, whichever job writes it.
         order = np.lexsort((keys[:, 1], keys[:, 0]))
-        entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
+        entries = [np.ascontiguousarray(entries[i], dtype=np.float32).reshape(-1) for i in order]
         keys = np.ascontiguousarray(keys[order])
         ends = np.cumsum(list(map(len, entries)), dtype=np.int64)
         checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)

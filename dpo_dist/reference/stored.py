@@ -41,7 +41,7 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> list[LogpSto
     bits = reference.quantization or ""
     matching = []
     for fingerprint in fingerprints:
-        is_same_model = fingerprint.reference == model.digest
+        is_same_model = fingerprint.reference == model.digest and fingerprint.width == 1
         if is_same_model and fingerprint.profile.get("quantization", "").split(" ")[0] == bits:
             matching.append(fingerprint)
     matching.sort(key=lambda each: (each.profile.get("dtype") != policy.dtype.value, each.name))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,11 @@ import torch
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
+from dpo_dist.config.schema import Dtype, Quantization, ReferenceMode
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
-from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
-from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
@@ -26,12 +25,13 @@ from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs, visited_experts
 from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
-from dpo_dist.reference.digest import check_same_numerics, model_label
+from dpo_dist.objective.token_logps import Statistic
+from dpo_dist.reference.digest import Profile, check_same_numerics, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scoring_config
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
-from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
-from dpo_dist.training.start.open_run import Run, open_run, say_header
+from dpo_dist.training.start.inputs import EvaluationInputs
+from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.steps.step import Objective
 
 _CHECKED_PAIRS = 16
@@ -155,66 +155,110 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
             run, ReferenceProvider(engine=load()), policy_starts_as_reference=policy_starts_as_reference
         )
     # The entries of the store that these files give under these numerics (law L3).
-    store = Path(config.reference.store)
+    label = model_label(config.reference.path or config.model.path, files.folder)
+    profile = scoring_profile(run, files.folder, config.reference.quantization)
+    empty = LogpStore(Path(config.reference.store), ReferenceFingerprint(files.digest, profile, label), [])
+    # Fill the store; the model is loaded only if log-probs are missing, and freed at the end.
+    scored = ScoredOnce(run, inputs, load)
+    filler = scored.filler(empty)
+    filled = scored.fill(filler, inputs.datasets_to_score, "reference", "log-prob")
+    report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
+    provider = ReferenceProvider(store=filler.open_filled())
+    # While the model is there a sample is scored again, unless the check before step 0 does it.
+    if scored.engine is not None and not (policy_starts_as_reference and step0_follows):
+        objective = Objective(config.loss, provider)
+        score = scored.engine.token_logps
+        report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
+        drift = describe_drift(report["drift"])
+        run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
+    report |= scored.free()
+    return Reference(provider, policy_starts_as_reference, report)
+
+
+def scoring_profile(run: Run, folder: Path, quantization: Quantization | None) -> Profile:
+    """Return the numerics under which this run scores by the model in `folder`; collective."""
+    config = run.config
+    world = run.world
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    text = load_config(files.folder, config.model).get_text_config()
-    fused = choose_fused(config.model, text, world.device)
+    text = load_config(folder, config.model).get_text_config()
     profile = numerics_profile(
-        scoring_config(config.model, config.reference.quantization),
+        scoring_config(config.model, quantization),
         backend,
-        fused,
+        choose_fused(config.model, text, world.device),
         world.device,
         recurrent=text.model_type in WITH_STATES | UNPACKABLE,
         has_experts=visited_experts(text) > 0,
         sharing=1 if world.experts is None else world.experts.ranks,
     )
     check_same_numerics(profile, world)
-    label = model_label(config.reference.path or config.model.path, files.folder)
-    empty = LogpStore(store, ReferenceFingerprint(files.digest, profile, label), [])
-    # Fill the store; the model is loaded only if log-probs are missing, and freed at the end.
-    engines: list[Engine] = []
+    return profile
 
-    def load_scorer() -> Scorer:
-        # `filler` and `prefixes` are defined below: `fill` calls this only if the store lacks log-probs. The
-        # costs, which balance the ranks, depend on the kernel and arrangement of the loaded model.
-        if not engines:
-            engines.append(load())
-            model = engines[0].model
-            costs = compute_costs(inputs.flops, prefixes=prefixes, backend=model.backend, device=world.device)
-            filler.costs = replace(costs, arrangement=model.arrangement)
-        return engines[0].token_logps
 
-    tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
-    prefixes = config.trainer.prefix_tree
-    costs = compute_costs(inputs.flops, prefixes=prefixes)
-    filler = StoreFiller(empty, load_scorer, world, tokens, costs, ENTRIES_PER_SHARD, run.stops)
-    filled = FillReport()
-    for dataset, indices in inputs.datasets_to_score:
-        with run.console.progress("reference: scoring responses", config.loss.unit) as progress:
-            filled += filler.fill(dataset, indices, progress)
-    took = f", in {duration(filled.seconds)}" if filled.computed else ""
-    run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
-    sharing = describe_saving(filler.computed_tokens, filler.tokens)
-    if filler.costs.shares_prefixes and sharing:
-        run.say(f"reference: {sharing}")
-    for name in sorted(filled.damaged):
-        run.warn(f"the reference store has a damaged file, which is ignored: {store}/{name}")
-    report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
-    provider = ReferenceProvider(store=filler.open_filled())
-    # While the model is there a sample is scored again, unless the check before step 0 does it.
-    if engines and not (policy_starts_as_reference and step0_follows):
-        objective = Objective(config.loss, provider)
-        score = load_scorer()
-        report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
-        drift = describe_drift(report["drift"])
-        run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
-    for engine in engines:
-        engine.free()
-    if engines:
-        report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
+@dataclass
+class ScoredOnce:
+    """A model that fills a store; it is loaded only if the store lacks something. Methods are collective."""
+
+    run: Run
+    inputs: EvaluationInputs
+    load: Callable[[], Engine]
+    statistics: Sequence[Statistic] = ()
+    engine: Engine | None = None
+
+    def filler(
+        self, empty: LogpStore, entries_per_shard: int = ENTRIES_PER_SHARD, **options: Any
+    ) -> StoreFiller:
+        """Return what fills the store of which `empty` has opened nothing; further fields by name."""
+        run = self.run
+        prefixes = run.config.trainer.prefix_tree
+
+        def load_scorer() -> Scorer:
+            # The costs, which balance the ranks, depend on the kernel and arrangement of the loaded model.
+            if self.engine is None:
+                self.engine = self.load()
+                model = self.engine.model
+                device = run.world.device
+                costs = compute_costs(
+                    self.inputs.flops, prefixes=prefixes, backend=model.backend, device=device
+                )
+                filler.costs = replace(costs, arrangement=model.arrangement)
+            return partial(self.engine.token_logps, statistics=self.statistics)
+
+        tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
+        costs = compute_costs(self.inputs.flops, prefixes=prefixes)
+        filler = StoreFiller(
+            empty, load_scorer, run.world, tokens, costs, entries_per_shard, run.stops, **options
+        )
+        return filler
+
+    def fill(
+        self, filler: StoreFiller, datasets: Sequence[tuple[PreferenceDataset, Indices]], name: str, unit: str
+    ) -> FillReport:
+        """Fill the store for all datasets, and say what was computed: `unit`s of the model `name`."""
+        run = self.run
+        filled = FillReport()
+        for dataset, indices in datasets:
+            with run.console.progress(f"{name}: scoring responses", run.config.loss.unit) as progress:
+                filled += filler.fill(dataset, indices, progress)
+        took = f", in {duration(filled.seconds)}" if filled.computed else ""
+        run.say(f"{name}: {pluralize(filled.computed, unit)} computed, {filled.hits:,} reused{took}")
+        sharing = describe_saving(filler.computed_tokens, filler.tokens)
+        if filler.costs.shares_prefixes and sharing:
+            run.say(f"{name}: {sharing}")
+        for shard in sorted(filled.damaged):
+            store = filler.store.root
+            run.warn(f"the reference store has a damaged file, which is ignored: {store}/{shard}")
+        return filled
+
+    def free(self) -> dict[str, int]:
+        """Release the model if it was loaded, and return its peak of memory as a report's entry."""
+        if self.engine is None:
+            return {}
+        world = self.run.world
+        self.engine.free()
+        peak = max(world.gather(peak_memory_bytes(world.device)))
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-    return Reference(provider, policy_starts_as_reference, report)
+        return {"peak_memory_bytes": peak}
 
 
 def reference_without_store(
@@ -229,14 +273,3 @@ def describe_saving(computed: int, tokens: int) -> str | None:
     """Return how many tokens fewer shared prefixes let a model compute; None if it is little."""
     share = 1 - computed / tokens if tokens else 0.0
     return f"{percent(share)} fewer tokens than by sharing prompts only" if share >= _LEAST_SAVED else None
-
-
-def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
-    """Store all reference log-probs that a run with this configuration uses; return the exit code."""
-    with open_run(config, console, stop) as run:
-        say_header(run)
-        inputs = load_inputs(run)
-        with columns_errors(inputs.train_set, inputs.eval_set), stop.deferred():
-            prepare_reference(run, inputs)
-        run.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
-    return ExitCode.completed

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,6 +84,7 @@ from dpo_dist.training.steps.loop import Loop, Watch
 from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
+from dpo_dist.training.teacher import PreparedTeacher, prepare_teacher
 
 _PLANNED_STEPS = 8  # at most, to say what shared prefixes save
 
@@ -237,21 +238,15 @@ def _set_up(
     with run.clock.measure("samples"):
         samples = reporting.prepare_samples(run, inputs, state.step)
     # The reference first: while it fills the store, no policy with its optimizer states is in memory.
-    reference = None
     run.stops.check()
     run.say("loading the model, and checking its packed log-probs by its plain forward")
-    if config.reference.mode is not ReferenceMode.adapter:
-        with run.clock.measure("reference"):
-            reference = prepare_reference(run, inputs, step0_follows=checkpoint is None)
-        if reference.provider.engine is not None:
-            engines.push(partial(_free, reference.provider.engine, world))
-        run.stops.check()
+    prepared = _prepare_scored(run, inputs, engines, step0_follows=checkpoint is None)
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, world))
-    if reference is None:  # the policy, with its adapter off, is the reference, too
-        reference = reference_without_store(
-            run, ReferenceProvider(policy=policy), policy_starts_as_reference=True
-        )
+    # In mode `adapter` the policy, with its adapter off, is the reference, too.
+    reference = prepared.reference or reference_without_store(
+        run, ReferenceProvider(policy=policy), policy_starts_as_reference=True
+    )
     # How the ranks share the work of a step; after loading, which proves whether the model can be packed.
     costs = balance_costs(run, inputs, policy, reference)
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
@@ -259,7 +254,7 @@ def _set_up(
     if sharing:
         run.say(sharing)
     run.stops.check()
-    objective = Objective(config.loss, reference.provider, inputs.router, custom)
+    objective = Objective(config.loss, reference.provider, inputs.router, custom, prepared.teacher.teacher)
     # What a checkpoint holds, and what happens when one is committed.
     sharded: list[SlicedWeights] = [policy]
     reference_sync = None
@@ -336,7 +331,8 @@ def _set_up(
         policy=policy,
         objective=objective,
         policy_starts_as_reference=reference.policy_starts_as_reference
-        and config.loss.weighting is not Weighting.wpo,
+        and config.loss.weighting is not Weighting.wpo
+        and not config.loss.needs_teacher,
         peak=peak,
         recorder=_open_recorder(run, position, reporting),
         samples=samples,
@@ -347,6 +343,32 @@ def _set_up(
         reference_report=report,
     )
     return loop, position
+
+
+class _Scored(NamedTuple):
+    """The models that are only scored."""
+
+    reference: Reference | None  # None: the policy with its adapter off
+    teacher: PreparedTeacher
+
+
+def _prepare_scored(
+    run: Run, inputs: Inputs, engines: contextlib.ExitStack, *, step0_follows: bool
+) -> _Scored:
+    """Fill the store by the teacher and the reference, or load them beside the policy; collective."""
+    with run.clock.measure("reference"):
+        teacher = prepare_teacher(run, inputs)
+    if teacher.engine is not None:
+        engines.push(partial(_free, teacher.engine, run.world))
+    run.stops.check()
+    if run.config.reference.mode is ReferenceMode.adapter:
+        return _Scored(None, teacher)
+    with run.clock.measure("reference"):
+        reference = prepare_reference(run, inputs, step0_follows=step0_follows)
+    if reference.provider.engine is not None:
+        engines.push(partial(_free, reference.provider.engine, run.world))
+    run.stops.check()
+    return _Scored(reference, teacher)
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:

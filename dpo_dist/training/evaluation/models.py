@@ -42,6 +42,7 @@ from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, Evaluated
 from dpo_dist.training.start.open_run import Run, open_run
 from dpo_dist.training.start.run_state import Identity, check_identity, read_state
 from dpo_dist.training.steps.step import Objective, evaluate
+from dpo_dist.training.teacher import prepare_teacher
 
 _MODELS = {"model.path", "model.revision", "model.adapter", "reference.path"}
 
@@ -57,7 +58,9 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
         with columns_errors(inputs.eval_set):
-            objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
+            reference = prepare_reference(run, inputs).provider
+            teacher = prepare_teacher(run, inputs).teacher
+            objective = Objective(config.loss, reference, custom=custom, teacher=teacher)
             evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
         if len(evaluations) > 1 and run.world.is_main:
             by_model = {path: results[ALL] for path, results in evaluations.items()}

@@ -77,6 +77,7 @@ class EvaluationInputs:
     policy_files: ModelFiles
     description: str  # digest of the files that results copy from the policy's folder
     reference_files: ModelFiles | None  # None if the loss uses no reference
+    teacher_files: ModelFiles | None  # None if the loss has no teacher
     tokenizer: PreTrainedTokenizerBase
     processor: ImageProcessor | None  # None if images are not read
     flops: StepFlops
@@ -128,6 +129,7 @@ def identify(run: RunIdentity, inputs: Inputs) -> Identity:
         "base": inputs.policy_files.base,
         "description": inputs.description,
         "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
+        **({} if inputs.teacher_files is None else {"teacher": inputs.teacher_files.digest}),
     }
 
 
@@ -258,6 +260,7 @@ def _load(
     description = description_on_every_node(config.model, folder, start, world)
     with run.console.heartbeat("reading the model's files to identify them"):
         files = _digest_models(run, folder, start)
+        teacher_files = _digest_teacher(run)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
@@ -283,6 +286,7 @@ def _load(
         policy_files,
         description,
         reference_files,
+        teacher_files,
         tokenizer,
         processor,
         flops,
@@ -383,6 +387,15 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
     folder = shared_model_folder(run, reference.path, None, "reference.path")
     reads_whole = reference.quantization is not None
     return policy_files, digest_on_every_node(folder, store, remote_code, reads_whole, run.world)
+
+
+def _digest_teacher(run: Run) -> ModelFiles | None:
+    config = run.config
+    if not config.loss.needs_teacher or config.teacher.path is None:
+        return None
+    folder = shared_model_folder(run, config.teacher.path, None, "teacher.path")
+    store = Path(config.reference.store)
+    return digest_on_every_node(folder, store, config.model.trust_remote_code, False, run.world)
 
 
 def on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:

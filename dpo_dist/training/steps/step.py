@@ -31,7 +31,7 @@ from dpo_dist.data import NUMBERS
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
-from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
+from dpo_dist.objective.logps import desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import KINDS_WITH_FLOOR, BatchFacts, RunningMeans, log_ratios, loss_and_terms
 from dpo_dist.objective.metrics import (
     CustomMetrics,
@@ -48,6 +48,7 @@ from dpo_dist.objective.metrics import (
 from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.reference.teacher import Teacher
 from dpo_dist.training.clock import Phase, StepClock
 
 _BATCHES_AHEAD = 4
@@ -70,6 +71,7 @@ class Objective:
     reference: ReferenceProvider
     router: RouterLoss | None = None
     custom: CustomMetrics = field(default_factory=CustomMetrics)
+    teacher: Teacher | None = None
 
     def ready_batches(self, rank_batch: RankBatch | None, device: torch.device) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches with stored reference log-probs; nothing if `rank_batch` is None.
@@ -81,6 +83,8 @@ class Objective:
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
                 ready = replace(ready, token_weights=weights)
+            if self.teacher is not None and rank_batch is not None and not rank_batch.which:  # no partners
+                ready = self.teacher.ready(ready)
             yield ready.pinned() if device.type == "cuda" else ready
 
     def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
@@ -110,16 +114,22 @@ class Objective:
         phase of a step. An evaluation of a model also has entropies.
         """
         statistic_names: list[Statistic] = []
+        if self.teacher is not None:
+            statistic_names.append("of_teacher")
         if self.loss.weighting is Weighting.wpo:
             statistic_names.append("collisions")
         if is_evaluation and model is not None:  # without a forward there is no entropy
             statistic_names.append("entropy")
+        if is_evaluation and self.teacher is not None:
+            statistic_names.append("most_likely")
         for host_batch in batches:
             enter("data")
             batch = host_batch.to(device)
             # The reference first: its activations are gone before the policy's are kept for the backward.
             enter("reference")
             reference = self.reference.token_logps(batch)
+            if self.teacher is not None:
+                batch = self.teacher.answer(batch)
             enter("forward")
             routing = None
             if model is None:
@@ -138,13 +148,27 @@ class Objective:
             if "collisions" in statistics:
                 pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
             numbers = {name: getattr(batch, name) for name in NUMBERS}
+            divergence = agreement = None
+            if batch.teacher is not None and batch.teacher.rows is not None:
+                kept = batch.teacher.kept
+                wanted = batch.teacher.rows
+                divergence = sums(kept.divergences(wanted, statistics["of_teacher"])).chosen
+                if "most_likely" in statistics:
+                    agreement = sums((statistics["most_likely"] == kept.most_likely(wanted)).float())
             yield ScoredPairs(
                 policy=loss_sums(token_logps),
                 reference=None if reference is None else loss_sums(reference),
                 weights=batch.weights,
-                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights, **numbers),
+                facts=replace(
+                    facts,
+                    score_gaps=batch.score_gaps,
+                    pair_weights=pair_weights,
+                    divergence=divergence,
+                    **numbers,
+                ),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
                 entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
+                agreement=agreement,
                 sources=batch.sources,
                 routing=routing,
             )
@@ -164,7 +188,7 @@ class Objective:
         if rank_batch.partners is None:
             return facts
         # Partners are no training data, so they do not count for the routers.
-        unrouted = replace(self, router=None)
+        unrouted = replace(self, router=None, teacher=None)
         total = torch.zeros(1, dtype=torch.float64, device=world.device)
         for scored in unrouted.score(model, partners, facts, world.device, enter):
             ratios = log_ratios(scored.policy, scored.reference, self.loss)
@@ -277,7 +301,7 @@ def train_step(
         with torch.no_grad():
             scored_before = list(objective.score(policy, step.batches, facts, device, clock.enter))
         pairs = gather_pairs(scored_before, rank_batch, world)
-        leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
+        leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs)]
         loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -299,7 +323,7 @@ def train_step(
             # The chain rule: slope times log-prob has the gradient of the whole batch's loss. For a dummy, of
             # weight 0, any slope will do.
             places = on_device(positions or (0,), device)
-            parts = zip(slopes, _differentiable(pairs.policy), strict=True)
+            parts = zip(slopes, _differentiable(pairs), strict=True)
             loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
         else:
             loss, micro_sums = objective.measure(pairs, plan)
@@ -348,10 +372,10 @@ def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
     return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
 
 
-def _differentiable(logps: PairLogps) -> list[Tensor]:
-    """Return the log-probs with respect to which a coupled loss is differentiated, [pairs] each."""
-    of_whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
-    return [logps.chosen, logps.rejected, *of_whole]
+def _differentiable(pairs: ScoredPairs) -> list[Tensor]:
+    """Return the policy's values by which a coupled loss is differentiated, [pairs] each."""
+    optional = (pairs.policy.whole_chosen, pairs.facts.divergence)
+    return [pairs.policy.chosen, pairs.policy.rejected, *(each for each in optional if each is not None)]
 
 
 @dataclass(frozen=True)

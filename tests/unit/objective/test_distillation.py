@@ -6,7 +6,13 @@ from torch import Tensor
 
 from dpo_dist.objective import token_logps as head
 from dpo_dist.objective.distillation import SparseRows
-from dpo_dist.objective.token_logps import LogitChange, logps_of_logits, rows_of_logits, teacher_rows, token_logps
+from dpo_dist.objective.token_logps import (
+    LogitChange,
+    logps_of_logits,
+    rows_of_logits,
+    teacher_rows,
+    token_logps,
+)
 
 POSITIONS, HIDDEN, VOCABULARY = 37, 24, 101
 CHANGES = {

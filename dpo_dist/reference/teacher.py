@@ -1,0 +1,76 @@
+"""A teacher's distributions for a micro-batch: from the store, or from the teacher beside the policy.
+
+The tokens that are drawn depend on the response, its place in it, and a seed alone, so that they are the same
+on any rank, in any batch and at any time.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.distributed.zero import Engine
+from dpo_dist.objective.distillation import SparseRows, TeacherInputs
+from dpo_dist.reference.store import LogpStore
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Gives batches what the teacher wants; of `engine` and `store` one is set."""
+
+    kept: SparseRows
+    seed: int
+    engine: Engine | None = None
+    store: LogpStore | None = None
+
+    def ready(self, batch: PackedBatch) -> PackedBatch:
+        """Return a batch on the host with stored rows, or with what an engine needs. Thread-safe.
+
+        The store has rows of chosen responses only, which the loss counts: others, and a dummy, get zeros.
+        """
+        if self.store is None:
+            return with_uniforms(batch, self.kept, self.seed)
+        chosen = _chosen(batch) if len(batch.keys) else []
+        stored = dict(zip(chosen, self.store.read(batch.keys[chosen]), strict=True))
+        parts = []
+        for response, tokens in enumerate(_lengths(batch)):
+            nothing = np.zeros((tokens, self.kept.width), dtype=np.float32)
+            parts.append(stored.get(response, nothing))
+        rows = np.concatenate(parts)
+        counted = rows if batch.mask is None else rows[batch.mask]
+        return replace(batch, teacher=TeacherInputs(self.kept, rows=torch.from_numpy(counted)))
+
+    def answer(self, batch: PackedBatch) -> PackedBatch:
+        """Return a batch of `ready` on the device with its rows; collective if an engine computes them."""
+        if self.engine is None:
+            return batch
+        rows = self.engine.token_logps(batch, ("as_teacher",)).T
+        return replace(batch, teacher=TeacherInputs(self.kept, rows=rows))
+
+
+def with_uniforms(batch: PackedBatch, kept: SparseRows, seed: int) -> PackedBatch:
+    """Return a batch on the host with the numbers that draw its teacher's tokens."""
+    uniforms = np.zeros((len(batch.targets), kept.drawn), dtype=np.float32)
+    if len(batch.keys):
+        parts = []
+        for key, tokens in zip(batch.keys.tolist(), _lengths(batch), strict=True):
+            generator = np.random.default_rng([seed, *key])
+            parts.append(generator.random((tokens, kept.drawn), dtype=np.float32))
+        every = np.concatenate(parts)
+        uniforms = every if batch.mask is None else every[batch.mask]
+    return replace(batch, teacher=TeacherInputs(kept, uniforms=torch.from_numpy(uniforms)))
+
+
+def _lengths(batch: PackedBatch) -> list[int]:
+    """Return the tokens of each response, whether the loss counts them or not."""
+    inputs = itertools.chain.from_iterable(pieces[1:] for pieces in batch.layout)
+    return [tokens + 1 for tokens in inputs]  # the last one is no input
+
+
+def _chosen(batch: PackedBatch) -> list[int]:
+    """Return the responses that are the best of their examples."""
+    if batch.ranking is None:
+        return [*range(0, len(batch.response_tokens), 2)]
+    return [response for response in batch.ranking[:, 0].tolist() if response >= 0]

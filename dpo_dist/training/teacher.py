@@ -1,0 +1,124 @@
+"""Prepare a run's teacher: ask it once for its distributions and store them, or load it beside the policy."""
+
+import shutil
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.losses import DistillOptions, LossConfig
+from dpo_dist.config.schema import ReferenceConfig, TeacherConfig, TeacherMode
+from dpo_dist.distributed.zero import Engine
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.foundation.errors import ConfigError, Lack
+from dpo_dist.foundation.text import pluralize, size
+from dpo_dist.model.files.load import check_same_vocabulary, load_config
+from dpo_dist.objective.distillation import SparseRows
+from dpo_dist.reference.digest import model_label
+from dpo_dist.reference.engine import load_for_scoring, scoring_config
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
+from dpo_dist.reference.teacher import Teacher, with_uniforms
+from dpo_dist.training.reference import ScoredOnce, scoring_profile
+from dpo_dist.training.start.inputs import EvaluationInputs
+from dpo_dist.training.start.open_run import Run
+
+_KEY = "teacher.path"
+_ROWS_PER_SHARD = 256  # a row takes a hundred times the bytes of a log-prob
+
+
+@dataclass(frozen=True)
+class PreparedTeacher:
+    """A run's teacher, None for a loss without one, and the report about it."""
+
+    teacher: Teacher | None = None
+    report: dict[str, Any] = field(default_factory=dict)  # the section `teacher` of summary.json
+
+    @property
+    def engine(self) -> Engine | None:
+        """The model beside the policy."""
+        return None if self.teacher is None else self.teacher.engine
+
+
+def sparse_rows(teacher: TeacherConfig, loss: LossConfig, vocabulary: int) -> SparseRows:
+    """Return what is kept of a teacher's distributions over so many token ids."""
+    k = min(teacher.k, vocabulary)
+    drawn = teacher.drawn if k < vocabulary else 0
+    return SparseRows(k, drawn, loss.options_of(DistillOptions).temperature, vocabulary)
+
+
+def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
+    """Return the teacher of a loss that has one; in mode `cached`, fill the store. Collective."""
+    config = run.config
+    world = run.world
+    files = inputs.teacher_files
+    if files is None:
+        return PreparedTeacher()
+    assert config.teacher.path is not None
+    folder = files.folder
+    world.on_main(
+        lambda: check_same_vocabulary(folder, inputs.tokenizer, config.model, inputs.processor, _KEY)
+    )
+    # Output layers may be padded to different numbers of ids, such as those of Qwen2.5.
+    folders = (inputs.policy_files.folder, folder)
+    sizes = [load_config(each, config.model).get_text_config().vocab_size for each in folders]
+    teacher = Teacher(sparse_rows(config.teacher, config.loss, min(sizes)), config.teacher.seed)
+    load = partial(
+        load_for_scoring,
+        folder,
+        scoring_config(config.model, None),
+        ReferenceConfig(offload=config.teacher.offload),
+        config.data.max_length,
+        world,
+        key=_KEY,
+        processor=inputs.processor,
+    )
+    report: dict[str, Any] = {"mode": config.teacher.mode.value}
+    if config.teacher.mode is TeacherMode.live:
+        return PreparedTeacher(replace(teacher, engine=load()), report)
+    # The entries of the store that these files give under these numerics and draws (law L3).
+    kept = teacher.kept
+    profile = scoring_profile(run, folder, None) | {"rows": f"{kept}, seed {teacher.seed}"}
+    label = model_label(config.teacher.path, folder)
+    fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
+    empty = LogpStore(Path(config.reference.store), fingerprint, [])
+    chosen = [
+        (dataset, _chosen(dataset, indices, config.loss)) for dataset, indices in inputs.datasets_to_score
+    ]
+    taken = 4 * kept.width * sum(_tokens(dataset, indices) for dataset, indices in chosen)
+    responses = sum(len(indices) for _, indices in chosen)
+    run.say(f"teacher: its distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
+    world.on_main(lambda: _check_room(empty, taken))
+    asked = ScoredOnce(run, inputs, load, ("as_teacher",))
+    prepare = partial(with_uniforms, kept=kept, seed=teacher.seed)
+    filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
+    filled = asked.fill(filler, chosen, "teacher", "response")
+    report |= {**filled.as_dict(), "entries": str(empty.folder)}
+    teacher = replace(teacher, store=filler.open_filled())
+    return PreparedTeacher(teacher, report | asked.free())
+
+
+def _chosen(dataset: PreferenceDataset, indices: Indices, loss: LossConfig) -> Indices:
+    """Return the examples whose first response the loss counts as chosen."""
+    return indices[dataset.labels_good(indices)] if loss.is_unpaired else indices
+
+
+def _tokens(dataset: PreferenceDataset, indices: Indices) -> int:
+    """Return the tokens of the first responses of these examples."""
+    return int(dataset.piece_tokens[dataset.first_pieces[indices] + 1].sum(dtype="int64"))
+
+
+def _check_room(store: LogpStore, taken: int) -> None:
+    """Check that the disk has room for `taken` bytes of entries, less those that are there."""
+    folder = next(each for each in (store.folder, *store.folder.parents) if each.is_dir())
+    disk = shutil.disk_usage(folder)
+    stored = sum(file.stat().st_size for file in store.folder.glob("*.safetensors"))
+    if disk.total and taken - stored > disk.free:
+        raise ConfigError(
+            "the disk has no room for the teacher's distributions",
+            where="reference.store",
+            got=f"{size(disk.free)} free on the file system of {folder}",
+            expected=f"{size(taken - stored)}",
+            remedy="set reference.store to another disk, lower teacher.k, or set teacher.mode=live",
+            lacks=Lack.room,
+        )
