@@ -39,8 +39,9 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
 - **Data**: `prepare_data` encodes those of a run, each source as a `PreferenceDataset`; `saved_by_tree` says
   what its shared prefixes save, `in_chunks` divides records. `find_stored` finds the stores of a reference's
   log-probs, `stored_pairs` reads those of pairs.
-- **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights`, its `Footprint` those of a
-  device. `matmul_peak`, `REACHED_SHARES`, `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates.
+- **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights` and
+  `teacher_without_weights`, its `Footprint` those of a device. `matmul_peak`, `REACHED_SHARES`,
+  `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates.
 
 Each name is imported when it is asked for: a tool that reads files imports no torch.
 """
@@ -135,7 +136,13 @@ if TYPE_CHECKING:
     )
     from dpo_dist.training.run import train
     from dpo_dist.training.start.dry_run import dry_run
-    from dpo_dist.training.start.footprint import GPUS_PER_NODE, Footprint, Shapes, policy_without_weights
+    from dpo_dist.training.start.footprint import (
+        GPUS_PER_NODE,
+        Footprint,
+        Shapes,
+        policy_without_weights,
+        teacher_without_weights,
+    )
     from dpo_dist.training.start.named_models import locate_model, short_name
     from dpo_dist.training.start.open_run import DEFAULT_TOKENS, Run, joined_run
     from dpo_dist.training.start.preflight import check_start, checked_console
@@ -183,7 +190,9 @@ _NAMES = {
     "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed logps_by_side",
     "training.run": "train",
     "training.start.dry_run": "dry_run",
-    "training.start.footprint": "GPUS_PER_NODE Footprint Shapes policy_without_weights",
+    "training.start.footprint": """
+        GPUS_PER_NODE Footprint Shapes policy_without_weights teacher_without_weights
+    """,
     "training.start.named_models": "locate_model short_name",
     "training.start.open_run": "DEFAULT_TOKENS Run joined_run",
     "training.start.preflight": "check_start checked_console",

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_dist.config.losses import DistillOptions, LossConfig
+from dpo_dist.config.schema import TeacherConfig
+
 
 class SoftTargets(NamedTuple):
     """What a teacher wants at each position: probabilities of some tokens, at this temperature of softmax."""
@@ -77,6 +80,13 @@ class SparseRows:
     def most_likely(self, rows: Tensor) -> Tensor:
         """Return the id of the teacher's largest probability, float32 [positions]."""
         return rows[:, 0]
+
+
+def sparse_rows(teacher: TeacherConfig, loss: LossConfig, vocabulary: int) -> SparseRows:
+    """Return how a teacher's distributions over so many token ids are kept."""
+    k = min(teacher.k, vocabulary)
+    drawn = teacher.drawn if k < vocabulary else 0
+    return SparseRows(k, drawn, loss.options_of(DistillOptions).temperature, vocabulary)
 
 
 class TeacherInputs(NamedTuple):

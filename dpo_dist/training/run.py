@@ -298,6 +298,8 @@ def _set_up(
     else:
         position = Position()
         report = reference.report
+        if prepared.teacher.report:
+            report = {**report, "teacher": prepared.teacher.report}
         if reference.policy_starts_as_reference:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):

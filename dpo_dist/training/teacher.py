@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.losses import DistillOptions, LossConfig
-from dpo_dist.config.schema import ReferenceConfig, TeacherConfig, TeacherMode
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import ReferenceConfig, TeacherMode
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
-from dpo_dist.objective.distillation import SparseRows
+from dpo_dist.objective.distillation import sparse_rows
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
@@ -32,19 +32,12 @@ class PreparedTeacher:
     """A run's teacher, None for a loss without one, and the report about it."""
 
     teacher: Teacher | None = None
-    report: dict[str, Any] = field(default_factory=dict)  # the section `teacher` of summary.json
+    report: dict[str, Any] = field(default_factory=dict)  # `reference.teacher` of summary.json
 
     @property
     def engine(self) -> Engine | None:
         """The model beside the policy."""
         return None if self.teacher is None else self.teacher.engine
-
-
-def sparse_rows(teacher: TeacherConfig, loss: LossConfig, vocabulary: int) -> SparseRows:
-    """Return what is kept of a teacher's distributions over so many token ids."""
-    k = min(teacher.k, vocabulary)
-    drawn = teacher.drawn if k < vocabulary else 0
-    return SparseRows(k, drawn, loss.options_of(DistillOptions).temperature, vocabulary)
 
 
 def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:

@@ -15,6 +15,7 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import (
     BcoDelta,
     BcoPairOptions,
+    DistillOptions,
     Divergence,
     LossConfig,
     LossKind,
@@ -28,9 +29,11 @@ from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.encoded.partners import with_partners
 from dpo_dist.encoded.store import EncodedSource
+from dpo_dist.objective.distillation import SparseRows
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.reference.teacher import Teacher
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, evaluate, train_step
 from tests.dist.scenario import Assets, load_policy, load_reference
@@ -71,6 +74,21 @@ CASES = {
     "masked kto": LossConfig(LossKind.kto, 0.5, undesirable_weight=2.0),
     "beta_dpo, soft labels": LossConfig(LossKind.beta_dpo, 0.5),
     "simpo, margins, none weighs": LossConfig(LossKind.simpo, 1.0),
+    "masked distill": LossConfig(LossKind.distill, options=DistillOptions(temperature=2.0)),
+    "aot and distill, ld_alpha": LossConfig(
+        beta=0.5,
+        ld_alpha=0.5,
+        terms=[
+            LossTermConfig(LossKind.aot, 1.0),
+            LossTermConfig(LossKind.distill, 0.5, options=DistillOptions(temperature=1.5)),
+        ],
+    ),
+    "masked plackett_luce and distill": LossConfig(
+        beta=0.5, terms=[LossTermConfig(LossKind.plackett_luce, 1.0), LossTermConfig(LossKind.distill, 2.0)]
+    ),
+    "masked kto and distill": LossConfig(
+        beta=0.5, terms=[LossTermConfig(LossKind.kto, 1.0), LossTermConfig(LossKind.distill, 0.5)]
+    ),
 }
 WEIGHTED = {
     "sigmoid and sft, wpo": LossConfig(
@@ -156,7 +174,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 FORGOTTEN = "loss without running means"
 # Coupled and one-sided losses, statistics of the head, weights and masks of tokens, rankings, partners.
 WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft")
-WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto")
+WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto and distill", "masked plackett_luce and distill")
 
 
 def trajectories(
@@ -174,6 +192,9 @@ def _trajectory(
     loss, times = CASES[name], WEIGHTS if name.endswith("repeated") else np.ones_like(WEIGHTS)
     dataset = dataset_of(name, data)
     objective = Objective(loss, reference if loss.needs_reference else ReferenceProvider())
+    if loss.needs_teacher:
+        kept = SparseRows(5, 3, loss.options_of(DistillOptions).temperature, vocabulary=2**20)
+        objective = replace(objective, teacher=Teacher(kept, seed=1, engine=reference.engine))
     running, policy = RunningMeans(), load_policy(config.model, world)
 
     def plan(indices: Any) -> Any:

@@ -79,6 +79,7 @@ class Data(NamedTuple):
     basis: str  # where both numbers come from
     image_tokens: float = 0.0  # placeholders of images in a prompt
     saved: float = 0.0  # share of the tokens that shared prefixes of several pairs save
+    responses: float = 2.0  # of a pair
 
     @property
     def targets(self) -> float:
@@ -115,6 +116,7 @@ class Estimate:
     times: int  # micro-batches of a process in a step
     computing: float  # seconds of training at the datasheet's peak
     scoring: float  # seconds of the reference at the datasheet's peak
+    asking: float  # seconds of the teacher at the datasheet's peak
     launching: float  # seconds in which the host launches kernels
     hooks: float  # seconds in which the GPU waits for ZeRO-3's hooks
     exchanging: float  # seconds in which tokens go to their experts and back
@@ -146,6 +148,9 @@ class Estimate:
         taken = self.shapes.disk_bytes()
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
+        if self.shapes.teacher_bytes:
+            chosen = self.data.targets / self.data.responses
+            taken["the teacher's distributions"] = self.shapes.teacher_bytes * chosen * self.data.pairs
         return taken
 
     @property
@@ -226,6 +231,10 @@ class Estimate:
             # Scoring also sends and waits less than training, about in proportion to its computing.
             scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
             phases[f"reference{once}"] = scored * training
+        if self.asking:
+            once = ", once for all runs" if self.shapes.teacher_bytes else ""
+            asked = min(1.0, epochs) if once else epochs
+            phases[f"teacher{once}"] = asked * self.asking / reached
         return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def hours(self) -> dict[str, list[float]]:
@@ -244,11 +253,13 @@ class Estimate:
         return self.config.parallelism.kind is ParallelismKind.zero3
 
 
-def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
-    """Return the estimate of training `causal_lm`, the policy on the meta device."""
+def estimate(
+    config: RunConfig, data: Data, machine: Machine, causal_lm: Any, teacher: Any = None
+) -> Estimate:
+    """Return the estimate of training `causal_lm`, the policy on the meta device, beside its `teacher`."""
     gpus = machine.gpus
     model = config.model
-    shapes = Shapes(config, causal_lm)
+    shapes = Shapes(config, causal_lm, teacher)
     prompt = PROMPT_SHARE * data.tokens
     response = data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
@@ -260,12 +271,17 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     useful *= _EXPERTS if shapes.has_experts else 1.0
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
+    asking = 0.0
+    if teacher is not None:  # a forward of each chosen response, a third of a training step's work
+        chosen = data.targets / data.responses
+        of_chosen = round(prompt + chosen), round(chosen), round((prompt + chosen) ** 2 / 2), 0
+        asking = data.pairs * Shapes(config, teacher).flops(*of_chosen) / 3
     needs = shapes.footprint(gpus)
     micro_batch = _micro_batch(config, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
-    without = Shapes(plain, causal_lm).footprint(gpus)
+    without = Shapes(plain, causal_lm, teacher).footprint(gpus)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config, without, machine))
@@ -289,6 +305,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         times=times,
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
+        asking=asking / (gpus * machine.flops),
         launching=(1 + again) * steps * times * shapes.layers * _LAUNCHES,
         hooks=steps * times * shapes.layers * _HOOKS
         if config.parallelism.kind is ParallelismKind.zero3

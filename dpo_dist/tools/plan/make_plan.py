@@ -1,6 +1,7 @@
 """Estimate what a run takes on GPUs that you do not have; suggest the fastest settings that fit."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from dpo_dist.kit import (
     complete_config,
     load_run_config,
     policy_without_weights,
+    teacher_without_weights,
     to_yaml,
 )
 from dpo_dist.tools.plan.estimate import (
@@ -60,13 +62,14 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
     causal_lm = _without_weights(config.model)
+    teacher = _teacher_without_weights(config)
     shapes = Shapes(config, causal_lm)
     shares = config.trainer.prefix_tree and shapes.is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
     data = planned_data(
         config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
     )
-    found = estimate(config, data, machine, causal_lm)
+    found = estimate(config, data, machine, causal_lm, teacher)
     parts = found.needs.parts
     used = found.needs.total_bytes(found.micro_batch)
     activations = used - sum(parts.values())
@@ -94,7 +97,7 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         **(found.hours() if found.fits else {}),
     }
     if config.section_of(PlanConfig).suggest:
-        suggested, seconds = _suggest(found, causal_lm)
+        suggested, seconds = _suggest(found, causal_lm, teacher)
         content["suggested"] = suggested
         or_adapter = " or an adapter" if config.model.adapter is None else ""
         nothing = f"nothing fits: take more GPUs{or_adapter}"
@@ -112,7 +115,8 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
         return []
     machine = choose_machine(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    found = estimate(config, data, machine, _without_weights(config.model))
+    teacher = _teacher_without_weights(config)
+    found = estimate(config, data, machine, _without_weights(config.model), teacher)
     lines = [("plan", f"{_verdict(found)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
     if found.fits:
         pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
@@ -222,7 +226,10 @@ def planned_data(
         for (dataset, weight), part in zip(used, of_each, strict=True):
             together = max(1, round(sharing * len(dataset) * weight / pairs))
             saved += saved_by_tree(dataset, together) * part / tokens
-    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved)
+    responses = sum(len(dataset.keys) * weight for dataset, weight in used) / pairs
+    return Data(
+        plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved, responses
+    )
 
 
 def _is_on_hub(source: SourceConfig) -> bool:
@@ -240,10 +247,18 @@ def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
 
 def _without_weights(model: ModelConfig) -> Any:
     """Return the model without weights; models of shipped presets need no network."""
-    return policy_without_weights(model, own_table(Path(__file__).with_name("shapes.yaml")).get(model.path))
+    return policy_without_weights(model, _shape(model.path))
 
 
-def _suggest(found: Estimate, causal_lm: Any) -> tuple[str | None, list[float]]:
+def _teacher_without_weights(config: RunConfig) -> Any:
+    return teacher_without_weights(config, _shape(config.teacher.path or ""))
+
+
+def _shape(path: str) -> Mapping[str, Any] | None:
+    return own_table(Path(__file__).with_name("shapes.yaml")).get(path)
+
+
+def _suggest(found: Estimate, causal_lm: Any, teacher: Any) -> tuple[str | None, list[float]]:
     """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits."""
     seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
@@ -271,7 +286,7 @@ def _suggest(found: Estimate, causal_lm: Any) -> tuple[str | None, list[float]]:
             changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
         except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
             continue
-        tried = estimate(changed, found.data, found.machine, causal_lm)
+        tried = estimate(changed, found.data, found.machine, causal_lm, teacher)
         if tried.fits and tried.largest:
             seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
     fastest = min(seconds, key=lambda words: seconds[words], default=None)

@@ -44,7 +44,7 @@ from dpo_dist.training.start.run_state import Identity, check_identity, read_sta
 from dpo_dist.training.steps.step import Objective, evaluate
 from dpo_dist.training.teacher import prepare_teacher
 
-_MODELS = {"model.path", "model.revision", "model.adapter", "reference.path"}
+_MODELS = {"model.path", "model.revision", "model.adapter", "reference.path", "teacher.path"}
 
 
 def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console: Console) -> int:
@@ -77,6 +77,8 @@ def check_models_of_run(folder: RunFolder, identity: RunIdentity, inputs: Evalua
     # A run whose loss has no reference may be scored by a loss that has one.
     if inputs.reference_files is not None and state.identity.get("reference") is not None:
         models["reference"] = inputs.reference_files.digest
+    if inputs.teacher_files is not None and state.identity.get("teacher") is not None:
+        models["teacher"] = inputs.teacher_files.digest
     if not has_tokenizer(folder.model):
         models["description"] = inputs.description
     check_identity(state.identity, models, folder.state)

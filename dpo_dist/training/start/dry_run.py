@@ -138,16 +138,7 @@ def dry_run(
     custom = custom_metrics(config.metrics.function, config.loss)
     if custom.names:
         lines.append(("metrics", ", ".join(custom.names)))
-    # The reference.
-    reference = config.reference
-    parts = [config.reference.mode.value]
-    if reference.path is not None:
-        other = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(other, tokenizer, config.model, encoder.processor)
-        check_contents_at_hand(other, config.model, "reference.path")
-        parts.append(f"model {other}")
-    parts += [f"store {reference.store}"] if reference.mode is ReferenceMode.cached else []
-    lines.append(("reference", ", ".join(parts)))
+    lines += _other_models(config, encoder)
     # The first records of each source.
     looked_at = dict[str, list[_FirstRecords]]()
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -175,6 +166,27 @@ def dry_run(
         return report
     fault_names = " and ".join(fault for fault, _ in faults)
     return report._replace(verdict=f"check passed: the run can start, but {fault_names} (below)")
+
+
+def _other_models(config: RunConfig, encoder: Encoder) -> list[tuple[str, str]]:
+    """Return lines about the reference and the teacher, whose files are checked."""
+
+    def checked(path: str, key: str) -> str:
+        folder = description_folder(path, None, key)
+        check_same_vocabulary(folder, encoder.tokenizer, config.model, encoder.processor, key)
+        check_contents_at_hand(folder, config.model, key)
+        return f"model {folder}"
+
+    reference = config.reference
+    parts = [reference.mode.value]
+    if reference.path is not None:
+        parts.append(checked(reference.path, "reference.path"))
+    if reference.mode is ReferenceMode.cached:
+        parts.append(f"store {reference.store}")
+    lines = [("reference", ", ".join(parts))]
+    if config.teacher.path is not None:
+        lines.append(("teacher", f"{config.teacher.mode}, {checked(config.teacher.path, 'teacher.path')}"))
+    return lines
 
 
 def _check_evaluated(evaluated: EvaluatedModel, model: ModelConfig, encoder: Encoder) -> None:

@@ -6,7 +6,7 @@ docs/scaling.md has them as a table.
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -29,6 +29,7 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     ReferenceMode,
     RunConfig,
+    TeacherMode,
     TrainerConfig,
 )
 from dpo_dist.distributed.muon import matrices_of
@@ -48,6 +49,7 @@ from dpo_dist.model.layers import (
     layer_values,
     weights_of,
 )
+from dpo_dist.objective.distillation import sparse_rows
 from dpo_dist.training.start.open_run import Run
 
 KEYS_PER_TOKEN = 1.6
@@ -102,6 +104,7 @@ class Shapes:
 
     config: RunConfig
     causal_lm: Any  # the policy on the meta device; see `policy_without_weights`
+    teacher: Any = None  # on the meta device, if the loss has one
 
     @property
     def is_packed(self) -> bool:
@@ -213,6 +216,10 @@ class Shapes:
             others = _weight_bytes(bits, number, causal_lm) - experts
             # ZeRO shards no quantized weights.
             parts["reference"] = others / (shards if bits is None else 1) + experts / sharing
+        teacher = config.teacher
+        is_beside = teacher.mode is TeacherMode.live and teacher.offload is Offload.none
+        if self.teacher is not None and is_beside:
+            parts["teacher"] = number * _count_weights(self.teacher) / shards
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing
@@ -250,6 +257,14 @@ class Shapes:
         """Return the bytes of a checkpoint, and of the model or the adapter that a run ends with."""
         return disk_bytes(self.config, self.weights, self.trained, self.states)
 
+    @property
+    def teacher_bytes(self) -> float:
+        """Bytes that the store has of the teacher for each token of a chosen response."""
+        if self.teacher is None or self.config.teacher.mode is not TeacherMode.cached:
+            return 0.0
+        vocabulary = self.teacher.config.get_text_config().vocab_size
+        return 4.0 * sparse_rows(self.config.teacher, self.config.loss, vocabulary).width
+
     def notes(self) -> list[str]:
         """Return lines about weights whose files are quantized, and about those that cannot be."""
         model = self.config.model
@@ -265,6 +280,15 @@ def policy_without_weights(model: ModelConfig, shape: Mapping[str, Any] | None =
         folder = description_folder(model.path, model.revision, needs_weights=False)
         model_config = load_config(folder, model)
     return without_weights(model_config, model, start_folder(model))
+
+
+def teacher_without_weights(config: RunConfig, shape: Mapping[str, Any] | None = None) -> Any:
+    """Return the teacher on the meta device, as `policy_without_weights` does; None without a teacher."""
+    path = config.teacher.path
+    if not config.loss.needs_teacher or path is None:
+        return None
+    teacher = replace(config.model, path=path, revision=None, adapter=None, quantization=None)
+    return policy_without_weights(teacher, shape)
 
 
 def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = None) -> float:
@@ -292,7 +316,8 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     if run.world.device.type != "cuda":
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
-    needs = Shapes(run.config, causal_lm).footprint(run.world.size)
+    teacher = teacher_without_weights(run.config)
+    needs = Shapes(run.config, causal_lm, teacher).footprint(run.world.size)
     tokens = needs.largest_micro_batch(memory)
     model = run.config.model
     is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from dpo_dist.config.schema import (
     OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
-    ReferenceConfig,
     ReferenceMode,
     Resume,
     RunConfig,
+    TeacherMode,
 )
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import Console, open_console
@@ -114,7 +114,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         )
     if starts or "WORLD_SIZE" in os.environ:
         _check_groups(config.parallelism, trains=trains)
-    _check_local_models(model, config.reference)
+    _check_local_models(model, {"reference.path": config.reference.path, "teacher.path": config.teacher.path})
     # Data.
     for source in [*config.data.train, *config.data.eval]:
         DataSource(source).check(config.data)
@@ -127,7 +127,9 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     store = Path(config.reference.store)
     if not any(cache.glob("*.arrow")):
         folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
-    if config.reference.mode is ReferenceMode.cached and not store.is_dir():
+    stores = config.reference.mode is ReferenceMode.cached
+    stores |= config.loss.needs_teacher and config.teacher.mode is TeacherMode.cached
+    if stores and not store.is_dir():
         folders["reference.store"] = store  # the same
     for key, folder in folders.items():
         check_writable(folder, key)
@@ -195,8 +197,11 @@ def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
             )
 
 
-def _check_local_models(model: ModelConfig, reference: ReferenceConfig) -> None:
-    """Check models in local folders; those on the hub are checked when they are loaded."""
+def _check_local_models(model: ModelConfig, others: Mapping[str, str | None]) -> None:
+    """Check models in local folders; those on the hub are checked when they are loaded.
+
+    `others`: the paths of models that only score, by key.
+    """
     start = None
     if model.adapter is not None and model.adapter.path is not None:
         adapter = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
@@ -205,7 +210,7 @@ def _check_local_models(model: ModelConfig, reference: ReferenceConfig) -> None:
     if policy is not None:
         check_weights(weight_files(policy), "model.path")
         check_tokenizer_files(tokenizer_folder(policy, start))
-    if reference.path is not None:
-        other = local_model_folder(reference.path, None, "reference.path")
+    for key, path in others.items():
+        other = None if path is None else local_model_folder(path, None, key)
         if other is not None:
-            check_weights(weight_files(other), "reference.path")
+            check_weights(weight_files(other), key)

@@ -32,6 +32,7 @@ _DIGESTS = {
     "data": "training data",
     "eval_data": "evaluation data",
     "reference": "reference model",
+    "teacher": "teacher",
 }
 
 

@@ -1,0 +1,142 @@
+"""A policy learns from a teacher that is asked once, by the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import PreferenceRecord
+from tests.e2e.conftest import Overrides, last_evaluation
+from tests.support import tiny
+from tests.support.launch import assert_same_history, history, run_verb, summary, train
+from tests.support.pairs import encode
+from tests.support.tiny_model import write_model
+
+WHOLE = "teacher.k=100000"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("teacher") / "larger", seed=5, hidden_size=48, layers=3)
+
+
+@torch.no_grad()
+def dense(student: Path, teacher: Path, assets: Path, temperature: float) -> tuple[float, float]:
+    """The mean divergence over the tokens of chosen evaluation responses, and the share of equal choices."""
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(each).double() for each in (student, teacher)]
+    divergences = []
+    equal = []
+    for record in read_records(f"{assets}/eval.jsonl"):
+        assert isinstance(record, PreferenceRecord)
+        pair = encode(record, tiny.qwen())
+        ids = torch.tensor([*pair.prompt_ids, *pair.responses[0]])[None]
+        logits = [model(ids).logits[0, len(pair.prompt_ids) - 1 : -1] for model in models]
+        student_logps, teacher_logps = (torch.log_softmax(each / temperature, -1) for each in logits)
+        divergences.append((teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1))
+        equal.append(logits[0].argmax(-1) == logits[1].argmax(-1))
+    return torch.cat(divergences).mean().item(), torch.cat(equal).double().mean().item()
+
+
+def of_teacher(run: Path) -> dict[str, Any]:
+    report: dict[str, Any] = summary(run)["reference"]["teacher"]
+    return report
+
+
+def test_a_whole_teacher_is_the_dense_divergence_on_any_number_of_processes(
+    overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path
+) -> None:
+    command = [f"teacher.path={teacher}", f"data.eval=[{assets}/eval.jsonl]", "optim.lr=1e-3", "loss=distill"]
+    command += [WHOLE, "loss.options.temperature=1.5"]
+    train(overrides(*command))
+    rows = history(tmp_path / "run")
+    last = last_evaluation(tmp_path / "run")
+    first = next(row for row in rows if "eval_loss" in row)
+    for model, row in ((assets / "model", first), (tmp_path / "run" / "model", last)):
+        divergence, agreement = dense(model, teacher, assets, 1.5)
+        assert row["eval_loss"] == pytest.approx(divergence, rel=1e-5)
+        assert row["eval_teacher/agreement"] == pytest.approx(agreement, abs=1e-6)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert of_teacher(tmp_path / "run")["computed"] == 28
+    # Beside the policy, on two processes, with another store: the same trajectory.
+    train(
+        overrides(
+            *command, "teacher.mode=live", f"run.dir={tmp_path}/live", f"reference.store={tmp_path}/no"
+        ),
+        processes=2,
+    )
+    assert_same_history(history(tmp_path / "live"), rows, 2e-5)
+    assert not list((tmp_path / "no").glob("*/*.safetensors"))
+
+
+def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path) -> None:
+    """Beside a preference loss, by `precompute` on two processes; again for what changes distributions."""
+    terms = "loss.terms=[{kind: ipo, weight: 1}, {kind: distill, weight: 0.5, options: {temperature: 2}}]"
+    command = [f"teacher.path={teacher}", terms]
+    done = run_verb("precompute", overrides(*command), processes=2)
+    assert done.code == 0, done.output
+    runs = {
+        "same": [],
+        "reordered": ["trainer.seed=3", "optim.lr=1e-5", "loss.beta=0.2", "trainer.epochs=2"],
+        "part": [f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]"],
+        "seed": ["teacher.seed=1"],
+        "fewer": ["teacher.k=7"],
+        "warmer": [terms.replace("temperature: 2", "temperature: 1")],
+    }
+    computed = {}
+    for name, more in runs.items():
+        train(overrides(*command, *more, f"run.dir={tmp_path}/{name}", "trainer.max_steps=2"))
+        computed[name] = of_teacher(tmp_path / name)["computed"]
+    visited = 12  # in two steps of six pairs
+    assert computed == {
+        "same": 0,
+        "reordered": 0,
+        "part": 0,
+        "seed": visited,
+        "fewer": visited,
+        "warmer": visited,
+    }
+    # Log-probs of the reference are other entries, also where it is the teacher.
+    more = [f"reference.path={teacher}", "trainer.max_steps=2", f"run.dir={tmp_path}/both"]
+    train(overrides(*command, *more))
+    assert of_teacher(tmp_path / "both")["computed"] == 0
+    assert summary(tmp_path / "both")["reference"]["computed"] == 2 * visited
+    (evaluated,) = [row for row in history(tmp_path / "same") if row["step"] == 1]
+    assert {"loss/terms/ipo", "loss/terms/distill"} <= evaluated.keys()
+
+
+def test_a_changed_teacher_is_asked_again(overrides: Overrides, teacher: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", seed=6)
+    command = ["loss=distill", "trainer.max_steps=1"]
+    train(overrides(*command, f"teacher.path={other}"))
+    write_model(other, seed=7)
+    run = f"run.dir={tmp_path}/again"
+    train(overrides(*command, f"teacher.path={other}", run))
+    assert of_teacher(tmp_path / "again")["computed"] == 6
+    assert history(tmp_path / "again")[0]["loss"] != history(tmp_path / "run")[0]["loss"]
+    stale = run_verb("train", overrides(*command, f"teacher.path={teacher}", "run.resume=must"))
+    assert stale.code == 2, stale.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["loss=distill"], "set teacher.path to a model with the tokenizer of model.path"),
+        (["teacher.path=somewhere"], "teacher.path has no effect with this loss"),
+        (
+            ["loss=distill", "teacher.path={other}"],
+            "set teacher.path to a model with the tokenizer of model.path",
+        ),
+    ],
+    ids=["no teacher", "no loss", "other tokenizer"],
+)
+def test_a_teacher_that_cannot_teach(
+    overrides: Overrides, tmp_path: Path, words: list[str], said: str
+) -> None:
+    other = write_model(tmp_path / "other", tiny.llama3())
+    for check in ([], ["--check"]):
+        ended = run_verb("train", overrides(*(word.format(other=other) for word in words), *check))
+        assert ended.code == 2, ended.output
+        assert said in " ".join(ended.output.split()), ended.output
