@@ -275,7 +275,7 @@ class StoreFiller:
                 if world.leads and len(batch.keys):
                     keys.append(batch.keys)
                     ends = np.cumsum(batch.response_tokens.numpy())[:-1]
-                    entries += np.split(logps.T.cpu().numpy(), ends)
+                    entries += np.split(logps.movedim(-1, 0).cpu().numpy(), ends)
                 progress(number / len(needs))
                 is_stopped = self.stops.must_stop()
                 if is_stopped:

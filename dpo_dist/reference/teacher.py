@@ -73,4 +73,5 @@ def _chosen(batch: PackedBatch) -> list[int]:
     """Return the responses that are the best of their examples."""
     if batch.ranking is None:
         return [*range(0, len(batch.response_tokens), 2)]
-    return [response for response in batch.ranking[:, 0].tolist() if response >= 0]
+    chosen: list[int] = batch.ranking[:, 0].tolist()
+    return chosen

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ReferenceConfig, TeacherMode
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
@@ -75,28 +74,21 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     label = model_label(config.teacher.path, folder)
     fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
     empty = LogpStore(Path(config.reference.store), fingerprint, [])
-    chosen = [
-        (dataset, _chosen(dataset, indices, config.loss)) for dataset, indices in inputs.datasets_to_score
-    ]
-    taken = 4 * kept.width * sum(_tokens(dataset, indices) for dataset, indices in chosen)
-    responses = sum(len(indices) for _, indices in chosen)
+    scored = inputs.datasets_to_score
+    taken = 4 * kept.width * sum(_chosen_tokens(dataset, indices) for dataset, indices in scored)
+    responses = sum(len(indices) for _, indices in scored)
     run.say(f"teacher: its distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
     world.on_main(lambda: _check_room(empty, taken))
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept, seed=teacher.seed)
     filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
-    filled = asked.fill(filler, chosen, "teacher", "response")
+    filled = asked.fill(filler, scored, "teacher", "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
     teacher = replace(teacher, store=filler.open_filled())
     return PreparedTeacher(teacher, report | asked.free())
 
 
-def _chosen(dataset: PreferenceDataset, indices: Indices, loss: LossConfig) -> Indices:
-    """Return the examples whose first response the loss counts as chosen."""
-    return indices[dataset.labels_good(indices)] if loss.is_unpaired else indices
-
-
-def _tokens(dataset: PreferenceDataset, indices: Indices) -> int:
+def _chosen_tokens(dataset: PreferenceDataset, indices: Indices) -> int:
     """Return the tokens of the first responses of these examples."""
     return int(dataset.piece_tokens[dataset.first_pieces[indices] + 1].sum(dtype="int64"))
 

@@ -86,9 +86,6 @@ CASES = {
     "masked plackett_luce and distill": LossConfig(
         beta=0.5, terms=[LossTermConfig(LossKind.plackett_luce, 1.0), LossTermConfig(LossKind.distill, 2.0)]
     ),
-    "masked kto and distill": LossConfig(
-        beta=0.5, terms=[LossTermConfig(LossKind.kto, 1.0), LossTermConfig(LossKind.distill, 0.5)]
-    ),
 }
 WEIGHTED = {
     "sigmoid and sft, wpo": LossConfig(
@@ -174,7 +171,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 FORGOTTEN = "loss without running means"
 # Coupled and one-sided losses, statistics of the head, weights and masks of tokens, rankings, partners.
 WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft")
-WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto and distill", "masked plackett_luce and distill")
+WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto", "masked plackett_luce and distill")
 
 
 def trajectories(

@@ -26,7 +26,8 @@ NAMES = """
     load_run_config local_model_folder locate_model logps_by_side loss_kinds loss_unit matmul_peak
     merge_adapter needs_of packed_logps parse_overrides policy_without_weights prepare_data
     results_name return_memory run_keys run_verb saved_by_tree short_name stored_pairs strip_key
-    to_unset to_yaml train unsharded_loading unused value_at wilson_interval write_command
+    teacher_without_weights to_unset to_yaml train unsharded_loading unused value_at wilson_interval
+    write_command
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {

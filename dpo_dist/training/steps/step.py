@@ -83,7 +83,7 @@ class Objective:
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
                 ready = replace(ready, token_weights=weights)
-            if self.teacher is not None and rank_batch is not None and not rank_batch.which:  # no partners
+            if self.teacher is not None:
                 ready = self.teacher.ready(ready)
             yield ready.pinned() if device.type == "cuda" else ready
 
@@ -188,7 +188,7 @@ class Objective:
         if rank_batch.partners is None:
             return facts
         # Partners are no training data, so they do not count for the routers.
-        unrouted = replace(self, router=None, teacher=None)
+        unrouted = replace(self, router=None)
         total = torch.zeros(1, dtype=torch.float64, device=world.device)
         for scored in unrouted.score(model, partners, facts, world.device, enter):
             ratios = log_ratios(scored.policy, scored.reference, self.loss)

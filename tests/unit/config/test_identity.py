@@ -38,11 +38,22 @@ def test_images_define_the_result_of_their_runs_only() -> None:
     runs += [configured("model.images={max_pixels:9}"), configured()]
     assert len({run.identity.digest for run in runs}) == len(runs)
     defining = plain(configured(), with_defaults=True)
-    del defining["model"]["images"]
+    del defining["model"]["images"], defining["teacher"]
     text = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     assert configured().identity.digest == hashlib.sha256(text.encode()).hexdigest()[:8]
     assert settings(runs[0])["model.images"] == {"train": "none"}
     assert configured("model.images={}") == runs[0]
+
+
+def test_a_teacher_defines_the_result_of_its_runs_but_not_where_it_is_computed() -> None:
+    taught = ("loss=distill", "teacher.path=t")
+    runs = [
+        configured(*taught, *more)
+        for more in ((), ("teacher.k=9",), ("teacher.drawn=9",), ("teacher.seed=1",))
+    ]
+    assert len({run.identity.digest for run in runs}) == len(runs)
+    beside = configured(*taught, "teacher.mode=live", "teacher.offload=cpu")
+    assert beside.identity.digest == runs[0].identity.digest
 
 
 def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:

@@ -125,11 +125,13 @@ def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Pat
         label: str = "b",
         base: str = "m",
         reference: str = "r",
+        teacher: str = "",
     ) -> str:
         inputs: Any = SimpleNamespace(
             eval_set=SimpleNamespace(fingerprint=pairs, source_labels=[label]),
             policy_files=SimpleNamespace(digest=base),
             reference_files=SimpleNamespace(digest=reference),
+            teacher_files=SimpleNamespace(digest=teacher) if teacher else None,
         )
         config = configured(tmp_path, *overrides)
         return EvaluatedModel(str(tmp_path / place), is_checkpoint=True).name(
@@ -138,10 +140,10 @@ def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Pat
 
     for place in ("step-000003", "other/step-000003"):
         (tmp_path / place).mkdir(parents=True)
-    changed = [{"pairs": "2"}, {"label": "c"}, {"base": "n"}, {"reference": "s"}]
+    changed = [{"pairs": "2"}, {"label": "c"}, {"base": "n"}, {"reference": "s"}, {"teacher": "t"}]
     names = [name(), name("other/step-000003"), *(name(**change) for change in changed)]
     names += [name("step-000003", key) for key in ("loss.beta=0.2", "model.dtype=fp32")]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
     assert all(each.startswith("step-000003-") for each in names)
     assert name() == names[0]
 
