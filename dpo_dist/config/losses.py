@@ -282,8 +282,8 @@ KINDS: dict[LossKind, KindFacts] = {
         length_averaged=True,
     ),
     LossKind.distill: KindFacts(
-        "the sum over the chosen response's tokens of KL(teacher || policy) / (mean nw of the global batch), "
-        "both at the temperature `loss.options.temperature`; the teacher is `teacher.path`",
+        "KL(teacher, policy) summed over tokens / (mean nw of the global batch), at the temperature "
+        "`loss.options.temperature`; [a teacher](#a-teacher)",
         "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870",
         frozenset(),
         options=DistillOptions,

@@ -266,7 +266,9 @@ def test_only_the_losses_of_coupled_kinds_depend_on_other_pairs(config: LossConf
     alone = []
     for place, gap in enumerate(SCORE_GAPS.split(1)):
         given = one_pair(POLICY, place), one_pair(REFERENCE, place)
-        alone.append(preference_loss(*given, config, replace(facts, score_gaps=gap)))
+        assert facts.divergence is not None
+        of_pair = replace(facts, score_gaps=gap, divergence=facts.divergence[place : place + 1])
+        alone.append(preference_loss(*given, config, of_pair))
     together = preference_loss(POLICY, REFERENCE, config, facts)
     assert torch.equal(torch.cat(alone), together) is not config.is_coupled
 
