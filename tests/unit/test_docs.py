@@ -13,7 +13,7 @@ from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.keys import key_rows, run_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.metrics import ENTROPIES, PAIR_METRICS
+from dpo_dist.config.metrics import AGREEMENT, ENTROPIES, PAIR_METRICS
 from dpo_dist.config.named_code import NAMED_CODE
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import Arguments, ExitCode
@@ -50,8 +50,8 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 
 def test_every_metric_and_every_kind_of_loss_is_described() -> None:
-    routers = (AUX_LOSS, BUSIEST, Z_LOSS)
-    assert sorted(first_column("watching.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + routers)
+    others = (AGREEMENT, AUX_LOSS, BUSIEST, Z_LOSS)
+    assert sorted(first_column("watching.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + others)
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
 
 

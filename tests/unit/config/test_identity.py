@@ -46,13 +46,11 @@ def test_images_define_the_result_of_their_runs_only() -> None:
 
 
 def test_a_teacher_defines_the_result_of_its_runs_but_not_where_it_is_computed() -> None:
-    taught = ("loss=distill", "teacher.path=t")
-    runs = [
-        configured(*taught, *more)
-        for more in ((), ("teacher.k=9",), ("teacher.drawn=9",), ("teacher.seed=1",))
-    ]
+    taught = "loss=distill teacher.path=t"
+    changes = ("", "teacher.k=9", "teacher.drawn=9", "teacher.seed=1")
+    runs = [configured(f"{taught} {change}") for change in changes]
     assert len({run.identity.digest for run in runs}) == len(runs)
-    beside = configured(*taught, "teacher.mode=live", "teacher.offload=cpu")
+    beside = configured(f"{taught} teacher.mode=live teacher.offload=cpu")
     assert beside.identity.digest == runs[0].identity.digest
 
 

@@ -52,11 +52,10 @@ def test_stored_rows_stand_at_the_tokens_of_their_response(tmp_path: Path) -> No
     examples = [example(1, [5, 3]), example(2, [4, 6, 2], masked=True), example(3, [3])]
     store = LogpStore.open(tmp_path, ReferenceFingerprint("weights", {}, width=KEPT.width))
     chosen = [replace(each, responses=each.responses[:1], trained=()) for each in examples]
-    rows = [
-        np.arange(len(each.responses[0]) * KEPT.width, dtype=np.float32).reshape(-1, KEPT.width)
-        + 1000 * number
-        for number, each in enumerate(examples)
-    ]
+    rows = []
+    for number, each in enumerate(examples):
+        values = np.arange(len(each.responses[0]) * KEPT.width, dtype=np.float32) + 1000 * number
+        rows.append(values.reshape(-1, KEPT.width))
     store.write(response_keys(chosen), rows)
     teacher = Teacher(KEPT, 0, store=LogpStore.open(tmp_path, store.fingerprint))
     batch = packed([replace(each, trained=each.masks) for each in examples])
