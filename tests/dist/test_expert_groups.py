@@ -41,7 +41,7 @@ from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
-from tests.support.packing import COSTS
+from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.stored import quantize_mxfp4
 
@@ -266,3 +266,37 @@ def test_processes_share_the_experts_of_a_quantized_base(case: str, assets: Asse
     one = train_in([(1, DDP)], model, assets, tmp_path / "one")
     shared = train_in([(2, replace(DDP, experts=2))], model, assets, tmp_path / "shared")
     assert shared == pytest.approx(one, rel=PACKED[case])
+
+
+def quantized_scores(assets: Assets, model: Path, world: World, _folder: Path) -> list[float]:
+    """Log-probs of a reference in 4 bits."""
+    config = assets.config(model, ReferenceConfig(quantization=Quantization.nf4))
+    engine = load_reference(model, config, world)
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    return engine.token_logps(batch).tolist()
+
+
+def in_nf4(weight: torch.Tensor) -> torch.Tensor:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed = functional.quantize_4bit(weight.flatten(), quant_type="nf4", compress_statistics=True)
+    numbers: torch.Tensor = functional.dequantize_4bit(*packed)
+    return numbers.view(weight.shape)
+
+
+def test_a_quantized_reference_has_the_experts_of_each_process_packed_alone(
+    assets: Assets, tmp_path: Path
+) -> None:
+    """As the store's name for its log-probs says."""
+    twin = AutoModelForCausalLM.from_pretrained(assets.mixture, dtype=torch.float32)
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = in_nf4(module.weight.data)
+        if name.endswith(".experts"):
+            for weight in module.parameters():
+                weight.data = torch.cat([in_nf4(half) for half in weight.data.chunk(2)])
+    with torch.no_grad():
+        expected = plain_logps(twin, [assets.dataset().example(row) for row in range(4)]).tolist()
+    scenario = partial(quantized_scores, assets, assets.mixture)
+    pair = replace(DDP, experts=2)
+    for logps in run_ranks(scenario, 2, tmp_path / "ranks", pair, seconds=SECONDS):
+        assert logps == pytest.approx(expected, abs=1e-5)
