@@ -10,10 +10,12 @@ from torch.autograd.function import once_differentiable
 
 # Float32 logits computed at a time: they fit in a CPU's caches, and fill a GPU's matrix units.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# A GPU has memory for so many chunks: those of one with less than 64 GiB are smaller.
+_CHUNKS_IN_MEMORY = 128
 # Rows of the output layer's weight converted to float32 at a time, on a CPU.
 _BLOCK_ROWS = 2048
-# Probabilities kept for backward: to keep all would save up to a quarter of the head's time.
-_KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+# Chunks of probabilities kept for backward: to keep all would save up to a quarter of the head's time.
+_KEPT_CHUNKS = 4
 
 Statistic = Literal["collisions", "entropy"]
 """A value of the distribution at each target, beside the log-prob of the target (`token_logps`)."""
@@ -55,8 +57,7 @@ def token_logps(
     Returns:
         float32 [targets]; with statistics float32 [1 + statistics, targets], log-probs first.
     """
-    device = weight.device.type
-    kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
+    kept_chunks = _KEPT_CHUNKS if torch.is_grad_enabled() else 0
     if change.softcap is not None:  # a kept chunk also has slopes, as large as its probabilities
         kept_chunks //= 2
     values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
@@ -81,8 +82,17 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return logits if bias is None else logits + bias.float()
 
 
+def chunk_bytes(memory: float) -> float:
+    """Return the bytes of float32 logits that a GPU with so many bytes of memory computes at a time."""
+    return min(_CHUNK_BYTES["cuda"], memory / _CHUNKS_IN_MEMORY)
+
+
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
-    size = max(1, _CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
+    device = weight.device
+    chunk: float = _CHUNK_BYTES["cpu"]
+    if device.type == "cuda":
+        chunk = chunk_bytes(torch.cuda.get_device_properties(device).total_memory)
+    size = max(1, int(chunk) // (4 * len(weight)))
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 

@@ -34,7 +34,14 @@ from dpo_dist.distributed.checkpoint.saver import (
     load_checkpoint_weights,
 )
 from dpo_dist.distributed.checkpoint.slices import SHARDS
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
+from dpo_dist.distributed.deepspeed_internals import shard_of
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.zero import load_to_train
+from dpo_dist.model.experts import ExpertShare, expert_weights
+from dpo_dist.model.files.load import check_contents, load_config, load_weights
+from dpo_dist.model.files.own_experts import OwnExperts
+from dpo_dist.model.files.stored import open_plain
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import ReferenceProvider, load_for_scoring
 from dpo_dist.training.steps.step import Objective
@@ -43,7 +50,7 @@ from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
-from tests.support.stored import quantize_mxfp4
+from tests.support.stored import quantize_mxfp4, spoil
 
 SECONDS = 90
 STEPS = [((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 8192), ((9, 10, 0), 256)]
@@ -174,6 +181,39 @@ def test_no_rank_gathers_experts_of_a_reference(assets: Assets, tmp_path: Path) 
     others = sum(weight.numel() for name, weight in weights.items() if ".experts." not in name)
     for elements in run_ranks(partial(gathered, assets, path), 4, tmp_path / "ranks", PAIR, seconds=SECONDS):
         assert 0 < elements <= 1.01 * others
+
+
+def own_weights(models: Path, world: World, _folder: Path) -> list[str]:
+    """The names of the weights whose values are not those of this rank's experts in an unspoiled folder."""
+    assert world.share_of_experts is not None
+    config = ModelConfig(dtype=Dtype.fp32, adapter=OF_ATTENTION)
+    whole_folder = models / "whole"
+    with unsharded_loading(world):
+        expected = load_weights(whole_folder, load_config(whole_folder, config), config, world.device)
+    packed = load_to_train(models / f"rank-{world.rank}", config, 256, world, 0)
+    others = []
+    for name in expert_weights(expected):
+        whole = expected.get_parameter(name)
+        own = whole[world.share_of_experts.of(len(whole))]
+        kept = shard_of(packed.causal_lm.get_parameter(name))
+        if kept is None or not torch.equal(kept, own.flatten()):
+            others.append(name)
+    return others
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_rank_reads_its_own_experts_only(model_type: str, tmp_path: Path) -> None:
+    """In the files of each rank, the experts of the other one are spoiled."""
+    config = ModelConfig(dtype=Dtype.fp32)
+    for rank in range(2):
+        folder = family(model_type, tmp_path / "models" / f"rank-{rank}")
+        described = check_contents(folder, load_config(folder, config), config)
+        open_file = open_plain(folder, torch.float32)
+        names = expert_weights(described)
+        spoil(folder, OwnExperts(described, folder, open_file, names, ExpertShare(rank, 2)).rows)
+    family(model_type, tmp_path / "models" / "whole")
+    scenario = partial(own_weights, tmp_path / "models")
+    assert run_ranks(scenario, 2, tmp_path / "ranks", PAIR, seconds=SECONDS) == [[], []]
 
 
 def scores(assets: Assets, model: Path, checkpoint: Path, world: World, _folder: Path) -> list[float]:

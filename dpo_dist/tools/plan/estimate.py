@@ -260,12 +260,12 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     useful *= _EXPERTS if shapes.has_experts else 1.0
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
-    needs = shapes.footprint(gpus)
+    needs = shapes.footprint(gpus, machine.memory)
     micro_batch = _micro_batch(config, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
-    without = Shapes(plain, causal_lm).footprint(gpus)
+    without = Shapes(plain, causal_lm).footprint(gpus, machine.memory)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config, without, machine))
