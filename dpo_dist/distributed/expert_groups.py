@@ -21,6 +21,8 @@ from dpo_dist.model.experts import (
     exchange_tokens,
     expert_modules,
     keep_experts,
+    own_reader,
+    set_reader,
     shares_equally,
 )
 from dpo_dist.model.library_internals import describe_slice, whole_shape
@@ -66,8 +68,14 @@ def share_experts(model: PackedCausalLM, world: World) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             piece: Any = weight
             if is_sharded(weight):
-                with deepspeed.zero.GatheredParameters([weight]):
-                    piece = nn.Parameter(weight.data[own].clone(), weight.requires_grad)
+                read = own_reader(weight)
+                if read is not None:
+                    values = read().to(world.device, weight.dtype)
+                    set_reader(weight, None)  # closes the files
+                else:
+                    with deepspeed.zero.GatheredParameters([weight]):
+                        values = weight.data[own].clone()
+                piece = nn.Parameter(values, weight.requires_grad)
                 describe_slice(piece, whole_shape(weight), own.start)
                 shard_slice(weight, piece, group)
             else:

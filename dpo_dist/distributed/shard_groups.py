@@ -19,6 +19,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     sharded_over,
 )
 from dpo_dist.distributed.processes.world import ShardGroup, World
+from dpo_dist.model.experts import own_reader
 
 
 @contextlib.contextmanager
@@ -44,12 +45,15 @@ def shard_groups(world: World, size: int | None) -> Iterator[World]:
 
 
 def copy_shards(weights: Iterable[Any], world: World) -> None:
-    """Give all groups the shards of the first one: rank 0 alone has read the weights. Collective."""
+    """Give all groups the shards of the first one: rank 0 alone has read the weights. Collective.
+
+    Each rank reads its own experts, which have no values yet.
+    """
     if world.shards is None:
         return
     for weight in weights:
         shard = shard_of(weight)
-        if shard is not None:
+        if shard is not None and own_reader(weight) is None:
             values = shard.to(world.device)  # an offloaded one is on the host
             dist.broadcast(values, src=world.shards.rank, group=world.shards.copies)
             shard.copy_(values)

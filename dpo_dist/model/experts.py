@@ -195,37 +195,36 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
     return others
 
 
-def packed_shares(
-    causal_lm: Any, packed: Mapping[str, Packing | Mxfp4], share: ExpertShare | None
-) -> dict[str, Callable[[Tensor], nn.Parameter]]:
-    """Return the functions that pack stacked weights, or only the experts of this process, by name.
-
-    `causal_lm`: the model, which is not loaded yet. Shares are packed as they are read: no process ever has
-    all experts of a layer in its memory together with those of other layers.
-    """
-    shared = set[str]()
-    if share is not None and shares_equally(causal_lm, share.ranks):
-        shared = {name for name, module in causal_lm.named_modules() if hasattr(module, "is_transposed")}
-
-    def pack_share(packing: Packing | Mxfp4, weight: Tensor) -> nn.Parameter:
-        assert share is not None, "only then experts are shared"
-        return packing.pack(weight[share.of(len(weight))])
-
-    return {
-        name: partial(pack_share, packing) if name.rpartition(".")[0] in shared else packing.pack
-        for name, packing in packed.items()
-    }
-
-
 def expert_modules(causal_lm: Any) -> list[Any]:
     """Return the modules that hold the stacked experts of a layer each, in transformers' own layout."""
     return [module for module in causal_lm.modules() if hasattr(module, "is_transposed")]
+
+
+def expert_weights(causal_lm: Any) -> set[str]:
+    """Return the names of the weights of `expert_modules`."""
+    return {
+        f"{module_name}.{name}"
+        for module_name, module in causal_lm.named_modules()
+        if hasattr(module, "is_transposed")
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def shares_equally(causal_lm: Any, ranks: int) -> bool:
     """Return whether a model has experts, and so many ranks get equally many of each layer's."""
     stacks = [weight for module in expert_modules(causal_lm) for weight in module.parameters(recurse=False)]
     return bool(stacks) and all(whole_shape(weight)[0] % ranks == 0 for weight in stacks)
+
+
+def set_reader(weight: Any, read: Callable[[], Tensor] | None) -> None:
+    """Say how this process's experts are read of a sharded weight that has no values; None: it has values."""
+    weight.read_own_experts = read
+
+
+def own_reader(weight: Any) -> Callable[[], Tensor] | None:
+    """Return the function of `set_reader`; None if the weight has its values."""
+    read: Callable[[], Tensor] | None = getattr(weight, "read_own_experts", None)
+    return read
 
 
 def check_shared_experts(causal_lm: Any, ranks: int) -> None:

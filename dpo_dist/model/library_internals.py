@@ -5,11 +5,12 @@ version changes one of these parts.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import modeling_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, Transpose, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.integrations import deepspeed
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -141,16 +148,62 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return unpacked
 
 
-def name_in_model(causal_lm: Any) -> Callable[[str], str]:
-    """Return a function that maps a tensor's name in a file to its name in this loaded model."""
+def place_in_model(causal_lm: Any) -> Callable[[str], tuple[str, str | None]]:
+    """Return a function of a tensor's name in a file, for this loaded model.
+
+    It returns the name of the weight in the model and, if several tensors are joined to it, the pattern of
+    the names that are of one part.
+    """
     renamings = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightConverter)]
     prefix = causal_lm.base_model_prefix
     expected = causal_lm.state_dict()
 
-    def renamed(name: str) -> str:
-        return str(rename_source_key(name, renamings, [], prefix, expected)[0])
+    def find_place(name: str) -> tuple[str, str | None]:
+        weight, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        return str(weight), pattern
 
-    return renamed
+    return find_place
+
+
+def join_tensors(
+    causal_lm: Any, name: str, tensors: Mapping[str | None, Sequence[Callable[[], Tensor]]]
+) -> Tensor:
+    """Return a weight as transformers makes it of these tensors, by the patterns of `place_in_model`."""
+    if None in tensors:  # only renamed
+        return tensors[None][0]()
+    converter = next(
+        copy.deepcopy(entry)
+        for entry in causal_lm._weight_conversions
+        if isinstance(entry, WeightConverter) and tensors.keys() <= {*entry.source_patterns}
+    )
+    for pattern, parts in tensors.items():
+        for part in parts:
+            converter.add_tensor(name, name, pattern, part)
+    joined = converter.convert(name, model=causal_lm, config=causal_lm.config)[name]
+    weight: Tensor = joined[0] if isinstance(joined, list) else joined
+    return weight
+
+
+@contextlib.contextmanager
+def loading_without(names: Collection[str]) -> Iterator[None]:
+    """Inside the block, make transformers leave these weights, which ZeRO-3 shards, as they are made.
+
+    Their tensors are not in the files that it opens: it would gather all of them to initialize them.
+    """
+    original = modeling_utils._load_state_dict_into_zero3_model
+
+    def load(causal_lm: Any, *arguments: Any) -> tuple[Any, set[str]]:
+        errors, missing = original(causal_lm, *arguments)
+        for name in names:
+            causal_lm.get_parameter(name)._is_hf_initialized = True
+        return errors, missing - {*names}
+
+    modeling_utils._load_state_dict_into_zero3_model = load
+    try:
+        yield
+    finally:
+        modeling_utils._load_state_dict_into_zero3_model = original
 
 
 def ignored_patterns(causal_lm: Any) -> Sequence[str]:

@@ -12,10 +12,12 @@ from dpo_dist.objective.distillation import SoftTargets, SparseRows
 
 # Float32 logits computed at a time: they fit in a CPU's caches, and fill a GPU's matrix units.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# A GPU has memory for so many chunks: those of one with less than 64 GiB are smaller.
+_CHUNKS_IN_MEMORY = 128
 # Rows of the output layer's weight converted to float32 at a time, on a CPU.
 _BLOCK_ROWS = 2048
-# Probabilities kept for backward: to keep all would save up to a quarter of the head's time.
-_KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+# Chunks of probabilities kept for backward: to keep all would save up to a quarter of the head's time.
+_KEPT_CHUNKS = 4
 
 Statistic = Literal["collisions", "entropy", "most_likely", "of_teacher", "as_teacher"]
 """A value of the distribution at each target, beside the log-prob of the target (`token_logps`).
@@ -65,8 +67,7 @@ def token_logps(
     Returns:
         float32 [targets]; with `soft` or statistics float32 [1 + soft + statistics, targets], in this order.
     """
-    device = weight.device.type
-    kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
+    kept_chunks = _KEPT_CHUNKS if torch.is_grad_enabled() else 0
     # A kept chunk may also have slopes, or a second softmax, as large as its probabilities.
     has_other_softmax = soft is not None and soft.temperature != 1
     kept_chunks //= 1 + (change.softcap is not None) + has_other_softmax
@@ -125,8 +126,17 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return logits if bias is None else logits + bias.float()
 
 
+def chunk_bytes(memory: float) -> float:
+    """Return the bytes of float32 logits that a GPU with so many bytes of memory computes at a time."""
+    return min(_CHUNK_BYTES["cuda"], memory / _CHUNKS_IN_MEMORY)
+
+
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
-    size = max(1, _CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
+    device = weight.device
+    chunk: float = _CHUNK_BYTES["cpu"]
+    if device.type == "cuda":
+        chunk = chunk_bytes(torch.cuda.get_device_properties(device).total_memory)
+    size = max(1, int(chunk) // (4 * len(weight)))
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 

@@ -34,16 +34,23 @@ from dpo_dist.distributed.checkpoint.saver import (
     load_checkpoint_weights,
 )
 from dpo_dist.distributed.checkpoint.slices import SHARDS
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
+from dpo_dist.distributed.deepspeed_internals import shard_of
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.zero import load_to_train
+from dpo_dist.model.experts import ExpertShare, expert_weights
+from dpo_dist.model.files.load import check_contents, load_config, load_weights
+from dpo_dist.model.files.own_experts import OwnExperts
+from dpo_dist.model.files.stored import open_plain
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import ReferenceProvider, load_for_scoring
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
-from tests.support.packing import COSTS
+from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
-from tests.support.stored import quantize_mxfp4
+from tests.support.stored import quantize_mxfp4, spoil
 
 SECONDS = 90
 STEPS = [((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 8192), ((9, 10, 0), 256)]
@@ -176,6 +183,39 @@ def test_no_rank_gathers_experts_of_a_reference(assets: Assets, tmp_path: Path) 
         assert 0 < elements <= 1.01 * others
 
 
+def own_weights(models: Path, world: World, _folder: Path) -> list[str]:
+    """The names of the weights whose values are not those of this rank's experts in an unspoiled folder."""
+    assert world.share_of_experts is not None
+    config = ModelConfig(dtype=Dtype.fp32, adapter=OF_ATTENTION)
+    whole_folder = models / "whole"
+    with unsharded_loading(world):
+        expected = load_weights(whole_folder, load_config(whole_folder, config), config, world.device)
+    packed = load_to_train(models / f"rank-{world.rank}", config, 256, world, 0)
+    others = []
+    for name in expert_weights(expected):
+        whole = expected.get_parameter(name)
+        own = whole[world.share_of_experts.of(len(whole))]
+        kept = shard_of(packed.causal_lm.get_parameter(name))
+        if kept is None or not torch.equal(kept, own.flatten()):
+            others.append(name)
+    return others
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_rank_reads_its_own_experts_only(model_type: str, tmp_path: Path) -> None:
+    """In the files of each rank, the experts of the other one are spoiled."""
+    config = ModelConfig(dtype=Dtype.fp32)
+    for rank in range(2):
+        folder = family(model_type, tmp_path / "models" / f"rank-{rank}")
+        described = check_contents(folder, load_config(folder, config), config)
+        open_file = open_plain(folder, torch.float32)
+        names = expert_weights(described)
+        spoil(folder, OwnExperts(described, folder, open_file, names, ExpertShare(rank, 2)).rows)
+    family(model_type, tmp_path / "models" / "whole")
+    scenario = partial(own_weights, tmp_path / "models")
+    assert run_ranks(scenario, 2, tmp_path / "ranks", PAIR, seconds=SECONDS) == [[], []]
+
+
 def scores(assets: Assets, model: Path, checkpoint: Path, world: World, _folder: Path) -> list[float]:
     """Log-probs by the weights of a checkpoint, as an evaluation loads them."""
 
@@ -266,3 +306,37 @@ def test_processes_share_the_experts_of_a_quantized_base(case: str, assets: Asse
     one = train_in([(1, DDP)], model, assets, tmp_path / "one")
     shared = train_in([(2, replace(DDP, experts=2))], model, assets, tmp_path / "shared")
     assert shared == pytest.approx(one, rel=PACKED[case])
+
+
+def quantized_scores(assets: Assets, model: Path, world: World, _folder: Path) -> list[float]:
+    """Log-probs of a reference in 4 bits."""
+    config = assets.config(model, ReferenceConfig(quantization=Quantization.nf4))
+    engine = load_reference(model, config, world)
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    return engine.token_logps(batch).tolist()
+
+
+def in_nf4(weight: torch.Tensor) -> torch.Tensor:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed = functional.quantize_4bit(weight.flatten(), quant_type="nf4", compress_statistics=True)
+    numbers: torch.Tensor = functional.dequantize_4bit(*packed)
+    return numbers.view(weight.shape)
+
+
+def test_a_quantized_reference_has_the_experts_of_each_process_packed_alone(
+    assets: Assets, tmp_path: Path
+) -> None:
+    """As the store's name for its log-probs says."""
+    twin = AutoModelForCausalLM.from_pretrained(assets.mixture, dtype=torch.float32)
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = in_nf4(module.weight.data)
+        if name.endswith(".experts"):
+            for weight in module.parameters():
+                weight.data = torch.cat([in_nf4(half) for half in weight.data.chunk(2)])
+    with torch.no_grad():
+        expected = plain_logps(twin, [assets.dataset().example(row) for row in range(4)]).tolist()
+    scenario = partial(quantized_scores, assets, assets.mixture)
+    pair = replace(DDP, experts=2)
+    for logps in run_ranks(scenario, 2, tmp_path / "ranks", pair, seconds=SECONDS):
+        assert logps == pytest.approx(expected, abs=1e-5)

@@ -129,8 +129,7 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
 
 def peak_of_the_output_layer() -> int:
     """The most bytes of a forward and backward beside the inputs, for those of docs/scaling.md."""
-    for sizes in (output_layer._CHUNK_BYTES, output_layer._KEPT_BYTES):
-        sizes["cuda"] //= SMALLER**2
+    output_layer._CHUNK_BYTES["cuda"] //= SMALLER**2
     vocabulary, width, targets = (size // SMALLER for size in (152_064, 3584, 4096))
     hidden, weight = (
         torch.zeros(n, width, dtype=torch.bfloat16, device="cuda") for n in (targets, vocabulary)

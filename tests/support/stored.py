@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
+from dpo_dist.model.files.stored import RowChoice
+
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _KEPT_IN_FP8 = ("embed_tokens", "lm_head", "norm", "mlp.gate.")
 
@@ -82,3 +84,20 @@ def _rewrite(
     config = json.loads((folder / "config.json").read_bytes())
     config |= {"dtype": "bfloat16", "quantization_config": dict(settings)}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def spoil(folder: Path, rows: Mapping[str, RowChoice]) -> None:
+    """Make all numbers infinite in the tensors that `rows` names, but those of these rows."""
+
+    def spoiled(name: str, tensor: Tensor) -> Tensor:
+        own = rows.get(name, ...)
+        if own is ...:
+            return tensor
+        others = torch.full_like(tensor, torch.inf)
+        if own is not None:
+            others[own] = tensor[own]
+        return others
+
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: spoiled(name, tensor) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})

@@ -69,6 +69,7 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.text import size
+from dpo_dist.model.experts import set_reader
 from dpo_dist.model.library_internals import whole_shape
 
 log = logging.getLogger(__name__)
@@ -283,6 +284,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 if world.is_main:
                     weight.copy_(saved.whole(name))
+            set_reader(weight, None)
         else:
             weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
     copy_shards(trained.values(), world)

@@ -5,9 +5,10 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ from dpo_dist.model.experts import (
     Packing,
     choose_products,
     compute_packed,
-    packed_shares,
+    expert_weights,
     packings,
+    set_reader,
+    shares_equally,
     unpackable,
 )
 from dpo_dist.model.files.folder import (
@@ -57,7 +60,15 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
     weight_files,
 )
-from dpo_dist.model.files.stored import mxfp4_names, places, plain_config, plain_weights
+from dpo_dist.model.files.own_experts import OwnExperts
+from dpo_dist.model.files.stored import (
+    RowChoice,
+    mxfp4_names,
+    open_plain,
+    places,
+    plain_config,
+    plain_weights,
+)
 from dpo_dist.model.layers import (
     check_device,
     check_reads_images,
@@ -69,8 +80,9 @@ from dpo_dist.model.layers import (
     use_liger,
 )
 from dpo_dist.model.library_internals import (
-    name_in_model,
+    loading_without,
     packed_by,
+    place_in_model,
     shards_loading,
     transposed_by,
     unsharded,
@@ -255,7 +267,8 @@ def load_packed(
     keeps only its shard. Dropout is off: policy and reference compute the same function (law L7).
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
-    each batch. Of experts that are quantized only this process's `share` is packed. Errors name `key`.
+    each batch. Only this process's `share` of the experts is read: quantized ones are packed, those that
+    ZeRO-3 shards have a reader (`own_reader`) in place of values. Errors name `key`.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
@@ -352,10 +365,24 @@ def load_weights(
             head = described.get_output_embeddings()
             whole = [*image_parts(described), *(n for n, one in described.named_modules() if one is head)]
             options["quantization_config"].llm_int8_skip_modules = whole
-    pack = packed_shares(described, packed, share)
     kept = [name for name, packing in packed.items() if isinstance(packing, Mxfp4)]
-    with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
-        causal_lm, report = _load(folder, model_config, config, kind, kept, **options)
+    rows = dict[str, RowChoice]()
+    readers = dict[str, Callable[[], torch.Tensor]]()
+    if share is not None and shares_equally(described, share.ranks):
+        names = expert_weights(described) & (shapes if is_sharded else packed).keys()
+        open_file = open_plain(folder, TORCH_DTYPES[config.dtype], kept)
+        own = OwnExperts(described, folder, open_file, names, share)
+        if is_sharded:  # rank 0 would read all experts
+            rows = dict.fromkeys(own.rows)
+            readers = {name: partial(_read, own, name, folder, key) for name in own.shapes}
+        else:
+            rows = own.rows
+            shapes |= own.shapes
+    pack = {name: packing.pack for name, packing in packed.items()}
+    with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack), loading_without(readers):
+        causal_lm, report = _load(folder, model_config, config, kind, kept, rows, **options)
+    for name, read in readers.items():
+        set_reader(causal_lm.get_parameter(name), read)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
     unsharded_instead = "; or set parallelism.kind=zero2 or ddp"
     _check_missing(report, folder, key, unsharded_instead if is_sharded else "")
@@ -383,6 +410,11 @@ def load_weights(
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
     return causal_lm
+
+
+def _read(own: OwnExperts, name: str, folder: Path, key: str) -> torch.Tensor:
+    with _loading_errors(folder, key):
+        return own.read(name)
 
 
 def _check_nf4(weight: Any, folder: Path, key: str) -> None:
@@ -477,12 +509,16 @@ def _load(
     config: ModelConfig,
     kind: Any,
     kept: Collection[str] = (),
+    rows: Mapping[str, RowChoice] | None = None,
     **options: Any,
 ) -> Any:
-    """Return the model that `from_pretrained` loads, and its loading report; `kept` as in `plain_weights`."""
+    """Return the model that `from_pretrained` loads, and its loading report.
+
+    `kept` and `rows` are those of `plain_weights`.
+    """
     dtype = TORCH_DTYPES[config.dtype]
     is_read = options.get("device_map") != "meta"
-    with plain_weights(folder, dtype, kept, is_read=is_read):
+    with plain_weights(folder, dtype, kept, rows, is_read=is_read):
         return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
             folder,
             config=model_config,
@@ -532,8 +568,8 @@ def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[s
     apart = [(one, other) for one, other in ties.items() if weight(one) is not weight(other)]
     if not apart:
         return None
-    renamed = name_in_model(causal_lm)
-    stored_as = {renamed(name): (file, name) for name, file in places(folder).items()}
+    find_place = place_in_model(causal_lm)
+    stored_as = {find_place(name)[0]: (file, name) for name, file in places(folder).items()}
 
     def value(name: str) -> torch.Tensor:
         file, stored = stored_as[name]

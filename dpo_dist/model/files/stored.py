@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from dpo_dist.model.library_internals import opening_files_by, unpack_mxfp4
 _BLOCKS = "_blocks"  # of MXFP4: 32 numbers of 4 bits in 16 bytes
 _SCALES = "_scales"  # their exponent
 _SCALE = "_scale_inv"  # of FP8: what the block's numbers are multiplied with
+RowChoice = slice | EllipsisType | None
+"""The rows of a tensor that are read; an ellipsis: all, None: the tensor is left out."""
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
@@ -40,25 +43,37 @@ def plain_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
 @contextlib.contextmanager
 def plain_weights(
-    folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
+    folder: Path,
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
+    rows: Mapping[str, RowChoice] | None = None,
+    *,
+    is_read: bool = True,
 ) -> Iterator[None]:
     """Inside the block, make transformers read the weights of `folder` as plain ones of `dtype`.
 
-    `kept` are names of MXFP4 weights that are read as `join_mxfp4` returns them. Without `is_read`, quantized
-    weights are on the meta device.
+    `kept` are names of MXFP4 weights that are read as `join_mxfp4` returns them. `rows` are those to read of
+    some tensors, by name; None: the tensor is left out. Without `is_read`, quantized weights are on the meta
+    device.
+    """
+    if stored_quantization(folder) is None and not rows:
+        yield
+        return
+    open_file = open_plain(folder, dtype, kept, is_read=is_read)
+    with opening_files_by(lambda file: _Part(open_file(file), rows or {})):
+        yield
+
+
+def open_plain(
+    folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
+) -> Callable[[str | Path], Any]:
+    """Return a function that opens a weight file of `folder` as `safe_open` does, of plain weights.
+
+    The arguments are those of `plain_weights`.
     """
     if stored_quantization(folder) is None:
-        yield
-    else:
-        with opening_files_by(_Reader(folder, dtype, kept, is_read=is_read).open):
-            yield
-
-
-def open_plain(folder: Path, dtype: torch.dtype) -> Callable[[Path], Any]:
-    """Return a function that opens a weight file of `folder` as `safe_open` does, of plain weights."""
-    if stored_quantization(folder) is None:
         return partial(safe_open, framework="pt")
-    return _Reader(folder, dtype).open
+    return _Reader(folder, dtype, kept, is_read=is_read).open
 
 
 def mxfp4_names(folder: Path) -> set[str]:
@@ -118,28 +133,31 @@ class _Reader:
             scales = name.removesuffix(_BLOCKS) + _SCALES
             experts, outputs, groups, _ = stored.get_shape()
             if name.removesuffix(_BLOCKS) in self._kept:
-                shape = [experts, outputs, groups, 17]
                 return self._lazy(
-                    lambda: join_mxfp4(stored[...], self._slice(scales)[...]), shape, torch.uint8
+                    lambda rows: join_mxfp4(stored[rows], self._slice(scales)[rows]),
+                    [experts, outputs, groups, 17],
+                    torch.uint8,
                 )
-            shape = [experts, 32 * groups, outputs]
-            return self._lazy(lambda: unpack_mxfp4(stored[...], self._slice(scales)[...], self._dtype), shape)
+            return self._lazy(
+                lambda rows: unpack_mxfp4(stored[rows], self._slice(scales)[rows], self._dtype),
+                [experts, 32 * groups, outputs],
+            )
         # transformers leaves weights that no block divides as they are, beside a scale that it never sets.
         if not stored.get_dtype().startswith(("F8", "F4")):
             return stored
         if name + _SCALE not in self._places:
             raise ValueError(f"{name} is quantized ({stored.get_dtype()}) without {name}{_SCALE}")
-        return self._lazy(lambda: self._scaled(name), stored.get_shape())
+        return self._lazy(lambda rows: self._scaled(name)[rows], stored.get_shape())
 
     def _slice(self, name: str) -> Any:
         return self._files[self._places[name]].get_slice(name)
 
     def _lazy(
-        self, read: Callable[[], Tensor], shape: list[int], dtype: torch.dtype | None = None
+        self, read: Callable[[Any], Tensor], shape: list[int], dtype: torch.dtype | None = None
     ) -> "_Slice":
         dtype = dtype or self._dtype
         if not self._is_read:
-            read = partial(torch.empty, shape, dtype=dtype, device="meta")
+            read = torch.empty(shape, dtype=dtype, device="meta").__getitem__
         return _Slice(read, shape, dtype)
 
     def _scaled(self, name: str) -> Tensor:
@@ -158,14 +176,14 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A weight that is read when it is indexed, as a slice of `safe_open`."""
+    """A weight that is read when it is indexed, as a slice of `safe_open`: `read` takes rows."""
 
-    read: Callable[[], Tensor]
+    read: Callable[[Any], Tensor]
     shape: list[int]
     dtype: torch.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.read()[index]
+        return self.read(index)
 
     def get_shape(self) -> list[int]:
         return self.shape
@@ -192,3 +210,38 @@ class _PlainFile(contextlib.AbstractContextManager["_PlainFile"]):
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+class _Part(contextlib.AbstractContextManager["_Part"]):
+    """An open file of which some tensors are left out, or have only some of their rows."""
+
+    def __init__(self, file: Any, rows: Mapping[str, RowChoice]) -> None:
+        self._file = file
+        self._rows = rows
+
+    def keys(self) -> list[str]:
+        return [name for name in self._file.keys() if self._rows.get(name, ...) is not None]  # noqa: SIM118
+
+    def get_slice(self, name: str) -> Any:
+        stored = self._file.get_slice(name)
+        rows = self._rows.get(name, ...)
+        return stored if rows is ... else _OwnRows(stored, rows)
+
+    def get_tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _OwnRows:
+    """Some rows of a slice of `safe_open`, which are read when it is indexed."""
+
+    stored: Any
+    rows: RowChoice
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows: Tensor = self.stored[self.rows]
+        return rows[index]

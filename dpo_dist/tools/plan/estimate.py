@@ -276,12 +276,12 @@ def estimate(
         chosen = data.targets / data.responses
         of_chosen = round(prompt + chosen), round(chosen), round((prompt + chosen) ** 2 / 2), 0
         asking = data.pairs * Shapes(config, teacher).flops(*of_chosen) / 3
-    needs = shapes.footprint(gpus)
+    needs = shapes.footprint(gpus, machine.memory)
     micro_batch = _micro_batch(config, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
-    without = Shapes(plain, causal_lm, teacher).footprint(gpus)
+    without = Shapes(plain, causal_lm, teacher).footprint(gpus, machine.memory)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config, without, machine))

@@ -4,6 +4,7 @@ tests/simulated_cuda/test_scaling.py compares bytes on a device with the allocat
 docs/scaling.md has them as a table.
 """
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ from dpo_dist.model.layers import (
     weights_of,
 )
 from dpo_dist.objective.distillation import sparse_rows
+from dpo_dist.objective.token_logps import chunk_bytes
 from dpo_dist.training.start.open_run import Run
 
 KEYS_PER_TOKEN = 1.6
@@ -68,6 +70,7 @@ _STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, O
 # In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
 _BYTES_IN_MXFP4 = 17 / 32
+_UNEVEN = 2.0  # chosen: tokens of the rank whose experts a router prefers, in shares of the mean
 _TRACED_TOKENS = 64, 128  # tokens
 _TRACED_ATTENTION = "dpo_dist_trace"
 
@@ -175,8 +178,8 @@ class Shapes:
         """Return the FLOPs of a training step with these counts."""
         return step_flops(self.causal_lm).step(tokens, targets, attended, image_tokens)
 
-    def footprint(self, processes: int) -> Footprint:
-        """Return the footprint of each of `processes` that train the model."""
+    def footprint(self, processes: int, memory: float = math.inf) -> Footprint:
+        """Return the footprint of each of `processes` that train the model, on GPUs with so many bytes."""
         config = self.config
         causal_lm = self.causal_lm
         number = self.number
@@ -188,7 +191,7 @@ class Shapes:
         has_both = stage == 1 and config.model.dtype is Dtype.bf16
         gradients = (4.0 + number * has_both) * self.trained
         output = causal_lm.get_output_embeddings().weight
-        head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
+        head = 4.1 * chunk_bytes(memory) + (4.0 * output.numel() if output.requires_grad else 0.0)
         largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
         gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
         hpz = config.parallelism.hpz
@@ -223,7 +226,8 @@ class Shapes:
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing
-        per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing)
+        uneven = _UNEVEN if sharing > 1 else 1.0
+        per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing, uneven)
         if per_token is not None:
             per_token /= config.parallelism.sequence_parallel
         return Footprint({name: part for name, part in parts.items() if part}, per_token)
@@ -316,8 +320,10 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     if run.world.device.type != "cuda":
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
+    whole = torch.cuda.get_device_properties(run.world.device).total_memory
     teacher = teacher_without_weights(run.config)
-    needs = Shapes(run.config, causal_lm, teacher).footprint(run.world.size)
+    shapes = Shapes(run.config, causal_lm, teacher)
+    needs = shapes.footprint(run.world.size, min(run.world.gather(whole)))
     tokens = needs.largest_micro_batch(memory)
     model = run.config.model
     is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
@@ -420,8 +426,10 @@ def _count_weights(module: nn.Module) -> int:
     return sum(map(torch.numel, module.parameters()))
 
 
-def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
+def activation_bytes(causal_lm: Any, checkpointing: str | int, uneven: float = 1.0) -> float | None:
     """Return the bytes per token of a micro-batch in the backward pass; None if not known.
+
+    `uneven`: how many tokens the experts of a rank take in one layer, in shares of the mean over the ranks.
 
     Counts the tensors that autograd keeps in a forward on the meta device, and those that attention kernels
     keep: queries, keys, values, and sums of scores in float32. The model cannot be used afterwards.
@@ -454,6 +462,8 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     # grows with the two widths, on a simulated device; with experts each token is computed by several. In
     # benchmarks/log.md: "Activations traced on the meta device".
     backward = number * (4.0 * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
+    # The experts of that layer keep three widths and two hidden states of each token.
+    backward += (uneven - 1) * number * experts * (7.0 * width + 6.0 * hidden)
     if checkpointing == "none":
         return len(layers) * layer + backward
     checkpointed = len(layers) if checkpointing == "full" else len(layers) // int(checkpointing)

@@ -14,7 +14,13 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, conversion_mapping
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    conversion_mapping,
+    modeling_utils,
+)
 from transformers.core_model_loading import Transpose
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -41,10 +47,12 @@ from dpo_dist.model.library_internals import (
     fork_states,
     ignored_patterns,
     is_kernel,
+    join_tensors,
+    loading_without,
     mark_as_adapted,
-    name_in_model,
     opening_files_by,
     packed_by,
+    place_in_model,
     plain_attention,
     recurrent_functions,
     set_adapter_state,
@@ -150,10 +158,40 @@ def test_mxfp4_is_unpacked_to_inputs_before_outputs() -> None:
 
 def test_names_in_files_become_names_in_the_model(tmp_path: Path) -> None:
     tiny_family("mixtral").save_pretrained(tmp_path)
-    renamed = name_in_model(AutoModelForCausalLM.from_pretrained(tmp_path))
-    assert renamed("embed_tokens.weight") == "model.embed_tokens.weight"
+    find_place = place_in_model(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert find_place("embed_tokens.weight") == ("model.embed_tokens.weight", None)
     former = "model.layers.0.block_sparse_moe.gate.weight"
-    assert renamed(former) == "model.layers.0.mlp.gate.weight"
+    assert find_place(former) == ("model.layers.0.mlp.gate.weight", None)
+    former = "model.layers.0.block_sparse_moe.experts.3.w3.weight"
+    assert find_place(former) == ("model.layers.0.mlp.experts.gate_up_proj", ".experts.*.w3.weight")
+
+
+def test_tensors_of_files_become_a_weight_as_transformers_joins_them(tmp_path: Path) -> None:
+    tiny_family("mixtral").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    experts = loaded.model.layers[0].mlp.experts
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    gates, ups = experts.gate_up_proj.chunk(2, 1)
+    parts = {".experts.*.w3.weight": [lambda: ups[2]], ".experts.*.w1.weight": [lambda: gates[2]]}
+    assert torch.equal(join_tensors(loaded, name, parts), experts.gate_up_proj[2:3])
+    assert join_tensors(loaded, "model.norm.weight", {None: [lambda: gates]}) is gates
+
+
+def test_zero_3_leaves_weights_as_they_are_inside_the_block_only() -> None:
+    model = tiny_family("mixtral")
+    for part in (*model.modules(), *model.parameters()):  # as ZeRO-3 makes it
+        vars(part).pop("_is_hf_initialized", None)
+    names = {"model.layers.0.mlp.experts.gate_up_proj"}
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    original = modeling_utils._load_state_dict_into_zero3_model
+    with loading_without(names):
+        _, missing = modeling_utils._load_state_dict_into_zero3_model(model, {})
+    assert modeling_utils._load_state_dict_into_zero3_model is original
+    assert missing == before.keys() - names
+    model._initialize_missing_keys(is_quantized=False)
+    unchanged = {name for name, weight in model.named_parameters() if torch.equal(weight, before[name])}
+    assert names <= unchanged
+    assert "model.layers.1.mlp.experts.gate_up_proj" not in unchanged
 
 
 def test_a_class_says_which_tensors_it_does_not_read() -> None:

@@ -21,7 +21,7 @@ VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     positions, kept_chunks = request.param
     monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * positions})
-    monkeypatch.setattr(token_logps_module, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * positions * kept_chunks})
+    monkeypatch.setattr(token_logps_module, "_KEPT_CHUNKS", kept_chunks)
     return int(positions)
 
 

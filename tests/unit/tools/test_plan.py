@@ -445,7 +445,7 @@ SMALL = [
 
 def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    machine = ["+experiment=qwen7b", "plan.gpus=8", "plan.gpu=a100-40g"]
+    machine = ["+experiment=qwen7b", "plan.gpus=8", "plan.gpu=a100-40g", "data.max_length=4096"]
     content = planned(*machine, "model.gradient_checkpointing=none", "plan.suggest=true")[1]
     assert not content["fits"]
     assert planned(*machine, *content["suggested"].split(), "trainer.micro_batch_tokens=auto")[1]["fits"]

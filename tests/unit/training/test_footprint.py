@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import ModelConfig, Quantization
+from dpo_dist.config.schema import ModelConfig, Quantization, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.text import size
 from dpo_dist.model.files.load import load_config, load_weights, without_weights
@@ -68,6 +68,31 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
     assert needs.largest_micro_batch(0.5 * memory) == 0
     assert needs.fits(1000, 1.001 * memory)
     assert not needs.fits(1001, memory)
+
+
+@pytest.mark.parametrize(("gib", "billions"), [(16, 0.55), (24, 0.83), (80, 2.2)])
+def test_the_output_layer_takes_less_of_a_small_gpu(gib: int, billions: float) -> None:
+    config = load_run_config(["model.path=m", "model.adapter={r: 4, alpha: 8}"])
+    causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
+    needs = Shapes(config, causal_lm).footprint(1, gib * 2**30)
+    assert needs.parts["output layer"] == pytest.approx(1e9 * billions, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_rank_has_room_for_twice_its_tokens_in_the_experts_of_one_layer(checkpointing: str) -> None:
+    settings = ["model.path=m", "parallelism=zero3", f"model.gradient_checkpointing={checkpointing}"]
+    whole = load_run_config(settings)
+    shared = replace(whole, parallelism=replace(whole.parallelism, experts=4))
+    described = tiny_config("qwen3_moe", **WIDE)
+
+    def per_token(config: RunConfig) -> float:
+        found = Shapes(config, without_weights(described, config.model)).footprint(4).per_token
+        assert found is not None
+        return found
+
+    experts = 2 * described.num_experts_per_tok  # in bf16
+    width, hidden = described.moe_intermediate_size, described.hidden_size
+    assert per_token(shared) - per_token(whole) == pytest.approx(experts * (7 * width + 6 * hidden))
 
 
 def test_zero3_gathers_at_most_all_weights() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import collate
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization, ReferenceConfig, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.processes.world import ExpertGroup, World
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.console import Console
@@ -130,6 +130,22 @@ def test_an_example_that_drifts_beyond_the_precision_is_named(
     assert str(data.origin(4)) + " response 1" in raised.value.where
 
 
+def store_of(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the folder in the store from which a run takes the log-probs of its reference."""
+    names = list[str]()
+
+    def keep(store: Path, fingerprint: ReferenceFingerprint, _: Any) -> None:
+        names.append(fingerprint.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(reference_module, "LogpStore", keep)
+    files: Any = SimpleNamespace(folder=model, digest="files")
+    inputs: Any = SimpleNamespace(reference_files=files, policy_files=files, processor=None)
+    with pytest.raises(InterruptedError):
+        prepare_reference(run, inputs)
+    return names[0]
+
+
 @pytest.mark.parametrize(("kind", "names"), [("qwen3_5_text", 2), ("jamba", 2), ("qwen3", 1)])
 def test_a_store_of_recurrent_layers_is_not_that_of_other_kernels(
     kind: str, names: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,24 +154,31 @@ def test_a_store_of_recurrent_layers_is_not_that_of_other_kernels(
     tiny_config(kind).save_pretrained(tmp_path)
     h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h200)
-    found = list[str]()
-
-    def keep(store: Path, fingerprint: ReferenceFingerprint, _: Any) -> None:
-        found.append(fingerprint.name)
-        raise InterruptedError
-
-    monkeypatch.setattr(reference_module, "LogpStore", keep)
     on_gpu = replace(world, device=torch.device("cuda"))
     run = Run(RunConfig(model=ModelConfig(str(tmp_path), dtype=Dtype.fp32)), on_gpu, Console(None))
-    files: Any = SimpleNamespace(folder=tmp_path, digest="files")
-    inputs: Any = SimpleNamespace(reference_files=files, policy_files=files, processor=None)
     version = importlib.metadata.version
+    stores = set[str]()
     for fla in ("0.6.0", "0.7.0"):
         monkeypatch.setattr(
             importlib.metadata,
             "version",
             lambda name, fla=fla: fla if name == "fla-core" else version(name),
         )
-        with pytest.raises(InterruptedError):
-            prepare_reference(run, inputs)
-    assert len({*found}) == names
+        stores.add(store_of(run, tmp_path, monkeypatch))
+    assert len(stores) == names
+
+
+@pytest.mark.parametrize(("kind", "names"), [(Quantization.nf4, 2), (Quantization.int8, 1)])
+def test_a_store_of_experts_in_nf4_that_processes_share_is_not_that_of_whole_ones(
+    kind: Quantization, names: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales have scales of their own in nf4 alone."""
+    pytest.importorskip("bitsandbytes")
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    config = RunConfig(
+        model=ModelConfig(str(tmp_path), dtype=Dtype.fp32, quantization=kind),
+        reference=ReferenceConfig(quantization=kind),
+    )
+    shared = replace(world, experts=ExpertGroup(0, 2, None, None, None))
+    runs = (Run(config, each, Console(None)) for each in (world, shared))
+    assert len({store_of(run, tmp_path, monkeypatch) for run in runs}) == names
