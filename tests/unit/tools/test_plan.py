@@ -379,6 +379,30 @@ MIXTURE = {
 }
 
 
+def test_a_teacher_is_asked_once_or_stands_beside_the_policy() -> None:
+    """By hand: the distributions of a chosen response in bytes, its forward in seconds, its weights."""
+    words = ["model=qwen2_5_0_5b", "loss=distill", "teacher.path=Qwen/Qwen2.5-7B-Instruct", "plan.gpus=2"]
+    words += ["plan.pairs=1000", "plan.tokens_per_pair=700", "parallelism=ddp"]
+    text, plain = planned(*words)
+    _, other = planned(*words, "teacher.k=100", "teacher.drawn=30")
+    taken = [each["disk_bytes"]["the teacher's distributions"] for each in (plain, other)]
+    assert taken[0] == pytest.approx(4 * (2 * 48 + 16 + 2) * 1000 * 0.7 * 700 / 2)
+    assert taken[1] / taken[0] == pytest.approx((2 * 100 + 30 + 2) / 114)
+    assert "teacher, once for all runs" in text
+    beside, live = planned(*words, "teacher.mode=live")
+    assert live["bytes"]["teacher"] == pytest.approx(2 * 7.616e9 / 2, rel=0.01)  # of two GPUs
+    assert "the teacher's distributions" not in live["disk_bytes"]
+    assert "once for all runs" not in beside
+    seconds = [each["run_seconds"][0] for each in (plain, live)]
+    assert seconds[0] == pytest.approx(seconds[1])
+    _, longer = planned(*words, "trainer.epochs=3")
+    _, beside_longer = planned(*words, "trainer.epochs=3", "teacher.mode=live")
+    forward = 2 * 7.6e9 * 1000 * (0.3 + 0.7 / 2) * 700 / (2 * 989e12 * 0.38)
+    saved = beside_longer["run_seconds"][0] - longer["run_seconds"][0]
+    assert saved == pytest.approx(2 * forward, rel=0.1)
+    assert "teacher" not in planned(*words[:1], *words[3:])[1]["bytes"]
+
+
 def test_tokens_travel_in_place_of_experts() -> None:
     words = ["trainer.micro_batch_tokens=4096", "model.gradient_checkpointing=full"]
     plain = estimated(*words, kind="qwen3_moe", gpus=16, **MIXTURE)
