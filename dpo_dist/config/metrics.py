@@ -97,7 +97,7 @@ METRICS: Mapping[str, Metric] = {
         _digits(".3f"),
         best=_HIGHEST,
         is_share=True,
-        chart="Tokens at which the teacher's choice is the policy's",
+        chart="Agreement with the teacher",
     ),
     "grad_norm": Metric("norm before clipping", chart="Gradient norm"),
     "learning_rate": Metric("learning rate", chart="Learning rate"),

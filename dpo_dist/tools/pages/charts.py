@@ -316,6 +316,7 @@ PANELS = (
     Panel("Margin of rewards", in_image=True),
     Panel("Rewards", in_image=True),
     Panel("Log-ratio of mismatched responses"),
+    Panel("Agreement with the teacher"),
     Panel("Log-prob per token"),
     Panel("Distance from the reference"),
     Panel("Length of generated responses"),
