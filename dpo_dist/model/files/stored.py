@@ -40,17 +40,22 @@ def plain_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
 @contextlib.contextmanager
 def plain_weights(
-    folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
+    folder: Path,
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
+    drawn: Mapping[str, Tensor] | None = None,
+    *,
+    is_read: bool = True,
 ) -> Iterator[None]:
     """Inside the block, make transformers read the weights of `folder` as plain ones of `dtype`.
 
-    `kept` are names of MXFP4 weights that are read as `join_mxfp4` returns them. Without `is_read`, quantized
-    weights are on the meta device.
+    `kept` are names of MXFP4 weights that are read as `join_mxfp4` returns them. `drawn` are weights that are
+    read as if the folder had them, too. Without `is_read`, quantized weights are on the meta device.
     """
-    if stored_quantization(folder) is None:
+    if stored_quantization(folder) is None and not drawn:
         yield
     else:
-        with opening_files_by(_Reader(folder, dtype, kept, is_read=is_read).open):
+        with opening_files_by(_Reader(folder, dtype, kept, drawn or {}, is_read=is_read).open):
             yield
 
 
@@ -87,10 +92,17 @@ class _Reader:
     """The tensors of a folder; `open` returns what `safe_open` returns of a file with plain weights."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        kept: Collection[str] = (),
+        drawn: Mapping[str, Tensor] | None = None,
+        *,
+        is_read: bool = True,
     ) -> None:
         self._dtype = dtype
         self._kept = kept
+        self._drawn = drawn or {}
         self._is_read = is_read
         self._blocks = (stored_quantization(folder) or {}).get("weight_block_size", (128, 128))
         self._places = places(folder)
@@ -99,9 +111,11 @@ class _Reader:
     def open(self, file: str | Path) -> "_PlainFile":
         file = Path(file)
         names = [name for name, place in self._places.items() if place == file]
-        return _PlainFile(
-            {name.removesuffix(_BLOCKS): self._weight(name) for name in names if self._is_weight(name)}
-        )
+        weights = {name.removesuffix(_BLOCKS): self._weight(name) for name in names if self._is_weight(name)}
+        if file == next(iter(self._files)):
+            for name, values in self._drawn.items():
+                weights[name] = self._lazy(values.to(self._dtype).clone, [*values.shape])
+        return _PlainFile(weights)
 
     def _is_weight(self, name: str) -> bool:
         if name.endswith(_SCALES):
