@@ -3,9 +3,9 @@
 Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids) and `dpo_dist.foundation`.
 
 - **A verb**: `extension.py` in a tool's folder has an `Extension`, with `Verb`s, keys and `Rule`s; `unused`,
-  `to_unset` and `HOLD_OUT` make rules and remedies, `needs_of` and `check_rules` check them. `run_verb` runs
-  a verb with its configuration, `checked_console` and `check_start` check what it needs, `dry_run` answers
-  `--check`. `write_command` writes the command of another verb.
+  `unused_beside`, `LOSS`, `to_unset` and `HOLD_OUT` make rules and remedies, `needs_of` and `check_rules`
+  check them. `run_verb` runs a verb with its configuration, `checked_console` and `check_start` check what it
+  needs, `dry_run` answers `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
   `LossKind`, `Offload`, `ParallelismKind`, `ReferenceConfig`, `ReferenceMode`, `UNSET`. `load_run_config`
   reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config`
@@ -73,12 +73,14 @@ if TYPE_CHECKING:
     from dpo_dist.config.mistakes import fits
     from dpo_dist.config.rules import (
         HOLD_OUT,
+        LOSS,
         Rule,
         best_direction,
         check_rules,
         likely_metric,
         needs_of,
         unused,
+        unused_beside,
         value_at,
     )
     from dpo_dist.config.run_folder import (
@@ -160,7 +162,9 @@ _NAMES = {
         ACCURACIES ALL AUC CUSTOM LOSS_METRICS MAIN METRICS PREFIX TERMS find_metric results_name
     """,
     "config.mistakes": "fits",
-    "config.rules": "HOLD_OUT Rule best_direction check_rules likely_metric needs_of unused value_at",
+    "config.rules": """
+        HOLD_OUT LOSS Rule best_direction check_rules likely_metric needs_of unused unused_beside value_at
+    """,
     "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
     "config.schema": """
         UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceConfig ReferenceMode

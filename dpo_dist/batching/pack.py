@@ -108,6 +108,12 @@ class PackedBatch:
         return copy_to_device(self.input_ids.device, self.target_places[1])
 
     @property
+    def lengths(self) -> Tensor:
+        """Return int64 [responses]: the tokens of each response that are inputs."""
+        tokens = [tokens for _, *responses in self.layout for tokens in responses]
+        return copy_to_device(self.input_ids.device, np.array(tokens, dtype=np.int64))
+
+    @property
     def repeats(self) -> Tensor:
         """Return float32 [tokens]: how often a batch with one response per row would repeat each token.
 

@@ -18,6 +18,7 @@ from dpo_dist.config.keys import group_folders
 from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
 from dpo_dist.foundation.fields import plain_values
 from dpo_dist.foundation.remedies import InFile, to_write
@@ -85,6 +86,8 @@ def complete_config(
     rules = rules_of(verb)
     config = reset_unused(resolve_reference(config), set_keys, set_by_presets, rules)
     check_rules(config, rules)
+    if config.loss.of_scores and (not verb or VERBS[verb].takes_training):
+        config = config.with_scores()
     if config.run.mirror is not None and is_url(config.run.mirror):
         check_url(config.run.mirror, "run.mirror")
     paths = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]

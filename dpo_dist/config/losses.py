@@ -35,7 +35,7 @@ LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
     "discopop dpop odpo reward_aware simpo orpo cpo sft distill aot aot_unpaired beta_dpo plackett_luce kto "
-    "apo_zero_unpaired custom",
+    "apo_zero_unpaired reward custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -140,6 +140,14 @@ class BetaDpoOptions:
     """`beta_dpo`: momentum of the moving average of margins."""
 
 
+@schema
+class RewardOptions:
+    """Options of `reward`."""
+
+    centre: float = key(0.0, ge=0)
+    """`reward`: weight of the squared sum of a pair's scores, which keeps their mean near 0."""
+
+
 @dataclass(frozen=True)
 class KindFacts:
     """Facts of one kind of loss; formulas in the notation of docs/losses.md."""
@@ -169,6 +177,8 @@ class KindFacts:
     smoothing: float = 0.0
     """The default of `label_smoothing`."""
     smoothing_above_0: bool = False
+    of_scores: bool = False
+    """The model is a reward model: a response has a score in place of a log-prob."""
 
 
 _PAIR = frozenset({"beta", "ld_alpha", "weighting", "reference_free"})
@@ -340,6 +350,17 @@ KINDS: dict[LossKind, KindFacts] = {
         is_unpaired=True,
         fewest_responses=1,
     ),
+    LossKind.reward: KindFacts(
+        "-(1-e) ls(h) - e ls(-h) + c (sw + sl)^2, h = sw - sl of the scores, c = `loss.options.centre`; "
+        "ranked: `plackett_luce` of the scores",
+        "Bradley-Terry, arXiv 2203.02155; centring: arXiv 2312.09244",
+        frozenset({"label_smoothing"}),
+        frozenset(NUMBERS),
+        RewardOptions,
+        needs_reference=False,
+        accepts_rankings=True,
+        of_scores=True,
+    ),
     LossKind.custom: KindFacts(
         "returned by your own `function`",
         "[your own](python.md#a-loss-of-your-own)",
@@ -408,6 +429,7 @@ KindOptions: TypeAlias = Annotated[
     | CpoOptions
     | DistillOptions
     | BetaDpoOptions
+    | RewardOptions
     | None,
     BeforeValidator(_options_of_kind),
 ]
@@ -560,6 +582,11 @@ class LossConfig:
     def accepts_rankings(self) -> bool:
         """Return whether a record may have more than two responses."""
         return all(facts.accepts_rankings for facts in self.facts)
+
+    @property
+    def of_scores(self) -> bool:
+        """Return whether the model is a reward model, whose responses have scores in place of log-probs."""
+        return any(facts.of_scores for facts in self.facts)
 
     @property
     def needs_scores(self) -> bool:

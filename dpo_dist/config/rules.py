@@ -281,6 +281,12 @@ RULES = (
         "model's family [multi_modal_projector], [merger] or [embed_vision]) or its layers in "
         "model.adapter.target_modules",
     ),
+    Rule(
+        f"model.images!=null {LOSS}",
+        "reward models read only text: their classes in transformers take no features of images",
+        to_unset("model.images"),
+        lambda c: c.loss.of_scores,
+    ),
     # Data.
     once("data.train"),
     once("data.eval"),
@@ -322,6 +328,21 @@ RULES = (
         "a loss of labelled records cannot be summed with losses of pairs",
         "set loss=kto or loss=apo_zero_unpaired alone",
         lambda c: c.loss.is_unpaired and len(c.loss.kinds) > 1,
+    ),
+    Rule(
+        LOSS,
+        "a loss of scores cannot be summed with losses of log-probs: the model gives one or the other",
+        "set loss=reward alone",
+        lambda c: c.loss.of_scores and len(c.loss.kinds) > 1,
+    ),
+    *(
+        unused_beside(
+            key,
+            LOSS,
+            "choose another loss: reward scores whole conversations",
+            lambda c: not c.loss.of_scores,
+        )
+        for key in ("data.trained_roles", "data.untrained")
     ),
     Rule(
         f"data.unpair=true {LOSS}",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
@@ -18,7 +18,7 @@ from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
-from dpo_dist.data import DataConfig, Source
+from dpo_dist.data import DataConfig, ScoredDataConfig, Source
 from dpo_dist.foundation.fields import (
     EVERY_READER,
     LARGEST_INTEGER,
@@ -176,6 +176,9 @@ a text, so that code that needs the path does not have to ask whether it is null
 class ModelConfig:
     """The policy."""
 
+    gives_scores: ClassVar[bool] = False
+    """Whether the model is a reward model, which scores a text as a whole."""
+
     path: NonEmpty = key(UNSET)
     """Folder or hub name of the model to train."""
     revision: str | None = key(None)
@@ -202,6 +205,12 @@ class ModelConfig:
     """Load the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
     trust_remote_code: bool = key(False, runs="Python code of model folders is run")
     """Run Python code from the model's repository."""
+
+
+class RewardModelConfig(ModelConfig):
+    """The same keys for a reward model."""
+
+    gives_scores = True
 
 
 @schema
@@ -490,6 +499,11 @@ class RunConfig:
         """Return the run with these sections of tools in place of its own."""
         names = {type(value): name for name, value in vars(self).items()}
         return replace(self, **{names[type(section)]: section for section in changed})
+
+    def with_scores(self) -> Self:
+        """Return the run with a reward model as its model, and data that are encoded for it."""
+        model = RewardModelConfig(**vars(self.model))
+        return replace(self, model=model, data=ScoredDataConfig(**vars(self.data)))
 
     @cached_property
     def identity(self) -> RunIdentity:

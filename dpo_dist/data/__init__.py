@@ -4,8 +4,9 @@ Needs nothing of the rest of this package but `foundation`, no torch for texts, 
 source says (`PreferenceRecord`), an example what a model reads (`Example`); a record that cannot be used is a
 `BadRecord`. docs/data_alone.md begins with five lines.
 
-- **Configuration**: `DataConfig` has the limits and the template, `SourceConfig` one source (`Source`: also
-  as a path), `DataFormat` the formats; `OnBadRecord` and `TextTemplate` are values of keys.
+- **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
+  model; `SourceConfig` has one source (`Source`: also as a path), `DataFormat` the formats; `OnBadRecord` and
+  `TextTemplate` are values of keys.
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.
@@ -17,7 +18,8 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 - **Encoding**: `encode_record` returns an `EncodedRecord`, whose `examples()` are `EncodedExample`s:
   `Example`s of `TokenIds` and a `Mask` for each response, with an `ImageInput` (`ExpandedImage`) for each
   image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
-  that end responses, `unread_fields` what neither a format nor the template reads.
+  that end responses, `final_tokens` those at the end of whole texts, `unread_fields` what neither a format
+  nor the template reads.
 - **Counts**: `DataCounts` counts kept, dropped and changed records by each record's `Outcome`, checks that
   enough is left, by `SourceLengths` too, and says so: `describe_counts`, `named_in_one_line`.
 
@@ -28,7 +30,15 @@ from importlib import import_module  # noqa: TID251  (no code of the user)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Source, SourceConfig, TextTemplate
+    from dpo_dist.data.config import (
+        DataConfig,
+        DataFormat,
+        OnBadRecord,
+        ScoredDataConfig,
+        Source,
+        SourceConfig,
+        TextTemplate,
+    )
     from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
     from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
     from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
@@ -55,7 +65,7 @@ if TYPE_CHECKING:
         turns_of,
     )
     from dpo_dist.data.text.lengths import SourceLengths
-    from dpo_dist.data.text.render import trained_stops, unread_fields
+    from dpo_dist.data.text.render import final_tokens, trained_stops, unread_fields
     from dpo_dist.data.text.template import ChatTemplate
 
 __all__ = [
@@ -87,6 +97,7 @@ __all__ = [
     "RawRecord",
     "Record",
     "Response",
+    "ScoredDataConfig",
     "Source",
     "SourceConfig",
     "SourceLengths",
@@ -95,6 +106,7 @@ __all__ = [
     "UnusableRecordError",
     "describe_counts",
     "encode_record",
+    "final_tokens",
     "full_name",
     "named_in_one_line",
     "prompt_hash",
@@ -107,7 +119,10 @@ __all__ = [
 ]
 
 _NAMES = {
-    "config": ("DataConfig", "DataFormat", "OnBadRecord", "Source", "SourceConfig", "TextTemplate"),
+    "config": (
+        *("DataConfig", "DataFormat", "OnBadRecord", "ScoredDataConfig", "Source", "SourceConfig"),
+        "TextTemplate",
+    ),
     "counts": ("DataCounts", "Outcome", "describe_counts", "named_in_one_line"),
     "encode": ("EncodedExample", "EncodedRecord", "encode_record"),
     "example": ("Example", "ImageInput", "Mask", "TokenIds"),
@@ -122,7 +137,7 @@ _NAMES = {
         "turns_of",
     ),
     "text.lengths": ("SourceLengths",),
-    "text.render": ("trained_stops", "unread_fields"),
+    "text.render": ("final_tokens", "trained_stops", "unread_fields"),
     "text.template": ("ChatTemplate",),
 }
 """The same names by the module that has them; a test compares them with the imports above."""

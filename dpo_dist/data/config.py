@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from enum import StrEnum
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -66,6 +66,9 @@ Source = Annotated[
 @schema
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
+
+    for_scores: ClassVar[bool] = False
+    """Whether a reward model scores each conversation as the template writes it, to its very end."""
 
     train: list[Source] = key([], verbs=EVERY_READER)
     """Training data: files, patterns, folders, URLs, hub datasets."""
@@ -141,6 +144,11 @@ class DataConfig:
         return replace(self, max_length=2**30, max_prompt_length=None, truncation=Truncation.drop)
 
     @property
+    def longest(self) -> int:
+        """The most tokens of an encoded prompt with its response."""
+        return self.max_length
+
+    @property
     def encoding_identity(self) -> dict[str, Any]:
         """What decides, beside a record and the chat template, the token ids and masks of the record."""
         return {
@@ -150,6 +158,22 @@ class DataConfig:
             "trained_roles": sorted(set(self.trained_roles)),
             "untrained": sorted(set(self.untrained)),
         }
+
+
+class ScoredDataConfig(DataConfig):
+    """The same keys for a reward model: behind each response is one more position, that of its score."""
+
+    for_scores = True
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of an encoded prompt with its response, and the position of the score."""
+        return self.max_length + 1
+
+    @property
+    def encoding_identity(self) -> dict[str, Any]:
+        """What decides, beside a record and the chat template, the token ids and masks of the record."""
+        return {**super().encoding_identity, "for_scores": True}
 
 
 _ENCODING_KEYS = (

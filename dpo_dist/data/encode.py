@@ -32,6 +32,9 @@ from dpo_dist.data.text.turns import Span
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
 
+_SCORE_ID = 0
+"""What stands behind a response, where the last token predicts its score; no model reads it."""
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample(Example):
@@ -61,7 +64,7 @@ def encode_pair(
         if processor is not None and images:
             rendered = with_images(rendered, images, facts, processor)
         prompt, responses, masks, is_resplit = _encoded(rendered, facts, config)
-        prompt, prefix_length = facts.with_prefix(prompt)
+        prompt, prefix_length = facts.with_prefix(prompt, is_whole=rendered.is_whole)
         least = prefix_length
         if processor is not None:
             least += _tokens_from_images(
@@ -99,6 +102,9 @@ def encode_pair(
         "partly_trained": bool(masks),
         "image_tag_in_text": has_tags,
     }
+    if config.for_scores:
+        cut_responses = [[*ids, _SCORE_ID] for ids in cut_responses]
+        masks = [np.arange(len(ids)) == len(ids) - 1 for ids in cut_responses]
     changes = [name for name, is_so in has_change.items() if is_so]
     return EncodedExample(
         np.array(cut_prompt, dtype=np.int32),
@@ -175,7 +181,7 @@ def _encoded(
 
     A mask marks the tokens that the loss counts; there are no masks if the loss counts all tokens.
     """
-    parts = _untrained_parts(facts, config)
+    parts = [] if config.for_scores else _untrained_parts(facts, config)
     counted = [
         _counted_characters(rendered.prompt, text, turns, parts)
         for text, turns in zip(rendered.responses, rendered.counted, strict=True)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo_dist.model.flops import numbers_of_experts
+from dpo_dist.model.layers import output_layer
 
 if TYPE_CHECKING:  # a plan without a device needs no DeepSpeed
     from dpo_dist.distributed.deepspeed_internals import Range
@@ -24,7 +25,7 @@ def matrices_of(causal_lm: Any) -> set[nn.Parameter]:
     Stacked experts are none, nor are an adapter's matrices on them, which are those of all experts in one.
     """
     tables = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
-    output = causal_lm.get_output_embeddings()
+    output = output_layer(causal_lm)
     if output is not None:
         tables |= set(output.parameters())
     of_experts = numbers_of_experts(causal_lm)

@@ -48,7 +48,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.shard_groups import copy_shards, sum_over_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.files.load import load_packed
+from dpo_dist.model.files.load import check_has_score, load_packed
 from dpo_dist.model.layers import (
     decoder_layers,
     join_gradients,
@@ -192,10 +192,13 @@ def load_to_train(
 ) -> PackedCausalLM:
     """Return a model with its adapter, in the groups of `world`; collective.
 
-    `adapter`: the folder of an adapter that is continued; a new one is drawn by `seed`.
+    `adapter`: the folder of an adapter that is continued; a new one is drawn by `seed`, and so is the output
+    layer of a reward model that starts from a causal model.
     """
+    if model.gives_scores and adapter is not None:
+        check_has_score(folder, adapter, "model.adapter.path")
     packed = load_packed(
-        folder, model, longest, world.device, sequence=world.sequence, share=world.share_of_experts
+        folder, model, longest, world.device, sequence=world.sequence, share=world.share_of_experts, seed=seed
     )
     copy_shards(packed.parameters(), world)
     if model.adapter is not None:

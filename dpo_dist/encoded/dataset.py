@@ -179,6 +179,10 @@ class PreferenceDataset:
             images=images,
         )
 
+    def texts(self) -> list[Example]:
+        """Return the first example, if it has no images."""
+        return [self.example(0)] if len(self) and self.images is None else []
+
     def with_inputs(self, examples: Sequence[Example]) -> list[Example]:
         """Return examples of this dataset with the inputs of their images, decoded and processed."""
         if self.images is None:
@@ -497,6 +501,9 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
         )
 
 
+_AS_PAIRS = "set data.ranked=best_worst or all_pairs"
+
+
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Check that the loss can use every example and its numbers. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
@@ -525,6 +532,11 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
+        elif loss.accepts_rankings and name != "loss_weight":
+            check(misfits & (counts > 2), f"a {name} of a ranking", _AS_PAIRS)
+    if loss.accepts_rankings and loss.label_smoothing:
+        remedy = f"set loss.label_smoothing=null, or {_AS_PAIRS.removeprefix('set ')}"
+        check(counts > 2, "a ranking beside loss.label_smoothing", remedy)
     if loss.is_unpaired:
         taken_apart = "set data.unpair=true"
         taken_apart += " to take pairs apart, or give each response a label: true or false, 1 or 0"

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -10,9 +11,11 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
 )
 
 from dpo_dist.batching.costs import Arrangement
@@ -62,11 +65,47 @@ _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
 """Architectures with positions in a table that is not an embedding; sequences longer than the table fail."""
 
 
+SCORE = "score"
+"""The name of a reward model's output layer in transformers' classes of causal models."""
+_REWARD_MODEL = "ForSequenceClassification"
+
+
+def is_reward_model(architectures: Iterable[str] | None) -> bool:
+    """Return whether the classes that a config.json names return scores."""
+    return any(name.endswith(_REWARD_MODEL) for name in architectures or ())
+
+
+def describe_reward_model(model_config: Any, key: str) -> None:
+    """Make a model's configuration that of its class of reward models, with one score."""
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model_config), None)
+    if kind is None:
+        raise ConfigError(
+            "transformers has no class of reward models for this architecture",
+            where=key,
+            got=model_config.model_type,
+            expected=f"an architecture with a class ...{_REWARD_MODEL}, such as llama, qwen3 or gemma3_text",
+            remedy="choose a model of such an architecture",
+        )
+    if not is_reward_model(model_config.architectures):
+        model_config.num_labels = 1
+    elif model_config.num_labels != 1:
+        raise ConfigError(
+            "the model classifies, and is no reward model",
+            where=key,
+            got=f"{model_config.num_labels} outputs",
+            expected="one output",
+            remedy="choose a reward model, or a causal language model, which gets a new output layer",
+        )
+    model_config.architectures = [kind.__name__]
+
+
 def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
     """Return the transformers auto class that loads the model class named in config.json.
 
     A model that also reads images must not load as its text class, which renames weights and drops parts.
     """
+    if is_reward_model(model_config.architectures):
+        return AutoModelForSequenceClassification
     kind = type(model_config)
     text = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
@@ -122,7 +161,10 @@ def context_length(model_config: Any) -> int | None:
 
 
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
-    """Check that a model's table of positions is long enough for `max_length`."""
+    """Check that a model's table of positions is long enough for `max_length`.
+
+    That counts one more position behind a text if the model is a reward model.
+    """
     text = causal_lm.config.get_text_config()
     positions = context_length(causal_lm.config)
     if positions is None or max_length - 1 <= positions:
@@ -132,12 +174,14 @@ def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") ->
     tables = [module for module in others if isinstance(module, nn.Embedding)]
     has_table = any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables)
     if has_table or text.model_type in _FIXED_POSITIONS:
+        behind = int(is_reward_model([type(causal_lm).__name__]))
+        most = positions + 1 - behind
         raise ConfigError(
             "the model has too few positions for data.max_length",
             where=f"data.max_length, {key}",
-            got=f"{max_length}, and the model has {positions} positions",
-            expected=f"{positions + 1} or less; the last token of a sequence is not an input",
-            remedy=f"set data.max_length to {positions + 1} or less",
+            got=f"{max_length - behind}, and the model has {positions} positions",
+            expected=f"{most} or less" + ("" if behind else "; the last token of a sequence is not an input"),
+            remedy=f"set data.max_length to {most} or less",
         )
 
 
@@ -178,7 +222,8 @@ def own_coefficient(causal_lm: Any) -> float | None:
     function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     text = causal_lm.config.get_text_config()
     facts = vars(causal_lm)
-    if text is not causal_lm.config:  # a model of several parts has these options in its text config
+    # A model of several parts, and a reward model, have these options in the text config only.
+    if text is not causal_lm.config or is_reward_model([type(causal_lm).__name__]):
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         facts = {name: getattr(text, name, None) for name in names}
     is_known = function is not None and list(inspect.signature(function).parameters) == _LOSS_PARAMETERS

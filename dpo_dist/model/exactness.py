@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.batching.pack import PackedBatch, pack
+from dpo_dist.batching.pack import PackedBatch, copy_to_device, pack
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.data import Example, ImageInput, TokenIds
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
@@ -64,6 +64,7 @@ _FUTURE = 0.02
 # The same with int8 weights: an outlier in one token keeps its column of inputs unrounded for all tokens
 # (arXiv:2208.07339), so that other tokens change the rounding. Chosen.
 _FUTURE_IN_INT8 = 0.1
+_PADDED = 3  # tokens of padding behind a row that a reward model's class scores
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class StartCheck:
     """Check a model in evaluation mode on invented sequences.
 
     `max_length` is the longest prompt plus response, in tokens, `images` are invented images of different
-    sizes, for a model that reads images. Public methods are collective.
+    sizes, for a model that reads images. `texts` are examples of the data, without images, at whose ends a
+    reward model's class has to read the score. Public methods are collective.
     """
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
@@ -147,6 +149,7 @@ class StartCheck:
         key: str = "model.path",
         agree: Agree = str,
         images: Sequence[ImageInput] = (),
+        texts: Sequence[Example] = (),
     ):
         self._model = model
         self._score = score
@@ -160,6 +163,7 @@ class StartCheck:
         self._batch = _packed(self._examples)
         branches = _branches(self._examples)
         self._tree = _packed([*self._examples, *branches], costs=_SHARING)
+        self._texts = texts
 
     def choose_arrangement(self) -> None:
         """Set the cheapest arrangement that computes the log-probs of the model's own forward."""
@@ -193,6 +197,13 @@ class StartCheck:
             )
         for failure in failures:
             log.info("%s, %s", self._kind, failure)
+        if model.gives_scores:
+            self._refuse_fault(
+                self._unlike_class,
+                "this model's own class in transformers gives other scores than training would",
+                "choose another model, or a pad_token in tokenizer_config.json that ends no text: the class "
+                "reads a score at the last token that is not padding",
+            )
         if model.own_logits:
             log.warning("%s: log-probs are computed from all logits of the model at once", self._kind)
 
@@ -251,9 +262,11 @@ class StartCheck:
 
     def _plain_scores(self) -> Tensor:
         """Return the log-probs by the model's own forward of one row at a time, which reads pixels itself."""
+        # A reward model's own logits are those of the end of a row only.
+        own_logits = not self._model.gives_scores
         if self._model.images is None:
-            return self._scores_as(Arrangement.single, own_logits=True)
-        self._model.arrange(Arrangement.single, own_logits=True)
+            return self._scores_as(Arrangement.single, own_logits)
+        self._model.arrange(Arrangement.single, own_logits=own_logits)
         logps = []
         with self._model.images.by_own_forward():
             for example in self._examples:
@@ -319,6 +332,28 @@ class StartCheck:
         if self._is_int8:
             allowed = max(allowed, _FUTURE_IN_INT8 * self._rounding.spread)
         return "" if effect <= allowed else f"log-probs change by {effect:.2g} nats with other responses"
+
+    def _unlike_class(self) -> str:
+        """Return how much scores differ from those of the class for the same rows with padding; "" if not."""
+        invented = [example for example in self._examples if not example.images]
+        batch = _packed([*invented, *(replace(text, trained=()) for text in self._texts)])
+        scores = self._scores(batch)[batch.response_tokens.cumsum(0) - 1]
+        ids_of_batch = batch.input_ids.to(self._device)
+        padding = self._model.causal_lm.config.get_text_config().pad_token_id
+        own = []
+        with torch.no_grad(), self._model.unpacked() as reward_model:
+            for row in batch.rows:
+                ids = ids_of_batch[copy_to_device(self._device, row)][None]
+                mask = torch.ones_like(ids)
+                if padding is not None:  # without it, the class takes rows of one length
+                    ids = nn.functional.pad(ids, (0, _PADDED), value=padding)
+                    mask = nn.functional.pad(mask, (0, _PADDED))
+                own.append(reward_model(input_ids=ids, attention_mask=mask).logits[0, 0].float().cpu())
+        # The class rounds its scores to the model's precision.
+        rounding = 2 * torch.finfo(next(self._model.parameters()).dtype).eps * scores.abs()
+        differences = (torch.stack(own) - scores).abs()
+        is_rounding = not self._rounding.unexplained((differences - rounding).clamp(min=0))
+        return "" if is_rounding else f"scores differ by up to {float(differences.max()):.2g}"
 
     def _change_by_training(self) -> str:
         mean = float((self._scores(self._batch) - self._tried).abs().mean())
@@ -470,7 +505,9 @@ def _candidates(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrang
         first = Arrangement.single
     arrangements = list(Arrangement)
     arrangements = arrangements[arrangements.index(first) :]
-    for own_logits in (False, True) if model.has_chunked_head else (True,):
+    has_own_logits = not model.gives_scores  # a reward model's own are those of the end of a row
+    heads = [own for own, is_there in ((False, model.has_chunked_head), (True, has_own_logits)) if is_there]
+    for own_logits in heads:
         for arrangement in arrangements:
             if arrangement is not Arrangement.packed or model.can_pack(own_logits=own_logits):
                 yield arrangement, own_logits

@@ -18,6 +18,7 @@ from dpo_dist.model.layers import (
     image_weights,
     layer_values,
     other_weights,
+    output_layer,
     projector_weights,
     text_part,
 )
@@ -93,7 +94,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     softmax and the states of recurrent layers are not counted.
     """
     text = causal_lm.config.get_text_config()
-    output = causal_lm.get_output_embeddings().weight
+    output = output_layer(causal_lm).weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
     experts = numbers_of_experts(causal_lm)

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_dist.config.keys import to_unset
 from dpo_dist.config.schema import FusedLayers, ImagesConfig, ModelConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError, Lack, raise_all
-from dpo_dist.model.architectures import EXACT_WITH_LIGER
+from dpo_dist.model.architectures import EXACT_WITH_LIGER, SCORE, is_reward_model
 from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
 from dpo_dist.model.numerics import check_precision
 
@@ -68,6 +68,16 @@ def text_part(causal_lm: Any) -> Any:
     return causal_lm if config.get_text_config() is config else causal_lm.get_decoder()
 
 
+def gives_scores(model: Any) -> bool:
+    """Return whether a transformers model is a reward model."""
+    return is_reward_model([type(model).__name__])
+
+
+def output_layer(model: Any) -> Any:
+    """Return a model's output layer, of a reward model the one of its scores; None if it has none."""
+    return getattr(model, SCORE, None) if gives_scores(model) else model.get_output_embeddings()
+
+
 def weights_of(modules: Iterable[nn.Module], *, recurse: bool = True) -> set[nn.Parameter]:
     """Return the weights of several modules, without `recurse` not those of modules inside them."""
     return set(itertools.chain.from_iterable(module.parameters(recurse) for module in modules))
@@ -79,7 +89,7 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
     text = text_part(causal_lm)
     if text is causal_lm:
         return weights_of(unreached)
-    of_text = (text, causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    of_text = (text, causal_lm.get_input_embeddings(), output_layer(causal_lm))
     return weights_of(unreached) | (set(causal_lm.parameters()) - weights_of(of_text))
 
 

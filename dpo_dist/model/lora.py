@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.remedies import to_write
+from dpo_dist.model.architectures import SCORE
 from dpo_dist.model.experts import compute_adapted
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
@@ -30,9 +31,11 @@ from dpo_dist.model.files.folder import (
 )
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.layers import (
+    gives_scores,
     image_modules,
     image_weights,
     outermost,
+    output_layer,
     partly_used_blocks,
     text_part,
     without_gradient,
@@ -111,6 +114,10 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
             got=f"dora, with {', '.join(_last_parts(experts))} in model.adapter.target_modules",
             remedy="set model.adapter.variant=lora, or name no experts",
         )
+    has_scores = gives_scores(causal_lm)
+    in_full = find_modules(causal_lm, adapter.modules_to_save or [])
+    if has_scores and SCORE not in in_full:  # it starts at random
+        in_full.append(SCORE)
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -118,9 +125,9 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=targets,
         target_parameters=experts or None,
-        modules_to_save=find_modules(causal_lm, adapter.modules_to_save or []) or None,
+        modules_to_save=in_full or None,
         init_lora_weights=True,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if has_scores else "CAUSAL_LM",
     )
     fault = ""
     with torch.random.fork_rng(devices=()):
@@ -183,7 +190,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
     if matrices:
         got = f"matrices on the {matrices[0].parameter_name} of {type(matrices[0].get_base_layer()).__name__}"
         raise _foreign_adapter(causal_lm, folder, got, key, MERGE)
-    if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
+    if output_layer(causal_lm) in adapted_layers(causal_lm):
         raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
     if next(causal_lm.parameters()).is_meta:  # only its shapes are used
         unknown = sorted(set(on_disk) - _adapted_names(causal_lm))
@@ -288,7 +295,7 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
     Layers of parts for images get matrices only if a target means no other layer.
     """
-    head = causal_lm.get_output_embeddings()
+    head = output_layer(causal_lm)
     for_images = image_modules(causal_lm)
     unmoved = without_gradient(causal_lm) - image_weights(causal_lm)
     in_full = find_modules(causal_lm, adapter.modules_to_save or [])
@@ -420,7 +427,7 @@ def find_modules(causal_lm: Any, endings: list[str]) -> list[str]:
 
 def tied_pair(causal_lm: Any) -> tuple[str, ...]:
     """Return the names of embeddings and output layer if the base ties them, else an empty tuple."""
-    pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    pair = causal_lm.get_input_embeddings(), output_layer(causal_lm)
     wrappers = saved_modules(causal_lm).values()
     bases = (layer.original_module if layer in wrappers else layer for layer in pair)
     first, second = (getattr(base, "weight", None) for base in bases)

@@ -19,7 +19,7 @@ from dpo_dist.data import Example
 from dpo_dist.model.attention.kernels import PACKED, packed_attention
 from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.model.images import EncodedImages, ImageReader
-from dpo_dist.model.layers import decoder_layers, text_part
+from dpo_dist.model.layers import decoder_layers, gives_scores, output_layer, text_part
 from dpo_dist.model.library_internals import (
     attention_name,
     can_choose_attention,
@@ -32,6 +32,7 @@ from dpo_dist.model.states import ForkedStates
 from dpo_dist.objective.distillation import SoftTargets, TeacherInputs
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
+    UNCHANGED,
     LogitChange,
     Statistic,
     float32_logits,
@@ -101,8 +102,28 @@ class LogpHead(nn.Linear):
         return super().forward(input)
 
 
+class ScoreHead(LogpHead):
+    """Output layer of a reward model: returns the score at each target's place in place of a log-prob."""
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  (nn.Linear's name)
+        targets: Tensor | None = None,
+        statistics: Sequence[Statistic] = (),
+        soft: SoftTargets | None = None,
+        asked: TeacherInputs | None = None,
+    ) -> Tensor:
+        """Return float32 [targets]; without targets all logits. A score has no distribution."""
+        assert not statistics
+        assert soft is None
+        assert asked is None
+        if targets is None:
+            return super().forward(input)
+        return float32_logits(input, self.weight, self.bias)[:, 0]
+
+
 class PackedCausalLM(nn.Module):
-    """Causal language model whose forward maps a packed batch to per-token log-probs.
+    """Causal language model whose forward maps a packed batch to per-token log-probs, or to scores.
 
     If the `arrangement` is packed, the transformers model calls packed attention by the kernel `backend`, and
     the ranks of `sequence` share the tokens of each batch. Log-probs are computed by the chunked head from
@@ -131,9 +152,12 @@ class PackedCausalLM(nn.Module):
         self.is_generating = False
         self.exchanges_tokens = False  # with other ranks, which have other experts
         self.forks_states = fork_states(causal_lm)
-        head = causal_lm.get_output_embeddings()
+        head = output_layer(causal_lm)
+        self.gives_scores = gives_scores(causal_lm)
         # An output layer with its own forward may compute more than the product with its weight.
-        if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        if self.gives_scores:
+            causal_lm.score = ScoreHead.from_linear(head, UNCHANGED)
+        elif isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.from_linear(head, change))
         self.own_logits = not self.has_chunked_head
@@ -157,7 +181,7 @@ class PackedCausalLM(nn.Module):
     def hidden_size(self) -> int:
         """Return the width of the hidden states; a model in parts (BLT) has the width of its last part."""
         config = self.causal_lm.config.get_text_config()
-        head = self.causal_lm.get_output_embeddings()
+        head = output_layer(self.causal_lm)
         return int(getattr(config, "hidden_size", None) or head.in_features)
 
     @property
@@ -168,7 +192,7 @@ class PackedCausalLM(nn.Module):
 
     def _heads(self) -> list[LogpHead]:
         """Return the output layer and its copies in adapters."""
-        output = self.causal_lm.get_output_embeddings()
+        output = output_layer(self.causal_lm)
         return [] if output is None else [head for head in output.modules() if isinstance(head, LogpHead)]
 
     def can_pack(self, *, own_logits: bool) -> bool:
@@ -348,7 +372,7 @@ class PackedCausalLM(nn.Module):
         """Return log-probs of `targets` from hidden states or logits `predicting`, [targets, width]."""
         if encoded is not None:
             predicting = encoded.with_dummy_gradient(predicting)
-        head = self.causal_lm.get_output_embeddings()
+        head = output_layer(self.causal_lm)
         if "as_teacher" in statistics:
             assert teacher is not None
             assert teacher.uniforms is not None
@@ -374,8 +398,8 @@ class PackedCausalLM(nn.Module):
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
-        """Yield the transformers model for generation: its own attention, padded batches, not compiled."""
-        defaults = self.causal_lm.generation_config
+        """Yield the transformers model as itself: its own attention, padded batches, not compiled."""
+        defaults = None if self.gives_scores else self.causal_lm.generation_config
         reset_rope(self.causal_lm)
         self._compute_by(self._own_attention, is_precise=False)
         self.is_generating = True
@@ -385,7 +409,8 @@ class PackedCausalLM(nn.Module):
         finally:
             self.is_generating = False
             self.arrange(self.arrangement, own_logits=self.own_logits)
-            self.causal_lm.generation_config = defaults
+            if defaults is not None:  # generation may have changed them
+                self.causal_lm.generation_config = defaults
 
 
 def packed_logps(packed: PackedCausalLM, examples: Sequence[Example], budget: int) -> list[Tensor]:

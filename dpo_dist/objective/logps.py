@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probs of pairs, or of rankings, summed over completion tokens.
+    """Log-probs of pairs, or of rankings, summed over completion tokens; a reward model has one score each.
 
     `sum_by_response` returns float64, because a log-ratio is a small difference of large sums. The losses
     accept any floating dtype and compute in it.
@@ -72,6 +72,7 @@ def sum_by_response(
     response_tokens: Tensor,
     ranking: Tensor | None = None,
     token_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> PairLogps:
     """Sum per-token log-probs by response, in float64, and group the sums by pair.
 
@@ -81,6 +82,7 @@ def sum_by_response(
         ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
             and those between them; -1 for none. None: every pair has two responses, best first.
         token_weights: float32 [targets], factors of the log-probs (`desensitised_weights`).
+        lengths: int64 [responses], tokens of each response if its targets are not its tokens (scores).
     """
 
     def by_pair(values: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def sum_by_response(
         # unsafe: skips the check of the lengths, for which the host would wait for the device.
         return by_pair(torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True))
 
-    tokens = by_pair(response_tokens.double())
+    tokens = by_pair((response_tokens if lengths is None else lengths).double())
     unweighted = sum_targets(token_logps.double())
     sums = unweighted if token_weights is None else sum_targets(token_logps.double() * token_weights.double())
     pairs = PairLogps(sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1])

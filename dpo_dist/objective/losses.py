@@ -29,6 +29,7 @@ from dpo_dist.config.losses import (
     OdpoOptions,
     OrpoOptions,
     RewardAwareOptions,
+    RewardOptions,
     SimpoOptions,
     accepts_facts,
 )
@@ -249,6 +250,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
             return _labelled(ratios, config, relu(facts.mismatch))
         case LossKind.apo_zero_unpaired:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7
             return _labelled(ratios, config, 0.0)
+        case LossKind.reward:  # Ouyang et al. 2022, arXiv 2203.02155, equation 1
+            return _reward(policy, config, facts, smoothing)
         case LossKind.custom:
             return _custom(policy, reference, config, facts)
 
@@ -287,7 +290,7 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     return chosen - divergence_score(ratios.rejected, config) / ratios.rejected_tokens
 
 
-KINDS_WITH_FLOOR = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
+KINDS_WITH_FLOOR = frozenset({LossKind.sigmoid, LossKind.beta_dpo, LossKind.reward})
 """Kinds that are a cross-entropy with the soft label."""
 
 
@@ -359,9 +362,19 @@ def _plackett_luce(ratios: PairLogps, beta: float) -> Tensor:
     return loss + torch.logaddexp(reward, below) - reward
 
 
+def _reward(scores: PairLogps, config: LossConfig, facts: BatchFacts, smoothing: float | Tensor) -> Tensor:
+    """Return losses of scores: of pairs by their difference, of longer rankings by Plackett and Luce."""
+    loss = _smoothed(_minus_margin(facts, scores.margin), smoothing)
+    if scores.between_tokens is not None:
+        is_pair = (scores.between_tokens == 0).all(dim=1)
+        loss = torch.where(is_pair, loss, _plackett_luce(scores, beta=1.0))
+    # Eisenstein et al. 2023, arXiv 2312.09244: a loss of differences leaves the mean of the scores free.
+    return loss + config.options_of(RewardOptions).centre * (scores.chosen + scores.rejected) ** 2
+
+
 @dataclass(frozen=True)
 class Rewards:
-    """Implicit rewards of pairs, [pairs], without gradient."""
+    """Implicit rewards of pairs, or their scores, [pairs], without gradient."""
 
     chosen: Tensor
     rejected: Tensor
@@ -370,8 +383,10 @@ class Rewards:
 @torch.no_grad()
 def implicit_rewards(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Rewards:
     """Return `b (p - r)` (DPO paper, equation 5); without a reference `b p`, averaged over tokens for kinds
-    that average.
+    that average. The rewards of a reward model are its scores.
     """
+    if config.of_scores:
+        return Rewards(policy.chosen, policy.rejected)
     ratios = log_ratios(policy, reference, config)
     # A pair has one reward: of a sum's losses the first, to which others (sft) are added, decides.
     if ratios is policy and KINDS[config.kinds[0]].length_averaged:

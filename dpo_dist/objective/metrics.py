@@ -56,6 +56,8 @@ _PAIRED_METRICS = ("rewards/accuracies", "rewards/both_fall")
 _MARGIN = "rewards/margins"
 _SIDES = ("rewards/chosen", "rewards/rejected")
 _LABEL_METRICS = (*_SIDES, _MARGIN)
+_OF_LOGPS = ("logps/", "distance/", "entropy/", "rewards/both_fall")
+"""Beginnings of the names of metrics that a reward model does not have."""
 _LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
 
@@ -155,6 +157,8 @@ class MetricPlan:
             measured = (name for name in names if name == "loss" or "/chosen" in name)
         elif self.loss.is_unpaired:
             measured = (name for name in names if name not in _PAIRED_METRICS)
+        elif self.loss.of_scores:
+            measured = (name for name in names if not name.startswith(_OF_LOGPS))
         return (*measured, *(TERMS[term.kind] for term in self.loss.terms), *self.custom.names)
 
     @cached_property
@@ -339,8 +343,8 @@ def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -
         "reward_chosen": rewards.chosen,
         "reward_rejected": rewards.rejected,
         "margin": rewards.chosen - rewards.rejected,
-        "logp_chosen": policy.chosen.detach(),
-        "logp_rejected": policy.rejected.detach(),
+        "logp_chosen": missing if plan.loss.of_scores else policy.chosen.detach(),
+        "logp_rejected": missing if plan.loss.of_scores else policy.rejected.detach(),
         "reference_chosen": missing if reference is None else reference.chosen,
         "reference_rejected": missing if reference is None else reference.rejected,
         "tokens_chosen": policy.chosen_tokens,

@@ -1,7 +1,7 @@
 """Load the reference model for scoring (sharded, offloaded or quantized), and look up its log-probs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
-from dpo_dist.data import ImageProcessor
+from dpo_dist.data import Example, ImageProcessor
 from dpo_dist.distributed.deepspeed_config import frozen_config, sharded_loading, unsharded_loading
 from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.processes.failures import is_communication_error
@@ -61,13 +61,15 @@ def run_start_check(
     key: str = "model.path",
     *,
     processor: ImageProcessor | None = None,
+    texts: Sequence[Example] = (),
     trains: bool = False,
 ) -> None:
     """Set the cheapest arrangement in which the model's log-probs are exact (`StartCheck`). Collective.
 
     If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
     sequences use the same weights. `max_length`: tokens of the longest prompt plus response. `processor`:
-    that of a model that reads images. Errors name `key`.
+    that of a model that reads images. `texts`: examples whose ends a reward model must read. Errors name
+    `key`.
     """
     are_collective = engine.is_synchronised or world.sequence is not None
     agree = fault_agreement(world, key, are_forwards_collective=are_collective)
@@ -76,7 +78,7 @@ def run_start_check(
     engine.model.eval()
     assert processor is not None or engine.model.images is None, "images would not be checked"
     images = () if processor is None else processor.invented
-    check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree, images)
+    check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree, images, texts)
     check.choose_arrangement()
     if trains:
         check.check_training()
@@ -136,17 +138,25 @@ def load_for_scoring(
     *,
     key: str = "model.path",
     processor: ImageProcessor | None = None,
+    texts: Sequence[Example] = (),
 ) -> Engine:
     """Load a model that is only scored, offloaded as `placement` says; collective.
 
-    `finish` changes the loaded model, sharded or not: it adds an adapter or replaces weights. Errors name
-    `key`.
+    `finish` changes the loaded model, sharded or not: it adds an adapter or replaces weights. `texts`: as in
+    `run_start_check`. Errors name `key`.
     """
     log.info("loading a model to score from %s", folder)
 
     def load() -> PackedCausalLM:
         model = load_packed(
-            folder, model_config, longest, world.device, key, world.sequence, world.share_of_experts
+            folder,
+            model_config,
+            longest,
+            world.device,
+            key,
+            world.sequence,
+            world.share_of_experts,
+            seed=None if finish is None else 0,  # what it draws is replaced by `finish`
         )
         copy_shards(model.parameters(), world)
         if finish is not None:
@@ -165,7 +175,7 @@ def load_for_scoring(
             share_experts(model, world)
         world.barrier()  # ranks load at different speeds, and a slow one would time out DeepSpeed's next call
         engine = FrozenEngine(model, deepspeed_config)
-    run_start_check(engine, longest, world, key, processor=processor)
+    run_start_check(engine, longest, world, key, processor=processor, texts=texts)
     return engine
 
 

@@ -63,7 +63,8 @@ class ModelSource:
         check_base(folder, self.folder, lambda: digest_model(self.folder, store).base)
 
     def load(self, model: ModelConfig, device: torch.device) -> Any:
-        """Return a transformers model, whole on `device`, with the adapter if there is one."""
+        """Return a language model of transformers, whole on `device`, with the adapter if there is one."""
+        model = ModelConfig(**vars(model))  # also if the run of `model` trains a reward model
         model_config = load_config(self.folder, model)
         causal_lm: Any = load_weights(self.folder, model_config, model, device, key=self.key)
         if self.adapter is not None:

@@ -8,7 +8,7 @@ from statistics import fmean
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
-from dpo_dist.kit import MAIN, METRICS, RunFolder, loss_kinds, loss_unit
+from dpo_dist.kit import MAIN, METRICS, LossKind, RunFolder, loss_kinds, loss_unit
 
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
@@ -48,7 +48,8 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
         facts["model"] = f"{folder.model}{step_note}"
     facts["report"] = folder.report
     facts["metrics"] = folder.metrics
-    if outcome is RunOutcome.completed:
+    has_scores = LossKind.reward in loss_kinds(summary.get("settings") or {})
+    if outcome is RunOutcome.completed and not has_scores:
         facts["talk to it"] = f"dpo-dist chat {shlex.quote(str(folder))}"
     table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]

@@ -61,7 +61,7 @@ from dpo_dist.model.files.save import (
     write_weights,
     writing_errors,
 )
-from dpo_dist.model.files.stops import folder_stops, write_stops
+from dpo_dist.model.files.stops import folder_stops, padding_token, set_padding, write_stops
 from dpo_dist.model.files.stored import plain_config, plain_weights
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
@@ -132,23 +132,25 @@ def export_checkpoint(
         # First, while no other weights are in memory: this reads the whole base.
         weights = _untrained_tensors(causal_lm, config.model, dtype) if is_whole else {}
         weights |= {name: read(name) for name in saved.shapes}
+        files = tokenizer_folder(base, start)
+        tokenizer = load_tokenizer(files, config.model)
+        padding = None
+        if config.model.gives_scores:
+            tokenizer.pad_token = padding_token(tokenizer, config.data)
+            padding = tokenizer.pad_token_id
+            set_padding(causal_lm.config, padding)
         if is_whole:
             write_weights(temporary, causal_lm, weights, base)
         elif config.export.merge:
             model_files = model_folder(config.model.path, config.model.revision)
             with temporary_folder(final_name(temporary)) as adapter:  # `remove_abandoned` knows this name
                 write_adapter(adapter, causal_lm, weights, torch.float32)
-                write_merged(temporary, model_files, adapter, own_dtype, trust_remote_code=code)
+                write_merged(
+                    temporary, model_files, adapter, own_dtype, trust_remote_code=code, padding=padding
+                )
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
-        files = tokenizer_folder(base, start)
-        template = config.data.chat_template
-        tokenizer = load_tokenizer(files, config.model)
-        if template is None:
-            copy_tokenizer(files, temporary)
-        else:
-            save_tokenizer(ChatTemplate(tokenizer, template).alone(), temporary)
-        write_stops(temporary, base, trained_stops(tokenizer, config.data))
+        _write_tokenizer(temporary, base, files, tokenizer, config)
         text = "" if card is None else card(auto_class(model_config, code).__name__)
         if text:
             (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -171,6 +173,18 @@ def export_checkpoint(
                     remedy="report this error with the run's config.yaml; export.check=false skips this "
                     "check",
                 )
+
+
+def _write_tokenizer(folder: Path, base: Path, files: Path, tokenizer: Any, config: RunConfig) -> None:
+    """Write the tokenizer of `files` with the chat template and padding of a run, and where texts end."""
+    template = config.data.chat_template
+    is_own = template is None and tokenizer.pad_token == load_tokenizer(files, config.model).pad_token
+    if not is_own:
+        save_tokenizer(ChatTemplate(tokenizer, template).alone(), folder)
+    else:
+        copy_tokenizer(files, folder)
+    if not config.model.gives_scores:
+        write_stops(folder, base, trained_stops(tokenizer, config.data))
 
 
 def checkpoint_as_model(

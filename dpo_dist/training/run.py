@@ -49,6 +49,7 @@ from dpo_dist.foundation.text import duration, first_few, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.experts import experts_kernel
 from dpo_dist.model.files.load import TORCH_DTYPES
+from dpo_dist.model.files.stops import padding_token, set_padding
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.states import lacks_delta_kernels
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
@@ -239,7 +240,8 @@ def _set_up(
         samples = reporting.prepare_samples(run, inputs, state.step)
     # The reference first: while it fills the store, no policy with its optimizer states is in memory.
     run.stops.check()
-    run.say("loading the model, and checking its packed log-probs by its plain forward")
+    scores = "scores" if config.loss.of_scores else "log-probs"
+    run.say(f"loading the model, and checking its packed {scores} by its plain forward")
     prepared = _prepare_scored(run, inputs, engines, step0_follows=checkpoint is None)
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, world))
@@ -391,10 +393,14 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     config = run.config
     world = run.world
     files = inputs.policy_files
-    longest = config.data.max_length
+    longest = config.data.longest
     model = load_to_train(files.folder, config.model, longest, world, config.trainer.seed, files.adapter)
+    if model.gives_scores:
+        padding = padding_token(inputs.tokenizer, config.data)
+        set_padding(model.causal_lm.config, inputs.tokenizer.convert_tokens_to_ids(padding))
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
-    run_start_check(policy, longest, world, processor=inputs.processor, trains=True)
+    texts = inputs.train_set.texts() if model.gives_scores else []
+    run_start_check(policy, longest, world, processor=inputs.processor, texts=texts, trains=True)
     if world.device.type == "cuda":
         attention: str = model.backend
         if model.arrangement is not Arrangement.packed:

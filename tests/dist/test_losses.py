@@ -20,10 +20,11 @@ from dpo_dist.config.losses import (
     LossConfig,
     LossKind,
     LossTermConfig,
+    RewardOptions,
     Weighting,
 )
-from dpo_dist.config.schema import ParallelismConfig, ParallelismKind, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.config.schema import ParallelismConfig, ParallelismKind, RewardModelConfig, RunConfig
+from dpo_dist.data.config import DataConfig, ScoredDataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
@@ -86,6 +87,8 @@ CASES = {
     "masked plackett_luce and distill": LossConfig(
         beta=0.5, terms=[LossTermConfig(LossKind.plackett_luce, 1.0), LossTermConfig(LossKind.distill, 2.0)]
     ),
+    "reward, centred": LossConfig(LossKind.reward, options=RewardOptions(centre=0.1)),
+    "reward, of rankings": LossConfig(LossKind.reward),
 }
 WEIGHTED = {
     "sigmoid and sft, wpo": LossConfig(
@@ -112,13 +115,15 @@ NUMBERS = {
 }
 Data = dict[str, tuple[EncodedSource, ...]]
 """Of two sources each: pairs with scores, plain and masked, masked rankings of 2 to 5 responses, and labelled
-records, of which the first source has good ones only."""
+records, of which the first source has good ones only; pairs and rankings also for a reward model."""
 
 
 def dataset_of(case: str, data: Data) -> PreferenceDataset:
     loss, name = CASES[case], "masked" if case.startswith("masked") else "pairs"
     if loss.is_unpaired:
         name = f"labelled {name}"
+    if loss.of_scores:
+        return open_dataset(data["scored rankings" if "rankings" in case else "scored pairs"], DataConfig())
     dataset = open_dataset(data["rankings" if "plackett_luce" in case else name], DataConfig())
     if loss.needs_partners:
         return with_partners(dataset, max_length=40)
@@ -150,16 +155,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             file.write_text("".join(part))
         return [SourceConfig(str(file)) for file in files]
 
-    def encoded(sources: list[SourceConfig], cache: str) -> tuple[EncodedSource, ...]:
-        return Preparation(sources, DataConfig(cache=str(folder / cache)), tiny.qwen(), "qwen").whole()
+    def encoded(
+        sources: list[SourceConfig], cache: str, kind: type[DataConfig] = DataConfig
+    ) -> tuple[EncodedSource, ...]:
+        return Preparation(sources, kind(cache=str(folder / cache)), tiny.qwen(), "qwen").whole()
 
     pairs = written("pairs", [2] * RECORDS)
     labelled = written("labelled", [1] * RECORDS)
     rankings = written("rankings", [2 + n % 4 for n in range(RECORDS)])
     plain, of_labels = encoded(pairs, "encoded"), encoded(labelled, "encoded")
+    scored = {
+        "scored pairs": encoded(pairs, "encoded", ScoredDataConfig),
+        "scored rankings": encoded(rankings, "encoded", ScoredDataConfig),
+    }
     with pytest.MonkeyPatch.context() as patch:
         add_masks(patch)
-        return {
+        return scored | {
             "pairs": plain,
             "masked": encoded(pairs, "masks"),
             "rankings": encoded(rankings, "masks"),
@@ -172,6 +183,7 @@ FORGOTTEN = "loss without running means"
 # Coupled and one-sided losses, statistics of the head, weights and masks of tokens, rankings, partners.
 WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft")
 WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto", "masked plackett_luce and distill")
+WITH_SHARED_TOKENS += ("reward, of rankings",)
 
 
 def trajectories(
@@ -192,7 +204,8 @@ def _trajectory(
     if loss.needs_teacher:
         kept = SparseRows(5, 3, loss.options_of(DistillOptions).temperature, vocabulary=2**20)
         objective = replace(objective, teacher=Teacher(kept, seed=1, engine=reference.engine))
-    running, policy = RunningMeans(), load_policy(config.model, world)
+    model = RewardModelConfig(**vars(config.model)) if loss.of_scores else config.model
+    running, policy = RunningMeans(), load_policy(model, world)
 
     def plan(indices: Any) -> Any:
         indices = np.repeat(indices, times[np.array(indices)])
@@ -222,8 +235,8 @@ def of_each_pair(values: PairValues) -> dict[str, float]:
     """Return the values that no pair lacks, by name and position."""
     return {
         f"{name} of {position}": float(value)
-        for name, column in vars(values).items()
-        if not name.startswith("reference")
+        for name, column in values.by_name.items()
+        if not name.startswith("reference") and np.isfinite(column).all()
         for position, value in enumerate(column)
     }
 

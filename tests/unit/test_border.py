@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 
 FACE = "dpo_dist.data"
 TRAINER = """
-    DataConfig DataFormat OnBadRecord Source SourceConfig TextTemplate
+    DataConfig DataFormat OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate
     DataSource Part full_name read_records source_labels write_records
     BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record VOTES prompt_hash
-    ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record trained_stops
-    unread_fields Example ImageInput Mask TokenIds
+    ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
+    trained_stops unread_fields Example ImageInput Mask TokenIds
     DataCounts Outcome SourceLengths describe_counts named_in_one_line
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
@@ -31,7 +31,7 @@ MODULES_FOR_TOOLS = {
     "read.values": "from_json parse_json",
     "records": "COUNTS_OF_OTHERS as_fields",
     "text.escape": "THOUGHT_FIELDS any_of",
-    "text.tokenizer": "tokenizer_facts",
+    "text.tokenizer": "TokenizerFacts tokenizer_facts",
 }
 """What tools take from modules of the border: each name has one or two users."""
 GUESTS = ("dpo_dist.trl.", "dpo_dist.tools.", "dpo_dist.compat.")

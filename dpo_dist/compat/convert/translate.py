@@ -464,7 +464,8 @@ def _method(run: Translation) -> str:
             f"this run of {run.trainer} trains by a method that dpo-dist does not have",
             got=method,
             expected=", ".join(_METHODS),
-            remedy=f"train it with {run.trainer}: dpo-dist has no reward models, pretraining or online RL",
+            remedy=f"train it with {run.trainer}: dpo-dist has no pretraining or online RL; a reward "
+            "model with one score for a text is a run with loss=reward",
         )
     for names, readers in _READ_BY.items():
         for key, value in list(run.left.items()):

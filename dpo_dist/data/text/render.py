@@ -52,6 +52,7 @@ class RenderedRecord:
     counted: tuple[tuple[Span, ...], ...]
     changes: frozenset[str] = frozenset()
     read_as: str = ""
+    is_whole: bool = False  # whether these are whole conversations, for a reward model
 
 
 def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> RenderedRecord:
@@ -119,6 +120,15 @@ def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
             ends |= _trained_ends(tokenizer_facts(tokenizer, data, with_tools=with_tools))
     ids = set(map(tokenizer.convert_tokens_to_ids, ends - {None}))
     return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))
+
+
+def final_tokens(tokenizer: Tokenizer, data: DataConfig) -> set[str]:
+    """Return the special tokens that end texts, or that a template writes behind the last turn."""
+    tokens = set(map(tokenizer.convert_ids_to_tokens, trained_stops(tokenizer, data)))
+    facts = tokenizer_facts(tokenizer, data)
+    if facts.chat is not None:
+        tokens.update(facts.marks.in_text.findall(facts.chat.after_response))
+    return tokens
 
 
 def unread_fields(record: PreferenceRecord, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, ...]:
@@ -232,6 +242,8 @@ def _by_template(
     if any(facts.has_turns(turn.content) for turn in (*messages, *itertools.chain(*responses))):
         changes.add("templated_content")
     for text, spans in zip(rendered.responses, rendered.counted, strict=True):
+        if config.for_scores:  # whole conversations, in which other turns may stand
+            continue
         if any(facts.has_stop_inside(text[start:end]) for start, end in spans):
             changes.add("stop_within_turn")
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
@@ -314,6 +326,8 @@ class _Conversation:
 
     def render(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render the prompt and its responses."""
+        if self.config.for_scores:
+            return self._whole_conversations(responses)
         if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
             return self._several_turns(responses)
         messages = [turns[0] for turns in responses]
@@ -327,6 +341,28 @@ class _Conversation:
             self._check_rendered(turn, text)
             counted.append(((0, len(text)),) if self._is_trained(turn) else ())
         return RenderedRecord(prompt, tuple(texts), tuple(counted), frozenset(changes))
+
+    def _whole_conversations(self, responses: Sequence[Messages]) -> RenderedRecord:
+        r"""Render each conversation as programs write it that ask for a score: with all behind its last turn.
+
+        The prompt is that of a generation, or ends in a token with which all conversations go on.
+        """
+        texts = []
+        for turns in responses:
+            text = self.chat.render((*self.messages, *map(self.chat.turn, turns)), self.context)
+            self._check_rendered(turns[-1], text)
+            texts.append(text)
+        changes = set[str]()
+        prompt = ""
+        if self.messages:
+            prompt = self.chat.render(self.messages, self.context, generation=True)
+        if not prompt or not all(text.startswith(prompt) for text in texts):
+            shared = min((texts[0][: self.facts.common_length(texts[0], text)] for text in texts), key=len)
+            if prompt:
+                changes.add("prompt_not_prefix")
+            prompt = shared[: self.facts.after_last_special(shared)]
+        rendered = _all_counted(prompt, [text[len(prompt) :] for text in texts], "", changes)
+        return replace(rendered, is_whole=True)
 
     def _is_trained(self, turn: Message) -> bool:
         """Return whether the loss counts a turn."""

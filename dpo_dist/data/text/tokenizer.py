@@ -275,12 +275,16 @@ class TokenizerFacts:
         tokens = list(filter(self._special.fullmatch, self.marks.tokens))
         return frozenset(self.tokenizer.convert_tokens_to_ids(tokens))
 
-    def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
-        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
-        if ids[: len(self.prefix_ids)] != self.prefix_ids:
+    def with_prefix(self, ids: list[int], *, is_whole: bool = False) -> tuple[list[int], int]:
+        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps.
+
+        If the ids are a whole conversation, as a template writes it with or without BOS, nothing is added.
+        """
+        has_prefix = ids[: len(self.prefix_ids)] == self.prefix_ids
+        if not has_prefix and not is_whole:
             return self.prefix_ids + ids, len(self.prefix_ids)
         starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
-        return ids, max(len(self.prefix_ids), int(starts_with_bos))
+        return ids, max(len(self.prefix_ids) * has_prefix, int(starts_with_bos))
 
 
 _facts = lru_cache(maxsize=8)(TokenizerFacts)

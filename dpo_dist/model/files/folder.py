@@ -208,7 +208,7 @@ def _check_files(
     if accepts_adapter and is_adapter(folder):
         weights = [folder / ADAPTER_WEIGHTS]
     elif (folder / ADAPTER_CONFIG).is_file():
-        remedy = MERGE
+        remedy = f"name the folder that dpo-dist export run.dir=RUN export.merge=true writes, or {MERGE}"
         if key == "model.path":
             remedy = (
                 f"set model.path to the adapter's base and model.adapter.path to this folder, or {remedy}"

@@ -31,10 +31,13 @@ from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
+    SCORE,
     ImageMask,
     auto_class,
     check_causal,
+    describe_reward_model,
     image_mask,
+    is_reward_model,
     recorded_arrangement,
     switch_off_noise,
 )
@@ -56,6 +59,7 @@ from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
     has_tokenizer,
+    modules_on_disk,
     read_model_json,
     tokenizer_folder,
     weight_files,
@@ -77,6 +81,7 @@ from dpo_dist.model.layers import (
     image_parts,
     keep_text,
     offload_inputs,
+    output_layer,
     use_liger,
 )
 from dpo_dist.model.library_internals import (
@@ -106,8 +111,13 @@ _RENAMED = {"deepseek_v4": {r"^model\.norm\.": r"^norm\."}}
 _READ = ("fp8", "mxfp4")
 
 
-def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> Any:
-    """Return the transformers configuration of a model folder, with all dropout and noise switched off."""
+def load_config(
+    folder: Path, config: ModelConfig, key: str = "model.path", *, keeps_class: bool = False
+) -> Any:
+    """Return the transformers configuration of a model folder, with all dropout and noise switched off.
+
+    It is that of a reward model or of a language model, as `config` says, unless it `keeps_class`.
+    """
     try:
         model_config = plain_config(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration's validation can raise anything
@@ -141,6 +151,18 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             remedy=remedy,
         )
     switch_off_noise(model_config)
+    if keeps_class:
+        return model_config
+    if config.gives_scores:
+        describe_reward_model(model_config, key)
+    elif is_reward_model(model_config.architectures):
+        raise ConfigError(
+            "this is a reward model: it gives scores of texts, and no log-probs",
+            where=key,
+            got=f"{folder}, {', '.join(model_config.architectures)}",
+            expected="a causal language model",
+            remedy=f"set loss=reward to train or evaluate it, or set {key} to another model",
+        )
     return model_config
 
 
@@ -260,6 +282,7 @@ def load_packed(
     key: str = "model.path",
     sequence: TokenExchange | None = None,
     share: ExpertShare | None = None,
+    seed: int | None = None,
 ) -> PackedCausalLM:
     """Return the model of `folder` with the chunked head, in the arrangement recorded for its architecture.
 
@@ -268,7 +291,8 @@ def load_packed(
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
     each batch. Only this process's `share` of the experts is read: quantized ones are packed, those that
-    ZeRO-3 shards have a reader (`own_reader`) in place of values. Errors name `key`.
+    ZeRO-3 shards have a reader (`own_reader`) in place of values. A reward model's output layer is drawn by
+    `seed` if the folder has none. Errors name `key`.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
@@ -280,7 +304,7 @@ def load_packed(
     mask = image_mask(model_config) if reads else ImageMask.causal
     check_kernel(backend, device, text, TORCH_DTYPES[config.dtype], mask)
     check_device(config, text, device)
-    causal_lm = load_weights(folder, model_config, config, device, key=key, share=share)
+    causal_lm = load_weights(folder, model_config, config, device, key=key, share=share, seed=seed)
     choose_products(causal_lm, device, TORCH_DTYPES[config.dtype])
     fused = choose_fused(config, text, device)
     if fused is FusedLayers.liger:
@@ -312,7 +336,7 @@ def without_weights(
             causal_lm.tie_weights()  # as from_pretrained does: a model's code may untie weights
     except Exception as error:  # an architecture's constructor can raise anything
         raise _no_text_model(model_config, first_line(error)) from error
-    is_other = model_config.is_encoder_decoder or causal_lm.get_output_embeddings() is None
+    is_other = model_config.is_encoder_decoder or output_layer(causal_lm) is None
     if kind is not AutoModelForCausalLM and is_other:
         raise _no_text_model(model_config, f"{type(causal_lm).__name__} has no decoder with an output layer")
     if config.images is not None:
@@ -347,22 +371,27 @@ def load_weights(
     key: str = "model.path",
     kind: Any = None,
     share: ExpertShare | None = None,
+    seed: int | None = None,
 ) -> Any:
     """Return the model of `folder` with every weight read from its files, none left at random values.
+
+    A reward model's output layer is drawn by `seed` if the files have none.
 
     By default a language model is loaded, without the parts that text does not use, but with those for images
     if `config` has `images`; `kind` is another class.
     """
     check_precision(config.dtype, device)
-    described = check_contents(folder, model_config, config, key=key, kind=kind)
+    drawn = {} if seed is None else drawn_score(folder, model_config, seed)
+    described = check_contents(folder, model_config, config, key=key, kind=kind, drawn=drawn)
     shapes = {name: weight.shape for name, weight in described.named_parameters(remove_duplicate=False)}
     is_sharded = shards_loading() and config.quantization is None
     options = placement(config, device)
     packed = dict[str, Packing | Mxfp4]()
     if config.quantization is not None:
         packed = packings(described, config.quantization, TORCH_DTYPES[config.dtype], mxfp4_names(folder))
-        if config.images is not None:  # parts for images and the output layer keep their precision
-            head = described.get_output_embeddings()
+        if config.images is not None or config.gives_scores:
+            # Parts for images and the output layer keep their precision.
+            head = output_layer(described)
             whole = [*image_parts(described), *(n for n, one in described.named_modules() if one is head)]
             options["quantization_config"].llm_int8_skip_modules = whole
     kept = [name for name, packing in packed.items() if isinstance(packing, Mxfp4)]
@@ -380,7 +409,7 @@ def load_weights(
             shapes |= own.shapes
     pack = {name: packing.pack for name, packing in packed.items()}
     with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack), loading_without(readers):
-        causal_lm, report = _load(folder, model_config, config, kind, kept, rows, **options)
+        causal_lm, report = _load(folder, model_config, config, kind, kept, rows, drawn, **options)
     for name, read in readers.items():
         set_reader(causal_lm.get_parameter(name), read)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
@@ -440,10 +469,47 @@ def _check_nf4(weight: Any, folder: Path, key: str) -> None:
         )
 
 
+def drawn_score(folder: Path, model_config: Any, seed: int) -> dict[str, torch.Tensor]:
+    """Return the output layer of a reward model that starts from a causal model in `folder`, by its name.
+
+    It is drawn as transformers does, on the host: the same for every device, world and kind of parallelism.
+    Empty if the model is none of scores, or its files have that layer.
+    """
+    name = f"{SCORE}.weight"
+    if not is_reward_model(model_config.architectures) or name in places(folder):
+        return {}
+    text = model_config.get_text_config()
+    std = getattr(text, "initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.empty(1, text.hidden_size).normal_(0.0, std, generator=generator)}
+
+
+def check_has_score(base: Path, adapter: Path, key: str) -> None:
+    """Check that an adapter, or its base, has a reward model's output layer, which else would be drawn."""
+    _, in_full = modules_on_disk(adapter)
+    if SCORE not in in_full and f"{SCORE}.weight" not in places(base):
+        raise ConfigError(
+            "neither the adapter nor its base has the output layer of a reward model",
+            where=key,
+            got=f"{adapter} on {base}",
+            expected=f"weights of {SCORE}",
+            remedy="name an adapter that was trained with loss=reward, or merge this one into its base and "
+            "set model.path to the result",
+        )
+
+
 def check_contents(
-    folder: Path, model_config: Any, config: ModelConfig, *, key: str = "model.path", kind: Any = None
+    folder: Path,
+    model_config: Any,
+    config: ModelConfig,
+    *,
+    key: str = "model.path",
+    kind: Any = None,
+    drawn: Mapping[str, torch.Tensor] | None = None,
 ) -> Any:
     """Check that a folder has the weights that its config.json describes; return its model without weights.
+
+    `drawn` are weights beside those of the folder.
 
     Only tensors that config.json ties are read: if two tied tensors differ, ZeRO-3 and peft would load
     another model than other programs.
@@ -451,7 +517,7 @@ def check_contents(
     with _loading_errors(folder, key):
         with unsharded(), _no_progress():  # under ZeRO-3 the report misses mistakes
             shapes: dict[str, Any] = {"device_map": "meta", "ignore_mismatched_sizes": True}
-            causal_lm, report = _load(folder, model_config, config, kind, **shapes)
+            causal_lm, report = _load(folder, model_config, config, kind, drawn=drawn, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -500,7 +566,9 @@ def check_contents_at_hand(folder: Path, config: ModelConfig, key: str = "model.
     """Run `check_contents` if the weight files are local; a description from the hub comes without them."""
     files = weight_files(folder)
     if files and all(file.is_file() for file in files):
-        check_contents(folder, load_config(folder, config, key), config, key=key)
+        model_config = load_config(folder, config, key)
+        drawn = drawn_score(folder, model_config, seed=0)
+        check_contents(folder, model_config, config, key=key, drawn=drawn)
 
 
 def _load(
@@ -510,15 +578,16 @@ def _load(
     kind: Any,
     kept: Collection[str] = (),
     rows: Mapping[str, RowChoice] | None = None,
+    drawn: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> Any:
     """Return the model that `from_pretrained` loads, and its loading report.
 
-    `kept` and `rows` are those of `plain_weights`.
+    `kept`, `rows` and `drawn` are those of `plain_weights`.
     """
     dtype = TORCH_DTYPES[config.dtype]
     is_read = options.get("device_map") != "meta"
-    with plain_weights(folder, dtype, kept, rows, is_read=is_read):
+    with plain_weights(folder, dtype, kept, rows, drawn, is_read=is_read):
         return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
             folder,
             config=model_config,

@@ -19,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.config.keys import to_unset
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, lack_behind
-from dpo_dist.model.architectures import auto_class, is_noise
+from dpo_dist.model.architectures import auto_class, describe_reward_model, is_noise
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
@@ -32,7 +32,9 @@ from dpo_dist.model.files.folder import (
     stored_quantization,
     weight_files,
 )
+from dpo_dist.model.files.stops import set_padding
 from dpo_dist.model.files.stored import open_plain, plain_config, plain_weights
+from dpo_dist.model.layers import gives_scores, output_layer
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.model.lora import TRAINED, saved_modules
 
@@ -68,7 +70,15 @@ def write_weights(
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     if base is not None:
+        if gives_scores(causal_lm):
+            changes = {**(changes or {}), **_score_options(causal_lm.config)}
         _restore_description(folder, base, dtype, changes or {})
+
+
+def _score_options(model_config: Any) -> dict[str, Any]:
+    """Return the options of config.json by which a reward model's class has one output and finds the end."""
+    names = ("pad_token_id", "id2label", "label2id")
+    return {name: model_config.to_dict()[name] for name in names}
 
 
 def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: Mapping[str, object]) -> None:
@@ -91,6 +101,8 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
         content = {name: value for name, value in content_here.items() if not is_noise(name, value, kind)}
         for name in filter(text.__contains__, content_here):
             content.setdefault(name, text[name])
+    if "pad_token_id" in changes and "text_config" in content:  # the class reads it there
+        content["text_config"]["pad_token_id"] = changes["pad_token_id"]
     write_description(file, content | changes, dtype)
     generation.unlink(missing_ok=True)  # transformers made it from config.json
     _copy_files(base, folder, GENERATION_CONFIG_NAME)
@@ -176,15 +188,25 @@ def writing_errors(folder: Path) -> Iterator[None]:
 
 
 def write_merged(
-    folder: Path, base: Path, adapter: Path, dtype: torch.dtype | None, *, trust_remote_code: bool
+    folder: Path,
+    base: Path,
+    adapter: Path,
+    dtype: torch.dtype | None,
+    *,
+    trust_remote_code: bool,
+    padding: int | None = None,
 ) -> None:
     """Merge the LoRA adapter in `adapter` into the model in `base`; write it, by default in the base's dtype.
 
-    The whole model is in host memory in float32, so that sums are rounded once.
+    The whole model is in host memory in float32, so that sums are rounded once. `padding` is the id of a
+    reward model's padding token; None: the adapter is of a language model.
     """
     from peft import PeftModel  # noqa: PLC0415  (slow, see model/lora.py)
 
     described = plain_config(base, trust_remote_code=trust_remote_code)
+    if padding is not None:
+        describe_reward_model(described, "model.path")
+        set_padding(described, padding)
     with plain_weights(base, torch.float32):
         causal_lm = auto_class(described, trust_remote_code).from_pretrained(
             base,
@@ -197,7 +219,7 @@ def write_merged(
     was_tied = _is_tied(causal_lm)
     merged = PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload()
     inner = merged.get_input_embeddings().weight
-    outer = merged.get_output_embeddings().weight
+    outer = output_layer(merged).weight
     if was_tied and inner is not outer and torch.equal(inner, outer):  # peft keeps two copies
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
@@ -225,7 +247,7 @@ def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
 
 
 def _is_tied(causal_lm: Any) -> bool:  # config.json does not always say it
-    return causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+    return causal_lm.get_input_embeddings().weight is output_layer(causal_lm).weight
 
 
 def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:

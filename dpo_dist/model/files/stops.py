@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_dist.data import DataConfig, trained_stops
+from dpo_dist.data import DataConfig, final_tokens, trained_stops
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
@@ -27,6 +27,32 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
             remedy="set eos_token in tokenizer_config.json",
         )
     return stop_ids
+
+
+def padding_token(tokenizer: Tokenizer, data: DataConfig) -> str:
+    """Return the token that pads rows of a reward model: the tokenizer's own, if it ends no text.
+
+    transformers reads the score at the last token that is not this one. Raises ConfigError: there is none.
+    """
+    ends = final_tokens(tokenizer, data)
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *added]
+    token = next((str(each) for each in candidates if each and str(each) not in ends), None)
+    if token is None:
+        raise ConfigError(
+            "every special token of the tokenizer ends texts, so that none can pad rows of a reward model",
+            where="model.path",
+            got=", ".join(map(str, added)),
+            expected="a pad_token that ends no text: a score is read at the last token that is not padding",
+            remedy="set pad_token in tokenizer_config.json to a token that your data do not have",
+        )
+    return token
+
+
+def set_padding(model_config: Any, token_id: int) -> None:
+    """Write the padding token where a reward model's class reads it."""
+    model_config.pad_token_id = token_id
+    model_config.get_text_config().pad_token_id = token_id
 
 
 def folder_stops(folder: Path) -> list[int]:

@@ -47,33 +47,39 @@ def plain_weights(
     dtype: torch.dtype,
     kept: Collection[str] = (),
     rows: Mapping[str, RowChoice] | None = None,
+    drawn: Mapping[str, Tensor] | None = None,
     *,
     is_read: bool = True,
 ) -> Iterator[None]:
     """Inside the block, make transformers read the weights of `folder` as plain ones of `dtype`.
 
     `kept` are names of MXFP4 weights that are read as `join_mxfp4` returns them. `rows` are those to read of
-    some tensors, by name; None: the tensor is left out. Without `is_read`, quantized weights are on the meta
-    device.
+    some tensors, by name; None: the tensor is left out. `drawn` are weights that are read as if the folder
+    had them, too. Without `is_read`, quantized weights are on the meta device.
     """
-    if stored_quantization(folder) is None and not rows:
+    if stored_quantization(folder) is None and not rows and not drawn:
         yield
         return
-    open_file = open_plain(folder, dtype, kept, is_read=is_read)
+    open_file = open_plain(folder, dtype, kept, drawn, is_read=is_read)
     with opening_files_by(lambda file: _Part(open_file(file), rows or {})):
         yield
 
 
 def open_plain(
-    folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
+    folder: Path,
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
+    drawn: Mapping[str, Tensor] | None = None,
+    *,
+    is_read: bool = True,
 ) -> Callable[[str | Path], Any]:
     """Return a function that opens a weight file of `folder` as `safe_open` does, of plain weights.
 
     The arguments are those of `plain_weights`.
     """
-    if stored_quantization(folder) is None:
+    if stored_quantization(folder) is None and not drawn:
         return partial(safe_open, framework="pt")
-    return _Reader(folder, dtype, kept, is_read=is_read).open
+    return _Reader(folder, dtype, kept, drawn, is_read=is_read).open
 
 
 def mxfp4_names(folder: Path) -> set[str]:
@@ -102,10 +108,17 @@ class _Reader:
     """The tensors of a folder; `open` returns what `safe_open` returns of a file with plain weights."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        kept: Collection[str] = (),
+        drawn: Mapping[str, Tensor] | None = None,
+        *,
+        is_read: bool = True,
     ) -> None:
         self._dtype = dtype
         self._kept = kept
+        self._drawn = drawn or {}
         self._is_read = is_read
         self._blocks = (stored_quantization(folder) or {}).get("weight_block_size", (128, 128))
         self._places = places(folder)
@@ -114,9 +127,11 @@ class _Reader:
     def open(self, file: str | Path) -> "_PlainFile":
         file = Path(file)
         names = [name for name, place in self._places.items() if place == file]
-        return _PlainFile(
-            {name.removesuffix(_BLOCKS): self._weight(name) for name in names if self._is_weight(name)}
-        )
+        weights = {name.removesuffix(_BLOCKS): self._weight(name) for name in names if self._is_weight(name)}
+        if file == next(iter(self._files)):
+            for name, values in self._drawn.items():
+                weights[name] = self._lazy(values.to(self._dtype).__getitem__, [*values.shape])
+        return _PlainFile(weights)
 
     def _is_weight(self, name: str) -> bool:
         if name.endswith(_SCALES):

@@ -52,7 +52,7 @@ class Diagnosis:
 
 def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
-    data = config.data
+    data = DataConfig(**vars(config.data))  # a reward model's has no texts behind its responses
     prepared = None
     if config.model.path != UNSET:
         from dpo_dist.kit import prepare_data  # noqa: PLC0415  (slow)

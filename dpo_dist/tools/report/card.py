@@ -114,6 +114,7 @@ def model_card(
         base_name=name,
         quantized=config.model.quantization,
         start=start,
+        has_scores=config.loss.of_scores,
         unit=unit,
         pairs=Markup(pairs_in_words),  # noqa: S704  (digits)
         steps=pluralize(summary["steps"], "step"),
@@ -167,14 +168,14 @@ def _metadata(model: ModelConfig, data: DataConfig, loss: LossConfig) -> ModelCa
     is_adapter = model.adapter is not None
     datasets = filter(None, map(_hub_dataset, data.train))
     kind = "dpo" if LossKind.sigmoid in loss.kinds else str(loss.kinds[0])
-    tags = ["dpo-dist", "preference-optimization", kind]
+    tags = ["dpo-dist", *(["reward-model"] if loss.of_scores else ["preference-optimization", kind])]
     if is_adapter:
         tags.append("lora")
     metadata = ModelCardData(
         base_model=base,
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if loss.of_scores else "text-generation",
         tags=tags,
     )
     if base is not None:

@@ -76,6 +76,7 @@ class RunFacts:
         self.data_findings = findings
         self.kinds = loss_kinds(summary.get("settings") or {})
         self.unit = loss_unit(self.kinds)
+        self.has_scores = any(kind in KINDS and KINDS[LossKind(kind)].of_scores for kind in self.kinds)
         self.accuracy_key = ACCURACIES[self.unit == "record"]
         self.accuracy_title = METRICS[self.accuracy_key].title
         self.steps = [row for row in rows if "loss" in row]

@@ -76,8 +76,9 @@ def worst_of_run(run: Run, inputs: Inputs, values: PairValues) -> None:
     if not run.config.loss.is_one_sided:
         assert inputs.eval_set is not None, "evaluations have data"
         file = run.folder.last_evaluation.worst
-        is_unpaired = run.config.loss.is_unpaired
-        write_worst(file, values, inputs.eval_set, inputs.tokenizer, is_unpaired=is_unpaired)
+        loss = run.config.loss
+        options = {"is_unpaired": loss.is_unpaired, "has_scores": loss.of_scores}
+        write_worst(file, values, inputs.eval_set, inputs.tokenizer, **options)
 
 
 def write_worst(
@@ -87,12 +88,15 @@ def write_worst(
     tokenizer: PreTrainedTokenizerBase,
     *,
     is_unpaired: bool = False,
+    has_scores: bool = False,
 ) -> None:
     """Write the pairs with the lowest negative margins as rows of answers, whole or not at all.
 
-    For labelled records: good ones with the lowest, and bad ones with the highest rewards.
+    For labelled records: good ones with the lowest, and bad ones with the highest rewards. `has_scores`:
+    behind each response is the position of its score.
     """
     lines = []
+    end = -1 if has_scores else None
     decode = partial(tokenizer.decode, skip_special_tokens=False)
     order = np.argsort(values.margin, kind="stable")
     worst = order[:_WORST]
@@ -115,7 +119,7 @@ def write_worst(
             else:
                 row["margin"] = float(values.margin[index])
                 sides = {"chosen": example.responses[0], "rejected": example.responses[-1]}
-            row["responses"] = {side: {"text": decode(ids.tolist())} for side, ids in sides.items()}
+            row["responses"] = {side: {"text": decode(ids[:end].tolist())} for side, ids in sides.items()}
             if images:
                 row["images"] = images
             lines.append(json.dumps(row) + "\n")

@@ -248,7 +248,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     config = run.config
     settings = run.config.section_of(SamplesConfig)
     tokenizer = inputs.tokenizer
-    if settings.prompts == 0 or inputs.eval_set is None:
+    if settings.prompts == 0 or inputs.eval_set is None or config.loss.of_scores:
         return None
     model_folder = inputs.policy_files.folder
     seed = config.trainer.seed

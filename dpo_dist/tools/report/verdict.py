@@ -124,7 +124,10 @@ def lost_weights(facts: RunFacts) -> Iterator[str]:
 def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     """Return the likeliest cause of the first row with a value that is not finite, and where it was."""
     row = facts.rows[index]
-    quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
+    scored = "rewards/chosen" if facts.has_scores else ""
+    scores = "scores" if facts.has_scores else "log-probs"
+    names = (scored, *_QUANTITIES, *broken)
+    quantity = next(key for key in names if key in broken or f"eval_{key}" in broken)
     # If several skipped steps end the run, its last row has the last of them: `step` is the first.
     step = int(row["step"])
     if row is facts.rows[-1] and "loss" in row:
@@ -135,12 +138,12 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
         cause = f"the learning rate is too high: {symptom}"
     elif "loss" not in row:
         cause = f"the evaluation data have {facts.unit}s for which the policy computes no finite value"
-    elif not quantity.startswith("logps/"):
-        cause = "the log-probs are finite, the loss or its gradient is not"
+    elif quantity != scored and not quantity.startswith("logps/"):
+        cause = f"the {scores} are finite, the loss or its gradient is not"
     elif before.steps:
         cause = "an update damaged the weights: the learning rate is too high, or its warm-up too short"
     else:
-        cause = "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
+        cause = f"the model gives no finite {scores} from the start: damaged weights, or numbers out of range"
     return (
         f"{cause}; the {_QUANTITIES.get(quantity, quantity)} was the first value that is not finite, at step "
         f"{step}; before it the loss was {digits(last(before.steps, 'loss'))} and the gradient norm "
@@ -466,10 +469,10 @@ def _data_faults(facts: RunFacts) -> Iterator[str]:
         count = counts.get("response_truncated", 0)
         records = counts.get("kept", 0)
         if count > _CUT_RESPONSES * records > 0:
+            effect = "is scored without it" if facts.has_scores else "the policy does not learn to end"
             yield (
                 f"{count:,} of {records:,} {noun} records ({percent(count / records)}) have a response whose "
-                "end data.max_length cuts, and the policy does not learn to end: raise it, or set "
-                "data.truncation=keep_end or drop"
+                f"end data.max_length cuts, and {effect}: raise it, or set data.truncation=keep_end or drop"
             )
             break
     errors = [str(each.get("rule")) for each in facts.data_findings if each.get("level") == Level.error]
@@ -713,8 +716,8 @@ def _success(facts: RunFacts) -> str:
     result = "no fault found" if facts.total_steps >= FEWEST_STEPS else "too short to be judged"
     unknown = []
     if not facts.evaluations:
-        unknown.append("nothing was evaluated after a step, or sampled")
-    elif last(facts.evaluations, "samples/prompts") is None:
+        unknown.append("nothing was evaluated after a step" + ("" if facts.has_scores else ", or sampled"))
+    elif last(facts.evaluations, "samples/prompts") is None and not facts.has_scores:
         unknown.append("nothing was sampled")
     if accuracy is not None and accuracy.is_chance and facts.total_steps >= FEWEST_STEPS:
         unknown.append(f"the {facts.accuracy_title} is within its noise of a guess, {accuracy.noise:.3f}")

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
 from dpo_dist.data.records import as_fields
-from dpo_dist.data.text.tokenizer import tokenizer_facts
+from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
@@ -151,7 +151,7 @@ class RewardModel:
     def check(self) -> None:
         """Check the model's configuration and tokenizer."""
         folder = description_folder(self.name, None, _REWARD_MODEL)
-        model_config = load_config(folder, self.config, _REWARD_MODEL)
+        model_config = load_config(folder, self.config, _REWARD_MODEL, keeps_class=True)
         if model_config.num_labels != 1:
             raise ConfigError(
                 "the model is not a reward model",
@@ -182,7 +182,7 @@ class RewardModel:
     def _model(self) -> Any:
         config = replace(self.config, quantization=None)
         kind = AutoModelForSequenceClassification
-        model_config = load_config(self._folder, config, _REWARD_MODEL)
+        model_config = load_config(self._folder, config, _REWARD_MODEL, keeps_class=True)
         model = load_weights(self._folder, model_config, config, self.device, key=_REWARD_MODEL, kind=kind)
         return model.to(self.device).eval()
 
@@ -218,8 +218,10 @@ class RewardModel:
         return judgements
 
     def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
-        """Return the conversation's token ids by the model's template; without one, as a pair of texts.
+        """Return the conversation's token ids by the model's template.
 
+        Without one they are those of prompt, response and end of text, as reward models are trained that were
+        causal models; other classes read a pair of texts.
         Return None if the template rejects the conversation, or if the tokenizer cannot encode it.
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
@@ -230,6 +232,9 @@ class RewardModel:
             text = "\n\n".join(turn.content for turn in messages)
             if isinstance(prompt, Dialogue):
                 text = prompt.text
+            if hasattr(self._model, "score"):  # which encoders do not have
+                end = self._tokenizer.eos_token or ""
+                return self._ids(facts, facts.marks.escape(text) + facts.marks.escape(response) + end)
             pair: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
             return pair
         arguments = dict(record.template_arguments)
@@ -237,11 +242,17 @@ class RewardModel:
             arguments["tools"] = list(record.tools)
         turns = tuple(map(chat.turn, (*messages, Message("assistant", response))))
         try:
-            rendered = chat.render(turns, chat.data(arguments))
-            [(ids, _)] = facts.encoder.encode([rendered])
+            return self._ids(facts, chat.render(turns, chat.data(arguments)), is_whole=True)
         except UnusableRecordError:
             return None
-        return facts.with_prefix(ids)[0]
+
+    def _ids(self, facts: TokenizerFacts, text: str, *, is_whole: bool = False) -> list[int] | None:
+        """Return the token ids of an escaped text, which may be a whole conversation; None if it has none."""
+        try:
+            [(ids, _)] = facts.encoder.encode([text])
+        except UnusableRecordError:
+            return None
+        return facts.with_prefix(ids, is_whole=is_whole)[0]
 
     @torch.inference_mode()
     def _scores(self, encoded: Sequence[list[int] | None]) -> list[float | None]:

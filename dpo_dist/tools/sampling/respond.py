@@ -77,7 +77,7 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
     tokenizer = encoder.tokenizer
     processor = encoder.processor
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
-    model_config = load_config(source.folder, model)
+    model_config = load_config(source.folder, ModelConfig(**vars(model)), source.key)
     longest = context_length(model_config)
     vocabulary = getattr(model_config.get_text_config(), "vocab_size", None)
     return Responder(source, tokenizer, data, stop_ids, longest, processor, vocabulary)

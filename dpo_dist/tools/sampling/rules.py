@@ -3,7 +3,7 @@
 from dpo_dist.config.rules import without_evaluations
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.fields import schema_fields
-from dpo_dist.kit import Rule, RunConfig, unused
+from dpo_dist.kit import LOSS, Rule, RunConfig, unused, unused_beside
 from dpo_dist.tools.sampling.keys import (
     CompareConfig,
     PairsConfig,
@@ -23,8 +23,19 @@ def _is_for_others(config: RunConfig) -> bool:
     return responds or bool(config.section_of(CompareConfig).models)
 
 
+def _prompts(config: RunConfig) -> int | None:
+    return config.section_of(SamplesConfig).prompts
+
+
+def _responds(config: RunConfig) -> bool:
+    """Return whether the trained model gives responses."""
+    return not config.loss.of_scores
+
+
+_NO_RESPONSES = "choose another loss: a reward model gives no responses"
 _RULES = [
-    without_evaluations("samples.prompts", lambda c: c.section_of(SamplesConfig).prompts == 0),
+    without_evaluations("samples.prompts", lambda c: _prompts(c) == 0),
+    unused_beside("samples.prompts", LOSS, _NO_RESPONSES, lambda c: _responds(c) or _prompts(c) == 0),
     unused("sampling.top_p", "sampling.temperature!=0"),
     unused("sampling.top_k", "sampling.temperature!=0"),
 ]
@@ -32,6 +43,9 @@ _RULES = [
 _SAMPLES_ONLY = list[Rule]()
 for _key in SAMPLING_KEYS:
     _SAMPLES_ONLY.append(without_evaluations(_key, _is_for_others))
+    _SAMPLES_ONLY.append(
+        unused_beside(_key, LOSS, _NO_RESPONSES, lambda c: _responds(c) or _is_for_others(c))
+    )
     _SAMPLES_ONLY.append(unused(_key, "samples.prompts!=0", "set samples.prompts=16", _is_for_others))
 
 

@@ -20,7 +20,7 @@ from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
-from dpo_dist.model.files.load import check_same_vocabulary
+from dpo_dist.model.files.load import check_has_score, check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -188,6 +188,8 @@ def load_evaluated(
         if is_adapter(files):
             for warning in base_warnings(config.model, files):
                 run.warn(warning)
+            if config.loss.of_scores:
+                check_has_score(base, files, EVALUATION_MODEL_KEY)
             finish = partial(load_adapter, folder=files)
         else:
             folder = files
@@ -206,7 +208,8 @@ def load_evaluated(
             )
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, quantization=bits)
-    longest = config.data.max_length
+    longest = config.data.longest
+    texts = inputs.datasets_to_score[0][0].texts() if config.loss.of_scores else []
     model = load_for_scoring(
         folder,
         scoring_config(config.model, bits),
@@ -216,5 +219,6 @@ def load_evaluated(
         finish,
         key=key,
         processor=inputs.processor,
+        texts=texts,
     )
     return model, running, commit

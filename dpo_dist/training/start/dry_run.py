@@ -110,7 +110,7 @@ def dry_run(
     encoder = load_encoder(folder, own_tokenizer or start, config.model)
     tokenizer = encoder.tokenizer
     model_config, causal_lm = checked_model(
-        config.model, folder, start, config.data.max_length, config.parallelism
+        config.model, folder, start, config.data.longest, config.parallelism
     )
     router_loss(config.loss.router, causal_lm)
     template = ChatTemplate(tokenizer, config.data.chat_template)

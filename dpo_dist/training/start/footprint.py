@@ -36,7 +36,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
-from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.architectures import describe_reward_model, recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.experts import expert_modules, packable, shares_equally, unpackable
 from dpo_dist.model.files.folder import description_folder, start_folder
@@ -48,6 +48,7 @@ from dpo_dist.model.layers import (
     image_parts,
     image_weights,
     layer_values,
+    output_layer,
     weights_of,
 )
 from dpo_dist.objective.distillation import sparse_rows
@@ -190,8 +191,9 @@ class Shapes:
         # In bf16, stage 1 keeps a micro-batch's gradients beside their float32 sum.
         has_both = stage == 1 and config.model.dtype is Dtype.bf16
         gradients = (4.0 + number * has_both) * self.trained
-        output = causal_lm.get_output_embeddings().weight
-        head = 4.1 * chunk_bytes(memory) + (4.0 * output.numel() if output.requires_grad else 0.0)
+        output = output_layer(causal_lm).weight
+        chunks = 0.0 if config.model.gives_scores else 4.1 * chunk_bytes(memory)  # of logits
+        head = chunks + (4.0 * output.numel() if output.requires_grad else 0.0)
         largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
         gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
         hpz = config.parallelism.hpz
@@ -280,6 +282,8 @@ def policy_without_weights(model: ModelConfig, shape: Mapping[str, Any] | None =
     """Return the policy on the meta device; with `shape`, values of its config.json, without its files."""
     if shape is not None:
         model_config = AutoConfig.for_model(**shape)
+        if model.gives_scores:
+            describe_reward_model(model_config, "model.path")
     else:
         folder = description_folder(model.path, model.revision, needs_weights=False)
         model_config = load_config(folder, model)
@@ -351,7 +355,7 @@ def quantized_weights(causal_lm: Any) -> int:
         if isinstance(module, nn.Linear) and not is_of_adapter:
             linear.add(module.weight)
     of_images = weights_of(image_parts(causal_lm).values())
-    quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
+    quantized = linear - of_images - {output_layer(causal_lm).weight}
     return sum(map(torch.numel, quantized | {*packable(causal_lm).values()}))
 
 

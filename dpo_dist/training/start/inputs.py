@@ -47,7 +47,7 @@ from dpo_dist.model.experts import check_shared_experts
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, model_folder, start_folder
 from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
 from dpo_dist.model.files.manifest import check_undamaged
-from dpo_dist.model.files.stops import stop_notes
+from dpo_dist.model.files.stops import padding_token, stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.lora import experts_note
@@ -235,7 +235,7 @@ def _load(
     """
     config = run.config
     world = run.world
-    longest = config.data.max_length
+    longest = config.data.longest
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     encoder = load_encoder(folder, encoder_folder or start, config.model)
@@ -336,10 +336,16 @@ def model_notes(
     notes += [Note("experts", text) for text in experts]
     long = length_warnings(policy.model_config, data.max_length)
     notes += [Note("data.max_length", text, is_warning=True) for text in long]
-    if not policy.tokenizer.eos_token:
+    if not policy.tokenizer.eos_token and not model.gives_scores:
         notes.append(Note("end", _NO_END, is_warning=True))
     notes += [Note("adapter", text, is_warning=True) for text in base_warnings(model, policy.start)]
-    ends = stop_notes(policy.tokenizer, data, policy.folder) if trains else []
+    ends: list[str] = []
+    if trains and model.gives_scores:
+        padding = padding_token(policy.tokenizer, data)
+        if padding != policy.tokenizer.pad_token:
+            ends.append(f"the written model pads rows with {padding}, which ends no text")
+    elif trains:
+        ends += stop_notes(policy.tokenizer, data, policy.folder)
     return [*notes, *(Note("end", text) for text in ends)]
 
 

@@ -125,8 +125,10 @@ def divergence_error(
     in_a_row = health.without_gradient_in_a_row
     if not (in_a_row > MOST_BAD_STEPS or (in_a_row and is_last) or is_untrained):
         return None
-    side, logp = next(iter(logps_by_side(totals.means).items()), ("chosen", math.nan))
-    got = f"{logp:.4g} nats per token of {side} responses, loss {totals.means['loss']:.4g}"
+    got = f"loss {totals.means['loss']:.4g}"
+    side, logp = next(iter(logps_by_side(totals.means).items()), ("", math.nan))  # a reward model has none
+    if side:
+        got = f"{logp:.4g} nats per token of {side} responses, {got}"
     if _is_collapsed(totals):
         return DivergedError(
             f"the policy has collapsed: the gradient is 0 at step {step}, so that it learns nothing",

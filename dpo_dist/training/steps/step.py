@@ -118,7 +118,8 @@ class Objective:
             statistic_names.append("of_teacher")
         if self.loss.weighting is Weighting.wpo:
             statistic_names.append("collisions")
-        if is_evaluation and model is not None:  # without a forward there is no entropy
+        # Without a forward there is no entropy, and none of a score.
+        if is_evaluation and model is not None and not self.loss.of_scores:
             statistic_names.append("entropy")
         if is_evaluation and self.teacher is not None:
             statistic_names.append("most_likely")
@@ -142,7 +143,12 @@ class Objective:
                 values, routing = model.routed_token_logps(batch, statistic_names)
             token_logps, *rows = values.view(1 + len(statistic_names), len(batch.targets))
             statistics = dict(zip(statistic_names, rows, strict=True))
-            sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+            sums = partial(
+                sum_by_response,
+                response_tokens=batch.response_tokens,
+                ranking=batch.ranking,
+                lengths=batch.lengths if self.loss.of_scores else None,
+            )
             loss_sums = partial(sums, token_weights=batch.token_weights)
             pair_weights = None
             if "collisions" in statistics:

@@ -72,6 +72,14 @@ REFUSED = [
     ("data.trained_roles=[]", "data.trained_roles"),
     (TERMS % "sigmoid", "loss.terms"),
     ("loss.terms=[{kind:sigmoid}] loss.kind=ipo", "loss.kind"),
+    ("loss.terms=[{kind:reward},{kind:sft}]", "loss.terms"),
+    ("loss=reward pairs.rounds=2", "pairs.rounds"),
+    ("loss=reward model.images.train=none", "model.images"),
+    ("loss=reward data.untrained=[thoughts]", "data.untrained"),
+    ("loss=reward data.trained_roles=[user]", "data.trained_roles"),
+    ("loss=reward loss.beta=0.2", "loss.beta"),
+    ("loss=reward data.eval=[b] samples.prompts=4", "samples.prompts"),
+    ("loss=reward reference=cached", "reference.mode"),
     (f"{TERMS % 'nca_pair'} loss.divergence=js", "loss.divergence"),
     (f"{TERMS % 'aot'} loss.weighting=wpo", "loss.weighting"),
     ("loss.options.gamma=1", "loss.options.gamma"),
@@ -228,6 +236,12 @@ def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tm
     assert "sampling.max_new_tokens" in refused("samples.prompts=0 sampling.max_new_tokens=9").where
     file.write_text("sampling: {max_new_tokens: 9}")
     assert "sampling.max_new_tokens" in refused("").where
+
+
+def test_a_reward_model_draws_no_responses() -> None:
+    refused = error_of("loss=reward data.eval=[b] sampling.temperature=0.5", verb="train")
+    assert refused.where == "sampling.temperature, loss.kind"
+    assert configured("loss=reward data.eval=[b] samples.prompts=0", verb="train").loss.of_scores
 
 
 @pytest.mark.parametrize("preset", preset_names("data", group_folders()))

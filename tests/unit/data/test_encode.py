@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.data.config import DataConfig, TextTemplate, Truncation
+from dpo_dist.data.config import DataConfig, ScoredDataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import EncodedRecord, encode_pair, encode_record
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.text import escape
@@ -489,3 +489,49 @@ def test_a_long_text_is_not_tokenized_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(escape, "OVERLAP", 400)
     tokenize_texts(SimpleNamespace(is_fast=True, backend_tokenizer=spy), [LONG, "short"])
     assert max(lengths) == 1500
+
+
+WHOLE_CONVERSATIONS = {
+    "ChatML, with a line end": (tiny.qwen(), CHAT),
+    "Llama 3": (tiny.llama3(), CHAT),
+    "several turns": (tiny.qwen(), LONG_CHAT),
+    "Zephyr": (tiny.zephyr(), CHAT),
+    "no end of a turn": (tiny.with_template(tiny.qwen(), tiny.WITHOUT_END), CHAT),
+    "Qwen 3, with an empty thought": (tokenizer_of("qwen3"), CHAT),
+    "DeepSeek R1, whose prompt opens a thought": (tokenizer_of("deepseek_r1_distill"), CHAT),
+    "Phi 3, with an end of text": (tokenizer_of("phi3"), CHAT),
+}
+
+
+@pytest.mark.parametrize(("tokenizer", "prompt"), WHOLE_CONVERSATIONS.values(), ids=WHOLE_CONVERSATIONS)
+def test_a_reward_model_reads_whole_conversations_as_others_write_them(
+    tokenizer: Any, prompt: Messages
+) -> None:
+    """As transformers, TRL and vLLM: also what the template writes behind the last turn."""
+    found = encode(record(prompt, "It is Paris.", "I cannot do that."), tokenizer, ScoredDataConfig())
+    for ids, mask, answer in zip(
+        found.responses, found.trained, ["It is Paris.", "I cannot do that."], strict=True
+    ):
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        whole = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": answer}], return_dict=True
+        )["input_ids"]
+        assert [*found.prompt_ids.tolist(), *ids[:-1].tolist()] == whole
+        assert mask.tolist() == [False] * (len(ids) - 1) + [True]
+    assert not found.changes & {"partly_trained", "response_truncated"}
+
+
+def test_a_reward_model_reads_a_text_to_its_end_within_the_limits() -> None:
+    tokenizer = tiny.qwen()
+    plain = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer)
+    scored = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer, ScoredDataConfig())
+    assert [ids[:-1].tolist() for ids in scored.responses] == [ids.tolist() for ids in plain.responses]
+    room = len(plain.prompt_ids) + 3
+    cut = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer, ScoredDataConfig(max_length=room))
+    assert (
+        len(cut.prompt_ids) + max(map(len, cut.responses))
+        == room + 1
+        == ScoredDataConfig(max_length=room).longest
+    )
+    assert cut.truncated == (True, False)
+    assert [mask.sum() for mask in cut.trained] == [1, 1]

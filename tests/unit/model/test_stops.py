@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import ExportConfig, MemberConfig, ModelConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.text.render import trained_stops
-from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.files.manifest import write_manifest
-from dpo_dist.model.files.stops import find_stop_ids, stop_notes, write_stops
+from dpo_dist.model.files.stops import find_stop_ids, padding_token, stop_notes, write_stops
 from dpo_dist.training.export import export_average
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
@@ -92,3 +94,37 @@ def test_a_mean_of_a_damaged_model_is_refused(tmp_path: Path) -> None:
     model, export = ModelConfig(str(members[0])), ExportConfig(average=average)
     with pytest.raises(CheckpointError, match="not as it was written"):
         export_average(members, tmp_path / "out", export, model, DataConfig())
+
+
+def padded(tokenizer: Any, token: str | None) -> Any:
+    changed = tiny.with_template(tokenizer, tokenizer.chat_template)
+    changed.pad_token = token
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        (tiny.qwen(), "<|endoftext|>"),
+        (padded(tiny.qwen(), "<|im_end|>"), "<|endoftext|>"),
+        (padded(tiny.qwen(), None), "<|endoftext|>"),
+        (padded(tiny.llama3(), "<|end_of_text|>"), "<|begin_of_text|>"),
+        (tokenizer_of("cohere2"), "<BOS_TOKEN>"),
+    ],
+)
+def test_rows_of_a_reward_model_are_padded_with_a_token_that_ends_no_text(
+    tokenizer: Any, expected: str
+) -> None:
+    assert padding_token(tokenizer, DataConfig()) == expected
+
+
+def test_a_tokenizer_whose_special_tokens_all_end_texts_cannot_pad() -> None:
+    only_end = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, "<|endoftext|>")),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+    )
+    with pytest.raises(ConfigError, match="none can pad rows") as error:
+        padding_token(only_end, DataConfig())
+    assert "pad_token in tokenizer_config.json" in error.value.remedy

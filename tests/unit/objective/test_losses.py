@@ -28,6 +28,7 @@ from dpo_dist.config.losses import (
     OdpoOptions,
     OrpoOptions,
     RewardAwareOptions,
+    RewardOptions,
     SimpoOptions,
     option_names,
 )
@@ -138,6 +139,11 @@ BY_HAND = [
     # Log-ratios 2 and 0 of good responses, against z = 1, and against 0.
     (LossConfig(LossKind.kto, desirable_weight=1.5), (1.5 * sigmoid(-0.5), 1.5 * sigmoid(0.5))),
     (LossConfig(LossKind.apo_zero_unpaired), (sigmoid(-1), sigmoid(0))),
+    # Scores -10 and -20, -12 and -9, whatever beta is: h is 10 and -3, the sums are -30 and -21.
+    (
+        LossConfig(LossKind.reward, label_smoothing=0.1, options=RewardOptions(centre=0.01)),
+        (0.9 * softplus(-10) + 0.1 * softplus(10) + 9, 0.9 * softplus(3) + 0.1 * softplus(-3) + 4.41),
+    ),
 ]
 BESIDE_TRL = [
     *(LossConfig(LossKind(kind)) for kind in AS_TRL),
@@ -182,6 +188,12 @@ def test_a_ranking_by_hand_beside_shorter_ones() -> None:
     losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce, 0.5))
     expected = [by_hand(1, 0.5, -1, 0), by_hand(2, 1, -1), by_hand(3, 1)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    # Of scores: the margin of a record is one of pairs, and the best and the worst are centred.
+    facts = BatchFacts(margin=torch.tensor([0.0, 0.0, 1.5]))
+    config = LossConfig(LossKind.reward, options=RewardOptions(centre=0.25))
+    losses = preference_loss(policy, None, config, facts)
+    expected = [by_hand(2, 1, -2, 0) + 0.25 * 4, by_hand(4, 2, -2) + 0.25 * 4, softplus(-2.5) + 0.25 * 64]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LossKind if option_names(kind)])
@@ -200,7 +212,7 @@ def test_every_option_changes_what_its_kind_computes(kind: LossKind) -> None:
         if name == "temperature":  # of the distributions: tests/unit/objective/test_distillation.py
             continue
         others = {"delta": "running_mean", "length_average": False}
-        other: Any = {"options": {name: others[name] if name in others else value / 2}}
+        other: Any = {"options": {name: others[name] if name in others else (value or 1.0) / 2}}
         assert computed(LossConfig(kind, 0.5, **other)) != computed(plain), name
 
 

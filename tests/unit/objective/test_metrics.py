@@ -73,6 +73,31 @@ def test_means_by_hand() -> None:
     )
 
 
+def test_a_reward_model_has_metrics_of_scores_and_none_of_log_probs() -> None:
+    plan = MetricPlan(LossConfig(LossKind.reward), is_evaluation=True)
+    tokens = torch.tensor([2.0, 100.0]), torch.tensor([63.0, 64.0])
+    scores = PairLogps(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.5]), *tokens)
+    means = means_of(torch.tensor([1.0, 2.0]), scores, None, plan)
+    assert means == pytest.approx(
+        {
+            "loss": 1.5,
+            "rewards/chosen": 1.0,
+            "rewards/rejected": 0.75,
+            "rewards/accuracies": 0.5,
+            "rewards/margins": 0.25,
+            "tokens/chosen": 51.0,
+            "tokens/rejected": 63.5,
+            "rewards/accuracies_by_length/1-63": 1.0,
+            "rewards/margins_by_length/1-63": 2.0,
+            "rewards/accuracies_by_length/64-127": 0.0,
+            "rewards/margins_by_length/64-127": -1.5,
+        }
+    )
+    values = pair_values(plan, scores, None)
+    assert values["reward_chosen"].tolist() == [3.0, -1.0]
+    assert values["logp_chosen"].isnan().all()
+
+
 def test_metrics_per_token_have_the_counts_of_their_tokens() -> None:
     """Of every measured metric; a long response weighs as many tokens as it has."""
     tokens = torch.tensor([2.0, 100.0]), torch.tensor([63.0, 64.0])

@@ -69,6 +69,18 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     assert "Evaluation" not in once.text
 
 
+@pytest.mark.parametrize("adapter", [[], ["model.adapter={r: 8}"]])
+def test_the_card_of_a_reward_model_says_how_to_read_a_score(adapter: list[str]) -> None:
+    overrides = ["model.path=org/base", "data.train=[org/pairs]", "loss=reward", *adapter]
+    found = card(overrides, summary(["pairs"], []), {"all": OF_ALL})
+    assert (found.data.pipeline_tag, found.data.tags[1]) == ("text-classification", "reward-model")
+    loader = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
+    for part in (loader, "num_labels=1", "A reward is the score of a response", "Bradley-Terry"):
+        assert part in found.text, part
+    for part in ("log-ratio", "dpo-dist chat", "CausalLM", "generation_config"):
+        assert part not in found.text, part
+
+
 def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:
     home = tmp_path / "home" / "alice"
     for name in ("my-base", "sft", "start"):

@@ -566,7 +566,7 @@ REFUSED = [
     ("kto.sh", "swift rlhf --rlhf_type kto --model m --loss_type kto sft", "a sum of losses that it cannot"),
     ("ipo.yaml", "{rl: ipo, base_model: m, dpo_loss_type: [sigmoid, sft], lr: 1}", "a sum of losses that it"),
     ("sum.sh", "trl dpo --model_name_or_path m --loss_weights 1 2", "a sum of losses that it cannot train"),
-    ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
+    ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no pretraining or online RL"),
     (
         "sync.yaml",
         "{model_name_or_path: m, use_peft: true, load_in_4bit: true, sync_ref_model: true, beta: 0.1}",

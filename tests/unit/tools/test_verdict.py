@@ -508,6 +508,7 @@ def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate() -> None:
 
 EVALUATED = "no fault found: evaluation accuracy 0.750 on 400 pairs"
 NOT_EVALUATED = "no fault found (nothing was evaluated after a step, or sampled): training accuracy 0.72"
+OF_SCORES = {"settings": {"loss.kind": "reward", "optim.lr": 1e-6}}
 UNSAMPLED = [{key: value for key, value in row.items() if "samples/" not in key} for row in rows()]
 
 
@@ -524,12 +525,26 @@ UNSAMPLED = [{key: value for key, value in row.items() if "samples/" not in key}
             "no fault found (the accuracy is within",
         ),
         (UNSAMPLED, {}, "no fault found (nothing was sampled): evaluation accuracy 0.750 on 400 pairs"),
+        # A reward model gives no responses.
+        (UNSAMPLED, OF_SCORES, EVALUATED),
+        (steps(), OF_SCORES, "no fault found (nothing was evaluated after a step): training accuracy 0.72"),
     ],
 )
 def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any], sentence: str) -> None:
     judged = verdict(history, summary(**ended))
     assert judged.sentence.startswith(sentence)
     assert (judged.findings, len(judged.lines())) == ((), 1)
+
+
+def test_the_faults_of_a_reward_model_are_told_of_scores() -> None:
+    broken = dict.fromkeys(("loss", "grad_norm", "rewards/chosen", "rewards/margins"), math.nan)
+    history = [{"step": 1.0, "pairs": 8.0, **broken}]
+    judged = verdict(history, {"steps": 1, "exit": "diverged", **OF_SCORES})
+    assert "gives no finite scores from the start" in judged.sentence
+    assert "log-prob" not in judged.sentence
+    cut = counts(response_truncated=100)
+    judged = verdict(rows(), summary(**OF_SCORES, data={"train": cut, "eval": counts()}))
+    assert "have a response whose end data.max_length cuts, and is scored without it" in judged.sentence
 
 
 def test_a_verdict_needs_no_input() -> None:
