@@ -70,7 +70,11 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
         return PreparedTeacher(replace(teacher, engine=load()), report)
     # The entries of the store that these files give under these numerics and draws (law L3).
     kept = teacher.kept
-    profile = scoring_profile(run, folder, None) | {"rows": f"{kept}, seed {teacher.seed}"}
+    rows = (
+        f"{kept.k} largest, {kept.drawn} drawn with seed {teacher.seed}, of {kept.vocabulary} ids, "
+        f"temperature {kept.temperature}"
+    )
+    profile = scoring_profile(run, folder, None) | {"rows": rows}
     label = model_label(config.teacher.path, folder)
     fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
     empty = LogpStore(Path(config.reference.store), fingerprint, [])

@@ -59,6 +59,15 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
 
 
+def test_entries_of_a_teacher_have_several_numbers_of_each_token(run: Run, tmp_path: Path) -> None:
+    rows = ReferenceFingerprint("ab" * 16, {"dtype": "fp32"}, "teacher", width=3)
+    write(tmp_path, {1: [1.0, 0.5, 2.0, 3.0, 0.25, 1.0]}, rows)
+    assert "1 entry, 2 tokens" in run("info")[1]
+    assert run("verify") == (0, "1 shard, 1 valid entry, 0 damaged files\n")
+    assert readable(tmp_path, [1], rows) == {1: [[1.0, 0.5, 2.0], [3.0, 0.25, 1.0]]}
+    assert readable(tmp_path, [1], ReferenceFingerprint("ab" * 16, {"dtype": "fp32"}, "teacher")) == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "left"),
     [
