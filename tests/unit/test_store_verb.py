@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert run("verify") == (0, "2 shards, 5 valid entries, 0 damaged files\n")
     LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
+
+
+def test_a_row_of_a_teacher_is_one_token(run: Run, tmp_path: Path) -> None:
+    write(tmp_path, {1: [1.0] * 10, 2: [2.0] * 5}, replace(FIRST, width=5))
+    assert "2 entries, 3 tokens, " in run("info")[1]
 
 
 @pytest.mark.parametrize(
