@@ -1,6 +1,7 @@
 """A policy learns from a teacher that is asked once, by the command line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support import tiny
-from tests.support.launch import assert_same_history, history, run_verb, summary, train
+from tests.support.invented import write_pairs
+from tests.support.launch import assert_same_history, constants, history, run_verb, summary, train
 from tests.support.pairs import encode
 from tests.support.tiny_model import write_model
 
@@ -38,6 +40,10 @@ def dense(student: Path, teacher: Path, assets: Path, temperature: float) -> tup
         divergences.append((teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1))
         equal.append(logits[0].argmax(-1) == logits[1].argmax(-1))
     return torch.cat(divergences).mean().item(), torch.cat(equal).double().mean().item()
+
+
+def _full_disk(_: Path) -> SimpleNamespace:
+    return SimpleNamespace(total=2**30, free=2**10)
 
 
 def of_teacher(run: Path) -> dict[str, Any]:
@@ -98,6 +104,13 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
         "fewer": visited,
         "warmer": visited,
     }
+    # The disk needs room for what is not there yet, whatever else the teacher has been asked.
+    other = write_pairs(tmp_path / "other.jsonl", 6, seed=3)
+    asks = overrides(*command, f"data.train=[{other}]")
+    ended = run_verb("precompute", asks, prepare=constants(**{"shutil.disk_usage": _full_disk}))
+    assert ended.code == 2, ended.output
+    assert "teacher: distributions of 6 responses take" in ended.output
+    assert "the disk has no room for the teacher's distributions" in ended.output
     # Log-probs of the reference are other entries, also where it is the teacher.
     more = [f"reference.path={teacher}", "trainer.max_steps=2", f"run.dir={tmp_path}/both"]
     train(overrides(*command, *more))
