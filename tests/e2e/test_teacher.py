@@ -18,11 +18,23 @@ from tests.support.pairs import encode
 from tests.support.tiny_model import write_model
 
 WHOLE = "teacher.k=100000"
+PADDING = 24
+
+
+def longer(folder: Path) -> Path:
+    """The model of a folder after its output layer was padded, as those of Qwen2.5 are, with likely ids."""
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    causal_lm.resize_token_embeddings(causal_lm.config.vocab_size + PADDING, mean_resizing=False)
+    causal_lm.get_input_embeddings().weight.data[-PADDING:].normal_(std=0.3)
+    causal_lm.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("teacher") / "larger", seed=5, hidden_size=48, layers=3)
+    folder = tmp_path_factory.mktemp("teacher") / "larger"
+    return longer(write_model(folder, seed=5, hidden_size=48, layers=3))
 
 
 @torch.no_grad()
@@ -35,7 +47,8 @@ def dense(student: Path, teacher: Path, assets: Path, temperature: float) -> tup
         assert isinstance(record, PreferenceRecord)
         pair = encode(record, tiny.qwen())
         ids = torch.tensor([*pair.prompt_ids, *pair.responses[0]])[None]
-        logits = [model(ids).logits[0, len(pair.prompt_ids) - 1 : -1] for model in models]
+        place = slice(len(pair.prompt_ids) - 1, -1)
+        logits = [model(ids).logits[0, place, : models[0].config.vocab_size] for model in models]
         student_logps, teacher_logps = (torch.log_softmax(each / temperature, -1) for each in logits)
         divergences.append((teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1))
         equal.append(logits[0].argmax(-1) == logits[1].argmax(-1))
@@ -88,8 +101,9 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
         "reordered": ["trainer.seed=3", "optim.lr=1e-5", "loss.beta=0.2", "trainer.epochs=2"],
         "part": [f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]"],
         "seed": ["teacher.seed=1"],
-        "fewer": ["teacher.k=7"],
+        "other rows of this width": ["teacher.k=47", "teacher.drawn=18"],
         "warmer": [terms.replace("temperature: 2", "temperature: 1")],
+        "more ids": [f"model.path={longer(write_model(tmp_path / 'student'))}"],
     }
     computed = {}
     for name, more in runs.items():
@@ -101,8 +115,9 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
         "reordered": 0,
         "part": 0,
         "seed": visited,
-        "fewer": visited,
+        "other rows of this width": visited,
         "warmer": visited,
+        "more ids": visited,
     }
     # The disk needs room for what is not there yet, whatever else the teacher has been asked.
     other = write_pairs(tmp_path / "other.jsonl", 6, seed=3)
