@@ -99,7 +99,10 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
     runs = {
         "same": [],
         "reordered": ["trainer.seed=3", "optim.lr=1e-5", "loss.beta=0.2", "trainer.epochs=2"],
-        "part": [f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]"],
+        "part": [
+            f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]",
+            f"data.eval=[{assets}/eval.jsonl]",
+        ],
         "seed": ["teacher.seed=1"],
         "other rows of this width": ["teacher.k=47", "teacher.drawn=18"],
         "warmer": [terms.replace("temperature: 2", "temperature: 1")],
@@ -113,7 +116,7 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
     assert computed == {
         "same": 0,
         "reordered": 0,
-        "part": 0,
+        "part": 5,  # of the evaluation, also of a policy that is the reference
         "seed": visited,
         "other rows of this width": visited,
         "warmer": visited,
@@ -144,6 +147,9 @@ def test_a_changed_teacher_is_asked_again(overrides: Overrides, teacher: Path, t
     train(overrides(*command, f"teacher.path={other}", run))
     assert of_teacher(tmp_path / "again")["computed"] == 6
     assert history(tmp_path / "again")[0]["loss"] != history(tmp_path / "run")[0]["loss"]
+    replaced = run_verb("train", overrides(*command, f"teacher.path={other}"))
+    assert replaced.code == 2, replaced.output
+    assert "teacher" in replaced.output
     stale = run_verb("train", overrides(*command, f"teacher.path={teacher}", "run.resume=must"))
     assert stale.code == 2, stale.output
 
