@@ -57,7 +57,7 @@ class SparseRows:
         rest = probabilities.scatter(1, largest.indices, 0.0)
         # In whole units: in float32 a sum over 150,000 tokens would lose the small ones, and GPUs have no
         # deterministic kernel for sums of floats.
-        ends = (rest * _UNITS).round().long().cumsum(1)
+        ends = rest.mul_(_UNITS).round_().long().cumsum_(1)
         units = ends[:, -1:]
         places = (torch.arange(self.drawn, device=units.device) + uniforms.double()) / self.drawn * units
         drawn = torch.searchsorted(ends, places.long(), right=True).clamp(max=ends.shape[1] - 1)

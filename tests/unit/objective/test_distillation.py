@@ -114,7 +114,8 @@ class WithoutSumsOfFloats(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        assert func is not torch.ops.aten.cumsum.default or not result.is_floating_point()
+        is_sum = func in (torch.ops.aten.cumsum.default, torch.ops.aten.cumsum_.default)
+        assert not (is_sum and result.is_floating_point())
         return result
 
 
