@@ -14,6 +14,8 @@ from torch import Tensor
 from dpo_dist.config.losses import DistillOptions, LossConfig
 from dpo_dist.config.schema import TeacherConfig
 
+_UNITS = 2**40  # of a probability
+
 
 class SoftTargets(NamedTuple):
     """What a teacher wants at each position: probabilities of some tokens, at this temperature of softmax."""
@@ -53,11 +55,13 @@ class SparseRows:
             probabilities = probabilities / probabilities.sum(1, keepdim=True)
         largest = probabilities.topk(self.k)
         rest = probabilities.scatter(1, largest.indices, 0.0)
-        # In float32 a sum over 150,000 tokens would lose the small ones.
-        ends = rest.cumsum(1, dtype=torch.float64)
-        mass = ends[:, -1:]
-        places = (torch.arange(self.drawn, device=mass.device) + uniforms) / self.drawn * mass
-        drawn = torch.searchsorted(ends, places, right=True).clamp(max=ends.shape[1] - 1)
+        # In whole units: in float32 a sum over 150,000 tokens would lose the small ones, and GPUs have no
+        # deterministic kernel for sums of floats.
+        ends = rest.mul_(_UNITS).round_().long().cumsum_(1)
+        units = ends[:, -1:]
+        places = (torch.arange(self.drawn, device=units.device) + uniforms.double()) / self.drawn * units
+        drawn = torch.searchsorted(ends, places.long(), right=True).clamp(max=ends.shape[1] - 1)
+        mass = units / _UNITS
         entropy = torch.special.entr(probabilities).sum(1, keepdim=True)
         parts = (largest.indices, largest.values, drawn, mass / max(1, self.drawn), entropy)
         return torch.cat([part.float() for part in parts], dim=1)

@@ -375,9 +375,11 @@ class LogpStore:
         """Write entries as one shard, and return its name; a store sees the shard when it is opened again."""
         bad_entries = sum(not np.isfinite(values).all() for values in entries)
         if bad_entries:
+            is_teacher = self.fingerprint.width > 1
+            model = "teacher" if is_teacher else "reference model"
             raise ReferenceModelError(
-                "the reference model computes log-probs that are not finite",
-                where="reference.path (if null, model.path)",
+                f"the {model} computes log-probs that are not finite",
+                where="teacher.path" if is_teacher else "reference.path (if null, model.path)",
                 got=f"{bad_entries} of {len(entries)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )

@@ -1,6 +1,7 @@
 """Prepare a run's teacher: ask it once for its distributions and store them, or load it beside the policy."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.objective.distillation import sparse_rows
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
+from dpo_dist.reference.fill import missing_responses
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.reference.teacher import Teacher, with_uniforms
 from dpo_dist.training.reference import ScoredOnce, scoring_profile
@@ -79,10 +81,11 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
     empty = LogpStore(Path(config.reference.store), fingerprint, [])
     scored = inputs.datasets_to_score
-    taken = 4 * kept.width * sum(_chosen_tokens(dataset, indices) for dataset, indices in scored)
-    responses = sum(len(indices) for _, indices in scored)
-    run.say(f"teacher: its distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
-    world.on_main(lambda: _check_room(empty, taken))
+    responses, tokens = world.on_main(lambda: _missing(empty, scored))
+    if responses:
+        taken = 4 * kept.width * tokens
+        run.say(f"teacher: distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
+        world.on_main(lambda: _check_room(empty.folder, taken))
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept, seed=teacher.seed)
     filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
@@ -92,22 +95,28 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     return PreparedTeacher(teacher, report | asked.free())
 
 
-def _chosen_tokens(dataset: PreferenceDataset, indices: Indices) -> int:
-    """Return the tokens of the first responses of these examples."""
-    return int(dataset.piece_tokens[dataset.first_pieces[indices] + 1].sum(dtype="int64"))
+def _missing(empty: LogpStore, scored: Sequence[tuple[PreferenceDataset, Indices]]) -> tuple[int, int]:
+    """Return how many responses the store lacks, and their tokens."""
+    store = LogpStore.open(empty.root, empty.fingerprint)
+    responses = 0
+    tokens = 0
+    for dataset, indices in scored:
+        missing, _ = missing_responses(store, dataset, indices, which=0)
+        examples = dataset.locate_responses(missing)[0]
+        responses += len(missing)
+        tokens += int(dataset.piece_tokens[dataset.first_pieces[examples] + 1].sum(dtype="int64"))
+    return responses, tokens
 
 
-def _check_room(store: LogpStore, taken: int) -> None:
-    """Check that the disk has room for `taken` bytes of entries, less those that are there."""
-    folder = next(each for each in (store.folder, *store.folder.parents) if each.is_dir())
+def _check_room(folder: Path, taken: int) -> None:
+    """Check that the disk has room for `taken` bytes of entries."""
     disk = shutil.disk_usage(folder)
-    stored = sum(file.stat().st_size for file in store.folder.glob("*.safetensors"))
-    if disk.total and taken - stored > disk.free:
+    if disk.total and taken > disk.free:
         raise ConfigError(
             "the disk has no room for the teacher's distributions",
             where="reference.store",
             got=f"{size(disk.free)} free on the file system of {folder}",
-            expected=f"{size(taken - stored)}",
+            expected=f"{size(taken)}",
             remedy="set reference.store to another disk, lower teacher.k, or set teacher.mode=live",
             lacks=Lack.room,
         )

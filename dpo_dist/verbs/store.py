@@ -78,17 +78,16 @@ def _list_folder(folder: Path) -> _Listing:
     digests = [folder.name]
     reference = "-"
     label = f"no readable {FINGERPRINT_FILE}"
-    width = 1
+    tokens = sum(shard.tokens for shard in shards)
     if fingerprint is not None:
         reference = fingerprint.reference
         digests.append(reference)
         label = fingerprint.label or "unnamed"
-        width = fingerprint.width
+        tokens //= fingerprint.width
     line = (
         f"{label}   reference {reference}   fingerprint {folder.name}   "
         f"{pluralize(entries, 'entry', 'entries')}, "
-        f"{pluralize(sum(shard.tokens for shard in shards) // width, 'token')}, "
-        f"{size(stored)}, {pluralize(len(shards), 'shard')}{damaged}, "
+        f"{pluralize(tokens, 'token')}, {size(stored)}, {pluralize(len(shards), 'shard')}{damaged}, "
         f"used {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}"
     )
     return _Listing(folder, digests, used, entries, stored, line)

@@ -1,6 +1,7 @@
 """A policy learns from a teacher that is asked once, by the command line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +12,29 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support import tiny
-from tests.support.launch import assert_same_history, history, run_verb, summary, train
+from tests.support.invented import write_pairs
+from tests.support.launch import assert_same_history, constants, history, run_verb, summary, train
 from tests.support.pairs import encode
 from tests.support.tiny_model import write_model
 
 WHOLE = "teacher.k=100000"
+PADDING = 24
+
+
+def longer(folder: Path) -> Path:
+    """The model of a folder after its output layer was padded, as those of Qwen2.5 are, with likely ids."""
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    causal_lm.resize_token_embeddings(causal_lm.config.vocab_size + PADDING, mean_resizing=False)
+    causal_lm.get_input_embeddings().weight.data[-PADDING:].normal_(std=0.3)
+    causal_lm.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("teacher") / "larger", seed=5, hidden_size=48, layers=3)
+    folder = tmp_path_factory.mktemp("teacher") / "larger"
+    return longer(write_model(folder, seed=5, hidden_size=48, layers=3))
 
 
 @torch.no_grad()
@@ -33,11 +47,16 @@ def dense(student: Path, teacher: Path, assets: Path, temperature: float) -> tup
         assert isinstance(record, PreferenceRecord)
         pair = encode(record, tiny.qwen())
         ids = torch.tensor([*pair.prompt_ids, *pair.responses[0]])[None]
-        logits = [model(ids).logits[0, len(pair.prompt_ids) - 1 : -1] for model in models]
+        place = slice(len(pair.prompt_ids) - 1, -1)
+        logits = [model(ids).logits[0, place, : models[0].config.vocab_size] for model in models]
         student_logps, teacher_logps = (torch.log_softmax(each / temperature, -1) for each in logits)
         divergences.append((teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1))
         equal.append(logits[0].argmax(-1) == logits[1].argmax(-1))
     return torch.cat(divergences).mean().item(), torch.cat(equal).double().mean().item()
+
+
+def _full_disk(_: Path) -> SimpleNamespace:
+    return SimpleNamespace(total=2**30, free=2**10)
 
 
 def of_teacher(run: Path) -> dict[str, Any]:
@@ -80,10 +99,14 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
     runs = {
         "same": [],
         "reordered": ["trainer.seed=3", "optim.lr=1e-5", "loss.beta=0.2", "trainer.epochs=2"],
-        "part": [f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]"],
+        "part": [
+            f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]",
+            f"data.eval=[{assets}/eval.jsonl]",
+        ],
         "seed": ["teacher.seed=1"],
-        "fewer": ["teacher.k=7"],
+        "other rows of this width": ["teacher.k=47", "teacher.drawn=18"],
         "warmer": [terms.replace("temperature: 2", "temperature: 1")],
+        "more ids": [f"model.path={longer(write_model(tmp_path / 'student'))}"],
     }
     computed = {}
     for name, more in runs.items():
@@ -93,11 +116,19 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
     assert computed == {
         "same": 0,
         "reordered": 0,
-        "part": 0,
+        "part": 5,  # of the evaluation, also of a policy that is the reference
         "seed": visited,
-        "fewer": visited,
+        "other rows of this width": visited,
         "warmer": visited,
+        "more ids": visited,
     }
+    # The disk needs room for what is not there yet, whatever else the teacher has been asked.
+    other = write_pairs(tmp_path / "other.jsonl", 6, seed=3)
+    asks = overrides(*command, f"data.train=[{other}]")
+    ended = run_verb("precompute", asks, prepare=constants(**{"shutil.disk_usage": _full_disk}))
+    assert ended.code == 2, ended.output
+    assert "teacher: distributions of 6 responses take" in ended.output
+    assert "the disk has no room for the teacher's distributions" in ended.output
     # Log-probs of the reference are other entries, also where it is the teacher.
     more = [f"reference.path={teacher}", "trainer.max_steps=2", f"run.dir={tmp_path}/both"]
     train(overrides(*command, *more))
@@ -116,6 +147,9 @@ def test_a_changed_teacher_is_asked_again(overrides: Overrides, teacher: Path, t
     train(overrides(*command, f"teacher.path={other}", run))
     assert of_teacher(tmp_path / "again")["computed"] == 6
     assert history(tmp_path / "again")[0]["loss"] != history(tmp_path / "run")[0]["loss"]
+    replaced = run_verb("train", overrides(*command, f"teacher.path={other}"))
+    assert replaced.code == 2, replaced.output
+    assert "teacher" in replaced.output
     stale = run_verb("train", overrides(*command, f"teacher.path={teacher}", "run.resume=must"))
     assert stale.code == 2, stale.output
 

@@ -16,9 +16,13 @@ from torch import Tensor
 from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, IpoOptions, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.files.load import load_packed
+from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.objective.distillation import SparseRows
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricPlan
+from dpo_dist.objective.token_logps import rows_of_logits
 from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.reference.teacher import Teacher
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective
 from tests.support.own_loss import function_of
@@ -84,12 +88,19 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
         """The gradient, the loss and the metrics; `leaf` is of the log-probs that a policy would return."""
 
         def token_logps(_: Any, statistics: Sequence[str]) -> Tensor:
-            return torch.stack((leaf, *(leaf.detach() / 2 for _ in statistics))) if statistics else leaf * 1
+            if not statistics:
+                return leaf * 1
+            halves = [leaf / 2 if name == "of_teacher" else leaf.detach() / 2 for name in statistics]
+            return torch.stack((leaf, *halves))
 
         policy: Any = type("Model", (), {"token_logps": staticmethod(token_logps)})
+        kept = SparseRows(2, 1, 1.0, 50)
+        rows = torch.ones(kept.width, len(batch.targets), device=device)
+        engine: Any = type("Model", (), {"token_logps": staticmethod(lambda *_: rows)})
+        teacher = Teacher(kept, seed=0, engine=engine) if config.needs_teacher else None
         running = RunningMeans(margin=0.1, reward=0.2, pairs=2)
         facts = BatchFacts(3.5, mismatch=-leaf.detach().mean(), running=running)
-        objective = Objective(config, ReferenceProvider())
+        objective = Objective(config, ReferenceProvider(), teacher=teacher)
         rank_batch: Any = type("RankBatch", (), {"batches": lambda: [batch]})
         ready = objective.ready_batches(rank_batch, device)
         (pairs,) = objective.score(policy, ready, facts, device)
@@ -104,6 +115,16 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
         found = without_waits(lambda config=config, leaves=leaves: measured(config, CUDA, leaves[1]))
         for got, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-6, msg=str(config))
+
+
+def test_draws_of_a_teacher_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 1000)
+    uniforms = torch.rand(7, 4)
+    kept = SparseRows(5, 4, 1.0, 1000)
+    with deterministic_kernels(True):
+        rows = rows_of_logits(logits.to(CUDA), uniforms.to(CUDA), kept)
+    torch.testing.assert_close(rows.cpu(), rows_of_logits(logits, uniforms, kept))
 
 
 def test_a_phase_lasts_as_long_as_its_work_on_the_device() -> None:

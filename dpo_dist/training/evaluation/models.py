@@ -121,7 +121,7 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
 
     def write() -> Results:
         folder = run.folder
-        name = entry.name(inputs, config.model, config.loss, config.metrics.function)
+        name = entry.name(inputs, config.model, config.loss, config.teacher, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
         in_train = count_trained(entry.path, hashes, config.loss.unit, console)
         counts = {**dataset.counts, "prompts_also_in_train": in_train}

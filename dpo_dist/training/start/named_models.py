@@ -25,6 +25,7 @@ from dpo_dist.config.schema import (
     ModelConfig,
     ReferenceMode,
     RunConfig,
+    TeacherConfig,
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, plain
@@ -72,12 +73,17 @@ class EvaluatedModel:
     is_checkpoint: bool
 
     def name(
-        self, inputs: "EvaluationInputs", model: ModelConfig, loss: LossConfig, metrics_function: str | None
+        self,
+        inputs: "EvaluationInputs",
+        model: ModelConfig,
+        loss: LossConfig,
+        teacher: TeacherConfig,
+        metrics_function: str | None,
     ) -> str:
         """Return a name for the results, such as `step-000100-1a2b3c4d`.
 
-        Results of another model, base, precision, reference, loss, dataset, label or custom metric have
-        another name.
+        Results of another model, base, precision, reference, teacher, loss, dataset, label or custom metric
+        have another name.
         """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
@@ -88,7 +94,7 @@ class EvaluatedModel:
         facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
         facts += [data.fingerprint, list(data.source_labels)]
         if inputs.teacher_files is not None:
-            facts.append(inputs.teacher_files.digest)
+            facts += [inputs.teacher_files.digest, teacher.k, teacher.drawn, teacher.seed]
         if metrics_function is not None:
             facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")

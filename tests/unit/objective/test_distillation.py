@@ -1,8 +1,11 @@
 """A teacher's sparse rows, and the head's gradient towards them, beside whole distributions in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist.objective import token_logps as head
 from dpo_dist.objective.distillation import SparseRows
@@ -104,6 +107,34 @@ def test_draws_are_unbiased() -> None:
     # The k largest alone are not: what they miss is far outside of that error.
     truncated = (soft.shares[:, :8] * torch.log_softmax(student, -1)[0, soft.ids[:, :8]]).sum(1).mean()
     assert (truncated - dense).abs() > 40 * values.std() / seeds**0.5
+
+
+class WithoutSumsOfFloats(TorchDispatchMode):
+    """A GPU has no deterministic kernel for cumulative sums of floats (`trainer.deterministic`)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_sum = func in (torch.ops.aten.cumsum.default, torch.ops.aten.cumsum_.default)
+        assert not (is_sum and result.is_floating_point())
+        return result
+
+
+def test_draws_are_deterministic_on_gpus() -> None:
+    with WithoutSumsOfFloats():
+        rows_of_logits(torch.randn(3, VOCABULARY), torch.rand(3, 4), SparseRows(5, 4, 1.0, VOCABULARY))
+
+
+def test_small_probabilities_are_drawn_as_often_as_they_are_likely() -> None:
+    """Of 150,000 equal tokens, one in each of the parts, from the first to the last, at any place in it."""
+    tokens = 150_000
+    logits = torch.zeros(1, tokens).index_fill(1, torch.tensor([tokens // 2]), 20.0)
+    kept = SparseRows(1, 3, 1.0, tokens)
+    for uniform in (0.0, 0.25, 1 - 2**-24):
+        soft = kept.soft_targets(rows_of_logits(logits, torch.full((1, 3), uniform), kept))
+        places = (torch.arange(3) + uniform) / 3 * (tokens - 1)
+        expected = places + (places >= tokens // 2)
+        assert ((soft.ids[0, 1:] - expected).abs() <= 1).all()
+        assert soft.ids.max() < tokens
 
 
 def test_a_certain_teacher() -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -166,3 +167,14 @@ def test_a_store_can_have_more_shards_than_the_limit_of_open_files(tmp_path: Pat
         assert readable(tmp_path, range(30)) == wanted
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("width", "where"), [(1, "reference.path"), (3, "teacher.path")])
+def test_values_that_are_not_finite_are_an_error_of_their_model(
+    width: int, where: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ReferenceModelError, match="not finite") as refused:
+        write(tmp_path, {1: [0.5, float("nan"), 2.0]}, replace(FINGERPRINT, width=width))
+    assert refused.value.where is not None
+    assert refused.value.where.startswith(where)
+    assert not list(tmp_path.glob("*/*.safetensors"))

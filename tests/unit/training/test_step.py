@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.encoded.partners import with_partners
+from dpo_dist.objective.distillation import SparseRows
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.reference.teacher import Teacher
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, evaluate, reduce_step, train_step
 from tests.support.alone import ALONE
@@ -87,6 +90,32 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_global_batch(
     share = shard_batch(dataset, rows, 0, 1, budget, COSTS, loss)
     evaluated, _ = evaluate(cast(PolicyEngine, policy), objective, share, ALONE, RunningMeans())
     assert evaluated["loss"] == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
+def test_a_teacher_that_is_certain_of_the_chosen_response_teaches_as_sft_does(
+    kind: LossKind, tmp_path: Path
+) -> None:
+    """Beside a loss of pairs or of a whole batch, whose weights of tokens are not those of the divergence."""
+    longer = {"prompt": "Hi", "chosen": "a long answer of many words", "rejected": "no"}
+    dataset = opened(tmp_path, jsonl(tmp_path, *GOOD, longer))
+    kept = SparseRows(1, 1, 1.0, 9)
+    rows = SimpleNamespace(token_logps=lambda batch, _: torch.zeros(kept.width, len(batch.targets)))
+    losses, gradients = [], []
+    for other in (LossKind.sft, LossKind.distill):
+        terms = [LossTermConfig(kind, 1.0), LossTermConfig(other, 2.0)]
+        loss = LossConfig(beta=0.5, ld_alpha=0.5, terms=terms)
+        policy, reference = (LogProbs(dataset, seed) for seed in (1, 2))
+        teacher = Teacher(kept, 0, engine=cast(Engine, rows)) if loss.needs_teacher else None
+        objective = Objective(loss, cast(ReferenceProvider, reference), teacher=teacher)
+        share = shard_batch(dataset, np.arange(len(dataset)), 0, 1, 64, COSTS, loss)
+        step, clock = objective.ready_step(share, ALONE.device), StepClock(ALONE.device)
+        engine = cast(PolicyEngine, policy)
+        sums, norm = train_step(engine, objective, step, 1e-3, ALONE, clock, RunningMeans())
+        losses.append(reduce_step(sums, [], norm, ALONE).sums["loss"])
+        gradients.append(policy.gradient())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 def test_the_mismatch_of_kto_is_the_mean_log_ratio_of_the_partners_of_the_global_batch(

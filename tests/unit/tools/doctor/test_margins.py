@@ -95,6 +95,9 @@ def test_nothing_is_found_without_entries_of_this_reference(
     assert not stored(tmp_path, model)
     digest = digest_model(model).digest
     fill(tmp_path, digest, dataset, slice(0, 4), quantization="nf4 by bitsandbytes 0.1")
+    of_teacher = ReferenceFingerprint(digest, {"dtype": "bf16"}, width=5)
+    rows = [np.zeros(5 * tokens, dtype=np.float32) for tokens in lengths_of(dataset)]
+    LogpStore.open(tmp_path / "store", of_teacher).write(dataset.keys[:], rows)
     assert not stored(tmp_path, model)
     assert stored(tmp_path, model, quantization=Quantization.nf4)
 
