@@ -536,6 +536,8 @@ def test_a_reward_model_reads_a_text_to_its_end_within_the_limits() -> None:
     )
     assert cut.truncated == (True, False)
     assert [mask.sum() for mask in cut.trained] == [1, 1]
+    # Other losses that share `data.cache` must not read these.
+    assert ScoredDataConfig().encoding_identity != DataConfig().encoding_identity
 
 
 def test_a_reward_model_reads_prompt_and_response_in_one_tokenization() -> None:
