@@ -284,9 +284,9 @@ class EscapedEncoder:
         encoded_by_text = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
         (prompt_ids, _), (before, _), *joint = (encoded_by_text[text] for text in texts)
         if not keeps_boundary:
-            shared = os.path.commonprefix([before, *(ids for ids, _ in joint)])  # noqa: RUF071  (of ids)
-            prompt_ids = prompt_ids[: len(prompt_ids) - len(before) + len(shared)]
-            before = shared
+            shared = len(os.path.commonprefix([before, *(ids for ids, _ in joint)]))  # noqa: RUF071  (of ids)
+            prompt_ids = prompt_ids[: len(prompt_ids) - len(before) + shared]
+            before = before[:shared]
         cut = len(before)
         encoded = list[Encoded]()
         is_resplit = False
