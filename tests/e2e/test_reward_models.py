@@ -90,6 +90,8 @@ def test_a_reward_model_is_one_for_transformers_for_evaluations_and_for_judges(
     assert not [name for name in rows[1] if "logps" in name or "entropy" in name]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
     assert rows[-1]["eval_tokens/chosen"] > 2
+    worst = map(json.loads, (run / "evaluation/training/worst.jsonl").read_text().splitlines())
+    assert all(row["responses"]["chosen"]["text"].endswith("<|im_end|>\n") for row in worst)
     folder = run / "model"
     card = (folder / "README.md").read_text()
     assert "AutoModelForSequenceClassification" in card
