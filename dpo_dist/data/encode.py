@@ -187,7 +187,11 @@ def _encoded(
         for text, turns in zip(rendered.responses, rendered.counted, strict=True)
     ]
     has_masks = counted != [None] * len(counted)
-    prompt, encoded, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses, has_masks)
+    prompt, encoded, is_resplit = facts.encoder.encode_after(
+        # Whoever asks for a score has the text of prompt and response in one.
+        *(rendered.prompt, rendered.responses, has_masks),
+        keeps_boundary=not config.for_scores,
+    )
     responses = [ids for ids, _ in encoded]
     if not has_masks:
         return prompt, responses, [], is_resplit

@@ -501,9 +501,6 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
         )
 
 
-_AS_PAIRS = "set data.ranked=best_worst or all_pairs"
-
-
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Check that the loss can use every example and its numbers. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
@@ -532,10 +529,8 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
-        elif loss.accepts_rankings and name != "loss_weight":
-            check(misfits & (counts > 2), f"a {name} of a ranking", _AS_PAIRS)
     if loss.accepts_rankings and loss.label_smoothing:
-        remedy = f"set loss.label_smoothing=null, or {_AS_PAIRS.removeprefix('set ')}"
+        remedy = "set loss.label_smoothing=null, or data.ranked=best_worst or all_pairs"
         check(counts > 2, "a ranking beside loss.label_smoothing", remedy)
     if loss.is_unpaired:
         taken_apart = "set data.unpair=true"

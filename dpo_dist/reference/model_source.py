@@ -65,7 +65,7 @@ class ModelSource:
     def load(self, model: ModelConfig, device: torch.device) -> Any:
         """Return a language model of transformers, whole on `device`, with the adapter if there is one."""
         model = ModelConfig(**vars(model))  # also if the run of `model` trains a reward model
-        model_config = load_config(self.folder, model)
+        model_config = load_config(self.folder, model, self.key)
         causal_lm: Any = load_weights(self.folder, model_config, model, device, key=self.key)
         if self.adapter is not None:
             add_saved(causal_lm, self.adapter, TRAINED, self.key)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_dist.config.schema import Dtype, ModelConfig
@@ -24,8 +23,11 @@ def evaluated(overrides: list[str], run: Path) -> list[float]:
     """The scores that `evaluate` writes, chosen and rejected of each pair."""
     ended = run_verb("evaluate", overrides)
     assert ended.code == 0, ended.output
-    lines = (run / "evaluation" / "scores.jsonl").read_text().splitlines()
-    rows = map(json.loads, lines)
+    return written_scores(run / "evaluation")
+
+
+def written_scores(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "scores.jsonl").read_text().splitlines())
     return [row[f"reward_{side}"] for row in rows for side in ("chosen", "rejected")]
 
 
@@ -88,6 +90,8 @@ def test_a_reward_model_is_one_for_transformers_for_evaluations_and_for_judges(
     assert not [name for name in rows[1] if "logps" in name or "entropy" in name]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
     assert rows[-1]["eval_tokens/chosen"] > 2
+    worst = map(json.loads, (run / "evaluation/training/worst.jsonl").read_text().splitlines())
+    assert all(row["responses"]["chosen"]["text"].endswith("<|im_end|>\n") for row in worst)
     folder = run / "model"
     card = (folder / "README.md").read_text()
     assert "AutoModelForSequenceClassification" in card
@@ -115,16 +119,26 @@ def test_a_reward_model_is_one_for_transformers_for_evaluations_and_for_judges(
 def test_an_adapter_of_a_reward_model_is_opened_by_peft_and_merged(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
+    # A base whose padding token ends conversations.
+    tokenizer = tiny.with_template(tiny.qwen(), tiny.CHATML.replace("<|im_end|>\n", "<|im_end|>"))
+    tokenizer.pad_token = tokenizer.eos_token
+    base = f"model.path={write_model(tmp_path / 'base', tokenizer)}"
     file = assets / "eval.jsonl"
     data = f"data.eval=[{file}]"
-    train(overrides("loss=reward", data, "optim.lr=1e-2", "model.adapter.r=4", "trainer.save_every=2"))
+    train(overrides("loss=reward", base, data, "optim.lr=1e-2", "model.adapter.r=4", "trainer.save_every=2"))
     run = tmp_path / "run"
     folder = run / "model"
     described = json.loads((folder / "adapter_config.json").read_text())
     assert (described["task_type"], described["modules_to_save"]) == ("SEQ_CLS", ["score"])
-    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    expected = plain_scores(model, folder, file)
-    assert evaluated([f"run.dir={run}"], run) == pytest.approx(expected, abs=1e-5)
+    _, code = (folder / "README.md").read_text().split("```python\n")
+    names: dict[str, Any] = {}
+    exec(code.split("```")[0].replace("folder = '.'", f"folder = '{folder}'"), names)
+    expected = plain_scores(names["model"], folder, file)
+    *_, last = sorted((run / "checkpoints").glob("step-*"))
+    evaluated([f"run.dir={run}", f"evaluation.model=[{folder},{last}]"], run)
+    for name in ("model", last.name):
+        [results] = (run / "evaluation").glob(f"{name}-*")
+        assert written_scores(results) == pytest.approx(expected, abs=1e-5)
     ended = run_verb("export", [f"run.dir={run}", "export.merge=true", f"export.output={tmp_path}/merged"])
     assert ended.code == 0, ended.output
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)

@@ -7,6 +7,7 @@ token's number: that is an escaped text.
 
 import copy
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -262,13 +263,19 @@ class EscapedEncoder:
         return tokenize_texts(self._tokenizer, escaped, with_starts=with_starts)
 
     def encode_after(
-        self, prompt: str, responses: Sequence[str], with_starts: bool = False
+        self,
+        prompt: str,
+        responses: Sequence[str],
+        with_starts: bool = False,
+        *,
+        keeps_boundary: bool = True,
     ) -> tuple[list[int], list[Encoded], bool]:
         """Return the ids of an escaped prompt, the tokens of each response; whether a response was resplit.
 
         A response is tokenised together with the prompt. If that would change the prompt's own tokens (a
-        token across the boundary), the response is tokenised by itself. A token that starts before its
-        response, with a space of the prompt, has a negative start.
+        token across the boundary), the response is tokenised by itself, or without `keeps_boundary` begins
+        where the tokens differ. A token that starts before its response, with a space of the prompt, has a
+        negative start.
         """
         # Start at the last special token: later tokens do not depend on the text before.
         tail = prompt[max((match.start() for match in self._marks.in_text.finditer(prompt)), default=0) :]
@@ -276,6 +283,10 @@ class EscapedEncoder:
         distinct = list(dict.fromkeys(texts))
         encoded_by_text = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
         (prompt_ids, _), (before, _), *joint = (encoded_by_text[text] for text in texts)
+        if not keeps_boundary:
+            shared = len(os.path.commonprefix([before, *(ids for ids, _ in joint)]))  # noqa: RUF071  (of ids)
+            prompt_ids = prompt_ids[: len(prompt_ids) - len(before) + shared]
+            before = before[:shared]
         cut = len(before)
         encoded = list[Encoded]()
         is_resplit = False

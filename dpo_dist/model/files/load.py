@@ -250,8 +250,8 @@ def check_same_vocabulary(
     processor, that of the policy is used.
     """
     vocabulary = tokenizer.get_vocab()
-    ids = load_config(folder, config).get_text_config().vocab_size
-    other = load_tokenizer(folder, config).get_vocab() if has_tokenizer(folder) else vocabulary
+    ids = load_config(folder, config, key).get_text_config().vocab_size
+    other = load_tokenizer(folder, config, key).get_vocab() if has_tokenizer(folder) else vocabulary
     differing = [token for token, number in vocabulary.items() if number >= ids or other.get(token) != number]
     if differing:
         raise ConfigError(

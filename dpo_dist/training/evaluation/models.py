@@ -20,7 +20,8 @@ from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
-from dpo_dist.model.files.load import check_has_score, check_same_vocabulary
+from dpo_dist.model.files.load import check_has_score, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.stops import padding_token, set_padding
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -178,6 +179,9 @@ def load_evaluated(
             if config.model.adapter is not None:
                 add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
             load_checkpoint_weights(model, Path(entry.path), world)
+            if model.gives_scores:  # as in its training
+                padding = padding_token(inputs.tokenizer, config.data)
+                set_padding(model.causal_lm.config, inputs.tokenizer.convert_tokens_to_ids(padding))
 
         finish = load_weights
     else:
@@ -190,7 +194,14 @@ def load_evaluated(
                 run.warn(warning)
             if config.loss.of_scores:
                 check_has_score(base, files, EVALUATION_MODEL_KEY)
-            finish = partial(load_adapter, folder=files)
+
+            def add_saved_adapter(model: PackedCausalLM) -> None:
+                load_adapter(model, folder=files)
+                if model.gives_scores and has_tokenizer(files):  # the base's padding may end texts
+                    tokenizer = load_tokenizer(files, config.model, EVALUATION_MODEL_KEY)
+                    set_padding(model.causal_lm.config, tokenizer.pad_token_id)
+
+            finish = add_saved_adapter
         else:
             folder = files
             key = EVALUATION_MODEL_KEY

@@ -139,6 +139,15 @@ def test_examples_of_no_use_to_the_loss_are_listed() -> None:
     assert raised.value.got.startswith("no scores")
 
 
+def test_rankings_of_scores_take_no_label_smoothing(tmp_path: Path) -> None:
+    ranking = {"prompt": "three", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
+    data = opened(tmp_path, jsonl(tmp_path, TEXT | {"margin": 1.0}, ranking))
+    check_fits_loss(data, LossConfig(LossKind.reward))
+    with pytest.raises(DataError, match="cannot use 1 of 2") as raised:
+        check_fits_loss(data, LossConfig(LossKind.reward, label_smoothing=0.1))
+    assert raised.value.got.startswith("a ranking beside loss.label_smoothing")
+
+
 def test_a_label_of_0_beside_minus_1_is_no_bad_response(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -499,6 +499,7 @@ WHOLE_CONVERSATIONS = {
     "no end of a turn": (tiny.with_template(tiny.qwen(), tiny.WITHOUT_END), CHAT),
     "Qwen 3, with an empty thought": (tokenizer_of("qwen3"), CHAT),
     "DeepSeek R1, whose prompt opens a thought": (tokenizer_of("deepseek_r1_distill"), CHAT),
+    "Qwen 3.5, whose template goes on with a part of a token": (tokenizer_of("qwen3_5_think"), CHAT),
     "Phi 3, with an end of text": (tokenizer_of("phi3"), CHAT),
 }
 
@@ -535,3 +536,14 @@ def test_a_reward_model_reads_a_text_to_its_end_within_the_limits() -> None:
     )
     assert cut.truncated == (True, False)
     assert [mask.sum() for mask in cut.trained] == [1, 1]
+    # Other losses that share `data.cache` must not read these.
+    assert ScoredDataConfig().encoding_identity != DataConfig().encoding_identity
+
+
+def test_a_reward_model_reads_prompt_and_response_in_one_tokenization() -> None:
+    """As judges and servers, which do not know where the response begins."""
+    tokenizer = tiny.qwen()
+    found = encode(record("Q: why?\n", "\nso it is", "no"), tokenizer, ScoredDataConfig())
+    for ids, answer in zip(found.responses, ("\nso it is", "no"), strict=True):
+        text = f"Q: why?\n{answer}{tokenizer.eos_token}"
+        assert [*found.prompt_ids.tolist(), *ids[:-1].tolist()] == tokenizer(text)["input_ids"]

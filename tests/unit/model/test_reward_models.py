@@ -15,12 +15,23 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RewardModelConfig
 from dpo_dist.data.config import ScoredDataConfig
 from dpo_dist.data.example import Example
+from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import check_positions, context_length, switch_off_noise
+from dpo_dist.model.architectures import check_positions, context_length, own_coefficient, switch_off_noise
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.files.load import check_has_score, load_config, load_weights
+from dpo_dist.model.files.load import (
+    check_has_score,
+    check_same_vocabulary,
+    load_config,
+    load_weights,
+    without_weights,
+)
+from dpo_dist.model.files.save import write_weights
+from dpo_dist.model.files.stops import set_padding
 from dpo_dist.model.packed import PackedCausalLM
+from tests.support import tiny
 from tests.support.families import FAMILIES, tiny_config
+from tests.support.multimodal import write_multimodal
 from tests.support.packing import branching, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 
@@ -130,12 +141,15 @@ def test_a_causal_model_becomes_a_reward_model_with_a_drawn_score(tmp_path: Path
 def test_a_reward_model_keeps_its_score(tmp_path: Path) -> None:
     model = loaded(write_model(tmp_path / "base"), seed=3)
     model.save_pretrained(tmp_path / "reward")
-    again = loaded(tmp_path / "reward", seed=None)
+    again = loaded(tmp_path / "reward", seed=4)
     assert torch.equal(again.score.weight, model.score.weight)
     config = ModelConfig(path=str(tmp_path / "reward"), dtype=Dtype.fp32)
     with pytest.raises(ConfigError, match="reward model") as error:
         load_config(tmp_path / "reward", config)
     assert "loss=reward" in error.value.remedy
+    with pytest.raises(ConfigError, match="reward model") as error:
+        check_same_vocabulary(tmp_path / "reward", tiny.qwen(), config, None, "teacher.path")
+    assert error.value.where == "teacher.path"
 
 
 @pytest.mark.parametrize(("in_full", "is_refused"), [(None, True), (["score"], False)])
@@ -164,3 +178,23 @@ def test_models_that_give_no_score_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no class of reward models") as error:
         load_config(tmp_path / "other", config)
     assert error.value.got == "granite"
+
+
+def test_a_model_of_several_parts_reads_its_padding_token_in_its_text_part(tmp_path: Path) -> None:
+    """The folder's config.json is the base's, with the padding of the reward model."""
+    base = write_multimodal(tmp_path / "base", "gemma3", vocab_size=40)
+    config = RewardModelConfig(path=str(base), dtype=Dtype.fp32)
+    model = without_weights(load_config(base, config), config, None, keeps_others=True)
+    set_padding(model.config, 7)
+    assert model.config.get_text_config().pad_token_id == 7
+    weights = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
+    write_weights(tmp_path / "reward", model, weights, base)
+    written = AutoConfig.from_pretrained(tmp_path / "reward")
+    assert (written.num_labels, written.pad_token_id, written.get_text_config().pad_token_id) == (1, 7, 7)
+
+
+def test_the_output_layer_is_no_matrix_of_muon_and_routers_keep_their_coefficient() -> None:
+    model = reward_model("qwen3_moe", router_aux_loss_coef=0.02)
+    assert own_coefficient(model) == 0.02
+    assert model.score.weight not in matrices_of(model)
+    assert model.model.layers[0].self_attn.q_proj.weight in matrices_of(model)

@@ -58,6 +58,10 @@ BY_HAND = {
     LossKind.odpo: [softplus(-2 + math.log(2) - 0.5), softplus(-0.5 - math.log(2) + 2)],
     LossKind.simpo: [softplus(-0.75 + 0.5 - 0.5), softplus(-1.25 + 0.5 + 2)],
     LossKind.cpo: [softplus(-5 - 0.5) + 2.5, softplus(1.5 + 2) + 2],
+    # Of the scores themselves: h is 10 and -3.
+    LossKind.reward: [
+        cross_entropy(*pair) for pair in zip(LABELS, np.subtract((10, -3), MARGINS), strict=True)
+    ],
 }
 
 
@@ -83,15 +87,17 @@ def with_numbers(policy: PairLogps, _reference: PairLogps, _config: LossConfig, 
     return facts.soft_label + facts.margin + 0 * policy.chosen
 
 
-def test_the_loss_is_a_weighted_mean_shown_above_the_entropy_of_the_labels() -> None:
+@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.reward])
+def test_the_loss_is_a_weighted_mean_shown_above_the_entropy_of_the_labels(kind: LossKind) -> None:
     facts = replace(GIVEN, loss_weight=torch.tensor([3.0, 1.0]))
     losses = torch.tensor([2.0, 4.0])
     scored = ScoredPairs(POLICY, REFERENCE, torch.ones(2), facts)
-    means = metric_sums(MetricPlan(LossConfig(), has_floor=True), losses, scored).means()
+    means = metric_sums(MetricPlan(LossConfig(kind), has_floor=True), losses, scored).means()
     entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
     assert means["loss"] == 2.5
     assert means[EXCESS] == pytest.approx(2.5 - 3 / 4 * entropy)
-    assert means["rewards/margins"] == pytest.approx(0.1 * (4 + 1) / 2)  # of pairs, as the accuracy
+    margins = [0.4, 0.1] if kind is LossKind.sigmoid else [10, -3]
+    assert means["rewards/margins"] == pytest.approx(sum(margins) / 2)  # of pairs, as the accuracy
     best = replace(POLICY, chosen=REFERENCE.chosen + 10 * math.log(0.7 / 0.3), rejected=REFERENCE.rejected)
     facts = BatchFacts(soft_label=torch.tensor([0.7, 0.7]))
     assert preference_loss(best, REFERENCE, LossConfig(), facts)[0] == pytest.approx(entropy, abs=1e-5)
