@@ -160,7 +160,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     empty = LogpStore(Path(config.reference.store), ReferenceFingerprint(files.digest, profile, label), [])
     # Fill the store; the model is loaded only if log-probs are missing, and freed at the end.
     scored = ScoredOnce(run, inputs, load)
-    filler = scored.filler(empty)
+    filler = scored.filler(empty, ENTRIES_PER_SHARD)
     filled = scored.fill(filler, inputs.datasets_to_score, "reference", "log-prob")
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
@@ -204,9 +204,7 @@ class ScoredOnce:
     statistics: Sequence[Statistic] = ()
     engine: Engine | None = None
 
-    def filler(
-        self, empty: LogpStore, entries_per_shard: int = ENTRIES_PER_SHARD, **options: Any
-    ) -> StoreFiller:
+    def filler(self, empty: LogpStore, entries_per_shard: int, **options: Any) -> StoreFiller:
         """Return what fills the store of which `empty` has opened nothing; further fields by name."""
         run = self.run
         prefixes = run.config.trainer.prefix_tree
