@@ -473,10 +473,12 @@ def drawn_score(folder: Path, model_config: Any, seed: int) -> dict[str, torch.T
     """Return the output layer of a reward model that starts from a causal model in `folder`, by its name.
 
     It is drawn as transformers does, on the host: the same for every device, world and kind of parallelism.
-    Empty if the model is none of scores, or its files have that layer.
+    Empty if the model is none of scores, or the folder is that of a reward model: its layer must be there.
     """
     name = f"{SCORE}.weight"
-    if not is_reward_model(model_config.architectures) or name in places(folder):
+    described: Any = read_model_json(folder / CONFIG_FILE)
+    had_scores = is_reward_model(described.get("architectures"))
+    if not is_reward_model(model_config.architectures) or had_scores or name in places(folder):
         return {}
     text = model_config.get_text_config()
     std = getattr(text, "initializer_range", 0.02)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -150,6 +151,12 @@ def test_a_reward_model_keeps_its_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reward model") as error:
         check_same_vocabulary(tmp_path / "reward", tiny.qwen(), config, None, "teacher.path")
     assert error.value.where == "teacher.path"
+    # A head by another name is not replaced by a drawn one.
+    file = tmp_path / "reward" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("score.", "v_head."): value for name, value in tensors.items()}, file)
+    with pytest.raises(ConfigError, match="lacks weights"):
+        loaded(tmp_path / "reward")
 
 
 @pytest.mark.parametrize(("in_full", "is_refused"), [(None, True), (["score"], False)])
