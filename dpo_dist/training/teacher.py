@@ -116,7 +116,7 @@ def _check_room(folder: Path, taken: int) -> None:
             "the disk has no room for the teacher's distributions",
             where="reference.store",
             got=f"{size(disk.free)} free on the file system of {folder}",
-            expected=f"{size(taken)}",
+            expected=size(taken),
             remedy="set reference.store to another disk, lower teacher.k, or set teacher.mode=live",
             lacks=Lack.room,
         )
