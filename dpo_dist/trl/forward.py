@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_dist.batching.content_keys import response_keys
+from dpo_dist.batching.content_keys import Keys, response_keys
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.pack import pack
 from dpo_dist.config.schema import AttentionBackend, Dtype
@@ -45,6 +45,7 @@ from dpo_dist.model.library_internals import (
 )
 from dpo_dist.model.packed import rope_limit
 from dpo_dist.model.states import ForkedStates
+from dpo_dist.trl.others_code import foreign_code
 from dpo_dist.trl.reference import KeptReference, gathered
 
 log = logging.getLogger(__name__)
@@ -195,13 +196,10 @@ class PackedForward:
         whole = _whole_responses(ids, mask, labels)
         rows = CountedRows.from_padded(ids, mask, whole)
         keys = response_keys(rows.examples)
-        stored = reference.find(model, keys)
-        if stored is not None:
-            parts = [torch.from_numpy(part.copy()).to(ids.device) for part in stored]
-            log_probs = rows.in_rows(parts) if parts else ids.new_zeros(rows.places.shape, dtype=torch.float)
-            outputs = FusedCausalLMOutput(log_probs=log_probs)
-        else:
-            outputs = self._computed(model, fallback, rows, functools.partial(own, labels=whole))
+        of_whole = functools.partial(own, labels=whole)
+        outputs = self._stored(model, reference, keys, rows, of_whole)
+        if outputs is None:
+            outputs = self._computed(model, fallback, rows, of_whole)
             if not fallback.reason:
                 places = torch.from_numpy(rows.places).to(ids.device)
                 flat = outputs.log_probs.detach().float()[places].cpu().numpy()
@@ -219,6 +217,32 @@ class PackedForward:
         is_asked = self.is_reference or adapters_in_use(model) in (frozenset(), {REFERENCE_ADAPTER})
         return self._reference if is_asked else None
 
+    def _stored(
+        self,
+        model: PreTrainedModel,
+        reference: KeptReference,
+        keys: Keys,
+        rows: CountedRows,
+        own: Callable[[], Any],
+    ) -> Any:
+        """Return the reference's log-probs in the store, None if they have to be computed.
+
+        The reference is asked once, too, when the store answers for the first time: what it computes may
+        depend on something that is not in the store's key.
+        """
+        stored = reference.find(model, keys)
+        if stored is None:
+            return None
+        parts = [torch.from_numpy(part.copy()).to(model.device) for part in stored]
+        empty = torch.zeros(rows.places.shape, device=model.device)
+        outputs = FusedCausalLMOutput(log_probs=rows.in_rows(parts) if parts else empty)
+        if not reference.is_compared:
+            fault = self._agreed_fault(model, rows, own, lambda: outputs)
+            reference.note_comparison(fault)
+            if fault:
+                return None
+        return outputs
+
     def _computed(
         self, model: PreTrainedModel, fallback: Fallback, rows: CountedRows, own: Callable[[], Any]
     ) -> Any:
@@ -226,19 +250,38 @@ class PackedForward:
 
         All ranks compare at the same call, also one whose rows count no token: forwards may be collective.
         """
-        if model.training not in self._checked:
+        is_checked = model.training in self._checked
+        foreign = foreign_code(model)
+        if not is_checked:
+            foreign = _first(gathered(foreign))
+        if foreign:
+            why = f"hooks or forwards of {foreign} on layers expect its rows"
+            fallback.say(f"computed by TRL's own forward, with padding: {why}")
+            return own()
+
+        def packed() -> Any:
+            return self._packed(model, rows) if rows.examples else own()
+
+        if not is_checked:
             self._checked.add(model.training)
-            gpus = [model.device] if model.device.type == "cuda" else []
-            with torch.random.fork_rng(gpus):  # TRL's forward draws the same noise as without a comparison
-                faults = gathered(self._fault(model, rows, own))
-            if fault := next(filter(None, faults), ""):
+            if fault := self._agreed_fault(model, rows, own, packed):
                 fallback.stop(fault)
                 return own()
-        return self._packed(model, rows) if rows.examples else own()
+        return packed()
+
+    def _agreed_fault(
+        self, model: PreTrainedModel, rows: CountedRows, own: Callable[[], Any], other: Callable[[], Any]
+    ) -> str:
+        """Return the fault of the first rank that has one; collective."""
+        gpus = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # TRL's forward draws the same noise as without a comparison
+            return _first(gathered(self._fault(model, rows, own, other)))
 
     @torch.no_grad()
-    def _fault(self, model: PreTrainedModel, rows: CountedRows, own: Callable[[], Any]) -> str:
-        """Return how packed log-probs differ from TRL's; empty if rounding explains it."""
+    def _fault(
+        self, model: PreTrainedModel, rows: CountedRows, own: Callable[[], Any], other: Callable[[], Any]
+    ) -> str:
+        """Return how other log-probs differ from TRL's; empty if rounding explains it."""
         if model.training and (source := _noise(model)):  # of a fresh adapter only gradients show it
             return f"{source} is on"
 
@@ -253,17 +296,17 @@ class PackedForward:
             with rounded_once_more(model, dtype):
                 again = values(own())
             noise = float((again - theirs).abs().mean()) if len(theirs) else 0.0
-        if not rows.examples:
-            own()
-            return ""
         try:
-            rounding = Rounding(dtype is torch.float32, float(theirs.std(correction=0)), noise)
-            return rounding.unexplained((values(self._packed(model, rows)) - theirs).abs())
+            differences = (values(other()) - theirs).abs()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model can raise anything if it is called in an unusual way
             log.info("in the comparison at the start:", exc_info=True)
             return first_line(error)
+        if not len(theirs):
+            return ""
+        rounding = Rounding(dtype is torch.float32, float(theirs.std(correction=0)), noise)
+        return rounding.unexplained(differences)
 
     def _packed(self, model: PreTrainedModel, rows: CountedRows) -> Any:
         """Return the values of one packed sequence in TRL's rows."""
@@ -313,6 +356,10 @@ class PackedForward:
         return outputs
 
 
+def _first(faults: Iterable[str]) -> str:
+    return next(filter(None, faults), "")
+
+
 def _whole_responses(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
     """Return labels that count all tokens from the first one on that `labels` count."""
     begun = (labels != IGNORED).cumsum(1) > 0
@@ -340,7 +387,7 @@ def why_padded(models: Sequence[PreTrainedModel], adapters: Iterable[Any], train
         return "a forward is compiled for rows of one shape"
     if trainer.args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha is on"
-    return next(filter(None, map(_why_unpackable, models)), "")
+    return _first(map(_why_unpackable, models))
 
 
 def _why_unpackable(model: PreTrainedModel) -> str:

@@ -4,12 +4,11 @@ A reference in memory is named by the digest of its weights and configuration. A
 bits of its weights say whether they are as they were; once they are not, the reference is asked live.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
+from numbers import Number
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,15 @@ from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
+from dpo_dist.trl.others_code import others_hooks, others_layers, packages_of
 
 _DTYPES = {torch.float32: Dtype.fp32, torch.float16: Dtype.fp16, torch.bfloat16: Dtype.bf16}
 # Of a configuration, what does not change a log-prob, and what TRL sets.
 _NO_SHAPE = ("pad_token_id", "use_cache", "transformers_version", "architectures", "dtype", "_name_or_path")
-_AS_TRANSFORMERS = {"accelerate", "deepspeed", "dpo_dist", "peft", "torch", "transformers", "trl"}
-"""Packages whose forwards and hooks of layers compute what transformers does."""
+# Of an adapter's, where it comes from and what it is for.
+_NO_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+_NO_NUMBER = ("training", "gradient_checkpointing")
+"""Numbers on layers that change no log-prob without noise."""
 
 
 def gathered(value: Any) -> list[Any]:
@@ -60,8 +62,11 @@ class KeptReference:
     ) -> None:
         self._root, self._label, self._other, self._say = root, label, other_adapters, say
         self._sums: list[int] = []
+        self._numbers: list[tuple[str, Any]] = []
         self._digest = ""
         self._is_live = False
+        self.is_compared = False
+        """Whether log-probs of the store were compared with those that the reference computes."""
         self._fingerprint: ReferenceFingerprint | None = None
         self._store: LogpStore | None = None
         self._waiting: dict[bytes, StoredLogps] = {}
@@ -78,25 +83,39 @@ class KeptReference:
         entries = [] if fault else self._stored(keys)
         ranks = gathered((fault, entries is not None))
         if fault := next((of_rank for of_rank, _ in ranks if of_rank), ""):
-            self._is_live = True
-            self._say(
-                f"the reference's log-probs are computed in each step from now on, and not kept: {fault}"
-            )
+            self._stop(fault)
         return entries if not fault and all(is_whole for _, is_whole in ranks) else None
+
+    def note_comparison(self, fault: str) -> None:
+        """Note how entries differ from what the reference computes; empty if rounding explains it."""
+        self.is_compared = True
+        if fault:
+            self._waiting = {}  # they would stand among entries of another reference
+            self._stop(f"what the store has is not of this reference: {fault}")
+
+    def _stop(self, fault: str) -> None:
+        self._is_live = True
+        self._say(f"the reference's log-probs are computed in each step from now on, and not kept: {fault}")
 
     def _fault(self, model: PreTrainedModel) -> str:
         """Return why log-probs of the model cannot be kept, or nothing; open the store of its numerics."""
+        hooks = others_hooks(model)
+        others = sorted({*others_layers(model), *hooks})
+        if strange := [package for package in others if not packages_of(package)]:
+            return f"its layers call {', '.join(strange)}, which is no package with a version"
+        if hooks:
+            return f"its layers have hooks of {', '.join(hooks)}"
         tensors = [*model.named_parameters(), *model.named_buffers()]
         own = [tensor for name, tensor in tensors if not self._is_other(name)]
-        sums = _checksums(own)
+        sums, numbers = _checksums(own), self._numbers_of(model)
         if not self._sums:
-            self._sums, self._digest = sums, self._digest_of(model)
+            self._sums, self._numbers, self._digest = sums, numbers, self._digest_of(model, numbers)
             if any(is_sharded(tensor) or isinstance(tensor, DTensor) for tensor in own):
                 self._digest = text_digest(json.dumps(gathered(self._digest)))
         if sums != self._sums:
             return "its weights have changed"
-        if strange := [module for module in _others_code(model) if not _packages_of(module)]:
-            return f"its layers call {', '.join(strange)}, which is no package with a version"
+        if numbers != self._numbers:
+            return "numbers on its layers have changed"
         fingerprint = self._fingerprint_of(model)
         if fingerprint == self._fingerprint:
             return ""
@@ -150,17 +169,45 @@ class KeptReference:
     def _is_other(self, name: str) -> bool:
         return not self._other.isdisjoint(name.split("."))
 
-    def _digest_of(self, model: PreTrainedModel) -> str:
-        """Return the digest of this rank's weights, and of the configuration."""
+    def _adapters_of(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return the configurations of the reference's own adapters by name."""
+        adapters = getattr(model, "peft_config", {})
+        return {name: config for name, config in adapters.items() if name not in self._other}
+
+    def _numbers_of(self, model: PreTrainedModel) -> list[tuple[str, str]]:
+        """Return the numbers that layers have beside weights, by name: scalings, what a script may set.
+
+        A layer with adapters computes as the layer inside if these are off, whatever numbers it has.
+        """
+        adapters = self._adapters_of(model)
+        found = list[tuple[str, str]]()
+        for path, layer in model.named_modules():
+            if self._is_other(path):
+                continue
+            values = vars(layer)
+            if hasattr(layer, "_disable_adapters"):
+                by_adapter = {name: value for name, value in values.items() if isinstance(value, dict)}
+                values = {name: [of.get(key) for key in adapters] for name, of in by_adapter.items()}
+            for name, value in values.items():
+                if not name.startswith(("_", "ds_")) and name not in _NO_NUMBER:
+                    found += [(_own_name(f"{path}.{name}"), repr(number)) for number in _numbers_in(value)]
+        return sorted(found)
+
+    def _digest_of(self, model: PreTrainedModel, numbers: Any) -> str:
+        """Return the digest of this rank's weights, of the numbers on layers, and of configurations."""
         # With what a quantized weight has beside its codes.
         state = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
         named = [(_own_name(name), value) for name, value in state.items() if not self._is_other(name)]
         config = model.config.get_text_config().to_dict()
         shape = {name: str(value) for name, value in config.items() if name not in _NO_SHAPE}
+        adapters = {
+            name: {key: str(value) for key, value in config.to_dict().items() if key not in _NO_ADAPTER}
+            for name, config in self._adapters_of(model).items()
+        }
         tensors = sorted((entry for entry in named if isinstance(entry[1], Tensor)), key=itemgetter(0))
         with ThreadPoolExecutor(8) as pool:
             digests = pool.map(lambda entry: (entry[0], *_tensor_digest(entry[1])), tensors)
-            return text_digest(json.dumps([sorted(shape.items()), *digests]))
+            return text_digest(json.dumps([sorted(shape.items()), adapters, numbers, *digests]))
 
     def _fingerprint_of(self, model: PreTrainedModel) -> ReferenceFingerprint:
         """Return the reference's identity with the numerics of this call."""
@@ -181,25 +228,19 @@ class KeptReference:
             profile["autocast"] = str(autocast)
         if hasattr(model, "quantization_method"):
             profile["quantization"] = str(model.quantization_method)
-        if kernels := _others_code(model):
-            profile["layers"] = ", ".join(map(_packages_of, kernels))
+        if kernels := others_layers(model):
+            profile["layers"] = ", ".join(map(packages_of, kernels))
         return ReferenceFingerprint(self._digest, profile, self._label)
 
 
-def _others_code(model: PreTrainedModel) -> list[str]:
-    """Return the modules of the layers' forwards and hooks, but those that compute as transformers does."""
-    called = set[str]()
-    for layer in model.modules():
-        hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-        called.update(function.__module__.partition(".")[0] for function in (layer.forward, *hooks))
-    return sorted(called - _AS_TRANSFORMERS)
-
-
-@functools.cache
-def _packages_of(module: str) -> str:
-    """Return the installed packages that have a module, with their versions; empty: it is a script's own."""
-    packages = sorted({*metadata.packages_distributions().get(module, ())})
-    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+def _numbers_in(value: Any) -> list[Any]:
+    """Return the numbers of a plain value, of a list or of a dict."""
+    if isinstance(value, Number):
+        return [value]
+    if type(value) is Tensor:
+        return [value.item()] if value.numel() == 1 else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [number for part in parts for number in _numbers_in(part)]
 
 
 def _own_name(name: str) -> str:

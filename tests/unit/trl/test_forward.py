@@ -14,6 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from dpo_dist.trl.forward import IGNORED, VALUES, CountedRows, Fallback, PackedForward
 from dpo_dist.trl.reference import KeptReference
 from tests.support.families import tiny_family
+from tests.support.lookups import recorded_lookups
 from tests.support.packing import VOCABULARY
 
 
@@ -105,33 +106,39 @@ def test_eager_attention_is_packed_and_elsewhere_its_own() -> None:
 
 def test_each_shared_token_is_computed_once() -> None:
     packed, _, _ = packed_and_own("llama")
-    sizes = list[int]()
-    packed.model.layers[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1]))
-    computed(packed, BATCHES["a shared prompt"])
-    assert sizes[-1] == 21 + 4 + 8, "the last token of a response predicts nothing"
-    assert sizes[0] == 30, "the first batch is also computed as TRL does"
-    computed(packed, BATCHES["prompts that begin alike"])
-    assert len(sizes) == 4, "others are computed once"
-    assert sizes[-1] < 21 + 4 + 18 + 2, "what prompts begin with is shared, too"
+    with recorded_lookups(packed) as shapes:
+        computed(packed, BATCHES["a shared prompt"])
+        assert shapes[-1] == (1, 21 + 4 + 8), "the last token of a response predicts nothing"
+        assert shapes[0] == (2, 30), "the first batch is also computed as TRL does"
+        computed(packed, BATCHES["prompts that begin alike"])
+    assert len(shapes) == 4, "others are computed once"
+    assert shapes[-1][1] < 21 + 4 + 18 + 2, "what prompts begin with is shared, too"
 
 
-def test_a_model_that_differs_when_packed_is_computed_by_trl(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_differs_when_packed_is_computed_by_trl(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed, own, fallback = packed_and_own("llama")
-    for model in (packed, own):  # a layer that mixes neighbours, whatever the positions are
-        model.model.layers[0].register_forward_hook(lambda _, __, hidden: hidden + 0.5 * hidden.roll(1, 1))
+
+    def mixing(hidden: Tensor, inplace: bool = False) -> Tensor:
+        """Mix neighbours, whatever the positions are."""
+        return hidden + 0.5 * hidden.roll(1, 1)
+
+    monkeypatch.setattr(torch.nn.functional, "silu", mixing)
     assert_equal(packed, own, BATCHES["another order"])
     assert "log-probs differ by" in fallback.reason
     assert_equal(packed, own, BATCHES["another order"])
     assert caplog.text.count("TRL's own forward, with padding: log-probs differ by") == 1
 
 
-def test_noise_of_a_models_own_code_is_that_of_trl() -> None:
+def test_noise_of_a_models_own_code_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, own, fallback = packed_and_own("llama")
     batch = BATCHES["another order"]
-    for model in (packed, own):
-        model.model.layers[0].register_forward_hook(
-            lambda layer, _, hidden: hidden + layer.training * torch.rand_like(hidden)
-        )
+
+    def noisy(hidden: Tensor, inplace: bool = False) -> Tensor:
+        return hidden + packed.training * torch.rand_like(hidden)
+
+    monkeypatch.setattr(torch.nn.functional, "silu", noisy)
     assert_equal(packed, own, batch)
     assert not fallback.reason
     values = []
@@ -165,10 +172,9 @@ def test_without_its_trainer_a_model_computes_by_trl() -> None:
     model = tiny_family("llama")
     add_fused_lm_head(model, outputs=VALUES)
     PackedForward(model, Fallback(""), None)
-    sizes = list[int]()
-    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1]))
-    computed(model, BATCHES["a shared prompt"])
-    assert sizes == [30]
+    with recorded_lookups(model) as shapes:
+        computed(model, BATCHES["a shared prompt"])
+    assert shapes == [(2, 30)]
 
 
 def test_a_fallback_is_said_once_by_the_first_rank(

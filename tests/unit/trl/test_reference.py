@@ -1,19 +1,21 @@
 """The reference's log-probs are asked once for a response, and never those of another reference."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trl
-from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpo_dist import api
 from dpo_dist import trl as guest
 from dpo_dist.model.library_internals import adapters_in_use
 from dpo_dist.reference.store import read_fingerprints
+from tests.support.lookups import recorded_lookups
 from tests.unit.trl.test_trainers import assert_same, load, rows_of, trainer_of
 
 STORE = Path("output/reference")
@@ -24,18 +26,21 @@ EPOCH = 3
 def asked(folder: Path, data: Any, **case: Any) -> tuple[Any, int]:
     """A trainer of ours that has trained, and how many packed forwards its reference has computed."""
     trainer = trainer_of(guest, folder, data, **case)
-    model = trainer.ref_model
-    forwards = 0
-
-    def count(module: Any, _arguments: Any, options: Any, _outputs: Any) -> None:
-        nonlocal forwards
-        is_asked = model is not None or adapters_in_use(part) in (frozenset(), {"ref"})
-        forwards += module is part.base_model and is_asked and "packed" in options
-
-    part = getattr(trainer.model, "get_base_model", lambda: trainer.model)() if model is None else model
-    with register_module_forward_hook(count, with_kwargs=True):
+    with recorded_reference(trainer) as shapes:
         trainer.train()
-    return trainer, forwards
+    return trainer, sum(rows == 1 for rows, _ in shapes)
+
+
+@contextmanager
+def recorded_reference(trainer: Any) -> Iterator[list[torch.Size]]:
+    """Record the rows and tokens of the reference's forwards inside the block."""
+    if trainer.ref_model is not None:
+        with recorded_lookups(trainer.ref_model) as shapes:
+            yield shapes
+        return
+    model = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    with recorded_lookups(model, lambda: adapters_in_use(model) in (frozenset(), {"ref"})) as shapes:
+        yield shapes
 
 
 def fingerprints() -> list[Any]:
