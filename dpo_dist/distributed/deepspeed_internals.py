@@ -43,6 +43,10 @@ Flat = tuple[Tensor, list[Range]]
 """A flat tensor with this rank's part of a group of master weights, and the weights' ranges in it."""
 
 
+OWN_ATTRIBUTES = ("ds_", "applied_pre_backward_")
+"""How names begin that ZeRO-3 sets on layers, some of which count calls."""
+
+
 def is_sharded(weight: Any) -> bool:
     """Return whether ZeRO-3 shards a weight, which is then empty outside of forwards."""
     return hasattr(weight, "ds_id")

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
-from dpo_dist.distributed.deepspeed_internals import is_sharded, shard_of
+from dpo_dist.distributed.deepspeed_internals import OWN_ATTRIBUTES, is_sharded, shard_of
 from dpo_dist.foundation.errors import ReferenceModelError, in_one_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
@@ -189,7 +189,7 @@ class KeptReference:
                 by_adapter = {name: value for name, value in values.items() if isinstance(value, dict)}
                 values = {name: [of.get(key) for key in adapters] for name, of in by_adapter.items()}
             for name, value in values.items():
-                if not name.startswith(("_", "ds_")) and name not in _NO_NUMBER:
+                if not name.startswith(("_", *OWN_ATTRIBUTES)) and name not in _NO_NUMBER:
                     found += [(_own_name(f"{path}.{name}"), repr(number)) for number in _numbers_in(value)]
         return sorted(found)
 
