@@ -5,7 +5,7 @@ They are subclasses of TRL's own, with our forward (`forward.py`) and our refere
 
 from typing import Any
 
-from dpo_dist.foundation.installed import is_installed
+from dpo_dist.foundation.installed import install_extra, is_installed
 
 _OLD = "in older versions of TRL only"
 _OTHERS = {
@@ -15,10 +15,9 @@ _OTHERS = {
     "BCO": f"{_OLD}; DPOTrainer has loss_type='bco_pair'",
     "OnlineDPO": "from trl.experimental.online_dpo; dpo-dist pairs makes pairs by the policy",
     "GKD": "from trl.experimental.gkd",
-    **dict.fromkeys(("SFT", "Reward", "GRPO", "RLOO", "Distillation"), "from trl"),
     **dict.fromkeys(("PPO", "PRM", "XPO", "NashMD", "IterativeSFT", "DDPO", "AlignProp"), _OLD),
 }
-"""Where other trainers of TRL are, by the name without `Trainer` or `Config`."""
+"""Where trainers are that `trl` itself does not have, by the name without `Trainer` or `Config`."""
 
 __all__ = [
     "DPOConfig",
@@ -33,22 +32,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is asked for: TRL takes seconds."""
-    if name in __all__:
-        if not is_installed("trl"):
-            raise ImportError(f"dpo_dist.trl.{name} needs TRL: pip install 'dpo_dist[trl]'")
-        import trl  # noqa: PLC0415  (slow)
+    """Import a name when it is asked for: TRL takes seconds. What is not ours is TRL's own."""
+    if name.startswith("_") and name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not is_installed("trl"):
+        raise ImportError(f"dpo_dist.trl.{name} needs TRL: {install_extra('trl')}")
+    import trl  # noqa: PLC0415  (slow)
 
-        from dpo_dist.trl import older_names, trainers  # noqa: PLC0415
+    from dpo_dist.trl.older_names import DPOConfig, KTOConfig, say_once  # noqa: PLC0415
+    from dpo_dist.trl.trainers import DPOTrainer, KTOTrainer  # noqa: PLC0415
 
-        of_ours = vars(trainers) | vars(older_names)
-        return of_ours[name] if name in of_ours else getattr(trl, name)
+    for own in (DPOConfig, DPOTrainer, KTOConfig, KTOTrainer):
+        if own.__name__ == name:
+            return own
     kind = name.removesuffix("Trainer").removesuffix("Config")
-    if kind in _OTHERS and kind != name:
+    if not hasattr(trl, name) and kind in _OTHERS and kind != name:
         raise ImportError(f"dpo_dist.trl has the trainers of DPO and KTO only; {name}: {_OTHERS[kind]}")
-    if not name.startswith("_") and is_installed("trl"):
-        import trl  # noqa: PLC0415
-
-        if name in trl.__all__:  # the other names that scripts of DPO and KTO import: get_dataset, callbacks
-            return getattr(trl, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(trl, name)
+    if name.endswith("Trainer"):
+        say_once(f"{name} is TRL's own: its rows are padded")
+    return value

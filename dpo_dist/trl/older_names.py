@@ -8,11 +8,13 @@ import dataclasses
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from dpo_dist.foundation.errors import ConfigError
@@ -28,6 +30,7 @@ _RENAMED = {
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
 }
+LONGEST_PROMPT = "max_prompt_length"
 _OFF = (None, False, "", 0)
 _REWRITTEN: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     # Steps, where both are set, as it was.
@@ -48,9 +51,10 @@ _WITHOUT_EFFECT = (
     *("use_legacy_prediction_loop", "ray_scope", "xpu_backend", "mp_parameters", "past_index"),
     *("include_tokens_per_second", "max_target_length", "use_ipex", "jit_mode_eval", "sharded_ddp"),
 )
+_LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 _CUT = "cut or filter the texts of the dataset before; max_length counts the tokens of prompt and response"
 _GONE = {
-    "max_prompt_length": _CUT,
+    LONGEST_PROMPT: _CUT,
     "max_completion_length": _CUT,
     "reference_free": "train without a reference by CPOTrainer of trl.experimental.cpo",
     "generate_during_eval": "add trl.LogCompletionsCallback to the callbacks",
@@ -59,7 +63,6 @@ _GONE = {
     "ref_adapter_name": "pass the reference as ref_model; a continued adapter is copied by TRL",
     "ref_model_init_kwargs": "load the reference, and pass it as ref_model",
     "tools": "put them into a column `tools` of the dataset",
-    "logging_dir": "set the variable TENSORBOARD_LOGGING_DIR of the environment",
     "push_to_hub_organization": "write hub_model_id='ORGANIZATION/NAME'",
     "tpu_num_cores": "start with accelerate launch",
     "split_batches": "write accelerator_config={'split_batches': True}",
@@ -74,36 +77,50 @@ def _as_list(value: Any) -> list[Any]:
     return [*value] if isinstance(value, list | tuple) else [value]
 
 
+class ArgumentError(ConfigError, TypeError):
+    """Arguments that today's TRL does not have; scripts catch a TypeError, and find the name in its words."""
+
+    def __init__(self, where: str, faults: Mapping[str, str], got: str = "") -> None:
+        """Make it of what to write for each name."""
+        super().__init__(
+            f"{where}.__init__() got an unexpected keyword argument {next(iter(faults))!r}",
+            got=got or ", ".join(faults),
+            expected=f"arguments of TRL {trl.__version__}",
+            remedy="; ".join(f"{name}: {words}" for name, words in faults.items()),
+        )
+
+    def __str__(self) -> str:
+        return self.block().removeprefix(f"{self.title}: ")
+
+
 def _todays(options: Mapping[str, Any], names: set[str], where: str) -> dict[str, Any]:
     """Return options with the names of today, `names`; say what was changed."""
     older = {name: value for name, value in options.items() if name not in names}
     today = {name: value for name, value in options.items() if name in names}
-    lines, faults = list[str](), list[str]()
+    lines, faults = list[str](), dict[str, str]()
     for name, value in older.items():
         is_off = any(value is off or value == off for off in _OFF)
         if name in _RENAMED:
             written = {_RENAMED[name]: value}
         elif name in _REWRITTEN and not is_off:
             written = _REWRITTEN[name](value, today)
-        elif name in _WITHOUT_EFFECT or (is_off and (name in _REWRITTEN or name in _GONE)):
+        elif name in _WITHOUT_EFFECT or (is_off and name in {*_REWRITTEN, *_GONE, "logging_dir"}):
             lines.append(f"{name} is left out: it has no effect")
             continue
-        elif name in _GONE:
-            faults.append(f"{name}={value!r}: {_GONE[name]}")
+        elif name == "logging_dir":
+            os.environ[_LOGGING_DIR] = str(value)
+            lines.append(f"logging_dir is now the variable {_LOGGING_DIR} of the environment")
             continue
         else:
-            today[name] = value  # Python's own error
+            faults[name] = _GONE.get(name, "TRL has no such argument")
             continue
         words = ", ".join(f"{key}={new!r}" for key, new in written.items() if "token" not in key)
         lines.append(f"{name} is now {words or 'another name'}" if written else f"{name} is left out")
         today |= written
-    if faults:
-        raise ConfigError(
-            f"this script has arguments that TRL {trl.__version__} does not have",
-            where=where,
-            got=", ".join(fault.partition("=")[0] for fault in faults),
-            remedy="; ".join(faults),
-        )
+    if faults.keys() == {LONGEST_PROMPT}:  # a trainer leaves it out if no prompt is longer
+        today[LONGEST_PROMPT] = older[LONGEST_PROMPT]
+    elif faults:
+        raise ArgumentError(where, faults)
     if this_rank() == 0:
         for line in lines:
             log.warning("dpo_dist: %s: %s", where, line)
@@ -122,7 +139,9 @@ class _OlderNames:
         if today.get("bf16") and "use_cpu" not in today and not torch.accelerator.is_available():
             today["use_cpu"] = True  # else transformers refuses bf16
             _say(f"{type(self).__name__}: use_cpu is True, because there is no accelerator")
+        limits = {LONGEST_PROMPT: today.pop(LONGEST_PROMPT)} if LONGEST_PROMPT in today else {}
         super().__init__(*arguments, **today)
+        vars(self).update(limits)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be of TRL's class in files: others open `training_args.bin` without this package."""
@@ -156,8 +175,6 @@ def trainer_arguments(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
         today["processing_class"] = older.pop("tokenizer")
         _say(f"{kind.__name__}: tokenizer is now processing_class")
     moved = _todays(older, _fields(config), kind.__name__)
-    if unknown := moved.keys() - _fields(config):
-        raise TypeError(f"{kind.__name__}.__init__() got an unexpected keyword argument {min(unknown)!r}")
     args = today.get("args")
     is_plain = isinstance(args, TrainingArguments) and not isinstance(args, trl.DPOConfig | trl.KTOConfig)
     if is_plain or (moved and args is None):
@@ -166,12 +183,30 @@ def trainer_arguments(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
         _say(f"{kind.__name__}: its arguments are now a {config.__name__}")
     else:
         for name, value in moved.items():
-            is_list = isinstance(getattr(args, name), list)
+            is_list = isinstance(getattr(args, name, None), list)
             setattr(args, name, _as_list(value) if is_list else value)
-            _say(f"{kind.__name__}: {name} is now an argument of {config.__name__}")
+            if name != LONGEST_PROMPT:
+                _say(f"{kind.__name__}: {name} is now an argument of {config.__name__}")
     return today
+
+
+def check_prompts(args: Any, prepared: Any) -> None:
+    """Say that a limit of prompts is left out; an `ArgumentError` if one of a data set may be longer."""
+    limit = getattr(args, LONGEST_PROMPT, None)
+    if limit is None:
+        return
+    lengths = map(len, prepared["prompt_ids"]) if isinstance(prepared, Dataset) else [None]
+    longest = max(lengths, default=0)
+    if longest is None or longest > limit:
+        words = "prompts of an unknown length" if longest is None else f"a prompt of {longest} tokens"
+        kind = type(args).__name__
+        raise ArgumentError(kind, {LONGEST_PROMPT: _CUT}, f"{LONGEST_PROMPT}={limit}, and {words}")
+    _say(f"{LONGEST_PROMPT}={limit} is left out: no prompt is longer")
 
 
 def _say(line: str) -> None:
     if this_rank() == 0:
         log.warning("dpo_dist: %s", line)
+
+
+say_once = functools.cache(_say)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import trl
 
 from dpo_dist.trl.forward import REFERENCE_ADAPTER, Fallback, PackedForward, why_padded
-from dpo_dist.trl.older_names import trainer_arguments
+from dpo_dist.trl.older_names import check_prompts, trainer_arguments
 from dpo_dist.trl.reference import KeptReference
 
 _one_at_a_time = threading.RLock()
@@ -52,7 +52,15 @@ class _Guest:
         self._placed_reference: Any = None
         with _after_each_head(self._place, type(self)):
             super().__init__(*arguments, **trainer_arguments(type(self), options))
+        trainer: Any = self
+        if trainer._is_vision_dataset:  # whose prompts TRL counts as they come
+            check_prompts(trainer.args, None)
         assert self._fallback is not None, "TRL has put no head on the model"
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
+        check_prompts(args, prepared)
+        return prepared
 
     def _place(self, model: Any) -> None:
         """Put our forward on a model that has TRL's head: on the policy, then on the reference.

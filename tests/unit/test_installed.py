@@ -16,6 +16,10 @@ from tests.support.launch import ROOT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = [path for kind in ("py", "yaml", "jinja", "js") for path in (ROOT / "dpo_dist").rglob(f"*.{kind}")]
+FOLDERS = (".ci", "benchmarks", "conf", "docs", "dpo_dist", "examples", "launch", "pages", "scripts")
+FROM_AN_INDEX = re.compile(
+    r"(install|add|uvx|--with|--from)\s[^\n#`]*?(?<![\w/.~])dpo[-_]dist\b(?![/.]|'s)|(?<!/)\bdpo[-_]dist\[[a-z]"
+)
 TEXTS = "\n".join(path.read_text() for path in SOURCES)
 
 
@@ -56,8 +60,27 @@ def test_a_tool_without_its_package_names_it(module: str) -> None:
     assert {"sklearn": "scikit-learn"}.get(module, module) in error.remedy
 
 
-def test_no_text_names_a_package_that_no_index_has() -> None:
-    assert "dpo-dist[" not in TEXTS
+def test_no_file_installs_a_package_that_no_index_has() -> None:
+    """Whoever registers its name would be installed; a checkout's form is `CHECKOUT[extra]`."""
+    wrong = [
+        "pip install dpo_dist",
+        "uv add 'dpo-dist[trl]'",
+        "dpo_dist[tools] @ url",
+        "pip install -U dpo-dist",
+    ]
+    right = ["pip install '/a/dpo_dist[trl]'", "pip install 'CHECKOUT[trl]'", "pip install -c ~/dpo-dist ."]
+    assert [line for line in wrong + right if FROM_AN_INDEX.search(line)] == wrong
+    files = [*ROOT.glob("*"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*"))]
+    texts = {
+        file: file.read_bytes().decode(errors="replace")
+        for file in files
+        if file.is_file() and file.suffix != ".pyc"
+    }
+    assert len(texts) > 300
+    assert [file for file, text in texts.items() if FROM_AN_INDEX.search(text)] == []
+
+
+def test_errors_name_extras_that_there_are() -> None:
     named = set(re.findall(r"""install_extra\(["'](\w+)""", TEXTS))
     assert {"cloud", "judge", "tools"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 import trl
 from transformers import AutoTokenizer, TrainingArguments
+from transformers.integrations import integration_utils
 
 from dpo_dist import trl as guest
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.installed import install_extra
 from dpo_dist.trl.older_names import _GONE, _RENAMED, _REWRITTEN, _WITHOUT_EFFECT
 from tests.unit.trl.test_trainers import arguments, assert_same, load, trainer_of
 
@@ -174,7 +177,6 @@ def test_unknown_arguments_of_a_trainer_are_pythons_error(folder: Path, pairs: A
         "ORPOTrainer": "trl.experimental.orpo; our own run has loss.kind=orpo",
         "CPOConfig": "trl.experimental.cpo",
         "SimPOTrainer": "loss.kind=simpo",
-        "RewardTrainer": "RewardTrainer: from trl",
         "OnlineDPOTrainer": "trl.experimental.online_dpo",
         "BCOTrainer": "loss_type='bco_pair'",
     }.items(),
@@ -187,10 +189,13 @@ def test_another_trainer_is_an_error_that_says_where_it_is(name: str, words: str
         guest.no_such_thing  # noqa: B018
 
 
-def test_without_trl_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_trl_the_error_is_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_dist.trl.is_installed", lambda _: False)
-    with pytest.raises(ImportError, match=r"pip install 'dpo_dist\[trl\]'"):
-        guest.DPOTrainer  # noqa: B018
+    for name in ("DPOTrainer", "SFTTrainer"):
+        with pytest.raises(ImportError) as caught:
+            exec(f"from dpo_dist.trl import {name}")
+        assert install_extra("trl") in str(caught.value)
+        assert "trl" in install_extra("trl").removeprefix("pip install ")
 
 
 def test_the_room_imports_trl_when_it_is_used() -> None:
@@ -199,11 +204,81 @@ def test_the_room_imports_trl_when_it_is_used() -> None:
     assert ended.stdout == "set()\n"
 
 
-def test_scripts_import_the_helpers_of_trl_by_the_same_line() -> None:
-    for name in set(trl.__all__) - {"DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer"}:
-        kind = name.removesuffix("Trainer").removesuffix("Config")
-        if kind in ("SFT", "Reward", "GRPO", "RLOO", "Distillation"):
-            continue  # errors that say where they are
+def test_scripts_import_all_of_trl_by_the_same_line(caplog: pytest.LogCaptureFixture) -> None:
+    for name in {*trl.__all__, "__version__"} - {"DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer"}:
         assert getattr(guest, name) is getattr(trl, name)
+    exec("from dpo_dist.trl import DPOTrainer, SFTConfig, SFTTrainer")
+    assert "SFTTrainer is TRL's own" in caplog.text
+    assert " DPOTrainer is TRL's own" not in caplog.text
     with pytest.raises(AttributeError):
         guest.no_such_name  # noqa: B018
+
+
+def test_an_argument_that_trl_does_not_have_is_a_type_error_with_its_words() -> None:
+    """Scripts leave out one name after another, as TRL names them."""
+    pending = {
+        "max_prompt_length": 64,
+        "max_completion_length": 64,
+        "evaluation_strategy": "no",
+        "generate_during_eval": True,
+        "no_such_thing": 1,
+    }
+    unknown = ["max_prompt_length", "max_completion_length", "generate_during_eval", "no_such_thing"]
+    for name in unknown:
+        with pytest.raises(TypeError) as caught:
+            guest.DPOConfig("out", use_cpu=True, **pending)
+        assert isinstance(caught.value, ConfigError)
+        words = f"DPOConfig.__init__() got an unexpected keyword argument {name!r}"
+        assert str(caught.value).startswith(words)
+        del pending[name]
+    assert guest.DPOConfig("out", use_cpu=True, **pending).eval_strategy == "no"
+
+
+@pytest.mark.parametrize("place", ["a config", "a trainer"])
+def test_a_limit_of_prompts_is_left_out_if_none_is_longer(
+    place: str, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def made(limit: int, data: Any, **given: Any) -> Any:
+        limits = {"max_prompt_length": limit}
+        args = arguments(max_steps=2, **(limits if place == "a config" else {}))
+        given |= {} if place == "a config" else limits
+        model = load(folder)
+        return guest.DPOTrainer(
+            model,
+            load(folder / "reference"),
+            args=args,
+            train_dataset=data,
+            processing_class=tokenizer,
+            **given,
+        )
+
+    theirs = trainer_of(trl, folder, pairs, max_steps=2)
+    longest = max(map(len, theirs.train_dataset["prompt_ids"]))
+    ours = made(longest, pairs)
+    assert ours.args.max_prompt_length == longest, "scripts read it"
+    assert f"max_prompt_length={longest} is left out: no prompt is longer" in caplog.text
+    for trainer in (theirs, ours):
+        trainer.train()
+    assert_same(ours, theirs)
+    with pytest.raises(TypeError, match=f"a prompt of {longest} tokens") as caught:
+        made(longest - 1, pairs)
+    assert str(caught.value).startswith("DPOConfig.__init__() got an unexpected keyword argument")
+    with pytest.raises(TypeError, match=f"a prompt of {longest} tokens"):
+        made(longest - 1, pairs.select([0]), eval_dataset=pairs)
+    with pytest.raises(TypeError, match="prompts of an unknown length"):
+        made(longest, pairs.to_iterable_dataset())
+
+
+def test_the_folder_of_tensorboard_is_what_replaced_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "before")
+    guest.DPOConfig("out", use_cpu=True, logging_dir="board")
+    assert integration_utils.TensorBoardCallback(tb_writer=object()).logging_dir == "board"
+    assert "logging_dir is now the variable TENSORBOARD_LOGGING_DIR" in caplog.text
+    caplog.clear()
+    guest.DPOConfig("out", use_cpu=True, logging_dir=None)
+    assert "logging_dir is left out" in caplog.text
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "board"
