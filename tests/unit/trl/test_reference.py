@@ -1,7 +1,7 @@
 """The reference's log-probs are asked once for a response, and never those of another reference."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpo_dist import api
@@ -101,6 +102,109 @@ def test_another_reference_or_precision_has_entries_of_its_own(folder: Path, pai
     _, forwards = asked(folder, shouted, max_steps=2)
     assert forwards == EPOCH
     assert len(fingerprints()) == len(changes)
+
+
+def adapted(folder: Path, **options: Any) -> Any:
+    model = load(folder / "reference")
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **options))
+    return model
+
+
+def set_numbers(folder: Path, name: str, value: Any) -> Any:
+    """A reference on one layer of which a script has set an attribute."""
+    model = load(folder / "reference")
+    *path, last = name.split(".")
+    setattr(model.get_submodule(".".join(path)), last, value)
+    return model
+
+
+def scaled(folder: Path) -> Any:
+    model = adapted(folder)
+    model.model.layers[0].self_attn.q_proj.scaling["default"] = 9.0
+    return model
+
+
+NUMBERS: dict[str, Callable[[Path], Any]] = {
+    "lora_alpha": lambda folder: adapted(folder, lora_alpha=64),
+    "use_rslora": lambda folder: adapted(folder, use_rslora=True),
+    "alpha_pattern": lambda folder: adapted(folder, alpha_pattern={"q_proj": 64}),
+    "a scaling": scaled,
+    "attention": lambda folder: set_numbers(folder, "model.layers.1.self_attn.scaling", 0.9),
+    "a tensor": lambda folder: set_numbers(folder, "model.layers.1.self_attn.scaling", torch.tensor(0.9)),
+    "an epsilon": lambda folder: set_numbers(folder, "model.norm.variance_epsilon", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_no_weight_has_makes_another_reference(name: str, folder: Path, pairs: Any) -> None:
+    for plain in (adapted(folder, lora_alpha=8), load(folder / "reference")):
+        asked(folder, pairs, max_steps=2, ref_model=plain)
+    case = {"max_steps": 2, "learning_rate": 0.01}
+    ours, forwards = asked(folder, pairs, ref_model=NUMBERS[name](folder), **case)
+    assert forwards == EPOCH
+    theirs = trainer_of(trl, folder, pairs, ref_model=NUMBERS[name](folder), **case)
+    theirs.train()
+    assert_same(ours, theirs)
+    _, again = asked(folder, pairs, ref_model=NUMBERS[name](folder), **case)
+    assert again == 0
+
+
+def test_the_scaling_of_a_continued_adapter_makes_another_reference(
+    folder: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = {"adapter": "continued", "max_steps": 2}
+    asked(folder, pairs, **case)
+
+    def larger() -> LoraConfig:
+        return LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+    monkeypatch.setattr("tests.unit.trl.test_trainers.lora", larger)
+    ours, forwards = asked(folder, pairs, **case)
+    assert forwards == EPOCH - 1
+    assert rows_of(ours)[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    _, again = asked(folder, pairs, **case)
+    assert again == 0
+
+
+def test_a_number_that_a_callback_sets_on_a_layer_is_followed(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Edit(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.reference.model.layers[0].self_attn.scaling = 0.9
+
+    trained = []
+    for home in (trl, guest):
+        edit = Edit()
+        trained.append(trainer_of(home, folder, pairs, max_steps=4, learning_rate=0.01, callbacks=[edit]))
+        edit.reference = trained[-1].ref_model
+        trained[-1].train()
+    assert_same(trained[1], trained[0])
+    assert caplog.text.count("and not kept: numbers on its layers have changed") == 1
+
+
+def test_what_the_store_answers_first_is_compared_with_the_reference(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no key has, as a function of a model's file that a script replaces."""
+    case = {"max_steps": 4, "learning_rate": 0.01}
+    trainer_of(guest, folder, pairs, **case).train()
+    again = trainer_of(guest, folder, pairs, **case)
+    with recorded_reference(again) as shapes:
+        again.train()
+    assert [rows for rows, _ in shapes] == [8], "asked once, by TRL's own forward"
+    assert "not kept" not in caplog.text
+    shards = {path: path.read_bytes() for path in STORE.rglob("*.safetensors")}
+    silu = torch.nn.functional.silu
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda hidden, inplace=False: 1.5 * silu(hidden))
+    trained = [trainer_of(home, folder, pairs, **case) for home in (trl, guest)]
+    for trainer in trained:
+        trainer.train()
+    assert_same(trained[1], trained[0])
+    said = "and not kept: what the store has is not of this reference: log-probs differ by"
+    assert caplog.text.count(said) == 1
+    assert {path: path.read_bytes() for path in STORE.rglob("*.safetensors")} == shards
 
 
 def test_a_synced_reference_is_not_kept(folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture) -> None:

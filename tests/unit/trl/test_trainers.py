@@ -1,6 +1,7 @@
 """TRL's trainers by our import have TRL's losses, values and weights, and leave models as TRL does."""
 
 import copy
+import functools
 import inspect
 import json
 import threading
@@ -21,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 from dpo_dist import trl as guest
 from dpo_dist.trl import older_names, trainers
 from dpo_dist.trl.forward import why_padded
+from tests.support.lookups import recorded_lookups
 
 STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
@@ -216,6 +218,150 @@ def test_noise_in_training_is_that_of_trl(
     assert_same(trained[1], trained[0], exact=1e-5 if was_packed else 0, weights=2e-5 if was_packed else 0)
     reason = noise.removesuffix(", set late")
     assert caplog.text.count(f"computed by TRL's own forward, with padding: {reason} is on") == 1
+
+
+class Recorder:
+    """Code of a script that reads what it gets, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.shapes = list[torch.Size]()
+
+    def hook(self, _module: Any, tensors: Any, *_: Any) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self.shapes.append(tensor.shape)
+
+    def replace(self, module: Any) -> None:
+        """Replace a forward by one that looks like it."""
+        own = module.forward
+
+        @functools.wraps(own)
+        def forward(hidden: Tensor) -> Any:
+            self.shapes.append(hidden.shape)
+            return own(hidden)
+
+        module.forward = forward
+
+    def wrap(self, layer: Any) -> None:
+        recorder = self
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self, own: Any) -> None:
+                super().__init__()
+                self.own = own
+
+            def forward(self, hidden: Tensor) -> Any:
+                recorder.shapes.append(hidden.shape)
+                return self.own(hidden)
+
+        layer.mlp = Wrapped(layer.mlp)
+
+
+CODE: dict[str, Callable[[Recorder, Any], Any]] = {
+    "a hook": lambda recorder, layer: layer.register_forward_hook(recorder.hook),
+    "a hook before": lambda recorder, layer: layer.mlp.register_forward_pre_hook(recorder.hook),
+    "a hook of gradients": lambda recorder, layer: layer.mlp.register_full_backward_hook(recorder.hook),
+    "a hook before gradients": lambda recorder, layer: layer.mlp.register_full_backward_pre_hook(
+        lambda module, tensors: recorder.hook(module, tensors)
+    ),
+    "a partial hook": lambda recorder, layer: layer.register_forward_hook(functools.partial(recorder.hook)),
+    "a decorated hook": lambda recorder, layer: layer.register_forward_hook(torch.no_grad()(recorder.hook)),
+    "a forward": lambda recorder, layer: recorder.replace(layer.mlp),
+    "a wrapped layer": lambda recorder, layer: recorder.wrap(layer),
+    "a hook of all modules": lambda recorder, layer: torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, tensors: recorder.hook(module, tensors) if module is layer.mlp else None
+    ),
+    "a forward of the class": lambda recorder, layer: None,
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at first", "after a step"])
+@pytest.mark.parametrize("name", CODE)
+def test_a_scripts_code_on_the_policy_gets_the_rows_of_a_batch(
+    name: str,
+    late: bool,
+    folder: Path,
+    pairs: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained, recorded = [], []
+    for home in (trl, guest):
+        with monkeypatch.context() as patch:
+            recorder = Recorder()
+            trainer = trainer_of(home, folder, pairs, gradient_checkpointing=False)
+            layer = trainer.model.model.layers[1]
+            kind = type(layer.mlp)
+            if name == "a forward of the class":
+                own = kind.forward
+
+                @functools.wraps(own)
+                def forward(
+                    module: Any, hidden: Tensor, *, own: Any = own, layer: Any = layer, to: Any = recorder
+                ) -> Any:
+                    if module is layer.mlp:
+                        to.shapes.append(hidden.shape)
+                    return own(module, hidden)
+
+            class Place(TrainerCallback):
+                placed: Any = None
+
+                def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                    if state.global_step == 1:
+                        self.place()
+
+                def place(self, recorder: Any = recorder, layer: Any = layer, patch: Any = patch) -> None:
+                    if name == "a forward of the class":
+                        patch.setattr(type(layer.mlp), "forward", forward)
+                    else:
+                        self.placed = CODE[name](recorder, layer)
+
+            place = Place()
+            if late:
+                trainer.add_callback(place)
+            else:
+                place.place()
+            trainer.train()
+            if hasattr(place.placed, "remove"):
+                place.placed.remove()
+        trained.append(trainer)
+        recorded.append(recorder.shapes)
+    assert recorded[1] == recorded[0]
+    assert len(recorded[1]) >= STEPS - late
+    assert {len(shape) for shape in recorded[1]} <= {2, 3}
+    assert_same(trained[1], trained[0])
+    assert caplog.text.count("TRL's own forward, with padding: hooks or forwards of tests") == 1
+
+
+def test_packing_goes_on_when_a_hook_is_gone(folder: Path, pairs: Any) -> None:
+    trainer = trainer_of(guest, folder, pairs, max_steps=4)
+
+    class Toggle(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                self.hook = trainer.model.model.norm.register_forward_hook(lambda *_: None)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            shapes.append(None)
+            if state.global_step == 2:
+                self.hook.remove()
+
+    trainer.add_callback(Toggle())
+    with recorded_lookups(trainer.model, torch.is_grad_enabled) as shapes:
+        trainer.train()
+    steps = [{shape[0] for shape in step} for step in split(shapes)]
+    assert steps == [{1}, {8}, {1}, {1}]
+
+
+def split(shapes: list[Any]) -> list[list[Any]]:
+    """Split at each None."""
+    parts: list[list[Any]] = [[]]
+    for shape in shapes:
+        if shape is None:
+            parts.append([])
+        else:
+            parts[-1].append(shape)
+    return parts[:-1]
 
 
 def test_a_compiled_forward_is_that_of_trl(
