@@ -262,7 +262,7 @@ CODE: dict[str, Callable[[Recorder, Any], Any]] = {
     "a hook before": lambda recorder, layer: layer.mlp.register_forward_pre_hook(recorder.hook),
     "a hook of gradients": lambda recorder, layer: layer.mlp.register_full_backward_hook(recorder.hook),
     "a hook before gradients": lambda recorder, layer: layer.mlp.register_full_backward_pre_hook(
-        lambda module, tensors: recorder.hook(module, tensors)
+        recorder.hook
     ),
     "a partial hook": lambda recorder, layer: layer.register_forward_hook(functools.partial(recorder.hook)),
     "a decorated hook": lambda recorder, layer: layer.register_forward_hook(torch.no_grad()(recorder.hook)),
