@@ -195,12 +195,14 @@ def check_prompts(args: Any, prepared: Any) -> None:
     limit = getattr(args, LONGEST_PROMPT, None)
     if limit is None:
         return
-    lengths = map(len, prepared["prompt_ids"]) if isinstance(prepared, Dataset) else [None]
-    longest = max(lengths, default=0)
-    if longest is None or longest > limit:
-        words = "prompts of an unknown length" if longest is None else f"a prompt of {longest} tokens"
-        kind = type(args).__name__
-        raise ArgumentError(kind, {LONGEST_PROMPT: _CUT}, f"{LONGEST_PROMPT}={limit}, and {words}")
+    words = "prompts of an unknown length"
+    if isinstance(prepared, Dataset):
+        longest = max(map(len, prepared["prompt_ids"]), default=0)
+        words = f"a prompt of {longest} tokens" if longest > limit else ""
+    if words:
+        raise ArgumentError(
+            type(args).__name__, {LONGEST_PROMPT: _CUT}, f"{LONGEST_PROMPT}={limit}, and {words}"
+        )
     _say(f"{LONGEST_PROMPT}={limit} is left out: no prompt is longer")
 
 
