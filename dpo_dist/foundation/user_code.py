@@ -128,11 +128,10 @@ def loaded_sources(packages: Collection[str]) -> dict[str, str]:
         is_theirs = name.partition(".")[0] in packages
         if is_theirs or (file.startswith(tuple(_roots)) and f"{os.sep}site-packages{os.sep}" not in file):
             with contextlib.suppress(OSError):  # it was removed after the import
-                digests[name] = _source_digest(file)
+                digests[name] = _source_digest(file, Path(file).stat().st_mtime_ns)
     return digests
 
 
 @cache
-def _source_digest(file: str) -> str:
-    """Return the digest of a loaded module's file; a later change of the file is no change of what runs."""
+def _source_digest(file: str, _changed: int) -> str:
     return content_digest([Path(file)])[:8]
