@@ -19,7 +19,7 @@ from dpo_dist.config.schema import TeacherConfig
 _UNITS = 2**40  # of a probability
 _ROUNDING = 1e-3  # of the sum of a vocabulary's probabilities in float32
 
-FloatArray = npt.NDArray[np.float32]
+_Floats = npt.NDArray[np.float32]
 
 
 class SoftTargets(NamedTuple):
@@ -71,7 +71,7 @@ class SparseRows:
         parts = (largest.indices, largest.values, drawn, mass / max(1, self.drawn), entropy)
         return torch.cat([part.float() for part in parts], dim=1)
 
-    def fault(self, rows: FloatArray) -> str:
+    def fault(self, rows: _Floats) -> str:
         """Return, in words, why stored rows cannot be those of a teacher; "" if they can."""
         if rows.shape[1] != self.width:
             return f"{rows.shape[1]} numbers of a token in place of {self.width}"
@@ -86,7 +86,7 @@ class SparseRows:
             return f"probabilities with the sum {sums[~is_one][0]:g}"
         return ""
 
-    def distances(self, rows: FloatArray, others: FloatArray) -> FloatArray:
+    def distances(self, rows: _Floats, others: _Floats) -> _Floats:
         """Return how far apart two distributions are at each position, float32 [positions].
 
         That is the larger of two numbers: the total variation distance of the largest probabilities, and the
@@ -95,7 +95,7 @@ class SparseRows:
         order = np.argsort(others[:, : self.k], axis=1)
         ids = np.take_along_axis(others[:, : self.k], order, axis=1)
         shares = np.take_along_axis(others[:, self.k : 2 * self.k], order, axis=1)
-        apart: FloatArray = np.abs(rows[:, -1] - others[:, -1])
+        apart: _Floats = np.abs(rows[:, -1] - others[:, -1])
         for place, row in enumerate(rows):
             at = np.searchsorted(ids[place], row[: self.k]).clip(max=self.k - 1)
             found = np.where(ids[place, at] == row[: self.k], shares[place, at], 0)

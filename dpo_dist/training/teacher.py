@@ -20,11 +20,11 @@ from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
-from dpo_dist.objective.distillation import FloatArray, sparse_rows
+from dpo_dist.objective.distillation import sparse_rows
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.reference.fill import missing_responses
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from dpo_dist.reference.teacher import Teacher, with_uniforms
 from dpo_dist.training.reference import ScoredOnce, check_differences, pairs_to_check, scoring_profile
 from dpo_dist.training.start.inputs import EvaluationInputs
@@ -125,7 +125,7 @@ def _check_answers(
     world = run.world
     place = (world.replica, world.replicas)
     share = shard_batch(dataset, pairs_to_check(run, visited), *place, run.micro_batch_tokens, costs, which=0)
-    differences: list[tuple[str, FloatArray]] = []
+    differences: list[tuple[str, StoredLogps]] = []
     for micro_batch, batch in zip(share.micro_batches, share.batches(), strict=True):
         asked = with_uniforms(batch, teacher.kept, teacher.seed).to(world.device)
         fresh = engine.token_logps(asked, ("as_teacher",)).T.cpu().numpy()

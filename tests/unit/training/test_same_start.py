@@ -103,9 +103,12 @@ def test_what_is_installed_in_the_folder_of_a_function_is_not_the_users(
 def test_any_rank_is_compared_and_named(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one behind the second; a module that a rank has not loaded is no difference."""
 
+    compared: list[dict[str, str]] = []
+
     def gather(_self: World, value: Any) -> list[Any]:
         values = [value] * 4
         if isinstance(value, dict):
+            compared.append(value)
             values[other] = value | {"attention": "sdpa"}
         elif isinstance(value, str):
             values[other] = "another digest"
@@ -122,3 +125,5 @@ def test_any_rank_is_compared_and_named(other: int, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match="different settings or software") as raised:
         check_same_code(world, {"attention": "varlen"})
     assert raised.value.where == "attention"
+    assert "source of torch" in compared[-1]
+    assert "source of accelerate" not in compared[-1]
