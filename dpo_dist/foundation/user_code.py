@@ -1,10 +1,11 @@
-"""Code of the user: a function given as `module:function`."""
+"""Code of the user: a function given as `module:function`; and the source of the code that is loaded."""
 
 import contextlib
 import importlib.machinery
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.files import content_digest, text_digest
+
+_roots: set[str] = set()
+"""The folders in which Python has found the modules of the functions that were imported."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def user_function(name_in_config: str | None, key: str) -> Callable[..., Any]:
 
 @cache
 def _load(source: UserFunction) -> Callable[..., Any]:
+    above = source.module.count(".") + (source.file.stem == "__init__")
+    _roots.add(f"{source.file.absolute().parents[above]}{os.sep}")
     spec = importlib.util.spec_from_file_location(source.module, source.file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -106,3 +112,26 @@ def _load(source: UserFunction) -> Callable[..., Any]:
             remedy=f"correct the module until python -c 'from {source.module} import {source.name}' works",
         ) from error
     return function
+
+
+def loaded_sources(packages: Collection[str]) -> dict[str, str]:
+    """Return a digest of the source file of each loaded module of `packages`, and of the user's, by name.
+
+    The user's modules are those in the folder of a function that was imported, and in folders below. Not
+    those that are installed there: environments often lie in the folder of a project.
+    """
+    digests = {}
+    for name, module in list(sys.modules.items()):
+        file = str(getattr(module, "__dict__", {}).get("__file__"))
+        if not (file.endswith(".py") and Path(file).is_absolute()):  # torch.ops says "_ops.py"
+            continue
+        is_theirs = name.partition(".")[0] in packages
+        if is_theirs or (file.startswith(tuple(_roots)) and f"{os.sep}site-packages{os.sep}" not in file):
+            with contextlib.suppress(OSError):  # it was removed after the import
+                digests[name] = _source_digest(file, Path(file).stat().st_mtime_ns)
+    return digests
+
+
+@cache
+def _source_digest(file: str, _changed: int) -> str:
+    return content_digest([Path(file)])[:8]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from dpo_dist.config.losses import DistillOptions, LossConfig
 from dpo_dist.config.schema import TeacherConfig
 
 _UNITS = 2**40  # of a probability
+_ROUNDING = 1e-3  # of the sum of a vocabulary's probabilities in float32
+
+_Floats = npt.NDArray[np.float32]
 
 
 class SoftTargets(NamedTuple):
@@ -65,6 +70,37 @@ class SparseRows:
         entropy = torch.special.entr(probabilities).sum(1, keepdim=True)
         parts = (largest.indices, largest.values, drawn, mass / max(1, self.drawn), entropy)
         return torch.cat([part.float() for part in parts], dim=1)
+
+    def fault(self, rows: _Floats) -> str:
+        """Return, in words, why stored rows cannot be those of a teacher; "" if they can."""
+        if rows.shape[1] != self.width:
+            return f"{rows.shape[1]} numbers of a token in place of {self.width}"
+        largest, shares, drawn, share, _ = np.split(rows, np.cumsum([self.k, self.k, self.drawn, 1]), axis=1)
+        for ids in (largest, drawn):
+            is_id = (ids >= 0) & (ids < self.vocabulary) & (ids == np.floor(ids))
+            if not is_id.all():
+                return f"token id {ids[~is_id][0]:g} of {self.vocabulary}"
+        sums = shares.sum(1) + max(1, self.drawn) * share[:, 0]
+        is_one = np.abs(sums - 1) <= _ROUNDING
+        if not is_one.all():
+            return f"probabilities with the sum {sums[~is_one][0]:g}"
+        return ""
+
+    def distances(self, rows: _Floats, others: _Floats) -> _Floats:
+        """Return how far apart two distributions are at each position, float32 [positions].
+
+        That is the larger of two numbers: the total variation distance of the largest probabilities, and the
+        difference of the entropies, in nats.
+        """
+        order = np.argsort(others[:, : self.k], axis=1)
+        ids = np.take_along_axis(others[:, : self.k], order, axis=1)
+        shares = np.take_along_axis(others[:, self.k : 2 * self.k], order, axis=1)
+        apart: _Floats = np.abs(rows[:, -1] - others[:, -1])
+        for place, row in enumerate(rows):
+            at = np.searchsorted(ids[place], row[: self.k]).clip(max=self.k - 1)
+            found = np.where(ids[place, at] == row[: self.k], shares[place, at], 0)
+            apart[place] = max(apart[place], np.abs(row[self.k : 2 * self.k] - found).sum() / 2)
+        return apart
 
     def soft_targets(self, rows: Tensor) -> SoftTargets:
         """Return what rows want of a student."""

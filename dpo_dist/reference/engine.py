@@ -16,7 +16,7 @@ from dpo_dist.data import Example, ImageProcessor
 from dpo_dist.distributed.deepspeed_config import frozen_config, sharded_loading, unsharded_loading
 from dpo_dist.distributed.expert_groups import share_experts
 from dpo_dist.distributed.processes.failures import is_communication_error
-from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.processes.world import World, check_same_code
 from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
@@ -71,6 +71,7 @@ def run_start_check(
     that of a model that reads images. `texts`: examples whose ends a reward model must read. Errors name
     `key`.
     """
+    check_same_code(world)
     are_collective = engine.is_synchronised or world.sequence is not None
     agree = fault_agreement(world, key, are_forwards_collective=are_collective)
     world.barrier()  # a rank that starts the check late would count as failed

@@ -308,9 +308,9 @@ class LogpStore:
                 start = int(index.starts[entry])
                 shard = int(index.shards[entry])
                 values = self._contents[shard][start : start + 4 * int(index.tokens[entry])]
-                if zlib.crc32(values.data) == index.checks[entry]:
+                width = self.fingerprint.width
+                if zlib.crc32(values.data) == index.checks[entry] and index.tokens[entry] % width == 0:
                     numbers = values.view(np.float32)
-                    width = self.fingerprint.width
                     yield numbers if width == 1 else numbers.reshape(-1, width)
                     break
                 self.damaged.add(self.shards[shard])

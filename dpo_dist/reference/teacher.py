@@ -5,6 +5,8 @@ on any rank, in any batch and at any time.
 """
 
 import itertools
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.objective.distillation import SparseRows, TeacherInputs
 from dpo_dist.reference.store import LogpStore
 
@@ -32,15 +35,30 @@ class Teacher:
         """
         if self.store is None:
             return with_uniforms(batch, self.kept, self.seed)
+        lengths = _lengths(batch)
         chosen = _chosen(batch) if len(batch.keys) else []
-        stored = dict(zip(chosen, self.store.read(batch.keys[chosen]), strict=True))
-        parts = []
-        for response, tokens in enumerate(_lengths(batch)):
-            nothing = np.zeros((tokens, self.kept.width), dtype=np.float32)
-            parts.append(stored.get(response, nothing))
-        rows = np.concatenate(parts)
-        counted = rows if batch.mask is None else rows[batch.mask]
+        parts = [np.zeros((tokens, self.kept.width), dtype=np.float32) for tokens in lengths]
+        for response, rows in zip(chosen, self.store.read(batch.keys[chosen]), strict=True):
+            fault = self.kept.fault(rows)
+            if len(rows) != lengths[response]:
+                fault = f"{len(rows)} tokens in place of {lengths[response]}"
+            if fault:
+                raise self._no_answer(batch.keys[response].tolist(), fault)
+            parts[response] = rows
+        every = np.concatenate(parts)
+        counted = every if batch.mask is None else every[batch.mask]
         return replace(batch, teacher=TeacherInputs(self.kept, rows=torch.from_numpy(counted)))
+
+    def _no_answer(self, key: Sequence[int], fault: str) -> ReferenceModelError:
+        """Return the error of an entry that is whole, so that no start computes it again."""
+        assert self.store is not None
+        place = shlex.join([str(self.store.root), "--drop", self.store.fingerprint.name])
+        return ReferenceModelError(
+            "a stored entry is no answer of a teacher",
+            where=str(self.store.folder),
+            got=f"entry {key[0]:016x}{key[1]:016x} has {fault}",
+            remedy=f"remove this teacher's entries, and start again: dpo-dist store gc {place} --yes",
+        )
 
     def answer(self, batch: PackedBatch) -> PackedBatch:
         """Return a batch of `ready` on the device with its rows; collective if an engine computes them."""

@@ -55,12 +55,8 @@ def check_drift(
     `ReferenceModelError` if log-probs differ by more than the precision explains. Returns the drift per token
     and per response, in nats, for the report.
     """
-    config = run.config
     world = run.world
-    generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
-    count = min(_CHECKED_PAIRS, len(visited))
-    indices = np.sort(generator.choice(visited, size=count, replace=False))
-    rank_batch = run.shard(dataset, indices, costs)
+    rank_batch = run.shard(dataset, pairs_to_check(run, visited), costs)
     drifts: list[tuple[str, StoredLogps]] = []
     with objective.prefetch_batches(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
@@ -77,24 +73,7 @@ def check_drift(
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 drifts += zip(names, (part.numpy() for part in parts), strict=True)
     drifts = [*itertools.chain(*world.gather(drifts))]
-    dtype = config.model.dtype
-
-    def tolerance(tokens: int) -> float:
-        # 16-bit log-probs depend on the batch's shape: single tokens differ, the mean of many hardly.
-        return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
-
-    means = {name: float(np.abs(drift).mean()) for name, drift in drifts}
-    # "mean > tolerance" would accept nan.
-    failed = [name for name, drift in drifts if not means[name] <= tolerance(len(drift))]
-    if failed:
-        raise ReferenceModelError(
-            f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
-            where="; ".join(f"{name} ({means[name]:.2g})" for name in failed[:5]),
-            got="the mean difference per token in parentheses, in nats",
-            expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
-            "16 bits",
-            remedy="the store belongs to another model or is damaged: set another reference.store",
-        )
+    check_differences(drifts, run.config.model.dtype, "reference log-probs")
     sums = np.array([drift.sum() for _, drift in drifts])
     return {
         "responses": len(drifts),
@@ -103,6 +82,37 @@ def check_drift(
         "rms_response_drift": float(np.sqrt(np.mean(sums**2))),
         "largest_response_drift": float(np.abs(sums).max()),
     }
+
+
+def pairs_to_check(run: Run, visited: Indices) -> Indices:
+    """Return a sample of the `visited` indices, the same in every start of a run."""
+    generator = np.random.default_rng([run.config.trainer.seed, 0xA0D17])
+    count = min(_CHECKED_PAIRS, len(visited))
+    return np.sort(generator.choice(visited, size=count, replace=False))
+
+
+def check_differences(differences: Sequence[tuple[str, StoredLogps]], dtype: Dtype, what: str) -> None:
+    """Check the differences of what is stored and what is computed, of each token of a response by name.
+
+    Raises a `ReferenceModelError` about `what` if they are larger than the precision explains.
+    """
+
+    def tolerance(tokens: int) -> float:
+        # 16-bit log-probs depend on the batch's shape: single tokens differ, the mean of many hardly.
+        return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
+
+    means = {name: float(np.abs(of_tokens).mean()) for name, of_tokens in differences}
+    # "mean > tolerance" would accept nan.
+    failed = [name for name, of_tokens in differences if not means[name] <= tolerance(len(of_tokens))]
+    if failed:
+        raise ReferenceModelError(
+            f"{len(failed)} of {len(differences)} sampled {what} differ from a fresh computation",
+            where="; ".join(f"{name} ({means[name]:.2g})" for name in failed[:5]),
+            got="the mean difference per token in parentheses, in nats",
+            expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
+            "16 bits",
+            remedy="the store belongs to another model or is damaged: set another reference.store",
+        )
 
 
 def describe_drift(drift: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Prepare a run's teacher: ask it once for its distributions and store them, or load it beside the policy."""
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import ReferenceConfig, TeacherMode
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
@@ -18,9 +24,9 @@ from dpo_dist.objective.distillation import sparse_rows
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.reference.fill import missing_responses
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from dpo_dist.reference.teacher import Teacher, with_uniforms
-from dpo_dist.training.reference import ScoredOnce, scoring_profile
+from dpo_dist.training.reference import ScoredOnce, check_differences, pairs_to_check, scoring_profile
 from dpo_dist.training.start.inputs import EvaluationInputs
 from dpo_dist.training.start.open_run import Run
 
@@ -92,7 +98,49 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     filled = asked.fill(filler, scored, "teacher", "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
     teacher = replace(teacher, store=filler.open_filled())
+    if asked.engine is not None:
+        report["largest_difference"] = _check_answers(run, asked.engine, teacher, *scored[0], filler.costs)
+        run.say(
+            "teacher check passed: stored and newly computed distributions of a sample differ by at most "
+            f"{report['largest_difference']:.2g}"
+        )
+    else:
+        run.say("teacher: all its distributions are stored; it is not loaded to compare a sample with them")
     return PreparedTeacher(teacher, report | asked.free())
+
+
+@torch.no_grad()
+def _check_answers(
+    run: Run,
+    engine: Engine,
+    teacher: Teacher,
+    dataset: PreferenceDataset,
+    visited: Indices,
+    costs: ComputeCosts,
+) -> float:
+    """Ask the teacher again for a seeded sample; return the largest difference of a token. Collective.
+
+    Raises a `ReferenceModelError` if distributions differ by more than the precision explains.
+    """
+    world = run.world
+    place = (world.replica, world.replicas)
+    share = shard_batch(dataset, pairs_to_check(run, visited), *place, run.micro_batch_tokens, costs, which=0)
+    differences: list[tuple[str, StoredLogps]] = []
+    for micro_batch, batch in zip(share.micro_batches, share.batches(), strict=True):
+        asked = with_uniforms(batch, teacher.kept, teacher.seed).to(world.device)
+        fresh = engine.token_logps(asked, ("as_teacher",)).T.cpu().numpy()
+        inputs = teacher.ready(batch).teacher
+        assert inputs is not None
+        assert inputs.rows is not None
+        if micro_batch and world.leads:
+            apart = teacher.kept.distances(inputs.rows.numpy(), fresh)
+            of_response = np.split(apart, np.cumsum(batch.response_tokens.numpy())[:-1])
+            differences += zip(
+                (str(dataset.origin(index)) for index in micro_batch), of_response, strict=True
+            )
+    differences = [*itertools.chain(*world.gather(differences))]
+    check_differences(differences, run.config.model.dtype, "distributions of the teacher")
+    return max(float(of_tokens.max()) for _, of_tokens in differences)
 
 
 def _missing(empty: LogpStore, scored: Sequence[tuple[PreferenceDataset, Indices]]) -> tuple[int, int]:

@@ -210,6 +210,26 @@ def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(tmp_path: Pa
         assert "not all 3 processes of the run have joined" in outcome.message
 
 
+def end_before_joining(missing: int, rank: int) -> None:
+    if rank == missing:
+        raise SystemExit(2)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_rank_that_never_arrives_is_named_by_the_others(missing: int, tmp_path: Path) -> None:
+    """It was refused, or could not import, under a launcher of its own."""
+    began = time.monotonic()
+    enter = partial(end_before_joining, missing)
+    outcomes = start_ranks(refuse, 3, tmp_path / "ranks", enter=enter, timeout=4).finish(60)
+    assert time.monotonic() - began < 30
+    arrived = [outcome for rank, outcome in enumerate(outcomes) if rank != missing]
+    named = f"not all 3 processes of the run have joined: rank {missing} did not arrive"
+    assert any(named in outcome.message for outcome in arrived), arrived
+    for outcome in arrived:
+        assert outcome.error == "PeerLostError", outcome.log
+        assert "not all 3 processes of the run have joined" in outcome.message
+
+
 def one_fails(world: World, _folder: Path) -> None:
     if world.rank == 1:
         raise KeyError("a bug")

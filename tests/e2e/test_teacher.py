@@ -4,12 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.reference.store import LogpStore, list_shards, open_shard, read_fingerprints
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support import tiny
 from tests.support.invented import write_pairs
@@ -19,6 +21,7 @@ from tests.support.tiny_model import write_model
 
 WHOLE = "teacher.k=100000"
 PADDING = 24
+K = 20
 
 
 def longer(folder: Path) -> Path:
@@ -152,6 +155,41 @@ def test_a_changed_teacher_is_asked_again(overrides: Overrides, teacher: Path, t
     assert "teacher" in replaced.output
     stale = run_verb("train", overrides(*command, f"teacher.path={teacher}", "run.resume=must"))
     assert stale.code == 2, stale.output
+
+
+def move_probability(root: Path) -> None:
+    """Let each stored distribution have a hundredth more of its likeliest token, and less of the second."""
+    (fingerprint,) = [each for each in read_fingerprints(root) if each.width > 1]
+    folder = root / fingerprint.name
+    for name in list_shards(folder):
+        shard = open_shard(folder / name)
+        assert shard is not None
+        entries = [rows.copy() for rows in np.split(shard.values, shard.ends[:-1])]
+        for entry in entries:
+            rows = entry.reshape(-1, fingerprint.width)
+            rows[:, K] += np.float32(0.01)
+            rows[:, K + 1] -= np.float32(0.01)
+        (folder / name).unlink()
+        LogpStore(root, fingerprint, []).write(shard.keys, entries)
+
+
+def test_what_a_teacher_said_is_compared_with_it_while_it_is_loaded(
+    overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path
+) -> None:
+    command = [f"teacher.path={teacher}", "loss=distill", f"teacher.k={K}", "teacher.drawn=4"]
+    part = f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]"
+    first = train(overrides(*command, part), processes=2)
+    assert "teacher check passed" in first.output
+    assert of_teacher(tmp_path / "run")["largest_difference"] < 1e-5
+    stored = train(overrides(*command, part, f"run.dir={tmp_path}/stored"))
+    assert "it is not loaded to compare a sample with them" in stored.output
+    assert "largest_difference" not in of_teacher(tmp_path / "stored")
+    more = overrides(*command, f"run.dir={tmp_path}/more")
+    move_probability(tmp_path / "store")
+    ended = run_verb("train", more, processes=2)
+    assert ended.code == 2, ended.output
+    assert "sampled distributions of the teacher differ from a fresh computation" in ended.output
+    assert f"{assets}/train.jsonl:" in ended.output
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.process import is_on, kept_environment
 from dpo_dist.foundation.signals import exit_on_signal
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.text import first_few, pluralize
 
 _ALONE = {
     "RANK": "0",
@@ -50,6 +50,7 @@ _ALONE = {
 """Environment for a world of one process that no launcher started."""
 _STARTS = itertools.count()
 """Numbers the process groups that this process makes in a world of several."""
+_LEAST_PATIENCE = timedelta(minutes=1)
 _TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 """torch's variables for the groups that DeepSpeed and torch create without a timeout."""
 
@@ -93,12 +94,13 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
             os.environ.setdefault(
                 "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports.stacks.with_name("nccl-rank-"))
             )
-        if "offload_optimizer" in deepspeed_config["zero_optimization"]:
-            _load_cpu_adam(reports.say)
         try:
             with exit_on_signal():
                 world = start_world(deepspeed_config, timeout_seconds)
             with watch_world(world, reports):
+                if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+                    # Now: nodes may compile for longer than ranks wait for each other to arrive.
+                    world.together(lambda: _load_cpu_adam(reports.say))
                 yield world
         except BaseException:
             if dist.is_initialized() and dist.get_world_size() > 1:
@@ -131,9 +133,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             if size == 1:
                 store: Any = HashStore()  # torch's own store would listen on all interfaces
             else:
-                store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
-                # The launcher's store still has the keys of a destroyed group.
-                store = PrefixStore(f"start-{next(_STARTS)}", store)
+                store = _meet(place, size, timeout)
             dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=timeout)
             atexit.register(leave_world)
         for group in distributed_c10d._world.pg_map:  # those of an earlier run, or of the script
@@ -151,16 +151,54 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         is_taken = "EADDRINUSE" in str(failure)  # the port, which torchrun and accelerate choose themselves
         if not (is_taken or is_communication_error(str(failure))):
             raise
-        raise PeerLostError(
-            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
-            where=f"rank {os.environ.get('RANK')}, which waited at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
-            got=first_line(failure),
-            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy="see logs/rank-N.log and the screen of every node; check that each node reaches this "
-            "address, and its port is free (MASTER_PORT, --main_process_port); then run the command again",
-        ) from failure
+        raise _not_joined([], timeout, failure) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> Any:
+    """Return the store of all ranks when they have arrived, with `timeout` for its calls.
+
+    A rank that was refused before, or that cannot import, never arrives; the others name it. They wait for
+    less time than in a collective call: none has begun to work, and their imports take about as long.
+    """
+    patience = min(timeout, max(_LEAST_PATIENCE, timeout / 10))
+    try:
+        # With the size of one process: torch would wait for the others without saying which are missing.
+        store, _, _ = next(iter(rendezvous("env://", rank, 1, timeout=patience)))
+    except RuntimeError as failure:
+        if rank == 0 or not is_communication_error(str(failure)):
+            raise
+        raise _not_joined([0], patience, failure) from failure
+    # The launcher's store still has the keys of a destroyed group.
+    store = PrefixStore(f"start-{next(_STARTS)}", store)
+    places = [f"arrived/{each}" for each in range(size)]
+    store.set(places[rank], "")
+    try:
+        store.wait(places, patience)
+    except RuntimeError as failure:
+        missing = [each for each, place in enumerate(places) if not store.check([place])]
+        raise _not_joined(missing, patience, failure) from failure
+    store.set_timeout(timeout)
+    return store
+
+
+def _not_joined(missing: Sequence[int], waited: timedelta, failure: Exception) -> PeerLostError:
+    """Return the error of a rank that has waited for the others, of which `missing` never arrived."""
+    names = first_few([f"rank {rank}" for rank in missing], "other rank")
+    error = PeerLostError(
+        f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined"
+        + (f": {names} did not arrive" if missing else ""),
+        where=f"rank {os.environ.get('RANK')}, which waited at "
+        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+        got=first_line(failure),
+        expected=f"every process within {waited.total_seconds():.0f} s",
+        remedy="see logs/rank-N.log and the screen of every node; check that each node reaches this "
+        "address, and its port is free (MASTER_PORT, --main_process_port); then run the command again, with "
+        "a larger parallelism.timeout_seconds if nodes start a minute apart",
+    )
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        error.is_printed_here = True  # rank 0 may be on another node, whose launcher ends nothing here
+    return error
 
 
 @functools.cache

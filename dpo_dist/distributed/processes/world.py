@@ -1,6 +1,7 @@
 """The processes of a run: communication, agreement on errors and stops, and sequence parallelism."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -22,12 +23,15 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.files import temporary_name, text_digest
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.text import first_few, pluralize
+from dpo_dist.foundation.user_code import loaded_sources
 from dpo_dist.model.attention.ulysses import TokenExchange
 from dpo_dist.model.experts import ExpertShare
 
 T = TypeVar("T")
 
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
+"""The packages whose code decides the numbers of a run, and which calls its ranks make."""
 _SEEN_SECONDS = 10.0
 _PATIENCE = timedelta(days=1)  # for a wait outside of steps, if a host hangs and its connections stay
 
@@ -177,7 +181,7 @@ class World:
             return {}
         by_rank = self.gather(dict(facts))
         differences = {}
-        for name in sorted(set().union(*by_rank)):
+        for name in dict.fromkeys(itertools.chain(*by_rank)):
             ranks: dict[str, list[int]] = {}
             for rank, facts_there in enumerate(by_rank):
                 ranks.setdefault(facts_there.get(name, "-"), []).append(rank)
@@ -237,6 +241,33 @@ class World:
         tensor = torch.tensor(float(flag))
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
+
+
+def check_same_code(world: World, facts: Mapping[str, str] | None = None) -> None:
+    """Check that all ranks have the same `facts` and have loaded the same code; collective.
+
+    Compared is the source of each module of `LIBRARIES` and of the user that all ranks have loaded. Ranks
+    that differ would train on without an error, or wait for each other in different calls. Call it again when
+    models are loaded, whose classes libraries import as they need them.
+    """
+    if world.size == 1:
+        return
+    sources = loaded_sources(LIBRARIES)
+    # A rank may have more modules, such as those that only rank 0 needs to write.
+    names = world.on_main(lambda: list(sources))
+    lacking = set().union(*world.gather({name for name in names if name not in sources}))
+    code = {f"source of {name}": sources[name] for name in names if name not in lacking}
+    differences = world.differences({**(facts or {}), **code})
+    if differences:
+        values = [f"{name}: {by_rank}" for name, by_rank in differences.items()]
+        raise ConfigError(
+            "the processes of this run were started with different settings or software",
+            where=first_few(list(differences), "other"),
+            got=first_few(values, "other"),
+            expected="the same on every rank",
+            remedy="give every node the same command, configuration files, environment variables, checkout "
+            "and packages, and start again",
+        )
 
 
 def check_shared(world: World, folder: Path, key: str) -> None:

@@ -14,13 +14,12 @@ import torch
 
 from dpo_dist.config.named_code import named_functions
 from dpo_dist.config.schema import METRICS_FUNCTION, RunConfig
-from dpo_dist.distributed.processes.world import World
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.distributed.processes.world import LIBRARIES, World, check_same_code
 from dpo_dist.foundation.fields import as_written, plain_values
 from dpo_dist.foundation.files import content_digest
-from dpo_dist.foundation.text import first_few, without_secrets
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import dotted_items
-from dpo_dist.foundation.user_code import find_function
+from dpo_dist.foundation.user_code import find_function, user_function
 from dpo_dist.model.numerics import RECURRENT_KERNELS
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, custom_metrics
@@ -35,34 +34,27 @@ _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
 def check_same_start(config: RunConfig, world: World) -> None:
-    """Check that all ranks have one configuration, the same packages, and the same code; collective.
-
-    Ranks that differ would train on without an error, or wait for each other in different calls.
-    """
-    facts = world.together(lambda: _shared_facts(config))
-    differences = world.differences(facts)
-    if differences:
-        values = [f"{name}: {by_rank}" for name, by_rank in differences.items()]
-        raise ConfigError(
-            "the processes of this run were started with different settings or software",
-            where=first_few(list(differences), "other"),
-            got=first_few(values, "other"),
-            expected="the same on every rank",
-            remedy="give every node the same command, configuration files, environment variables, checkout "
-            "and packages, and start again",
-        )
+    """Check that all ranks have one configuration, the same packages, and the same code; collective."""
+    check_same_code(world, world.together(lambda: _shared_facts(config)))
 
 
 def _shared_facts(config: RunConfig) -> dict[str, str]:
-    """Return what all ranks of a run must have alike, by the names that an error shows."""
+    """Return what all ranks of a run must have alike, by the names that an error shows.
+
+    Imports the user's functions, with what they import.
+    """
     values = plain_values(config)
     facts = {key: as_written(value) for key, value in dotted_items(values)}
     facts |= {f"version of {name}": version for name, version in package_versions().items()}
     facts.pop("version of wandb", None)  # only rank 0 uses it
+    # The metadata are those of site-packages, also where Python finds a checkout before it.
+    for name in sys.modules.keys() & LIBRARIES:
+        facts[f"version of {name}"] = str(sys.modules[name].__version__)
     facts["version of python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
     # A checkout may be at another commit of the same version.
     facts["source of dpo_dist"] = content_digest(sorted(_PACKAGE_FOLDER.rglob("*.py")))[:8]
     for function, key in named_functions(values).items():
+        user_function(function, key)
         facts[f"source of {function}"] = find_function(function, key).digest[:8]
     return facts
 

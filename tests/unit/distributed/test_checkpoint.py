@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from dpo_dist.config.run_folder import best_checkpoint
 from dpo_dist.distributed.checkpoint import saver as checkpoint
 from dpo_dist.distributed.checkpoint import slices
 from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,
+    SavedSlices,
     drop_checkpoints,
     find_faults,
     remove_unfinished,
@@ -217,6 +219,31 @@ def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_p
     with safe_open(tmp_path / next(iter(entries)), "pt") as opened:
         for own in wanted:
             assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
+
+
+@pytest.mark.parametrize("ends", [[7], [3, 7], [1, 2, 7], [2, 4, 6, 7]], ids=str)
+def test_states_of_any_ranges_are_read_into_any_others(ends: list[int], tmp_path: Path) -> None:
+    """As ranks have written them that shard a weight of seven numbers over other numbers of ranks."""
+    whole = {part: torch.rand(7) for part in ("weight", "exp_avg", "exp_avg_sq", "ema")}
+
+    def cut(ends: list[int], values: Mapping[str, Tensor]) -> list[Slice]:
+        places = zip([0, *ends[:-1]], ends, strict=True)
+        return [
+            Slice("w", (7,), start, {part: each[start:end] for part, each in values.items()})
+            for start, end in places
+        ]
+
+    entries = {}
+    for rank, piece in enumerate(cut(ends, whole)):
+        entries |= write_slices(ModelSlices("engine", [piece], step=3), tmp_path, rank)
+    (tmp_path / MANIFEST).write_text(json.dumps(entries))
+    saved = SavedSlices.find(tmp_path, "engine")
+    assert (set(saved.parts), saved.step) == (set(whole), 3)
+    for others in ([7], [4, 7], [1, 5, 6, 7]):
+        read = {part: torch.full((7,), -1.0) for part in whole}
+        saved.load_into(cut(others, read))
+        for part, values in whole.items():
+            assert torch.equal(read[part], values), (part, others)
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:

@@ -188,6 +188,8 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
         sequence=None,
         barrier=lambda _seconds=None: None,
         gather=lambda fault: [fault],
+        on_main=lambda work: work(),
+        differences=lambda _facts: {},
     )
     run_start_check(cast(Engine, engine), 64, cast(World, world))
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import START, policy_config
 from dpo_dist.distributed.processes.failures import Reports
 from dpo_dist.distributed.processes.join import join_world
+from dpo_dist.distributed.processes.world import ShardGroup
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.packed import PackedCausalLM
@@ -63,6 +65,15 @@ def test_an_update_is_that_of_adamw(
     for name, weight in weights.items():
         update, expected = found[name] - before[name], weight.detach() - before[name]
         assert float((update - expected).norm() / expected.norm()) < 3e-6, name  # measured: 5e-7
+
+
+@pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, True), (2, False), (5, False)])
+def test_the_first_copy_of_the_weights_alone_is_written(rank: int, writes: bool) -> None:
+    """Of three groups of two ranks that each shard a copy."""
+    with join_world(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, Reports()) as world:
+        placed = replace(world, rank=rank, size=6, shards=ShardGroup(rank % 2, 2, None))
+        model = PackedCausalLM(tiny_family("llama"), AttentionBackend.sdpa)
+        assert bool(PolicyEngine(model, OptimConfig(), placed).shards().slices) is writes
 
 
 def lost_by_two_micro_batches(

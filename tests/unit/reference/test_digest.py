@@ -19,6 +19,7 @@ from dpo_dist.reference.digest import (
     Profile,
     check_same_numerics,
     digest_model,
+    digest_on_every_node,
     model_label,
 )
 from dpo_dist.reference.store import ReferenceFingerprint
@@ -185,3 +186,29 @@ def test_ranks_with_other_numerics_are_an_error(monkeypatch: pytest.MonkeyPatch)
         for name, value in other.items():
             here = PROFILE.get(name, "-")
             assert f"{name}: {here} on rank 0 (host-a); {value} on rank 1 (host-b)" in raised.value.got
+
+
+@pytest.mark.parametrize("loads_whole", [True, False])
+@pytest.mark.parametrize(
+    ("places", "readers"), [("aabb", {2}), ("abab", {1}), ("abcc", {1, 2}), ("aaab", {3}), ("aaaa", set())]
+)
+def test_the_first_rank_of_each_other_node_reads_the_nodes_own_files(
+    places: str, readers: set[int], loads_whole: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every node but rank 0's, the files have changed: in config.json, and in the weights."""
+    peers = tuple(Peer(rank, f"node-{place}", 1, place) for rank, place in enumerate(places))
+    heard = dict[str, str]()
+    own = digest_model(model)
+    monkeypatch.setattr(World, "on_main", lambda *_: own)
+    monkeypatch.setattr(World, "together", lambda _, work: work())
+    monkeypatch.setattr(World, "differences", lambda _, facts: heard.clear() or heard.update(facts) or {})
+    for name in ("config.json", "model-2.safetensors"):
+        (model / name).write_bytes(CONTENT[name] + b" ")
+    found = {}
+    for rank in range(len(places)):
+        world = World(None, rank, len(places), torch.device("cpu"), peers)
+        digest_on_every_node(model, model.parent / "memo", False, loads_whole, world)
+        expected = own.code | own.weights
+        found[rank] = {name for name in heard if heard[name] != expected[name]}
+    changed = {"config.json"} | ({"model-2.safetensors"} if loads_whole else set())
+    assert found == {rank: changed if rank in readers else set() for rank in range(len(places))}

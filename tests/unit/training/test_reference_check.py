@@ -1,7 +1,9 @@
 """Step-0 check: a run starts only if its policy scores like its reference."""
 
 import importlib.metadata
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,15 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import collate
-from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, Quantization, ReferenceConfig, RunConfig
+from dpo_dist.config.losses import DistillOptions, LossConfig, LossKind
+from dpo_dist.config.schema import (
+    Dtype,
+    ModelConfig,
+    Quantization,
+    ReferenceConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import ExpertGroup, World
 from dpo_dist.encoded.build import Preparation
@@ -26,13 +35,16 @@ from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training import reference as reference_module
+from dpo_dist.training import teacher as teacher_module
 from dpo_dist.training.reference import check_drift, prepare_reference
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.steps.step import Objective
+from dpo_dist.training.teacher import prepare_teacher
 from tests.support import tiny
 from tests.support.families import tiny_config
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
+from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
 PAIRS = 6
@@ -128,6 +140,53 @@ def test_an_example_that_drifts_beyond_the_precision_is_named(
     with pytest.raises(ReferenceModelError, match="1 of 12 sampled") as raised:
         check(Policy(4, rejected_drift=drift), dtype)
     assert str(data.origin(4)) + " response 1" in raised.value.where
+
+
+@pytest.fixture
+def teachers_store(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The name of the folder in the store from which a run takes what its teacher says."""
+    folder = write_model(tmp_path / "model")
+    smaller = Path(shutil.copytree(folder, tmp_path / "smaller"))
+    settings = json.loads((smaller / "config.json").read_text())
+    (smaller / "config.json").write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] - 8}))
+    names = list[str]()
+
+    def keep(_store: Path, fingerprint: ReferenceFingerprint, _: Any) -> None:
+        names.append(fingerprint.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(teacher_module, "LogpStore", keep)
+
+    def name_of(temperature: float = 1.0, *, is_smaller: bool = False, **teacher: Any) -> str:
+        loss = LossConfig(LossKind.distill, options=DistillOptions(temperature=temperature))
+        settings = TeacherConfig(path=str(folder), **{"k": 8, "drawn": 4, **teacher})
+        config = RunConfig(model=ModelConfig(dtype=Dtype.fp32), loss=loss, teacher=settings)
+        files = SimpleNamespace(folder=folder, digest="files")
+        policy = SimpleNamespace(folder=smaller if is_smaller else folder)
+        inputs: Any = SimpleNamespace(
+            teacher_files=files, policy_files=policy, tokenizer=tiny.qwen(), processor=None
+        )
+        with pytest.raises(InterruptedError):
+            prepare_teacher(Run(config, world, Console(None)), inputs)
+        return names[-1]
+
+    return name_of
+
+
+def test_a_store_of_a_teacher_knows_everything_that_changes_its_rows(
+    teachers_store: Callable[..., str],
+) -> None:
+    others = [
+        {"seed": 1},
+        {"k": 9},
+        {"drawn": 5},
+        {"k": 7, "drawn": 6},  # as many numbers
+        {"temperature": 2.0},
+        {"is_smaller": True},  # a student with fewer token ids
+    ]
+    name = teachers_store()
+    assert teachers_store() == name
+    assert len({name, *(teachers_store(**other) for other in others)}) == 1 + len(others)
 
 
 def store_of(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
