@@ -358,12 +358,17 @@ def checked_model(
     """
     model_config = load_config(folder, model)
     check_causal(model_config)
-    check_shared_tokens(model_config, parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, model, start)
-    check_shared_experts(causal_lm, parallelism.experts)
+    check_shapes(causal_lm, longest, parallelism)
     check_contents_at_hand(folder, model)
-    check_positions(causal_lm, longest)
     return model_config, causal_lm
+
+
+def check_shapes(causal_lm: PreTrainedModel, longest: int, parallelism: ParallelismConfig) -> None:
+    """Raise ConfigError if the policy's shapes do not fit the longest text, or the groups of processes."""
+    check_shared_tokens(causal_lm.config, parallelism.sequence_parallel)
+    check_shared_experts(causal_lm, parallelism.experts)
+    check_positions(causal_lm, longest)
 
 
 def _add_counts(run: Run, dataset: PreferenceDataset, **count: Callable[[], Any]) -> PreferenceDataset:
