@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.sampler import BatchSampler, Indices, check_batch, make_sampler, short_run_warnings
+from dpo_dist.batching.sampler import (
+    BatchSampler,
+    Indices,
+    batch_note,
+    check_batch,
+    make_sampler,
+    short_run_warnings,
+)
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import RouterConfig
@@ -162,6 +169,9 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
         if labels:
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
     check_batch(sampler, config.loss.unit)
+    note = batch_note(sampler, config.trainer, config.loss.unit)
+    if note:
+        run.say(note)
     for warning in short_run_warnings(sampler, config.loss.unit):
         run.warn(warning)
     return inputs

@@ -147,7 +147,7 @@ MISTYPED = [
     ("loss.beta 0.2", "write loss.beta=0.2"),
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "write loss=kto") for key in ("loss_type", "stage", "rl")),
-    ("pref_loss=kto_pair", "pairs with data.unpair=true"),
+    ("pref_loss=kto_pair", "write loss=kto; it reads labelled responses, and takes pairs apart"),
     ("loss=qrpo", "on scored pairs write loss=reward_aware"),
     ("pref_loss=bco_unpaired", "write loss=kto; on pairs loss=bco_pair"),
     ("pref_loss=sigmoid_sft", "write loss=sigmoid_sft"),
