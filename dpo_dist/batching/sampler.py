@@ -104,7 +104,7 @@ def make_sampler(spans: Sequence[SourceSpan], config: TrainerConfig) -> BatchSam
 
 def _usual_batch(pairs: int) -> int:
     """Return the pairs of a step for few pairs an epoch: a power of two, eight steps or more if it can."""
-    return min(max(1, pairs), max(2, 2 ** int(math.log2(max(1, pairs // 8)))))
+    return min(max(1, pairs), max(2, 1 << (max(1, pairs // 8).bit_length() - 1)))
 
 
 def _draws(span: SourceSpan) -> int:
