@@ -7,10 +7,10 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   check them. `run_verb` runs a verb with its configuration, `checked_console` and `check_start` check what it
   needs, `dry_run` answers `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
-  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceConfig`, `ReferenceMode`, `UNSET`. `load_run_config`
-  reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors); `complete_config`
-  checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a key takes a
-  value, `value_at` has it.
+  `LossKind`, `Offload`, `OptimizerKind`, `ParallelismKind`, `ReferenceConfig`, `ReferenceMode`, `UNSET`.
+  `load_run_config` reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors);
+  `complete_config` checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a
+  key takes a value, `value_at` has it.
 - **Losses**: `loss_kinds` names those of a run's settings, `kinds_using` those with an option, `loss_unit`
   says what they count.
 - **Folders**: `RunFolder` has the files of a run, and a tool adds its own as `PathBelow`; `check_writable`
@@ -41,7 +41,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   log-probs, `stored_pairs` reads those of pairs.
 - **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights` and
   `teacher_without_weights`, its `Footprint` those of a device. `matmul_peak`, `REACHED_SHARES`,
-  `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates.
+  `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates; `check_groups` and `check_shapes` refuse what a
+  start refuses.
 
 Each name is imported when it is asked for: a tool that reads files imports no torch.
 """
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
         Dtype,
         ModelConfig,
         Offload,
+        OptimizerKind,
         ParallelismKind,
         ReferenceConfig,
         ReferenceMode,
@@ -145,9 +147,10 @@ if TYPE_CHECKING:
         policy_without_weights,
         teacher_without_weights,
     )
+    from dpo_dist.training.start.inputs import check_shapes
     from dpo_dist.training.start.named_models import locate_model, short_name
     from dpo_dist.training.start.open_run import DEFAULT_TOKENS, Run, joined_run
-    from dpo_dist.training.start.preflight import check_start, checked_console
+    from dpo_dist.training.start.preflight import check_groups, check_start, checked_console
     from dpo_dist.training.start.prepared_data import prepare_data, saved_by_tree
 
 _NAMES = {
@@ -167,7 +170,7 @@ _NAMES = {
     """,
     "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
     "config.schema": """
-        UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceConfig ReferenceMode
+        UNSET Direction Dtype ModelConfig Offload OptimizerKind ParallelismKind ReferenceConfig ReferenceMode
         RunConfig
     """,
     "distributed.deepspeed_config": "unsharded_loading",
@@ -197,9 +200,10 @@ _NAMES = {
     "training.start.footprint": """
         GPUS_PER_NODE Footprint Shapes policy_without_weights teacher_without_weights
     """,
+    "training.start.inputs": "check_shapes",
     "training.start.named_models": "locate_model short_name",
     "training.start.open_run": "DEFAULT_TOKENS Run joined_run",
-    "training.start.preflight": "check_start checked_console",
+    "training.start.preflight": "check_groups check_start checked_console",
     "training.start.prepared_data": "prepare_data saved_by_tree",
 }
 """The same names by the module that has them; a test compares them with the imports above."""

@@ -92,10 +92,19 @@ def make_sampler(spans: Sequence[SourceSpan], config: TrainerConfig) -> BatchSam
                 remedy="raise the weight, or remove the source",
             )
     per_epoch = sum(map(_draws, spans))
+    batch = config.global_batch_pairs
+    # The default alone: of data and configuration only, so that all ranks and each resume have the same.
+    if batch == TrainerConfig.global_batch_pairs and batch > per_epoch:
+        batch = _usual_batch(per_epoch)
     total = round(config.epochs * per_epoch)
     if config.max_steps is not None:
-        total = config.max_steps * config.global_batch_pairs
-    return BatchSampler(tuple(spans), config.global_batch_pairs, config.seed, max(1, total))
+        total = config.max_steps * batch
+    return BatchSampler(tuple(spans), batch, config.seed, max(1, total))
+
+
+def _usual_batch(pairs: int) -> int:
+    """Return the pairs of a step for few pairs an epoch: a power of two, eight steps or more if it can."""
+    return min(max(1, pairs), max(2, 1 << (max(1, pairs // 8).bit_length() - 1)))
 
 
 def _draws(span: SourceSpan) -> int:
@@ -124,14 +133,24 @@ def check_batch(sampler: BatchSampler, unit: str = "pair") -> None:
     pairs = sampler.pairs_per_epoch
     batch = sampler.global_batch_pairs
     if batch > pairs:
-        suggestion = 2 ** int(math.log2(max(1, pairs // 8)))  # about ten steps an epoch, by a usual size
         raise ConfigError(
             f"a step has more {unit}s than the training data",
             where="trainer.global_batch_pairs",
             got=f"{batch:,}, and {pluralize(pairs, unit)} an epoch",
             expected=f"at most {pairs:,}",
-            remedy=f"set trainer.global_batch_pairs={suggestion}",
+            remedy=f"set trainer.global_batch_pairs={_usual_batch(pairs)}",
         )
+
+
+def batch_note(sampler: BatchSampler, config: TrainerConfig, unit: str = "pair") -> str:
+    """Return a line on steps that are smaller than the default; "" if they are not."""
+    batch = sampler.global_batch_pairs
+    if batch == config.global_batch_pairs:
+        return ""
+    return (
+        f"steps of {pluralize(batch, unit)}, as an epoch has {sampler.pairs_per_epoch:,}: the default of "
+        f"trainer.global_batch_pairs is {config.global_batch_pairs}"
+    )
 
 
 def short_run_warnings(sampler: BatchSampler, unit: str = "pair") -> list[str]:

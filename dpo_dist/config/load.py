@@ -88,6 +88,8 @@ def complete_config(
     check_rules(config, rules)
     if config.loss.of_scores and (not verb or VERBS[verb].takes_training):
         config = config.with_scores()
+    if config.loss.is_unpaired:
+        config = replace(config, data=replace(config.data, unpair=True))
     if config.run.mirror is not None and is_url(config.run.mirror):
         check_url(config.run.mirror, "run.mirror")
     paths = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]

@@ -330,7 +330,8 @@ class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
 
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
-    """Pairs of an optimizer step, over all processes."""
+    """Pairs of an optimizer step, over all processes. Where an epoch has fewer pairs than the default, a step
+    has a power of two, eight steps or more an epoch if it can, and at least 2 pairs; the run says so."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] = key(
         "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )

@@ -112,7 +112,7 @@ class DataConfig:
     ranked: Ranked = key(Ranked.whole)
     """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
     unpair: bool = key(False)
-    """Take pairs apart into a good and a bad response, for `loss=kto` and `apo_zero_unpaired`."""
+    """Take pairs apart into a good and a bad response; `loss=kto` and `apo_zero_unpaired` set it."""
     cache: NonEmpty = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
 

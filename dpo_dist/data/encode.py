@@ -359,7 +359,8 @@ def encode_record(
     if isinstance(record, BadRecord):
         return record
     ranks, ties = training_examples(record, config.ranked)
-    if config.unpair and len(record.responses) > 1:
+    is_taken_apart = config.unpair and len(record.responses) > 1
+    if is_taken_apart:
         best_and_worst = (record.responses[0], record.responses[-1])
         record = replace(record, responses=best_and_worst, scores=(1.0, 0.0))
         ranks = [(0,), (1,)]
@@ -369,6 +370,8 @@ def encode_record(
     encoded = encode_pair(replace(record, responses=responses), config, tokenizer, processor)
     if isinstance(encoded, BadRecord):
         return encoded
+    if is_taken_apart:
+        encoded = replace(encoded, changes=encoded.changes | {"taken_apart"})
     scores = record.scores or (np.nan,) * len(record.responses)
     numbers = list({**NUMBERS, **record.numbers}.values())
     return EncodedRecord(

@@ -533,9 +533,8 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         remedy = "set loss.label_smoothing=null, or data.ranked=best_worst or all_pairs"
         check(counts > 2, "a ranking beside loss.label_smoothing", remedy)
     if loss.is_unpaired:
-        taken_apart = "set data.unpair=true"
-        taken_apart += " to take pairs apart, or give each response a label: true or false, 1 or 0"
-        check(~is_labelled, "no single response with a label", taken_apart)
+        labels = "give each response a label: true or false, 1 or 0"
+        check(~is_labelled, "no single response with a label", labels)
         # Read alone, 0 is bad; beside -1 it is perhaps neutral.
         sources = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
         is_unclear = (best == 0) & np.isin(sources, sources[best == -1])

@@ -2,7 +2,10 @@
 
 import math
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from dpo_dist.foundation.errors import RunOutcome
@@ -50,9 +53,17 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     facts["metrics"] = folder.metrics
     has_scores = LossKind.reward in loss_kinds(summary.get("settings") or {})
     if outcome is RunOutcome.completed and not has_scores:
-        facts["talk to it"] = f"dpo-dist chat {shlex.quote(str(folder))}"
+        facts["talk to it"] = f"{_program()} chat {shlex.quote(str(folder))}"
     table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
+
+
+def _program() -> str:
+    """Return how the shell starts this installation of the package: by name, if it finds this one."""
+    beside = Path(sys.executable).with_name("dpo-dist")
+    if shutil.which("dpo-dist") == str(beside):
+        return beside.name
+    return f"{shlex.quote(sys.executable)} -m dpo_dist"
 
 
 def _time_facts(rows: Sequence[Fields], summary: Fields) -> Iterator[str]:

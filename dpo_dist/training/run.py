@@ -183,7 +183,8 @@ def _begin(
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
-        change = world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps))
+        batch = inputs.sampler.global_batch_pairs
+        change = world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps, batch))
         if change:
             run.say(change)
     check_schedule(config.optim, steps)
@@ -557,6 +558,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         **results,
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
+        "global_batch_pairs": loop.inputs.sampler.global_batch_pairs,
         "bad_steps": position.health.bad_steps,
         "bad_in_a_row": position.health.bad_in_a_row,
         **({"overflows": position.health.overflows} if loop.policy.loss_scale is not None else {}),

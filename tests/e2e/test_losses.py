@@ -70,7 +70,7 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
     reference = [summary(tmp_path / name)["reference"] for name in ("run", "two")]
     assert [report["computed"] for report in reference] == [2 * len(LABELLED), 0]
     pairs = written(tmp_path / "pairs.jsonl", SCORED)
-    train(overrides(pairs, "loss=apo_zero_unpaired", "data.unpair=true", f"run.dir={tmp_path}/apart"))
+    train(overrides(pairs, "loss=apo_zero_unpaired", f"run.dir={tmp_path}/apart"))
     assert summary(tmp_path / "apart")["data"]["train"]["pairs"] == 2 * len(SCORED)
 
 
@@ -85,7 +85,6 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
         (RANKINGS, "plackett_luce", "format: ranked"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
         (COMPLETIONS, "kto", "a label: true or false"),
-        (SCORED, "kto", "data.unpair=true to take pairs apart"),
         (LABELLED, "sigmoid", "set loss=kto"),
         (LABELLED, "sft", "set loss=kto"),
         ([{**row, "prompt": "same"} for row in LABELLED], "kto", "set loss=apo_zero_unpaired"),

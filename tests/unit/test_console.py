@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import struct
+import subprocess
 import sys
 import termios
 import time
@@ -272,6 +273,24 @@ def test_the_table_of_a_run() -> None:
         "report     out/run/report.html",
         "metrics    out/run/dpo_metrics",
     ]
+
+
+@pytest.mark.parametrize("name", ["run", "it's a [run]", 'a "b" $HOME'])
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_line_that_talks_to_the_model_runs_in_a_shell(
+    name: str, on_path: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also in a shell that does not find `dpo-dist`, or finds that of another environment."""
+    scripts = Path(sys.executable).parent
+    (other := tmp_path / "dpo-dist").write_text("#!/bin/sh\nexit 9\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scripts if on_path else tmp_path}:/usr/bin:/bin")
+    lines = closing_table(RunFolder(tmp_path / name), [], {"exit": "completed", "steps": 1})
+    [command] = [line.removeprefix("talk to it ") for line in lines if line.startswith("talk to it")]
+    assert command.startswith("dpo-dist chat" if on_path else f"{sys.executable} -m dpo_dist chat")
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, "there is no such model"
+    assert str(tmp_path / name) in ended.stderr
 
 
 @pytest.mark.parametrize(("device", "is_shown"), [("cpu", False), ("meta", True)])

@@ -65,6 +65,24 @@ def test_every_exit_code_is_described() -> None:
     described = re.findall(r"^\| (\d+) \| (\w+)", text.split("\n## Exit codes\n")[1], re.MULTILINE)
     words = {code: code.name for code in ExitCode} | {ExitCode.invalid: "error", ExitCode.lost: "process"}
     assert {int(code): word for code, word in described} == words
+    [failed] = re.findall(r"^\| 1 \|.*", text, re.MULTILINE)
+    with_findings = [
+        verb for verb, row in VERBS.items() if "ExitCode.findings" in _program(row.module).read_text()
+    ]
+    assert "plan" in with_findings
+    assert [verb for verb in with_findings if f"of `{verb}`" not in failed] == []
+
+
+def _program(module: str) -> Path:
+    file = ROOT / module.replace(".", "/")
+    return file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+
+
+def test_the_number_of_losses_is_one_number() -> None:
+    with_formula = len(set(LossKind) - {LossKind.custom})
+    assert f"**{with_formula} [losses](docs/losses.md), and your own**" in (ROOT / "README.md").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"DPO and {with_formula - 1} other [losses](docs/losses.md), and by losses of your own" in changes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

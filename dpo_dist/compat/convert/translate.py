@@ -461,11 +461,11 @@ def _method(run: Translation) -> str:
             method = f"{key}: {as_written(task)}"
     if method not in _METHODS:
         raise ConfigError(
-            f"this run of {run.trainer} trains by a method that dpo-dist does not have",
+            f"this run of {run.trainer} trains by a method that is not translated",
             got=method,
             expected=", ".join(_METHODS),
-            remedy=f"train it with {run.trainer}: dpo-dist has no pretraining or online RL; a reward "
-            "model with one score for a text is a run with loss=reward",
+            remedy=f"train it with {run.trainer}: dpo-dist has no pretraining or online RL; write a reward "
+            "model as a run with loss=reward, a distillation with loss=distill",
         )
     for names, readers in _READ_BY.items():
         for key, value in list(run.left.items()):

@@ -113,6 +113,7 @@ class Estimate:
     shapes: Shapes
     steps: int
     micro_batch: int  # tokens
+    step_tokens: float  # that a process computes in a step
     times: int  # micro-batches of a process in a step
     computing: float  # seconds of training at the datasheet's peak
     scoring: float  # seconds of the reference at the datasheet's peak
@@ -133,14 +134,21 @@ class Estimate:
         return self.needs.largest_micro_batch(self.machine.memory)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch, or of the longest pair, which is not divided."""
+        return max(self.micro_batch, self.config.data.max_length)
+
+    @property
     def fits(self) -> bool:
-        """Whether the micro-batches and the longest sequence fit."""
-        return self.needs.fits(max(self.micro_batch, self.config.data.max_length), self.machine.memory)
+        """Whether the micro-batches and the longest pair fit."""
+        return self.needs.fits(self.tokens, self.machine.memory)
 
     @property
     def host(self) -> float:
         """Bytes of host memory on rank 0's node."""
-        return self.shapes.host_bytes(self.machine.gpus)
+        on_node = min(self.machine.gpus, GPUS_PER_NODE)
+        inputs = self.shapes.offloaded_inputs / self.config.parallelism.sequence_parallel
+        return self.shapes.host_bytes(self.machine.gpus) + on_node * inputs * self.tokens
 
     @property
     def disk(self) -> dict[str, float]:
@@ -198,6 +206,8 @@ class Estimate:
             seconds += (4 + self.shapes.number) * self.shapes.trained / gpus / _PCIE
             moved = 2 * self.shapes.states + 4 + self.shapes.number  # bytes that CPU Adam reads and writes
             seconds += moved * self.shapes.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
+        # Inputs of layers go out in forward, and come in in backward.
+        seconds += 2 * self.shapes.offloaded_inputs * self.step_tokens / _PCIE
         return self.steps * seconds
 
     @property
@@ -280,7 +290,8 @@ def estimate(
     micro_batch = _micro_batch(config, needs, machine)
     # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
-    plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
+    in_memory = replace(model, quantization=None, activation_offload=False)
+    plain = replace(config, parallelism=on_device, model=in_memory)
     without = Shapes(plain, causal_lm, teacher).footprint(gpus, machine.memory)
     tokens = micro_batch
     if without.fits(config.data.max_length, machine.memory):
@@ -302,6 +313,7 @@ def estimate(
         shapes,
         steps=steps,
         micro_batch=micro_batch,
+        step_tokens=step_tokens,
         times=times,
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,

@@ -18,11 +18,13 @@ from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import ProgressOf
 from dpo_dist.kit import (
     GPUS_PER_NODE,
-    Dtype,
     LossConfig,
     ModelConfig,
+    OptimizerKind,
     RunConfig,
     Shapes,
+    check_groups,
+    check_shapes,
     complete_config,
     load_run_config,
     policy_without_weights,
@@ -44,6 +46,9 @@ _PAIRS = 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _OF_A_NODE = [f"zero3 parallelism.{key}={GPUS_PER_NODE}" for key in ("shard_size", "hpz")]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
+_OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
+_MOST_TIMES = 16  # as many GPUs are tried where nothing fits
+_GAIN = 0.99  # of the present time: advice that saves less is none
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _QUANTIZED: list[_Setting] = [
     ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
@@ -63,6 +68,7 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
     causal_lm = _without_weights(config.model)
     teacher = _teacher_without_weights(config)
+    _check(config, causal_lm, machine.gpus)
     shapes = Shapes(config, causal_lm)
     shares = config.trainer.prefix_tree and shapes.is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
@@ -71,9 +77,10 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     )
     found = estimate(config, data, machine, causal_lm, teacher)
     parts = found.needs.parts
-    used = found.needs.total_bytes(found.micro_batch)
+    used = found.needs.total_bytes(found.tokens)
     activations = used - sum(parts.values())
-    rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
+    of_pair = ", the longest pair" if found.tokens > found.micro_batch else ""
+    rows = [*parts.items(), (f"{found.tokens:,} tokens{of_pair}", activations)]
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
     is_elsewhere = config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count()
     lines = [
@@ -97,11 +104,13 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         **(found.hours() if found.fits else {}),
     }
     if config.section_of(PlanConfig).suggest:
-        suggested, seconds = _suggest(found, causal_lm, teacher)
+        suggested, seconds = _suggest(found)
         content["suggested"] = suggested
-        or_adapter = " or an adapter" if config.model.adapter is None else ""
-        nothing = f"nothing fits: take more GPUs{or_adapter}"
-        lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})" if suggested else nothing)
+        if suggested:
+            lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})")
+        else:
+            ways = _instead(found)
+            lines.append(f"nothing fits{'; what fits: ' * bool(ways)}{', or '.join(ways)}")
     return Plan(found.fits, lines, content)
 
 
@@ -115,8 +124,9 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
         return []
     machine = choose_machine(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    teacher = _teacher_without_weights(config)
-    found = estimate(config, data, machine, _without_weights(config.model), teacher)
+    causal_lm = _without_weights(config.model)
+    _check(config, causal_lm, machine.gpus)
+    found = estimate(config, data, machine, causal_lm, _teacher_without_weights(config))
     lines = [("plan", f"{_verdict(found)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
     if found.fits:
         pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
@@ -158,23 +168,82 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        parallelism = found.config.parallelism
-        ways = ["raise trainer.global_batch_pairs"]
-        if _has_nodes(found.machine.gpus) and parallelism.hpz == 1 and parallelism.shard_size is None:
-            of_node = f"set parallelism.shard_size={GPUS_PER_NODE} with zero3"
-            ways.append(f"{of_node} (hpz={GPUS_PER_NODE} if a node has no room for all states)")
-            if parallelism.reduce_in_float32 is None and found.config.model.dtype is Dtype.bf16:
-                ways.append("set parallelism.reduce_in_float32=false")
+        ways = _with_less_traffic(found)
         lines.append(
-            "communication-bound: exchanging weights takes longer than computing; "
-            f"{', '.join(ways)}, or use fewer GPUs"
+            f"communication-bound: exchanging weights takes longer than computing{'; ' * bool(ways)}"
+            f"{', or '.join(ways)}"
         )
     return lines
 
 
-def _has_nodes(gpus: int) -> bool:
-    """Return whether so many GPUs are those of several whole nodes."""
-    return gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE == 0
+def _check(config: RunConfig, causal_lm: Any, gpus: int) -> None:
+    """Raise ConfigError for what a start on so many GPUs refuses."""
+    check_groups(config.parallelism, gpus, trains=True)
+    check_shapes(causal_lm, config.data.longest, config.parallelism)
+
+
+def _try(found: Estimate, config: RunConfig, gpus: int | None = None) -> Estimate | None:
+    """Return the estimate of a changed run of the same model; None if it is refused, or does not fit."""
+    machine = found.machine._replace(gpus=gpus or found.machine.gpus)
+    causal_lm = found.shapes.causal_lm
+    try:
+        changed = complete_config(config)
+        _check(changed, causal_lm, machine.gpus)
+    except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
+        return None
+    tried = estimate(changed, found.data, machine, causal_lm, found.shapes.teacher)
+    return tried if tried.fits else None
+
+
+def _with_less_traffic(found: Estimate) -> list[str]:
+    """Return what shortens an epoch in which exchanging weights takes longest, and fits."""
+    config = found.config
+    seconds = found.hours()["epoch_seconds"][0]
+    ways = []
+    for words in (
+        f"trainer.global_batch_pairs={2 * config.trainer.global_batch_pairs}",
+        *(f"parallelism={kind}" for kind in _OF_A_NODE),
+        "parallelism.reduce_in_float32=false",
+    ):
+        try:
+            changed = load_run_config(words.split(), saved=yaml.safe_load(to_yaml(config)))
+        except ConfigError:
+            continue
+        tried = _try(found, changed)
+        if tried and tried.hours()["epoch_seconds"][0] < _GAIN * seconds:
+            ways.append(f"set {words}")
+    half = found.machine.gpus // 2
+    fewer = _try(found, config, half) if half else None
+    if fewer and fewer.hours()["epoch_seconds"][0] < _GAIN * 2 * seconds:
+        ways.append(f"take {pluralize(half, 'GPU')} for fewer GPU hours")
+    return ways
+
+
+def _instead(found: Estimate) -> list[str]:
+    """Return what fits where nothing does: more GPUs, or settings that train something else."""
+    ways = []
+    gpus = 2 * found.machine.gpus
+    while gpus <= _MOST_TIMES * found.machine.gpus:
+        suggested, _ = _suggest(found, gpus)
+        if suggested:
+            ways.append(f"plan.gpus={gpus} {suggested}")
+            break
+        gpus *= 2
+    has_small_states = found.config.optim.kind is OptimizerKind.adamw_8bit
+    has_adapter = found.config.model.adapter is not None
+    for words, is_set in (("optim.kind=adamw_8bit", has_small_states), ("model.adapter.r=16", has_adapter)):
+        if is_set:
+            continue
+        try:
+            config = load_run_config([words], saved=yaml.safe_load(to_yaml(found.config)))
+        except ConfigError:  # the run cannot have it
+            continue
+        causal_lm = _without_weights(config.model)
+        smaller = estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher)
+        suggested, _ = _suggest(smaller)
+        if suggested:
+            ways.append(f"{words} {suggested}")
+    return ways
 
 
 def _span(fast: float, slow: float) -> str:
@@ -258,8 +327,11 @@ def _shape(path: str) -> Mapping[str, Any] | None:
     return own_table(Path(__file__).with_name("shapes.yaml")).get(path)
 
 
-def _suggest(found: Estimate, causal_lm: Any, teacher: Any) -> tuple[str | None, list[float]]:
-    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits."""
+def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list[float]]:
+    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits.
+
+    `gpus`: a number in place of the machine's.
+    """
     seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
@@ -273,21 +345,19 @@ def _suggest(found: Estimate, causal_lm: Any, teacher: Any) -> tuple[str | None,
         overrides = [*words.split(), f"{key}=full", "trainer.micro_batch_tokens=auto"]
         return load_run_config(overrides, saved=former)
 
-    has_nodes = _has_nodes(found.machine.gpus)
-    kinds = [*_KINDS, *(_OF_A_NODE if has_nodes else ())]
-    if found.shapes.can_share_experts(GPUS_PER_NODE) and found.machine.gpus % GPUS_PER_NODE == 0:
-        kinds += [_SHARING, *([f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"] if has_nodes else [])]
     alternatives: list[_Setting] = [
-        (f"parallelism={kind}", layers) for kind in kinds for layers in ("none", 4, 2, "full")
+        (f"parallelism={kind}", layers)
+        for kind in (*_KINDS, *_OF_A_NODE, *_OF_EXPERTS)
+        for layers in ("none", 4, 2, "full")
     ]
     for words, layers in (*alternatives, *quantized):
         try:
             base = composed(words)
-            changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
-        except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
+        except ConfigError:
             continue
-        tried = estimate(changed, found.data, found.machine, causal_lm, teacher)
-        if tried.fits and tried.largest:
+        changed = replace(base, model=replace(base.model, gradient_checkpointing=layers))
+        tried = _try(found, changed, gpus)
+        if tried and tried.largest:
             seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
     fastest = min(seconds, key=lambda words: seconds[words], default=None)
     return fastest, seconds.get(fastest or "", [])

@@ -96,6 +96,10 @@ def model_card(
     head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
     # The settings of the run; paths are shortened to their last part.
     values = {key: value for key, value in settings(config).items() if key not in _PATHS}
+    if config.loss.of_scores:
+        values = {key: value for key, value in values.items() if not key.startswith("reference.")}
+    batch = "trainer.global_batch_pairs"
+    values[batch] = summary.get("global_batch_pairs", values[batch])  # the default fits small data
     if config.reference.path is not None:
         values["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:

@@ -195,7 +195,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
             label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
             yield pluralize(counts["pairs"], f"{noun} {unit}") + label_counts
     steps = facts.summary.get("steps")
-    batch = facts.setting("trainer.global_batch_pairs")
+    batch = facts.summary.get("global_batch_pairs")
     if steps and batch:
         yield f"{pluralize(steps, 'step')} of {pluralize(batch, unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1

@@ -117,7 +117,7 @@ def compare_runs(
     curves = []
     for group, kind, each in zip(groups, kinds, facts, strict=True):
         # Over pairs seen in place of steps, because batch sizes may differ.
-        batch = each.setting("trainer.global_batch_pairs") or 1
+        batch = each.summary.get("global_batch_pairs") or each.setting("trainer.global_batch_pairs") or 1
         most = each.summary.get("pairs_seen", math.inf)
         rows = [{**row, "step": min(row["step"] * batch, most)} for row in each.run.rows]
         curves.append(Curves(group, kind, rows))

@@ -16,6 +16,7 @@ import torch
 
 from dpo_dist.batching.sampler import (
     SourceSpan,
+    batch_note,
     check_batch,
     make_sampler,
     short_run_warnings,
@@ -245,6 +246,8 @@ def _check_steps(
         length = _about(train) + length
     lines = [("training", length)]
     if are_whole:
+        note = batch_note(sampler, config.trainer, unit)
+        lines += [("", note)] * bool(note)
         check_batch(sampler, unit)
         lines += [("  warning", warning) for warning in short_run_warnings(sampler, unit)]
     held_out = sum(first.pairs for first in train) * (1 - sum(trained) / every)

@@ -38,7 +38,7 @@ from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import describe_reward_model, recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
-from dpo_dist.model.experts import expert_modules, packable, shares_equally, unpackable
+from dpo_dist.model.experts import expert_modules, packable, unpackable
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
 from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
@@ -137,10 +137,6 @@ class Shapes:
         modules = expert_modules(self.causal_lm)
         return sum(weight.numel() for module in modules for weight in module.parameters(recurse=False))
 
-    def can_share_experts(self, processes: int) -> bool:
-        """Return whether so many processes get equally many experts of each layer."""
-        return shares_equally(self.causal_lm, processes)
-
     @property
     def exchanged(self) -> int:
         """Numbers that a token sends to all its experts of all layers, if they are on other processes."""
@@ -231,8 +227,17 @@ class Shapes:
         uneven = _UNEVEN if sharing > 1 else 1.0
         per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing, uneven)
         if per_token is not None:
-            per_token /= config.parallelism.sequence_parallel
+            per_token = (per_token - self.offloaded_inputs) / config.parallelism.sequence_parallel
         return Footprint({name: part for name, part in parts.items() if part}, per_token)
+
+    @property
+    def offloaded_inputs(self) -> float:
+        """Bytes of a token's inputs of checkpointed layers, all but one of which wait in host memory."""
+        if not self.config.model.activation_offload:
+            return 0.0
+        checkpointed = _checkpointed(self.layers, self.config.model.gradient_checkpointing)
+        hidden = int(self.causal_lm.config.get_text_config().hidden_size)
+        return float(self.number * hidden * max(0, checkpointed - 1))
 
     def _expert_bytes(self, quantization: Quantization | None) -> float:
         """Return the bytes of a weight of an expert."""
@@ -338,11 +343,14 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
         return
     if run.config.trainer.micro_batch_tokens == "auto":
         run.micro_batch_tokens = max(tokens, _TOKENS_MULTIPLE)
-    fit = f"about {size(needs.total_bytes(run.micro_batch_tokens))} of {size(memory)} on each GPU"
-    if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
+    longest = max(run.micro_batch_tokens, run.config.data.max_length)
+    fit = f"about {size(needs.total_bytes(longest))} of {size(memory)} on each GPU"
+    if longest > run.micro_batch_tokens:
+        fit += f" for a pair of {longest:,}"
+    if not needs.fits(longest, memory):
         fit = (
             f"warning: {fit}: the longest pair may not fit; `dpo-dist plan plan.suggest=true` "
-            "prints settings that fit"
+            "looks for settings that fit"
         )
     run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
 
@@ -468,10 +476,17 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int, uneven: float = 1
     backward = number * (4.0 * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
     # The experts of that layer keep three widths and two hidden states of each token.
     backward += (uneven - 1) * number * experts * (7.0 * width + 6.0 * hidden)
-    if checkpointing == "none":
+    checkpointed = _checkpointed(len(layers), checkpointing)
+    if not checkpointed:
         return len(layers) * layer + backward
-    checkpointed = len(layers) if checkpointing == "full" else len(layers) // int(checkpointing)
     return number * hidden * checkpointed + (len(layers) - checkpointed + 1) * layer + backward
+
+
+def _checkpointed(layers: int, checkpointing: str | int) -> int:
+    """Return how many of so many layers keep their input only."""
+    if checkpointing == "none":
+        return 0
+    return layers if checkpointing == "full" else layers // int(checkpointing)
 
 
 @lru_cache(maxsize=1)  # `plan` tries several kinds of checkpointing of one model

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.sampler import BatchSampler, Indices, check_batch, make_sampler, short_run_warnings
+from dpo_dist.batching.sampler import (
+    BatchSampler,
+    Indices,
+    batch_note,
+    check_batch,
+    make_sampler,
+    short_run_warnings,
+)
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import RouterConfig
@@ -162,6 +169,9 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
         if labels:
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
     check_batch(sampler, config.loss.unit)
+    note = batch_note(sampler, config.trainer, config.loss.unit)
+    if note:
+        run.say(note)
     for warning in short_run_warnings(sampler, config.loss.unit):
         run.warn(warning)
     return inputs
@@ -358,12 +368,17 @@ def checked_model(
     """
     model_config = load_config(folder, model)
     check_causal(model_config)
-    check_shared_tokens(model_config, parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, model, start)
-    check_shared_experts(causal_lm, parallelism.experts)
+    check_shapes(causal_lm, longest, parallelism)
     check_contents_at_hand(folder, model)
-    check_positions(causal_lm, longest)
     return model_config, causal_lm
+
+
+def check_shapes(causal_lm: PreTrainedModel, longest: int, parallelism: ParallelismConfig) -> None:
+    """Raise ConfigError if the policy's shapes do not fit the longest text, or the groups of processes."""
+    check_shared_tokens(causal_lm.config, parallelism.sequence_parallel)
+    check_shared_experts(causal_lm, parallelism.experts)
+    check_positions(causal_lm, longest)
 
 
 def _add_counts(run: Run, dataset: PreferenceDataset, **count: Callable[[], Any]) -> PreferenceDataset:

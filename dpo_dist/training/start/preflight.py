@@ -113,7 +113,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             lacks=Lack.package,
         )
     if starts or "WORLD_SIZE" in os.environ:
-        _check_groups(config.parallelism, trains=trains)
+        check_groups(config.parallelism, int(os.environ.get("WORLD_SIZE", "1")), trains=trains)
     _check_local_models(model, {"reference.path": config.reference.path, "teacher.path": config.teacher.path})
     # Data.
     for source in [*config.data.train, *config.data.eval]:
@@ -182,9 +182,8 @@ def _check_run_folder(run: RunFolder) -> None:
     )
 
 
-def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
-    """Check that the processes of this launch can be divided into groups."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+def check_groups(parallelism: ParallelismConfig, processes: int, *, trains: bool) -> None:
+    """Raise ConfigError if so many processes cannot be divided into groups."""
     for key in ("sequence_parallel", *["experts", "shard_size", "hpz"] * trains):
         ranks = getattr(parallelism, key) or processes
         if processes % ranks:

@@ -119,8 +119,11 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
         )
 
 
-def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int) -> str:
-    """Return a line to print about a run that continues to more `steps`; "" if its length is the same."""
+def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int, batch: int) -> str:
+    """Return a line to print about a run that continues to more `steps`; "" if its length is the same.
+
+    `batch`: the pairs of a step.
+    """
     former = int(state.get("steps", steps))
     if steps < former:
         raise CheckpointError(
@@ -132,7 +135,7 @@ def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int
         )
     if steps == former:
         return ""
-    skipped = int(state["step"]) * trainer.global_batch_pairs - int(state["pairs_seen"])
+    skipped = int(state["step"]) * batch - int(state["pairs_seen"])
     partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
     rate = "the learning rate follows the schedule of the new length"
     return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"

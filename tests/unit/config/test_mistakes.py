@@ -9,8 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_dist.compat.other_trainers import other_trainers
 from dpo_dist.config.command_line import split_words
-from dpo_dist.config.keys import run_keys
+from dpo_dist.config.keys import group_folders, preset_names, run_keys
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import choices
 from tests.support.remedies import words_to_write
 from tests.unit.config.support import RUN, configured, error_of
 
@@ -146,7 +147,7 @@ MISTYPED = [
     ("loss.beta 0.2", "write loss.beta=0.2"),
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "write loss=kto") for key in ("loss_type", "stage", "rl")),
-    ("pref_loss=kto_pair", "pairs with data.unpair=true"),
+    ("pref_loss=kto_pair", "write loss=kto; it reads labelled responses, and takes pairs apart"),
     ("loss=qrpo", "on scored pairs write loss=reward_aware"),
     ("pref_loss=bco_unpaired", "write loss=kto; on pairs loss=bco_pair"),
     ("pref_loss=sigmoid_sft", "write loss=sigmoid_sft"),
@@ -187,7 +188,56 @@ MISTYPED = [
     ("trainer.max_steps=None", "write trainer.max_steps=null"),
     *((f"loss={name}", "there is no online RL") for name in ("grpo", "reinforce++", "[grpo,sft]")),
     ("'loss.terms=[{kind: ppo}]'", "there is no online RL"),
-    ("stage=rm", "pairs.reward_model=MODEL"),
+    # Reward models, teachers and the sharding of experts or within nodes, as other trainers call them.
+    *((f"{key}=rm", "write loss=reward; ") for key in ("loss", "loss.kind", "stage", "rlhf_type")),
+    *((f"loss={name}", "write loss=reward; ") for name in ("bradley_terry", "reward-modeling")),
+    ("stage=reward", "write loss=reward"),
+    ("reward_model=true", "write loss=reward"),
+    ("center_rewards_coefficient=0.01", "write loss.options.centre=0.01; this option needs loss=reward"),
+    ("loss=reward loss.options.center=0.01", "did you mean loss.options.centre?"),
+    *(
+        (f"loss={name}", "write loss=distill teacher.path=TEACHER; ")
+        for name in ("gkd", "kd", "distillation")
+    ),
+    ("rlhf_type=gkd", "write loss=distill teacher.path=TEACHER; "),
+    *(
+        (f"{name}=org/big", "write teacher.path=org/big")
+        for name in (
+            "teacher_model",
+            "teacher_model_name_or_path",
+            "teacher.model",
+            "teacher.name",
+        )
+    ),
+    *((f"{name}=32", "write teacher.k=32") for name in ("teacher.top_k", "gkd_logits_topk", "topk_logits_k")),
+    ("--offload_teacher_model", "write teacher.offload=cpu"),
+    ("teacher.offload=true", "write teacher.offload=cpu"),
+    ("kd_temperature=2", "write loss.options.temperature=2; this option needs loss=distill"),
+    *(
+        (f"{name}=8", "write parallelism.experts=8")
+        for name in (
+            "ep_size",
+            "--expert-parallel-size",
+            "expert_model_parallel_size",
+            "a.b.expert_parallel_size",
+        )
+    ),
+    ("expert_parallel=true", "write parallelism.experts=..., a whole number"),
+    *(
+        (f"{name}=8", "write parallelism.shard_size=8")
+        for name in ("mics_shard_size", "fsdp_size", "dp_shard_size", "data_parallel_shard_degree")
+    ),
+    *(
+        (word, "write parallelism=zero3 parallelism.shard_size=8")
+        for word in (
+            "parallelism=hsdp",
+            "parallelism.kind=hsdp",
+            "hsdp=true",
+            "fsdp_sharding_strategy=HYBRID_SHARD",
+        )
+    ),
+    ("parallelism=ulysses", "write parallelism.sequence_parallel=8"),
+    ("tensor_parallel_size=8", "parallelism.experts shards experts, parallelism.sequence_parallel tokens"),
     # Values of other types.
     ("loss=[]", "write loss=NAME: aot, "),
     ("reference=[]", "write reference=NAME: adapter, "),
@@ -303,6 +353,37 @@ def test_what_the_answers_to_other_trainers_names_propose_is_accepted() -> None:
             found = [refused_proposals(answer.replace("{value}", value)) for value in values]
             refused += found[0] if all(found) else []
     assert refused == []
+
+
+def stems(words: str) -> set[str]:
+    return {word[:6].rstrip("s") for word in re.split(r"[^a-z0-9]+", words.lower()) if word}
+
+
+# Names that are another trainer's for something else.
+_ANOTHER_THING = {"loss_scale"}
+
+
+def test_no_row_denies_a_key_or_a_kind_that_exists() -> None:
+    table = other_trainers()
+
+    def names_in(section: str) -> set[str]:
+        return {name for names in table[section].values() for name in names.split()}
+
+    denied = {
+        name
+        for row in table["advice"]
+        if row.get("text", "").startswith("not offered")
+        for name in row["names"].split()
+    }
+    named = {name for name in denied - _ANOTHER_THING if "=" not in name}
+    ours = [stems(key) for key in run_keys() if "." in key]
+    assert not named & names_in("keys")
+    assert not [name for name in named if any(stems(name) <= words for words in ours)]
+    # Values; methods are values of the loss. Words of a switch mean values of other keys, too.
+    chosen = {value for key in run_keys() for value in choices(run_keys()[key])}
+    chosen.update(*(preset_names(group, group_folders()) for group in SECTIONS.split("|")))
+    values = {name.partition("=")[2] for name in denied - named} - {"true", "false"}
+    assert not (values | names_in("methods")) & (chosen | names_in("values"))
 
 
 def test_all_mistakes_of_a_command_are_one_error() -> None:

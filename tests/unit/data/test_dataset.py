@@ -12,7 +12,14 @@ import pytest
 
 from dpo_dist.batching.content_keys import response_key
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.sampler import BatchSampler, SourceSpan, check_batch, make_sampler, short_run_warnings
+from dpo_dist.batching.sampler import (
+    BatchSampler,
+    SourceSpan,
+    batch_note,
+    check_batch,
+    make_sampler,
+    short_run_warnings,
+)
 from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import TrainerConfig
@@ -323,6 +330,20 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     assert twice.counts["duplicates"] == 7
     held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch"),
+    [(1, 1), (3, 2), (8, 2), (24, 2), (32, 4), (40, 4), (63, 4), (64, 64), (100, 64), (1000, 64)],
+)
+def test_the_default_batch_fits_the_data(pairs: int, batch: int) -> None:
+    trainer = TrainerConfig(max_steps=5)
+    sampler = make_sampler([SourceSpan(0, pairs // 2, 1.0), SourceSpan(pairs // 2, pairs, 1.0)], trainer)
+    check_batch(sampler)
+    assert (sampler.global_batch_pairs, sampler.steps, sampler.total_pairs) == (batch, 5, 5 * batch)
+    note = batch_note(sampler, trainer)
+    assert bool(note) == (batch != 64)
+    assert not note or f"steps of {batch} pair" in note
 
 
 @pytest.mark.parametrize(

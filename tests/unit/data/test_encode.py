@@ -428,6 +428,10 @@ def test_a_ranking_is_taken_apart_into_its_best_and_its_worst_response() -> None
     sides = [texts(example, tiny.qwen())[1] for example in found.examples()]
     assert [side.partition("<")[0] for side in sides] == [" Apple", " Car"]
     assert found.scores == [1.0, 0.0]
+    assert dict(found.outcome.changed)["taken_apart"] == 1
+    alone = encode_record(RANKING, WIDE, tiny.qwen(), None)
+    assert isinstance(alone, EncodedRecord)
+    assert "taken_apart" not in dict(alone.outcome.changed)
 
 
 def test_a_ranking_of_which_one_rejected_response_is_cut_is_counted_once() -> None:

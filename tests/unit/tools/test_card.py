@@ -72,12 +72,24 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
 @pytest.mark.parametrize("adapter", [[], ["model.adapter={r: 8}"]])
 def test_the_card_of_a_reward_model_says_how_to_read_a_score(adapter: list[str]) -> None:
     overrides = ["model.path=org/base", "data.train=[org/pairs]", "loss=reward", *adapter]
-    found = card(overrides, summary(["pairs"], []), {"all": OF_ALL})
+    found = card(overrides, summary(["pairs"], []) | {"global_batch_pairs": 2}, {"all": OF_ALL})
+    assert "| `trainer.global_batch_pairs` | `2` |" in found.text
     assert (found.data.pipeline_tag, found.data.tags[1]) == ("text-classification", "reward-model")
     loader = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
     for part in (loader, "num_labels=1", "A reward is the score of a response", "Bradley-Terry"):
         assert part in found.text, part
-    for part in ("log-ratio", "dpo-dist chat", "CausalLM", "generation_config"):
+    kind = "a LoRA adapter of" if adapter else "a fine-tuned"
+    assert f"A reward model: {kind} [org/base]" in found.text
+    assert "generates no text; its loss has no beta and no reference model" in found.text
+    for part in (
+        "log-ratio",
+        "loss.beta",
+        "reference.",
+        "sampl",
+        "dpo-dist chat",
+        "CausalLM",
+        "generation_config",
+    ):
         assert part not in found.text, part
 
 

@@ -545,7 +545,7 @@ REFUSED = [
     ("notes.txt", "We trained it with trl, and it isn't bad: see swift.", "this is not a run of a trainer"),
     ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys into a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
-    ("c.sh", "trl grpo --beta 1", "trains by a method that dpo-dist does not have"),
+    ("c.sh", "trl grpo --beta 1", "trains by a method that is not translated"),
     ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file cannot be read"),
     (
         "new.yaml",
@@ -553,13 +553,13 @@ REFUSED = [
         "a new adapter on top",
     ),
     ("oft.yaml", "{stage: dpo, model_name_or_path: m, finetuning_type: oft}", "another kind of adapter"),
-    ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by a method that dpo-dist does not have"),
+    ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by a method that is not translated"),
     ("loss.sh", "trl dpo --model_name_or_path m --loss_type sigmoid bar", "dpo-dist does not have this loss"),
     ("bco.sh", "trl dpo --model_name_or_path m --loss_type bco_unpaired", "on pairs loss=bco_pair"),
     (
         "rm.yaml",
         "{stage: rm, model_name_or_path: m, dataset: a}",
-        "trains by a method that dpo-dist does not have",
+        "trains by a method that is not translated",
     ),
     ("cpo.sh", "trl cpo --model_name_or_path m --loss_type hinge", "trains by cpo, and its keys"),
     # The other trainers refuse these sums of losses, too.

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
@@ -200,7 +201,9 @@ def test_local_data_that_begin_alike_take_less_time(tmp_path: Path) -> None:
     weighed = f"data.train=[{{path: {agents}, weight: 0.5}},{clean}]"
     assert 0.2 * share < saved("plan.gpus=1", weighed)[0] < share
     padded = write_model(tmp_path / "padded")
-    tiny_config("gptj", len(tiny.qwen())).save_pretrained(padded)
+    small = tiny_config("gptj", len(tiny.qwen()))
+    small.n_positions = 2048
+    small.save_pretrained(padded)
     off, given = "trainer.prefix_tree=false", "plan.tokens_per_pair=300"
     for more in ("plan.gpus=32", off, given, f"model.path={padded}"):
         nothing, line = saved("plan.gpus=1", more)
@@ -454,11 +457,143 @@ def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert "disk: 85.1 GiB a checkpoint, 14.2 GiB the model\n" in text
     assert "communication-bound" not in text
     text, _ = planned("+experiment=qwen7b", "plan.gpus=64")
-    assert "set parallelism.shard_size=8 with zero3" in text
+    assert "set parallelism=zero3 parallelism.shard_size=8" in text
     assert "set parallelism.reduce_in_float32=false" in text
     text, _ = planned("+experiment=qwen7b", "plan.gpus=512", "parallelism.hpz=8")
     assert "communication-bound" in text
     assert "hpz" not in text, "it is set"
+
+
+def shape(folder: Path, kind: str = "qwen2", **sizes: int) -> str:
+    """A model without weights: `model.path=FOLDER`."""
+    AutoConfig.for_model(kind, max_position_embeddings=131_072, **sizes).save_pretrained(folder)
+    return f"model.path={folder}"
+
+
+LARGE = {  # of Qwen2.5-32B
+    **{"hidden_size": 5120, "intermediate_size": 27_648, "num_hidden_layers": 64, "vocab_size": 152_064},
+    **{"num_attention_heads": 40, "num_key_value_heads": 8},
+}
+FULL = "model.gradient_checkpointing=full"
+
+
+def test_each_way_to_send_less_fits_and_is_faster(tmp_path: Path) -> None:
+    """18 bytes of a weight have no room in a node, as `shard_size=8` would need."""
+    words = [shape(tmp_path, **LARGE), FULL, "plan.gpus=16"]
+    text, content = planned(*words)
+    [line] = [line for line in text.splitlines() if line.startswith("communication-bound")]
+    ways = re.findall(r"set ([^,\n]+)", line)
+    assert "parallelism=zero3 parallelism.hpz=8" in ways
+    for way in ways:
+        changed = planned(*words, *way.split())[1]
+        assert changed["fits"], way
+        assert changed["epoch_seconds"][0] < content["epoch_seconds"][0], way
+    assert not planned(*words, "parallelism.shard_size=8")[1]["fits"]
+    assert "take 8 GPUs" not in line, "which have no room"
+
+
+def test_where_nothing_fits_more_gpus_or_an_adapter_do(tmp_path: Path) -> None:
+    words = [shape(tmp_path, **LARGE), "plan.gpu=rtx4090-24g"]
+    text, content = planned(*words, "plan.gpus=1", "plan.suggest=true")
+    assert content["suggested"] is None
+    line = text.splitlines()[-1]
+    assert line.startswith("nothing fits")
+    ways = line.partition("what fits: ")[2]
+    assert [way.split()[0] for way in ways.split(", or ")] == ["plan.gpus=16", "model.adapter.r=16"]
+    for way in ways.split(", or "):
+        assert planned(*words, "plan.gpus=1", *way.split())[1]["fits"], way
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("plan.gpus=7 parallelism.experts=7", "parallelism.experts"),
+        ("plan.gpus=12 parallelism.shard_size=8", "parallelism.shard_size"),
+        ("plan.gpus=12 parallelism.hpz=8", "parallelism.hpz"),
+        ("plan.gpus=6 parallelism.sequence_parallel=3", "parallelism.sequence_parallel"),
+    ],
+)
+def test_what_a_start_refuses_is_refused(words: str, key: str, tmp_path: Path) -> None:
+    path = shape(tmp_path, "qwen3_moe", num_experts=128, num_attention_heads=32, num_key_value_heads=4)
+    with pytest.raises(ConfigError) as raised:
+        planned(path, *words.split())
+    assert raised.value.where == key
+    config = load_run_config([path, "plan.gpu=h100-80g", *words.split()])
+    with pytest.raises(ConfigError):
+        plan_in_brief(config, 100)
+
+
+def test_inputs_of_layers_that_wait_on_the_host_are_counted_there() -> None:
+    checkpointed = ["model.gradient_checkpointing=full", "trainer.micro_batch_tokens=4096"]
+    kept, offloaded = (estimated(*checkpointed, *words) for words in ([], ["model.activation_offload=true"]))
+    inputs = 3 * 2 * 4096  # bytes of a token: all layers but the one that computes, in bf16
+    assert (kept.needs.per_token or 0) - (offloaded.needs.per_token or 0) == pytest.approx(inputs)
+    assert offloaded.host - kept.host == pytest.approx(8 * 4096 * inputs)
+    copied = 12_800 * 700 / 8 * inputs
+    assert offloaded.on_host - kept.on_host == pytest.approx(2 * copied / 25e9)
+    some = estimated("model.gradient_checkpointing=2", "model.activation_offload=true")
+    without = estimated("model.gradient_checkpointing=2")
+    assert (without.needs.per_token or 0) - (some.needs.per_token or 0) == pytest.approx(2 * 4096)
+
+
+def test_the_bytes_are_those_of_the_longest_pair(tmp_path: Path) -> None:
+    sizes = LARGE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    words = [shape(tmp_path, **sizes | {"num_attention_heads": 16}), "plan.gpus=1", "parallelism=ddp", FULL]
+    _, short = planned(*words)
+    text, long = planned(*words, "data.max_length=100000")
+    assert short["micro_batch_tokens"] == long["micro_batch_tokens"] == 32_768
+    assert "  100,000 tokens, the longest pair  " in text
+    ratio = long["bytes"]["micro-batch"] / short["bytes"]["micro-batch"]
+    assert ratio == pytest.approx(100_000 / 32_768)
+
+
+SIZES = {  # of Qwen2.5: hidden size, MLP, layers, heads of queries and keys, vocabulary, tied; and Llama 3
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "3B": (2048, 11_008, 36, 16, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
+    "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
+    "70B": (8192, 28_672, 80, 64, 8, 128_256, False),
+}
+ADAPTED = ["parallelism=ddp", "model.adapter.r=16"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("24 GB", ["plan.gpu=rtx4090-24g", "plan.gpus=1"]),
+        ("48 GB", ["plan.gpu=l40s-48g", "plan.gpus=1"]),
+        ("80 GB", ["plan.gpu=h100-80g", "plan.gpus=1"]),
+        ("8 of 80 GB", ["plan.gpu=h100-80g", "plan.gpus=8"]),
+    ],
+)
+def test_the_table_of_what_fits_is_that_of_plan(row: str, words: list[str], tmp_path: Path) -> None:
+    [line] = re.findall(rf"^\| {row} \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    columns = (
+        ["parallelism=zero3" if "8 of" in row else "parallelism=ddp"],
+        ADAPTED,
+        [*ADAPTED, "model.quantization=nf4"],
+    )
+
+    def fits(size: str, *more: str) -> bool:
+        hidden, width, layers, queries, keys, vocabulary, tied = SIZES[size]
+        sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": queries, "num_key_value_heads": keys, "vocab_size": vocabulary}
+        path = shape(tmp_path / size, **sizes, **heads, tie_word_embeddings=tied)
+        return bool(planned(path, FULL, *words, *more)[1]["fits"])
+
+    for cell, settings in zip(line.split("|"), columns, strict=True):
+        largest, _, others = cell.strip().partition(", ")
+        if not largest:
+            continue
+        assert fits(largest, *settings), cell
+        following = [*SIZES, ""][[*SIZES].index(largest) + 1]
+        assert not following or not fits(following, *settings), cell
+        if others:
+            assert others == f"with `optim.kind=adamw_8bit` or two nodes {following}"
+            assert fits(following, *settings, "optim.kind=adamw_8bit")
+            assert fits(following, *settings, "plan.gpus=16")
 
 
 SMALL = [

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -256,3 +257,28 @@ def test_the_command_of_a_verb_is_that_of_a_shell_without_secrets(
     assert {"torch", "transformers"} <= found["packages"].keys()
     monkeypatch.setattr(sys, "argv", ["/usr/bin/notebook", "--token=x"])
     assert describe_environment(1)["command"] is None, "of another program"
+
+
+@pytest.mark.parametrize(
+    ("words", "repeated"),
+    [
+        (
+            ["launch", "--config_file", "a b.yaml"],
+            "accelerate launch --config_file 'a b.yaml' --num_processes 1 ",
+        ),
+        (
+            ["launch", "--config_file=a.yaml", "train"],
+            "accelerate launch --config_file a.yaml --num_processes 1 ",
+        ),
+        (["launch", "train", "--config-dir", "x"], "python "),
+        (["--config_file", "a.yaml"], "python "),
+    ],
+)
+def test_the_command_has_the_file_of_the_launcher(words: list[str], repeated: str) -> None:
+    program = str(Path(dpo_dist.__file__).parent / "train.py")
+    said = "print(environment.describe_environment(1)['command'])"
+    run = f"import sys; from dpo_dist.training.start import environment; sys.argv = [{program!r}]; {said}"
+    launcher = f"import subprocess; subprocess.run({[sys.executable, '-c', run]!r}, check=True)"
+    started = [sys.executable, "-c", launcher, *words]
+    command = subprocess.run(started, capture_output=True, text=True, check=True).stdout
+    assert command == f"{repeated}-m dpo_dist.train\n"

@@ -319,7 +319,7 @@ def test_a_check_says_the_length_of_the_run_and_of_its_evaluation(
 @pytest.mark.parametrize(
     ("overrides", "where", "remedy"),
     [
-        ("trainer.global_batch_pairs=1000", "trainer.global_batch_pairs", "set trainer.global_batch_pairs=1"),
+        ("trainer.global_batch_pairs=1000", "trainer.global_batch_pairs", "set trainer.global_batch_pairs=2"),
         ("model.adapter.r=33", "model.adapter.r", "set model.adapter.r=16"),
         (
             "'model.adapter={r: 17, target_modules: [q_proj, k_proj]}'",
