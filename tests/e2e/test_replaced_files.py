@@ -99,18 +99,3 @@ def test_a_damaged_model_is_written_again_from_the_checkpoint(
     refusal = refused("train", command)
     assert "model.safetensors has another content" in refusal
     assert "its checkpoints are missing" in refusal
-
-
-def test_a_model_that_is_damaged_in_the_mirror_is_written_again_here_and_there(
-    run: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    command = run(f"run.mirror={tmp_path}/mirror")
-    here, there = (tmp_path / place / "model/model.safetensors" for place in ("run", "mirror"))
-    written = here.read_bytes()
-    assert there.read_bytes() == written
-    there.write_bytes(written[: len(written) // 2])
-    shutil.rmtree(tmp_path / "run")
-    again = run_verb("train", command)
-    assert again.code == 0, again.output
-    assert "is damaged and written again: model.safetensors has another content" in again.output
-    assert here.read_bytes() == there.read_bytes() == written

@@ -158,7 +158,7 @@ class DataSource:
                 copy = copies / f"{number}{''.join(PurePath(file.path).suffixes[-2:])}"
                 with locked(copies / f"{number}.lock", "downloads this file", waits=True):
                     if not copy.exists():
-                        with remote_errors(file.name, DataError), staged_file(copy) as staged:
+                        with remote_errors(file.name), staged_file(copy) as staged:
                             system.get_file(file.path, str(staged))
                             system.invalidate_cache()
                             # Not by a list of all files for each one: a source can have thousands. A list
@@ -535,7 +535,7 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
     """
     system, path = open_file_system(source.path)
     _check_unused(source, {"revision"})
-    with remote_errors(source.path, DataError):
+    with remote_errors(source.path):
         info = None if _GLOB.search(path) else system.info(path)
         is_folder = info is not None and info["type"] == "directory"
         if is_folder:

@@ -39,7 +39,6 @@ from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.recorder import reporting
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
-from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
@@ -191,13 +190,6 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
-
-
-def test_a_start_says_first_in_its_mirror_whose_it_is(folder: RunFolder, tmp_path: Path) -> None:
-    run = run_in(folder.path)
-    run.mirror = Mirror(str(tmp_path / "mirror"), folder, run.config.identity, 1, run.console)
-    record_start(run, {}, state_of(RunOutcome.started), write_page)
-    assert read_state(RunFolder(tmp_path / "mirror")) == state_of(RunOutcome.started)
 
 
 @pytest.mark.parametrize("step", [0, 4])
