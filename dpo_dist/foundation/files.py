@@ -170,8 +170,11 @@ def commit_folder(temporary: Path, path: Path, *, replaces: bool = True, is_sync
             path.rename(aside)
             replaced.append(aside)
     sync(path.parent)
-    for folder in replaced:
-        shutil.rmtree(folder, ignore_errors=True)
+    for former in replaced:
+        if former.is_symlink():
+            former.unlink()  # what it names stays
+        else:
+            shutil.rmtree(former, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:
@@ -183,11 +186,11 @@ def recover_folder(path: Path) -> None:
 
 
 def _rename(temporary: Path, path: Path) -> bool:
-    """Rename a folder to `path`; return False if `path` is a folder with files."""
+    """Rename a folder to `path`; return False if `path` is a folder with files, or a link."""
     try:
         temporary.rename(path)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not path.is_symlink():
             raise
         return False
     return True

@@ -20,6 +20,7 @@ from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
+    DESCRIPTIONS,
     hub_commit,
     read_model_json,
     tokenizer_folder,
@@ -112,11 +113,13 @@ def _digest(described: Mapping[str, str]) -> str:
 
 
 def _describe(model: ModelConfig, folder: Path, adapter: Path | None) -> dict[str, str]:
-    """Return digests of config.json, tokenizer with chat template, adapter, and image processor."""
-    files = {
-        CONFIG_FILE: content_digest([folder / CONFIG_FILE]),
-        "tokenizer": tokenizer_digest(tokenizer_folder(folder, adapter)),
-    }
+    """Return digests of all files that are read or copied beside the base's weights.
+
+    They are its descriptions, the tokenizer with its chat template, the adapter, and what an image processor
+    reads.
+    """
+    files = {file.name: content_digest([file]) for file in folder.glob(DESCRIPTIONS)}
+    files["tokenizer"] = tokenizer_digest(tokenizer_folder(folder, adapter))
     if adapter is not None:
         files["adapter"] = content_digest([adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS])
     if model.images is not None:
