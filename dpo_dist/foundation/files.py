@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, first_line
+from dpo_dist.foundation.text import without_secrets
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
@@ -44,8 +45,11 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain values as JSON, as `write_text` does; numbers that are not finite become null."""
-    write_text(path, json.dumps(for_json(content), indent=1) + "\n")
+    """Write plain values as JSON, as `write_text` does; numbers that are not finite become null.
+
+    Secrets in texts are hidden, as on the screen.
+    """
+    write_text(path, json.dumps(without_secrets(for_json(content)), indent=1) + "\n")
 
 
 def json_line(row: Mapping[str, Any]) -> str:

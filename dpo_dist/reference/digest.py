@@ -15,7 +15,7 @@ from dpo_dist.config.schema import ModelConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import MEMO_FOLDER, content_digest, remembered_digest, text_digest
-from dpo_dist.foundation.text import first_few
+from dpo_dist.foundation.text import first_few, without_secrets
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -162,9 +162,12 @@ def _check_same_files(digests: Mapping[str, str], folder: Path, world: World) ->
 
 
 def model_label(path: str, folder: Path) -> str:
-    """Return a model's readable name: the configured path, with the commit of a snapshot from the hub."""
+    """Return a model's readable name: the configured path, with the commit of a snapshot from the hub.
+
+    Secrets are hidden: files of the store have the name.
+    """
     commit = hub_commit(folder)
-    return path if commit is None else f"{path}@{commit}"
+    return str(without_secrets(path if commit is None else f"{path}@{commit}"))
 
 
 def _code_classes(folder: Path, remote_code: bool) -> str:

@@ -68,7 +68,7 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.foundation.process import note_progress
-from dpo_dist.foundation.text import size
+from dpo_dist.foundation.text import size, without_secrets
 from dpo_dist.model.experts import set_reader
 from dpo_dist.model.library_internals import whole_shape
 
@@ -372,7 +372,7 @@ class CheckpointSaver:
                 temporary.mkdir()
             return temporary
 
-        text = json.dumps(state, indent=1)
+        text = json.dumps(without_secrets(state), indent=1)  # it has the paths and names of sources
         self._pending = pending = _Pending(world.on_main(create), folder, text, needed)
         has_room = is_last or self._copy.has_room(models, world)
         if not has_room and not self._has_warned:
