@@ -32,7 +32,7 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
-from dpo_dist.config.named_code import NAMED_CODE, code_options, code_warnings
+from dpo_dist.config.named_code import COMMAND, NAMED_CODE, code_options, code_warnings
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
@@ -168,6 +168,9 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     if not file.is_file():
         return None
     values = read_saved(file)
+    section, _, name = COMMAND.partition(".")
+    if isinstance(values.get(section), dict):
+        values[section].pop(name, None)  # of training alone: no verb that reads a saved configuration runs it
     _check_code_allowed(values, overrides, file)
     return values
 

@@ -90,15 +90,13 @@ def complete_config(
         config = config.with_scores()
     if config.loss.is_unpaired:
         config = replace(config, data=replace(config.data, unpair=True))
-    if config.run.mirror is not None and is_url(config.run.mirror):
-        check_url(config.run.mirror, "run.mirror")
     paths = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in filter(lambda source: is_url(source.path), sources):
             check_url(source.path, key)
         paths += [(key, source.path) for source in sources]
     mistakes = []
-    for key, path in [*paths, ("run.mirror", config.run.mirror)]:
+    for key, path in paths:
         url = with_slashes(path) if path and key != "model.path" else ""
         if url:
             remedy = f"did you mean {url}?"

@@ -9,6 +9,10 @@ NAMED_CODE = {row.name.partition("[]")[0]: row.facts.runs for row in key_rows() 
 """The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
 
 
+COMMAND = "run.after_checkpoint"
+"""The key whose code is a command of the shell; the others name functions or switch code on."""
+
+
 def code_options(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the options in a configuration's plain values that run Python code, as text by key."""
     options = {}
@@ -29,7 +33,7 @@ def code_options(values: Mapping[str, Any]) -> dict[str, str]:
 def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the functions, `module:function`, in a configuration's plain values, each with its key."""
     functions: dict[str, str] = {}
-    for key in NAMED_CODE:
+    for key in NAMED_CODE.keys() - {COMMAND}:
         section, _, name = key.partition(".")
         value = values[section][name]
         entries = [entry["reader"] for entry in value] if isinstance(value, list) else [value]

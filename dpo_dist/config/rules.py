@@ -21,6 +21,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.fields import as_written, schema_fields
+from dpo_dist.foundation.text import HIDDEN
 
 Condition = Callable[[RunConfig], bool]
 LOSS = "loss"
@@ -210,9 +211,17 @@ def _instead_of_metric(name: str) -> str:
     return f"did you mean {guess}? {listed}" if guess else listed
 
 
+_NOT_KEPT = (HIDDEN, "${")
 _ADAPTER = "set 'model.adapter={r: 64, alpha: 128}'"
 HOLD_OUT = "set data.eval_share=0.05 or 'data.eval=[held_out.jsonl]'"
 RULES = (
+    # The run.
+    Rule(
+        "run.after_checkpoint",
+        "the command has *** or ${{, which a configuration has for a hidden secret and for another key",
+        "write $NAME for variables of the environment, also for secrets",
+        lambda c: any(mark in (c.run.after_checkpoint or "") for mark in _NOT_KEPT),
+    ),
     # The model.
     Rule(
         "model.attention=flash_attention_2|flash_attention_3|varlen model.dtype=fp32",

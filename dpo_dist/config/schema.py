@@ -48,8 +48,8 @@ class FolderConfig:
     """Folder of run directories, encoded data and the reference store."""
     resume: Resume = key(Resume.auto, verbs="train")
     """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results."""
-    mirror: NonEmpty | None = key(None, verbs="train")
-    """Folder or URL to which checkpoints and results are copied, and from which a lost run resumes."""
+    after_checkpoint: NonEmpty | None = key(None, verbs="train", runs="this shell command is run")
+    """Shell command that rank 0 runs behind the training after each checkpoint."""
 
     @property
     def path(self) -> Path:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ DECODING_VERSION = 2
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
+_MOST_SCANS = 100  # as libtiff allows; encoders write about ten, and each goes over the whole image
+# Of a JPEG's file: neither the escape of a byte 255 in a scan nor the marks between its parts.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_START_OF_JPEG = b"\xff\xd8"
+_START_OF_SCAN = b"\xff\xda"
+_END_OF_IMAGE = b"\xff\xd9"
 _CACHED_FILES = 64
 _CACHED_INPUTS = 16  # those of a large image take 20 MB
 _INVENTED_SIZES = (112, 84), (56, 140)
@@ -200,6 +207,9 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
         if longer > _MOST_TIMES_LONGER * shorter:
             detail = f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
             raise UnusableRecordError("image_too_large", detail)
+        scans = _scans(content) if content.startswith(_START_OF_JPEG) else 1
+        if scans > _MOST_SCANS:
+            raise UnusableRecordError("image_unreadable", f"{scans:,} progressive scans, over {_MOST_SCANS}")
         bits = content[24] if image.format == "PNG" else 8
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -219,6 +229,16 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     scale = math.sqrt(max_pixels / pixels)
     width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
     return image.resize((width, height), pillow.Resampling.BICUBIC)
+
+
+def _scans(content: bytes) -> int:
+    """Return the number of scans of the image in a JPEG file, by its markers: no pixel is decoded."""
+    scans = 0
+    at = 2
+    while (marker := _MARKER.search(content, at)) and marker[0] != _END_OF_IMAGE:
+        scans += marker[0] == _START_OF_SCAN
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])  # behind its segment
+    return scans
 
 
 def _on_white(image: "Image", bits: int) -> "Image":

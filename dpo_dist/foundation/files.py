@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, first_line
+from dpo_dist.foundation.text import without_secrets
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
@@ -44,8 +45,11 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain values as JSON, as `write_text` does; numbers that are not finite become null."""
-    write_text(path, json.dumps(for_json(content), indent=1) + "\n")
+    """Write plain values as JSON, as `write_text` does; numbers that are not finite become null.
+
+    Secrets in texts are hidden, as on the screen.
+    """
+    write_text(path, json.dumps(without_secrets(for_json(content)), indent=1) + "\n")
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -170,8 +174,11 @@ def commit_folder(temporary: Path, path: Path, *, replaces: bool = True, is_sync
             path.rename(aside)
             replaced.append(aside)
     sync(path.parent)
-    for folder in replaced:
-        shutil.rmtree(folder, ignore_errors=True)
+    for former in replaced:
+        if former.is_symlink():
+            former.unlink()  # what it names stays
+        else:
+            shutil.rmtree(former, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:
@@ -183,11 +190,11 @@ def recover_folder(path: Path) -> None:
 
 
 def _rename(temporary: Path, path: Path) -> bool:
-    """Rename a folder to `path`; return False if `path` is a folder with files."""
+    """Rename a folder to `path`; return False if `path` is a folder with files, or a link."""
     try:
         temporary.rename(path)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not path.is_symlink():
             raise
         return False
     return True

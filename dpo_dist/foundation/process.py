@@ -33,6 +33,17 @@ WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 """Variables that a launcher sets: a process's ranks, the sizes of world and node, rank 0's address."""
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
 """Prefixes of the launchers' own variables."""
+
+
+def outside_of_launch(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for a program of its own, which must not join the world of this process."""
+    variables = {}
+    for name, value in environ.items():
+        if name not in WORLD_VARIABLES and not name.startswith(LAUNCHER_PREFIXES):
+            variables[name] = value
+    return variables
+
+
 _OFF = ("", "0", "false", "no", "none")
 
 

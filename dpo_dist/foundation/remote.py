@@ -1,12 +1,11 @@
 """Files at URLs, by fsspec (`s3://`, `gs://`, `hf://`, `https://`), with plain errors that hide secrets."""
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, Lack, in_one_line
+from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DataError, DpoDistError, Lack, in_one_line
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
 
@@ -74,15 +73,15 @@ def name_in_address(address: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else ("", "")
 
 
-def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
+def open_file_system(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL, and the path on it; its lists of files are read anew.
 
-    No request is sent. `where`: the key for errors (default: the URL). Raises ConfigError: `check_url`, a
-    protocol that fsspec does not know, or a package that is not installed.
+    No request is sent. Raises ConfigError: `check_url`, a protocol that fsspec does not know, or a package
+    that is not installed.
     """
     import fsspec  # noqa: PLC0415  # slow to import
 
-    check_url(url, where or "the URL")
+    check_url(url, "the URL")
     protocol = url.partition("://")[0].lower()
     try:
         user_settings = fsspec.config.conf.get(protocol, {})  # of the user's files and environment
@@ -91,7 +90,7 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
     except ImportError as fault:
         raise ConfigError(
             f"{protocol}:// needs a package that is not installed",
-            where=where or url,
+            where=url,
             got=in_one_line(fault),
             remedy=install_extra("cloud") if protocol in _CLOUD else "install the package",
             lacks=Lack.package,
@@ -99,7 +98,7 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
     except ValueError as fault:
         raise ConfigError(
             "the URL is not understood",
-            where=where or url,
+            where=url,
             got=in_one_line(fault),
             remedy="write PROTOCOL://BUCKET_OR_HOST/PATH",
         ) from fault
@@ -112,19 +111,9 @@ def _limits(protocol: str) -> dict[str, dict[str, Any]]:
     silent = _SILENT_SECONDS / _TRIES.get(protocol, 1)
     match protocol:
         case "s3" | "s3a":
-            from aiobotocore.httpsession import AIOHTTPSession  # noqa: PLC0415
-
-            class Session(AIOHTTPSession):  # type: ignore[misc]
-                """Sends a file without asking first: aiohttp waits for that answer without a limit."""
-
-                async def send(self, request: Any) -> Any:
-                    request.headers.pop("Expect", None)
-                    return await super().send(request)
-
             limits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": silent}
             # botocore would try each of the tries five times.
-            limits |= {"retries": {"total_max_attempts": 1}, "http_session_cls": Session}
-            return {"config_kwargs": limits}
+            return {"config_kwargs": limits | {"retries": {"total_max_attempts": 1}}}
         case "http" | "https" | "gs" | "gcs":
             import aiohttp  # noqa: PLC0415
 
@@ -137,8 +126,8 @@ def _limits(protocol: str) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
-    """Raise `error` for what a file system raises, which has no base class; secrets are hidden."""
+def remote_errors(url: str) -> Iterator[None]:
+    """Raise DataError for what a file system raises, which has no base class; secrets are hidden."""
     try:
         yield
     except DpoDistError:
@@ -148,7 +137,8 @@ def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
             raise
         # fsspec's http calls every fault of a request FileNotFoundError.
         cause = (url.startswith(_WEB) and fault.__cause__) or fault
-        got = shown_fault(cause)
+        # Errors repeat URLs that a server has signed.
+        got: str = without_secrets(_QUERY.sub(r"\1", in_one_line(cause)))
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
             what = "nothing is at the URL"
             remedy = "check the names of the bucket and of the file"
@@ -158,10 +148,4 @@ def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
         else:
             what = "the URL cannot be reached, or not read to its end"
             remedy = "check the name of the host or bucket, the network and its proxies; then start again"
-        raise error(what, where=url, got=got, remedy=remedy) from fault
-
-
-def shown_fault(fault: BaseException) -> str:
-    """Return an error's text in one line without secrets: errors repeat URLs that a server has signed."""
-    text: str = without_secrets(_QUERY.sub(r"\1", in_one_line(fault)), os.environ)
-    return text
+        raise DataError(what, where=url, got=got, remedy=remedy) from fault

@@ -15,11 +15,12 @@ from dpo_dist.config.schema import ModelConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import MEMO_FOLDER, content_digest, remembered_digest, text_digest
-from dpo_dist.foundation.text import first_few
+from dpo_dist.foundation.text import first_few, without_secrets
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
+    DESCRIPTIONS,
     hub_commit,
     read_model_json,
     tokenizer_folder,
@@ -112,11 +113,13 @@ def _digest(described: Mapping[str, str]) -> str:
 
 
 def _describe(model: ModelConfig, folder: Path, adapter: Path | None) -> dict[str, str]:
-    """Return digests of config.json, tokenizer with chat template, adapter, and image processor."""
-    files = {
-        CONFIG_FILE: content_digest([folder / CONFIG_FILE]),
-        "tokenizer": tokenizer_digest(tokenizer_folder(folder, adapter)),
-    }
+    """Return digests of all files that are read or copied beside the base's weights.
+
+    They are its descriptions, the tokenizer with its chat template, the adapter, and what an image processor
+    reads.
+    """
+    files = {file.name: content_digest([file]) for file in folder.glob(DESCRIPTIONS)}
+    files["tokenizer"] = tokenizer_digest(tokenizer_folder(folder, adapter))
     if adapter is not None:
         files["adapter"] = content_digest([adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS])
     if model.images is not None:
@@ -159,9 +162,12 @@ def _check_same_files(digests: Mapping[str, str], folder: Path, world: World) ->
 
 
 def model_label(path: str, folder: Path) -> str:
-    """Return a model's readable name: the configured path, with the commit of a snapshot from the hub."""
+    """Return a model's readable name: the configured path, with the commit of a snapshot from the hub.
+
+    Secrets are hidden: files of the store have the name.
+    """
     commit = hub_commit(folder)
-    return path if commit is None else f"{path}@{commit}"
+    return str(without_secrets(path if commit is None else f"{path}@{commit}"))
 
 
 def _code_classes(folder: Path, remote_code: bool) -> str:

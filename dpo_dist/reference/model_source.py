@@ -10,6 +10,7 @@ import torch
 from dpo_dist.config.schema import FusedLayers, ModelConfig
 from dpo_dist.data import ImageProcessor
 from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
@@ -44,8 +45,8 @@ class ModelSource:
         return tokenizer_folder(self.folder, self.adapter)
 
     def provenance(self) -> dict[str, Any]:
-        """Return name, revision and digest, as records store them."""
-        return {"name": self.name, "revision": self.revision, "digest": self.digest}
+        """Return name, revision and digest, as records store them; secrets are hidden."""
+        return {"name": without_secrets(self.name), "revision": self.revision, "digest": self.digest}
 
     def check(self, store: Path | None) -> None:
         """Check files that this program wrote, and the base of an adapter; `store` caches digests.

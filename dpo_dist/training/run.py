@@ -54,8 +54,8 @@ from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, rec
 from dpo_dist.model.states import lacks_delta_kernels
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
+from dpo_dist.training.after_checkpoint import AfterCheckpoint
 from dpo_dist.training.export import export_checkpoint
-from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reference import (
     Reference,
     check_drift,
@@ -136,15 +136,6 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
     folder = run.folder
     world = run.world
     resume = run.config.run.resume
-    url = run.config.run.mirror
-    if url is not None:
-
-        def restore() -> None:
-            with run.console.heartbeat(f"looking for the run in {url}"):
-                run.mirror = Mirror(url, folder, identity, run.config.trainer.keep_last, run.console)
-                run.mirror.restore(resume)
-
-        world.on_main(restore)
     if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
     with run.console.heartbeat("checking the files of the run"):
@@ -209,8 +200,6 @@ def record_start(
         write_text(folder.config, to_yaml(run.config))
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         write_state(folder, state)
-        if run.mirror is not None:
-            run.mirror.claim()
         if not state.step:
             shutil.rmtree(folder.samples, ignore_errors=True)
         if folder.summary.exists():
@@ -267,12 +256,17 @@ def _set_up(
         reference_sync = ReferenceSync(engine, policy, config.loss.sync_reference, world)
         sharded.append(reference_sync)
     watch = Watch(reporting.on_moment, run, inputs.sampler, policy)
+    command = None
+    if world.is_main and config.run.after_checkpoint is not None:
+        command = AfterCheckpoint(config.run.after_checkpoint, run.folder, run.console)
+        run.after_checkpoint = command
+        engines.callback(command.finish, lambda: True)  # after an error
 
     def committed(step: int) -> None:
         write_state(run.folder, replace(state, step=step))
         watch.call(When.saved, step)
-        if run.mirror is not None:
-            run.mirror.upload()
+        if command is not None:
+            command.start(run.folder.checkpoint(step), checkpoints.end_deleting)
 
     checkpoints = CheckpointSaver(
         run.folder.checkpoints,
@@ -281,7 +275,7 @@ def _set_up(
         world,
         say=run.say,
         committed=committed,
-        in_use=lambda: () if run.mirror is None else run.mirror.in_use(),
+        in_use=lambda: () if command is None else command.in_use(),
     )
     engines.callback(checkpoints.close)  # before the engines are freed: a save still reads their weights
     # The position: that of the checkpoint, or the start, where policy and reference must agree.
@@ -483,8 +477,6 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
-    else:
-        complete_mirror(run)
     report = f", report {folder.report}" if folder.report.exists() else ""
     run.say(f"{folder} is complete: model {folder.model}{report}")
     metrics_function = environment.get("metrics_function")
@@ -604,29 +596,21 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
     `recorder`: None on ranks above 0. `summary`: content of summary.json without `exit`.
     """
 
-    def work() -> None:
+    def close() -> None:
         assert recorder is not None
         recorder.close(summary, state.outcome)
+
+    with run.console.heartbeat("writing the report"):
+        run.write(close)
+    must_stop = run.stops.must_stop()
+
+    def end() -> None:
+        if run.after_checkpoint is not None:  # it reads a checkpoint
+            run.after_checkpoint.finish(lambda: must_stop or run.stops.request.is_urgent)
         if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
             drop_checkpoints(run.folder.checkpoints)
         # The same command tries a diverged run again from its last checkpoint: keep the recorded step.
         former = read_state(run.folder) if state.outcome is RunOutcome.diverged else None
         write_state(run.folder, state if former is None else replace(state, step=former.step))
 
-    with run.console.heartbeat("writing the report"):
-        run.write(work)
-    complete_mirror(run)
-
-
-def complete_mirror(run: Run) -> None:
-    """Upload what the mirror lacks; collective."""
-    if run.config.run.mirror is None:
-        return
-    request = run.stops.request
-    must_stop = run.stops.must_stop()
-
-    def upload() -> None:
-        assert run.mirror is not None
-        run.mirror.finish(lambda: must_stop or request.is_urgent)
-
-    run.world.on_main(upload)
+    run.write(end)

@@ -75,6 +75,36 @@ def test_a_run_is_scored_by_the_tokenizer_of_its_training(
     assert "tokenizer, chat template" in refused("train", command)
 
 
+def test_a_run_writes_the_description_of_its_start_and_no_other(
+    run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """What the base says of generation decides where the result stops."""
+    command = run()
+    settings = tmp_path / "base/generation_config.json"
+    written = settings.read_bytes()
+    settings.write_text('{"eos_token_id": 5}')
+    export = [f"run.dir={tmp_path}/run", f"export.output={tmp_path}/out"]
+    for verb, words in (("export", export), ("train", [*command, "trainer.max_steps=3"])):
+        assert "generation_config.json, processor or adapter" in refused(verb, words)
+    settings.write_bytes(written)
+    manifest = tmp_path / "run/model/dpo_dist_manifest.json"
+    content = manifest.read_bytes()
+    for damage in (manifest.unlink, lambda: manifest.write_bytes(content[:9])):
+        damage()
+        again = run_verb("train", command)
+        assert again.code == 0, again.output
+        assert f"is damaged and written again: {manifest.name}" in again.output
+        assert manifest.read_bytes() == content
+    (tmp_path / "run/model/added_tokens.json").write_text('{"<new>": 7}')
+    assert "added_tokens.json was added" in refused("evaluate", command)
+    (tmp_path / "run/model").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/model").symlink_to(tmp_path / "elsewhere")
+    train(command)
+    assert not (tmp_path / "run/model").is_symlink()
+    assert manifest.read_bytes() == content
+    assert (tmp_path / "elsewhere/added_tokens.json").exists(), "nothing behind the link is deleted"
+
+
 def test_a_run_without_a_reference_is_scored_by_a_loss_that_has_one(run: Callable[..., list[str]]) -> None:
     command = run("loss=simpo")
     ended = run_verb("evaluate", [*command, "loss=sigmoid"])
@@ -99,18 +129,3 @@ def test_a_damaged_model_is_written_again_from_the_checkpoint(
     refusal = refused("train", command)
     assert "model.safetensors has another content" in refusal
     assert "its checkpoints are missing" in refusal
-
-
-def test_a_model_that_is_damaged_in_the_mirror_is_written_again_here_and_there(
-    run: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    command = run(f"run.mirror={tmp_path}/mirror")
-    here, there = (tmp_path / place / "model/model.safetensors" for place in ("run", "mirror"))
-    written = here.read_bytes()
-    assert there.read_bytes() == written
-    there.write_bytes(written[: len(written) // 2])
-    shutil.rmtree(tmp_path / "run")
-    again = run_verb("train", command)
-    assert again.code == 0, again.output
-    assert "is damaged and written again: model.safetensors has another content" in again.output
-    assert here.read_bytes() == there.read_bytes() == written

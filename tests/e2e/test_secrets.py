@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.e2e.conftest import small_run
 from tests.support.judge_server import judge_server
-from tests.support.launch import environment
+from tests.support.launch import ROOT, environment
 from tests.support.warm import run_warm
 
 SECRETS = {
@@ -106,3 +106,42 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
         if secret.encode() in file.read_bytes()
     ]
     assert sorted(found) == []
+
+
+def test_a_secret_in_a_path_or_a_name_is_in_no_file_and_a_run_goes_on_without_it(
+    assets: Path, tmp_path: Path
+) -> None:
+    secret = SECRETS["MY_SECRET"]
+    for name in ("model", "train.jsonl", "eval.jsonl"):
+        (tmp_path / f"{secret}-{name}").symlink_to(assets / name)
+    model = f"{tmp_path}/{secret}-model"
+    train, evaluated = (f"{tmp_path}/{secret}-{name}.jsonl" for name in ("train", "eval"))
+    named = ("model.path", "data.train", "data.cache", "samples.")
+    run = [part for part in small_run(assets, tmp_path) if not part.startswith(named)]
+    run += [f"model.path={model}", f"data.train=[{train}]", f"data.cache={tmp_path}/encoded"]
+    run += [f"data.eval=[{evaluated},{{path: {train}, limit: 3, label: a-{secret}}}]", "trainer.max_steps=2"]
+    run += ["samples.prompts=1", "sampling.max_new_tokens=2"]
+    compared = [f"compare.models=[{model},{tmp_path}/exported]", f"data.eval=[{evaluated}]"]
+    compared += ["model.dtype=fp32", "compare.prompts=2", "sampling.max_new_tokens=2"]
+    judged = [f"data.train=[{train}]", f"model.path={model}", "model.dtype=fp32", "pairs.method=samples"]
+    judged += ["pairs.function=tests.support.own_judge:letter_shares", "pairs.limit=3"]
+    judged += ["pairs.unfinished=keep", "sampling.max_new_tokens=2"]
+    commands = {
+        "precompute": run,
+        "train": [*run, "trainer.stop_after_steps=1"],
+        "train again": run,
+        "evaluate": run,
+        "doctor": [*run, f"run.dir={tmp_path}/doctor"],
+        "export": [*run, f"export.output={tmp_path}/exported"],
+        "compare": [*compared, f"run.dir={tmp_path}/compared"],
+        "pairs": [*judged, f"run.dir={tmp_path}/pairs"],
+    }
+    variables = {**environment(), **SECRETS}
+    for verb, words in commands.items():
+        code, screen = run_warm(verb.split()[0], words, variables, 1, ROOT, 300)
+        expected = {"train": 75, "doctor": 1}  # stopped; a leak, for the sources of the test overlap
+        assert code == expected.get(verb, 0), screen
+        assert secret not in screen
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert (tmp_path / "run/model/model.safetensors") in files
+    assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []

@@ -42,6 +42,7 @@ from dpo_dist.foundation.files import (
     text_digest,
 )
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.user_code import find_function
 
 T = TypeVar("T")
@@ -158,7 +159,7 @@ class DataSource:
                 copy = copies / f"{number}{''.join(PurePath(file.path).suffixes[-2:])}"
                 with locked(copies / f"{number}.lock", "downloads this file", waits=True):
                     if not copy.exists():
-                        with remote_errors(file.name, DataError), staged_file(copy) as staged:
+                        with remote_errors(file.name), staged_file(copy) as staged:
                             system.get_file(file.path, str(staged))
                             system.invalidate_cache()
                             # Not by a list of all files for each one: a source can have thousands. A list
@@ -535,7 +536,7 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
     """
     system, path = open_file_system(source.path)
     _check_unused(source, {"revision"})
-    with remote_errors(source.path, DataError):
+    with remote_errors(source.path):
         info = None if _GLOB.search(path) else system.info(path)
         is_folder = info is not None and info["type"] == "directory"
         if is_folder:
@@ -608,14 +609,15 @@ _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "v
 def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
     """Return a label for each source: its `label`, or its name, numbered where names are equal.
 
-    Sources with the same `label` share it.
+    Sources with the same `label` share it. Secrets are hidden: metrics, files and pages have the labels.
     """
     taken = {source.label for source in sources}
     labels = list[str]()
     for source in sources:
-        name = _label(source)
+        name = without_secrets(_label(source))
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        labels.append(source.label or next(name for name in names if name not in taken))
+        own = without_secrets(source.label)
+        labels.append(own or next(name for name in names if name not in taken))
         taken.add(labels[-1])
     return labels
 
@@ -624,7 +626,7 @@ def _label(source: SourceConfig) -> str:
     """Return the name of a source's file, with subset, folder and split."""
     if source.name is not None and DataSource(source).config is not source:
         return _safe(source.name)
-    file = PurePath(source.path)
+    file = PurePath(without_secrets(source.path))
     while file.suffix in SUFFIXES:
         file = file.with_suffix("")
     parts = [*filter(None, map(_safe, file.parts))] or ["source"]

@@ -68,7 +68,7 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.foundation.process import note_progress
-from dpo_dist.foundation.text import size
+from dpo_dist.foundation.text import size, without_secrets
 from dpo_dist.model.experts import set_reader
 from dpo_dist.model.library_internals import whole_shape
 
@@ -315,8 +315,8 @@ class _Pending:
 class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
-    `say` is called with a message on every rank, `committed` on rank 0 with the step of each committed
-    checkpoint, and `in_use` before others are deleted: it returns those that must stay for now.
+    `say` is called with a message on every rank, `in_use` before checkpoints are deleted (it returns those
+    that must stay for now), and then `committed` on rank 0 with the step of the committed one.
     """
 
     def __init__(
@@ -365,14 +365,14 @@ class CheckpointSaver:
         # One rank makes the folder, and `on_main` lets the others wait for it.
         def create() -> Path:
             with disk_errors(folder):
-                self._end_deleting()  # to make room
+                self.end_deleting()  # to make room
                 remove_unfinished(self._root)
                 self._root.mkdir(exist_ok=True)
                 temporary = temporary_name(folder)
                 temporary.mkdir()
             return temporary
 
-        text = json.dumps(state, indent=1)
+        text = json.dumps(without_secrets(state), indent=1)  # it has the paths and names of sources
         self._pending = pending = _Pending(world.on_main(create), folder, text, needed)
         has_room = is_last or self._copy.has_room(models, world)
         if not has_room and not self._has_warned:
@@ -422,8 +422,8 @@ class CheckpointSaver:
                 # Names and reports follow; a resume repeats what a kill prevents here.
                 self._name(pending.folder)
                 note_progress(str(pending.folder))
-                self._committed(checkpoint_step(pending.folder.name) or 0)
                 self._delete_old(pending.folder)
+                self._committed(checkpoint_step(pending.folder.name) or 0)
 
             world.on_main(rename)
         except CheckpointError:
@@ -441,7 +441,7 @@ class CheckpointSaver:
 
     def _delete_old(self, committed: Path) -> None:
         """Delete in a thread all but `committed`, the best, the newest undamaged ones, and one in use."""
-        self._end_deleting()
+        self.end_deleting()
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
         best = [folder for folder in intact if checkpoint_step(folder.name) == self._best_step]
@@ -450,7 +450,8 @@ class CheckpointSaver:
         self._deleting = threading.Thread(target=_delete, args=(old,), daemon=True)
         self._deleting.start()
 
-    def _end_deleting(self) -> None:
+    def end_deleting(self) -> None:
+        """Wait until old checkpoints are deleted; not collective."""
         if self._deleting is not None:
             self._deleting.join()
 
@@ -475,7 +476,7 @@ class CheckpointSaver:
         """End the saver: drop an uncommitted checkpoint; not collective."""
         self._pending = None
         self._copy.close()
-        self._end_deleting()
+        self.end_deleting()
 
 
 def _delete(folders: Iterable[Path]) -> None:

@@ -58,8 +58,9 @@ _FAILURES = "failures"
 # Errors that the end of another process can cause: in a collective call, or by the launcher's SIGTERM.
 _ERRORS_OF_OTHERS = (RuntimeError, OSError, SystemExit, StoppedError)
 # Words in errors of gloo, NCCL and the rendezvous's store.
+_TIMEOUTS = r"timed ?out|timeout"
 _COMMUNICATION_ERRORS = (
-    r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
+    rf"{_TIMEOUTS}|closed by peer|reset by peer|broken pipe|remote process exited"
     r"|connection was likely closed|connectFullMesh failed"
     # As systems name what this side or its network did: ECONNABORTED, ENOTCONN, EHOSTUNREACH, ENETDOWN ...
     r"|connection abort|not connected|no route to host|network is (?:unreachable|down)|host is down"
@@ -306,7 +307,11 @@ class Watcher(threading.Thread):
             while self.record.exit_code is None and time.monotonic() < deadline:
                 time.sleep(0.1)
         what = f"does not answer within parallelism.timeout_seconds ({self._world.timeout_seconds:.0f})"
-        if not missing:
+        if not re.search(_TIMEOUTS, got, re.IGNORECASE):
+            what = "does not answer: a connection of the run was lost"
+            if not missing:
+                what = "has lost a connection to another rank, and all ranks answer: see the network"
+        elif not missing:
             what = "waits in a different collective call than the other ranks"
         return self._error([self._world.peers[rank] for rank in missing or [self._world.rank]], what, got)
 

@@ -15,11 +15,22 @@ from dpo_dist.foundation.files import check_readable, similar_path
 from dpo_dist.foundation.remedies import to_write
 
 CONFIG_FILE = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+DESCRIPTIONS = "*config.json"
+"""The files beside weights and tokenizer that transformers reads: of the model, generation, processors."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FOREIGN_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.model.v*", "*.tiktoken", "tekken*.json")
 """Files of which a tokenizer has one: with any of them transformers makes a tokenizer."""
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "*.model", "*.model.v*", "*.tiktoken", "tekken*"),
+    *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*.jinja"),
+    # Of single families, as GPT-NeoX-Japanese, Marian and Whisper.
+    *("*.spm", "*_vocab.json", "*.codes", "*.tokenizer", "emoji.json", "normalizer.json", "byte_maps.json"),
+    *("dict.txt", "word_shape.json", "word_pronunciation.json"),
+)
+"""The files that transformers reads for a tokenizer; a test compares them with the names in its classes."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 PEFT_PREFIX = "base_model.model."
 """The prefix of every weight's name in an adapter folder."""

@@ -57,6 +57,7 @@ from dpo_dist.model.experts import (
 )
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
+    TOKENIZER_FILES,
     check_tokenizer_files,
     has_tokenizer,
     modules_on_disk,
@@ -100,9 +101,7 @@ from dpo_dist.model.states import check_recurrent_kernels
 log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
-_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 # A kernel on the Hub (its name has a slash), for the whole model or for parts of it.
 _KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\})')
 # Patterns of tensor names, and of names for which transformers (5.23) finds the right weight under ZeRO-3: it
@@ -202,7 +201,7 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 
 def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
     """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
-    names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
+    names = (*TOKENIZER_FILES, "*.py") + (_IMAGE_FILES if with_images else ())
     matches = {*itertools.chain.from_iterable(map(folder.glob, names))}
     files = sorted(filter(Path.is_file, matches))
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]

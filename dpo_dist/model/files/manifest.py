@@ -2,22 +2,26 @@
 
     dpo_dist_manifest.json    {"files": {"config.json": DIGEST, ...}, "base": DIGEST or null}
 
-By it a file that is damaged, cut or replaced later is found before the folder is taken as a result. Folders
+By it a file that is damaged, replaced or added later is found before the folder is taken as a result. Folders
 without a manifest are other people's, and pass.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import content_digest, read_fields, remembered_digest, write_json
+from dpo_dist.foundation.files import content_digest, remembered_digest, write_json
 from dpo_dist.foundation.text import first_few
+from dpo_dist.model.files.folder import GENERATION_CONFIG
 
 MODEL_MANIFEST = "dpo_dist_manifest.json"
-# People edit these in a folder that stays the same model.
-_EDITABLE = (MODEL_MANIFEST, "README.md", "generation_config.json")
+# People edit and add these in a folder that stays the same model: its sampling, pages and pictures.
+_PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp")
+_EDITABLE = (MODEL_MANIFEST, GENERATION_CONFIG, "*.md", "LICENSE*", "NOTICE*", *_PICTURES)
 
 
 def write_manifest(folder: Path, base: str | None) -> None:
@@ -25,12 +29,22 @@ def write_manifest(folder: Path, base: str | None) -> None:
 
     `base` is the `ModelFiles.base` of the model from which it was trained; None: not known.
     """
-    paths = (path for path in sorted(folder.rglob("*")) if path.name not in _EDITABLE)
-    files = list(filter(Path.is_file, paths))
+    names = _compared_files(folder)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = pool.map(lambda file: content_digest([file]), files)
-    names = [file.relative_to(folder).as_posix() for file in files]
+        digests = pool.map(lambda name: content_digest([folder / name]), names)
     write_json(folder / MODEL_MANIFEST, {"files": dict(zip(names, digests, strict=True)), "base": base})
+
+
+def _compared_files(folder: Path) -> list[str]:
+    """Return the names of the files that may decide what a model computes: all but pages and hidden files."""
+    names = []
+    for file in sorted(folder.rglob("*")):
+        below = file.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in below.parts)
+        is_editable = any(map(below.match, _EDITABLE))
+        if file.is_file() and not (is_hidden or is_editable):
+            names.append(below.as_posix())
+    return names
 
 
 def find_damage(folder: Path, memo: Path | None, *, with_weights: bool = True) -> list[str]:
@@ -39,7 +53,11 @@ def find_damage(folder: Path, memo: Path | None, *, with_weights: bool = True) -
     `memo`: the folder of cached digests, by which a file is read once. Without `with_weights`, no weights are
     read.
     """
-    expected: dict[str, str] = _read(folder).get("files", {})
+    if not (folder / MODEL_MANIFEST).is_file():
+        return []
+    expected = _read(folder).files
+    if expected is None:
+        return [f"{MODEL_MANIFEST} cannot be read"]
 
     def damage(name: str) -> str | None:
         file = folder / name
@@ -51,7 +69,8 @@ def find_damage(folder: Path, memo: Path | None, *, with_weights: bool = True) -
         return None
 
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(filter(None, pool.map(damage, expected)))
+        changed = list(filter(None, pool.map(damage, expected)))
+    return changed + [f"{name} was added" for name in _compared_files(folder) if name not in expected]
 
 
 def check_undamaged(folder: Path, memo: Path | None, *, with_weights: bool = True) -> None:
@@ -63,8 +82,8 @@ def check_undamaged(folder: Path, memo: Path | None, *, with_weights: bool = Tru
             where=str(folder),
             got=first_few(damage, "other file"),
             expected=f"the files of its {MODEL_MANIFEST}",
-            remedy="restore the files; the model/ of a run that has its checkpoints is written again by the "
-            f"train command; if you changed them on purpose, delete {MODEL_MANIFEST}",
+            remedy="restore the files, and move added ones elsewhere; the model/ of a run that has its "
+            "checkpoints is written again by the train command",
         )
 
 
@@ -73,7 +92,7 @@ def check_base(folder: Path, base: Path, digest: Callable[[], str]) -> None:
 
     `digest` returns the `ModelFiles.base` of `base`; it is called only if a manifest names a digest.
     """
-    expected = _read(folder).get("base")
+    expected = _read(folder).base
     if expected is None:
         return
     current = digest()
@@ -83,11 +102,20 @@ def check_base(folder: Path, base: Path, digest: Callable[[], str]) -> None:
             where=f"{base}, as the base of {folder}",
             got=f"digest {current}",
             expected=f"digest {expected}, of {MODEL_MANIFEST}",
-            remedy="restore the files of the base, or name its former revision; if it has the same weights "
-            f"in other files, delete {MODEL_MANIFEST}",
+            remedy="restore the files of the base, or name its former revision",
         )
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    manifest = folder / MODEL_MANIFEST
-    return read_fields(manifest) if manifest.is_file() else {}
+@dataclass(frozen=True)
+class _Manifest:
+    """The content of a manifest; `files` is None if there is none that can be read."""
+
+    files: dict[str, str] | None = None
+    base: str | None = None
+
+
+def _read(folder: Path) -> _Manifest:
+    try:
+        return TypeAdapter(_Manifest).validate_json((folder / MODEL_MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return _Manifest()

@@ -15,7 +15,6 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.config.keys import to_unset
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, lack_behind
@@ -23,8 +22,9 @@ from dpo_dist.model.architectures import auto_class, describe_reward_model, is_n
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
+    GENERATION_CONFIG,
     PEFT_PREFIX,
-    VOCABULARY_FILES,
+    TOKENIZER_FILES,
     check_weights,
     local_model_folder,
     modules_on_disk,
@@ -41,17 +41,6 @@ from dpo_dist.model.lora import TRAINED, saved_modules
 _KEY = "export.average"
 # The files that describe how a model reads images and sounds.
 _PROCESSORS = "*processor_config.json"
-_TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template*.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "tokenization_*.py",
-)
 _ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
 _REMEDY = "free disk space or name another folder, and run the same command again"
 
@@ -88,7 +77,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
     the one that transformers wrote, with the base's dropout and noise, and no files about images are copied.
     """
     file = folder / CONFIG_FILE
-    generation = folder / GENERATION_CONFIG_NAME
+    generation = folder / GENERATION_CONFIG
     content_here = json.loads(file.read_bytes())
     original = json.loads((base / CONFIG_FILE).read_bytes())
     kind = content_here["model_type"]
@@ -105,7 +94,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
         content["text_config"]["pad_token_id"] = changes["pad_token_id"]
     write_description(file, content | changes, dtype)
     generation.unlink(missing_ok=True)  # transformers made it from config.json
-    _copy_files(base, folder, GENERATION_CONFIG_NAME)
+    _copy_files(base, folder, GENERATION_CONFIG)
 
 
 def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
@@ -123,7 +112,7 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the files of a tokenizer with its chat template from the model folder `source`."""
-    _copy_files(source, folder, *_TOKENIZER_FILES)
+    _copy_files(source, folder, *TOKENIZER_FILES, "tokenization_*.py")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -138,7 +127,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
-    for file in {*itertools.chain.from_iterable(map(source.glob, patterns))}:
+    for file in filter(Path.is_file, {*itertools.chain.from_iterable(map(source.glob, patterns))}):
         target = folder / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.data import DataConfig, final_tokens, trained_stops
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
-from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
+from dpo_dist.model.files.folder import CONFIG_FILE, GENERATION_CONFIG, is_adapter, read_model_json
 
 _STOPS = "eos_token_id"
 
@@ -65,8 +64,8 @@ def folder_stops(folder: Path) -> list[int]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Return generation_config.json; without it, the settings that transformers finds in config.json."""
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        return read_model_json(folder / GENERATION_CONFIG_NAME)
+    if (folder / GENERATION_CONFIG).is_file():
+        return read_model_json(folder / GENERATION_CONFIG)
     if not (folder / CONFIG_FILE).is_file():
         return {}
     return dict(GenerationConfig.from_model_config(read_model_json(folder / CONFIG_FILE)).to_diff_dict())
@@ -85,7 +84,7 @@ def write_stops(folder: Path, base: Path, stops: Collection[int]) -> None:
     settings.pop("_from_model_config", None)  # with it, older transformers read config.json instead
     content = settings | {_STOPS: list(dict.fromkeys([*base_stops, *stops]))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (folder / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
+    (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
 
 
 def stop_notes(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> list[str]:

@@ -46,7 +46,7 @@ def write_doctor_page(
     folder: DoctorFolder, diagnosis: Diagnosis, data: DataConfig, doctor: DoctorConfig
 ) -> None:
     """Write doctor.html."""
-    settings = [("model", str(diagnosis.model or "none"))]
+    settings = [("model", str(without_secrets(str(diagnosis.model or "none"))))]
     for name, content in (("data", data), ("doctor", doctor)):
         for key, value in vars(content).items():
             settings.append((f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))))

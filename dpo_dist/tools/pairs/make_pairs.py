@@ -17,7 +17,7 @@ from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import ModelSource, Run, RunConfig, check_writable, in_chunks, joined_run, return_memory
 from dpo_dist.tools.pairs.files import (
@@ -226,7 +226,10 @@ def _pair(
     record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: PairResults
 ) -> dict[str, Any]:
     scores: tuple[float, float] | None = None
-    provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
+    provenance: dict[str, Any] = {
+        "source": without_secrets(str(record.origin)),
+        "method": str(results.pairs.method),
+    }
     for side, completion in (("chosen", chosen), ("rejected", rejected)):
         provenance[side] = {
             "model": results.models[completion.model].provenance(),
@@ -266,11 +269,15 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
                 "content": content,
                 **each.fields,
                 **{name: getattr(each, name) for name in names},
-                "model": results.models[each.model].name,
+                "model": without_secrets(results.models[each.model].name),
             }
             part = "responses" if each.unused is None else "unused"
             row[part].append(response)
-        provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
+        provenance = {
+            "source": without_secrets(str(record.origin)),
+            "dropped": completions.dropped,
+            **results.facts,
+        }
         images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
         yield {**row, **record.context_fields(), "provenance": provenance, **images}
 
@@ -355,7 +362,7 @@ def pairs_from_scores(
             for better, worse in select_pairs(scores, pairs, seed, key, counts):
                 counts["order_changed"] += better > worse
                 provenance = {
-                    "source": str(record.origin),
+                    "source": without_secrets(str(record.origin)),
                     **method,
                     "ranks": [better + 1, worse + 1],
                     "responses": len(record.responses),

@@ -56,11 +56,6 @@ _RULES = (
         to_unset("run.resume"),
     ),
     Rule(
-        "run.mirror!=null",
-        "run.mirror has no effect on pairs: a mirror is for one training run",
-        to_unset("run.mirror"),
-    ),
-    Rule(
         "data.train",
         "a source's weight has no effect on pairs",
         "remove it, and set it in the training that reads the pairs",

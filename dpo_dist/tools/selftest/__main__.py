@@ -25,7 +25,7 @@ from typing import Any
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
+from dpo_dist.foundation.process import outside_of_launch
 from dpo_dist.foundation.streams import (
     json_stream,
     kept_document,
@@ -56,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --output: {output} is not a file in a writable folder")
     reserve_output()  # libraries must not print into the table
     table = json_stream() if kept_document() is None else sys.stderr
-    for name in list(os.environ):
-        if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
-            del os.environ[name]  # else processes that are started here would join the world of this one
+    for name in os.environ.keys() - outside_of_launch(os.environ).keys():
+        del os.environ[name]  # else processes that are started here would join the world of this one
     for number in stop_signals():
         signal.signal(number, raise_terminated)
     start = time.monotonic()

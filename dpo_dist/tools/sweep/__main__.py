@@ -22,7 +22,7 @@ from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.kit import RunFolder, check_start, run_verb, to_unset
+from dpo_dist.kit import RunFolder, check_start, run_verb
 from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 
@@ -78,10 +78,6 @@ def check_points(points: Points) -> None:
     if isinstance(points, SearchSpace):
         import optuna  # noqa: F401, PLC0415  (an extra: said before anything is loaded)
     mistakes = list[DpoDistError]()
-    if any(config.run.mirror is not None for config in points.values()):
-        what = "a mirror is for one run, not for the points of a sweep"
-        remedy = to_unset("run.mirror")
-        mistakes.append(ConfigError(what, where="run.mirror", remedy=remedy))
     for config in points.values():
         try:
             check_start(config, trains=True)

@@ -14,6 +14,7 @@ from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
 from dpo_dist.config.run_folder import EvaluationFolder
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.intervals import (
     ENDS,
     FEWEST_PROMPTS,
@@ -177,7 +178,8 @@ def write_scores(
         for index, label in enumerate(labels):
             origin = dataset.origin(index)
             scores = {name: column[index].item() for name, column in columns.items()}
-            record = {"source": label, "file": origin.source, "line": origin.line, **scores}
+            file_name = without_secrets(origin.source)
+            record = {"source": label, "file": file_name, "line": origin.line, **scores}
             lines.write(files.json_line(files.for_json(record)))
 
 

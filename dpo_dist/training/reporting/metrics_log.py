@@ -193,7 +193,7 @@ class MetricsLog:
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`, then the tables of all rows."""
-        files.write_text(self.folder.summary, json.dumps(for_json(summary), indent=2) + "\n")
+        files.write_json(self.folder.summary, summary)
         write_tables(self.folder)
 
 

@@ -46,7 +46,6 @@ from dpo_dist.encoded.dataset import (
 from dpo_dist.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.encoded.partners import with_partners
 from dpo_dist.encoded.store import read_counts, read_lengths
-from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
@@ -118,8 +117,6 @@ def dry_run(
     template.check_arguments(config.data.template_arguments or ())
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", place), ("model.path", described)]
-    if config.run.mirror is not None and is_training:
-        lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
     policy = Policy(folder, start, tokenizer, model_config, causal_lm)
     routers = None if models else config.loss.router
     for note in model_notes(policy, config.model, routers, config.data, trains=not models):
@@ -299,22 +296,8 @@ def _faults(
 
 
 def start_in_words(config: RunConfig) -> str:
-    """Return in words whether a start is new, resumes or has nothing to do; reads no checkpoint.
-
-    Raises an error if `run.mirror` cannot be written.
-    """
-    folder = RunFolder(config.run.path)
-    identity = config.identity
-    resume = config.run.resume
-    url = config.run.mirror
-    if url is not None:
-        from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
-
-        mirror = Mirror(url, folder, identity, config.trainer.keep_last, Console(None))
-        step = mirror.newer_step(resume)
-        if step is not None:
-            return f"step {step:,} is restored from run.mirror"
-    match expected_start(identity, resume, folder):
+    """Return in words whether a start is new, resumes or has nothing to do; reads no checkpoint."""
+    match expected_start(config.identity, config.run.resume, RunFolder(config.run.path)):
         case RunState():
             return "complete: nothing is left to train"
         case None:

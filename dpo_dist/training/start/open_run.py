@@ -40,7 +40,7 @@ from dpo_dist.training.clock import WorkClock
 from dpo_dist.training.start.environment import check_same_start
 
 if TYPE_CHECKING:
-    from dpo_dist.training.mirror import Mirror
+    from dpo_dist.training.after_checkpoint import AfterCheckpoint
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Run:
     Attributes:
         stops: checked after every step; one rank's request stops all ranks.
         clock: time by kind of work since `began`, a time of `time.monotonic`.
-        mirror: copies a training run elsewhere, if `run.mirror` is set; on rank 0.
+        after_checkpoint: runs the command `run.after_checkpoint` of a training run; on rank 0.
         micro_batch_tokens: with `auto`, changed when the model's shape is known.
     """
 
@@ -74,7 +74,7 @@ class Run:
         self.micro_batch_tokens = usual if tokens == "auto" else tokens
         self.folder = RunFolder(config.run.path)
         self.stops = Stops(stop or StopRequest(), world)
-        self.mirror: Mirror | None = None
+        self.after_checkpoint: AfterCheckpoint | None = None
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
 
     def say(self, text: str) -> None:

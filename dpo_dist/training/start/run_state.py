@@ -23,11 +23,12 @@ from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, f
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import MEMO_FOLDER, write_json
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.files.manifest import find_damage
+from dpo_dist.model.files.manifest import MODEL_MANIFEST, find_damage
 
 Identity = dict[str, str | None]
 _DIGESTS = {
-    "description": "tokenizer, chat template, config.json or adapter that the policy starts from",
+    "description": "tokenizer, chat template, config.json, generation_config.json, processor or adapter that "
+    "the policy starts from",
     "model": "model that the policy starts from",
     "data": "training data",
     "eval_data": "evaluation data",
@@ -145,6 +146,8 @@ def model_damage(identity: RunIdentity, folder: RunFolder) -> list[str]:
     """Return what is missing of the model of a run, or is not as it was written; [] if nothing is."""
     if not any(folder.model.glob("*.safetensors")):
         return ["it has no weights"]
+    if not (folder.model / MODEL_MANIFEST).is_file():
+        return [f"{MODEL_MANIFEST} is missing"]
     return find_damage(folder.model, Path(identity.config.reference.store) / MEMO_FOLDER)
 
 

@@ -11,6 +11,7 @@ from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.load import load_run_config, saved_config, to_yaml
 from dpo_dist.config.named_code import code_warnings
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
@@ -133,6 +134,28 @@ def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -
         evaluated(f"run.dir={tmp_path}")
     [word] = shlex.split(raised.value.remedy.removeprefix(TRUST))
     assert word.startswith(f"{key}=")
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.reuses_config])
+def test_a_config_of_a_run_never_sets_a_command(verb: str, tmp_path: Path) -> None:
+    """No verb that reads one trains: the run is examined as if the command were not there."""
+    text = "model: {path: m}\ndata: {train: [a.jsonl]}\nreference: {mode: cached}\n"
+
+    def read(spelling: str) -> RunConfig:
+        (tmp_path / "config.yaml").write_text(text + spelling)
+        arguments = split_words([f"run.dir={tmp_path}"])
+        return load_run_config(arguments.words, verb=verb, saved=saved_values(arguments, verb))
+
+    config = read("run: {after_checkpoint: touch here}\n")
+    assert config.run.after_checkpoint is None
+    assert code_warnings(asdict(config)) == []
+    with pytest.raises(ConfigError, match="after_checkpoint"):
+        read("run.after_checkpoint: touch here\n")
+
+
+def test_a_command_is_announced_before_it_runs() -> None:
+    lines = code_warnings(asdict(load_run_config([*RUN, "run.after_checkpoint=touch here"])))
+    assert lines == ["warning: run.after_checkpoint=touch here: this shell command is run"]
 
 
 def test_data_with_readers_are_trusted_by_the_whole_list_and_stay_as_they_are(tmp_path: Path) -> None:

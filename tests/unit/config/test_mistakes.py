@@ -295,7 +295,6 @@ MISTYPED = [
     # A URL with one slash, or none.
     ("data.train=[gs:/bucket/pairs.jsonl]", "did you mean gs://bucket/pairs.jsonl?"),
     ("data.eval=[https:host/pairs.jsonl]", "did you mean https://host/pairs.jsonl?"),
-    ("run.mirror=s3:/bucket/runs", "did you mean s3://bucket/runs?"),
 ]
 
 

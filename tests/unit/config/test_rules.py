@@ -26,6 +26,7 @@ TERMS = "loss.terms=[{kind:sigmoid},{kind:%s}]"
 
 # The words of a command, and the first key that the error names.
 REFUSED = [
+    ("run.after_checkpoint=***", "run.after_checkpoint"),
     ("model.dtype=fp32 model.attention=varlen", "model.attention"),
     ("model.activation_offload=true", "model.activation_offload"),
     ("model.dtype=fp32 parallelism.reduce_in_float32=true", "parallelism.reduce_in_float32"),

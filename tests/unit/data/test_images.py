@@ -326,6 +326,7 @@ def exif(orientation: int) -> bytes:
 
 SMALL = picture(5, 40, 30)
 JPEG, WEBP, TIFF = (file_of(SMALL, kind) for kind in ("JPEG", "WEBP", "TIFF"))
+PROGRESSIVE = file_of(SMALL, "JPEG", progressive=True)
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
 WIDE_LINE = picture(6, 2000, 2)
 GOOD = {
@@ -344,8 +345,20 @@ GOOD = {
     "ycbcr": file_of(SMALL.convert("YCbCr"), "JPEG"),
     "lab": file_of(SMALL.convert("LAB"), "TIFF"),
     "thin": file_of(picture(6, 199, 1)),
+    "progressive jpeg": PROGRESSIVE,
+    # Marks of scans that are none: in a comment, and in what a telephone appends (a film).
+    "jpeg with a comment": PROGRESSIVE[:2] + b"\xff\xfe\x02\x02" + b"\xff\xda" * 256 + PROGRESSIVE[2:],
+    "jpeg with a film": PROGRESSIVE + b"\xff\xda" * 3000,
     **{f"turned {orientation}": exif(orientation) for orientation in range(1, 9)},
 }
+
+
+def with_scans(jpeg: bytes, number: int) -> bytes:
+    """Repeat the last scan of a JPEG file."""
+    end = jpeg.rindex(b"\xff\xd9")
+    return jpeg[:end] + jpeg[jpeg.rindex(b"\xff\xda") : end] * number + jpeg[end:]
+
+
 BAD = {
     "nothing": (b"", "image_unreadable"),
     "one byte": (b"x", "image_unreadable"),
@@ -378,6 +391,11 @@ BAD = {
     "long": (png(20_000, 20), "image_too_large"),
     "longest": (png(2**31 - 1, 1), "image_too_large"),
     "line": (file_of(WIDE_LINE), "image_too_large"),
+    "jpeg of many scans": (with_scans(PROGRESSIVE, 3000), "image_unreadable"),
+    "jpeg of many scans behind a comment": (
+        with_scans(PROGRESSIVE[:2] + b"\xff\xfe\x00\x04\xff\xd9" + PROGRESSIVE[2:], 3000),
+        "image_unreadable",
+    ),
     "no width": (png(0, 10), "image_unreadable"),
 }
 

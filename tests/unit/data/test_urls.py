@@ -1,6 +1,5 @@
 """Sources at URLs: files, patterns and folders; changes, damage and secrets; a web server and a bucket."""
 
-import asyncio
 import errno
 import functools
 import gzip
@@ -16,7 +15,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -345,9 +343,8 @@ def test_a_url_with_a_secret_is_refused_before_it_is_stored(url: str) -> None:
     "url", ["s3://", "s3:///x", "S3:///", "gs://", "https:///a.jsonl", "memory:///", "hf://"]
 )
 def test_a_url_without_a_bucket_or_host_is_refused(url: str) -> None:
-    for words in ([f"data.train=['{url}']"], ["data.train=[a]", f"run.mirror={url}"]):
-        with pytest.raises(ConfigError, match="names no bucket, host or folder"):
-            load_run_config(["model.path=m", *words])
+    with pytest.raises(ConfigError, match="names no bucket, host or folder"):
+        load_run_config(["model.path=m", f"data.train=['{url}']"])
 
 
 @pytest.mark.parametrize(
@@ -368,7 +365,7 @@ def test_faults_of_a_file_system_are_plain_and_hide_what_a_server_signed(
         "nothing is at": FileNotFoundError("b"),
     }
     for words, fault in faults.items():
-        with pytest.raises(DataError, match=words) as raised, remote_errors("s3://b", DataError):
+        with pytest.raises(DataError, match=words) as raised, remote_errors("s3://b"):
             raise fault
         assert not {word for word in ("SECRET1", "abcdefghijkl") if word in str(raised.value)}
 
@@ -387,23 +384,13 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 def test_a_bucket_is_asked_with_limits_and_with_the_own_settings_of_the_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In all a silent server gets the time that s3fs's five tries have, also one that is asked to expect."""
-
-    class Session:
-        async def send(self, request: Any) -> Any:
-            return request.headers
-
-    sessions = SimpleNamespace(AIOHTTPSession=Session)
-    for name in ("aiobotocore", "aiobotocore.httpsession"):
-        monkeypatch.setitem(sys.modules, name, sessions)
+    """In all a silent server gets the time that s3fs's five tries have."""
     own = {"config_kwargs": {"s3": {"addressing_style": "path"}, "connect_timeout": 3}}
     monkeypatch.setitem(fsspec.config.conf, "s3", own)
     with mock.patch.object(fsspec.core, "url_to_fs", return_value=(mock.Mock(), "")) as opened:
         open_file_system("s3://bucket/a")
     asked = opened.call_args.kwargs["config_kwargs"]
     assert asked.pop("read_timeout") * 5 <= 60
-    request = SimpleNamespace(headers={"Expect": "100-continue", "Host": "h"})
-    assert asyncio.run(asked.pop("http_session_cls")().send(request)) == {"Host": "h"}
     assert asked == {**own["config_kwargs"], "retries": {"total_max_attempts": 1}}
 
 
@@ -468,9 +455,6 @@ def test_a_server_that_accepts_and_is_silent_is_not_waited_for(monkeypatch: pyte
         started = time.monotonic()
         with pytest.raises(DataError, match="cannot be reached"):
             read("s3://bucket/a.jsonl")
-        system, _ = open_file_system("s3://bucket")
-        with pytest.raises(DataError, match="cannot be reached"), remote_errors("s3://bucket", DataError):
-            system.pipe_file("bucket/a", b"written")
         assert time.monotonic() - started < 30
     s3fs.S3FileSystem.clear_instance_cache()
 

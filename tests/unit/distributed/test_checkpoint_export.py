@@ -46,6 +46,7 @@ from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_packed, wi
 from dpo_dist.model.files.save import write_description, write_mean, write_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.digest import description_digest, digest_model
+from dpo_dist.reference.model_source import find_model
 from dpo_dist.tools.report.card import model_card
 from dpo_dist.training import export as checkpoint_export
 from dpo_dist.training.export import export_checkpoint
@@ -164,6 +165,16 @@ def test_an_adapter_needs_no_weights_of_its_base(base: Path, tmp_path: Path) -> 
     found = {name.removeprefix("base_model.model."): weight for name, weight in model.named_parameters()}
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_exported_adapter_names_its_base_which_no_other_replaces(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base")
+    config = run_of(folder, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
+    exported(config, tmp_path / "out")
+    find_model(str(tmp_path / "out"), config.model, tmp_path / "store", "compare.models")
+    write_model(folder, seed=1)
+    with pytest.raises(CheckpointError, match="base of this model is not the one"):
+        find_model(str(tmp_path / "out"), config.model, tmp_path / "store", "compare.models")
 
 
 def test_a_folder_with_other_weights_than_the_trained_ones_is_refused(base: Path, tmp_path: Path) -> None:

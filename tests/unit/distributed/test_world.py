@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.processes import failures
 from dpo_dist.distributed.processes import join as joined_module
 from dpo_dist.distributed.processes.failures import Reports, is_communication_error, watch_world
 from dpo_dist.distributed.processes.failures import _origin as origin_of
@@ -256,3 +257,28 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
 def test_what_a_system_says_of_a_connection_is_no_bug(text: str) -> None:
     assert is_communication_error(f"RuntimeError: {text}")
     assert not is_communication_error("RuntimeError: shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Connection closed by peer [10.0.0.2]:34567", "has lost a connection to another rank"),
+        ("writev [10.0.0.2]:34567: No route to host", "has lost a connection to another rank"),
+        ("Timed out waiting 1800000ms for recv operation", "waits in a different collective call"),
+    ],
+)
+def test_a_lost_connection_is_not_called_another_collective_call(
+    text: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks still pass the last barrier."""
+    monkeypatch.setattr(failures, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(failures, "FAREWELL_SECONDS", 0.0)
+    monkeypatch.setattr(dist, "monitored_barrier", lambda *_, **__: None)
+    record = SimpleNamespace(exit_code=None, report=lambda _: True, wait_for_all=lambda: None)
+    monkeypatch.setattr(failures, "FailureRecord", lambda _: record)
+    peers = tuple(replace(alone().peers[0], rank=rank, place=f"node {rank}") for rank in range(2))
+    world = replace(alone(), size=2, peers=peers, control=None)
+    error = failures.Watcher(world, Reports()).report_failure(RuntimeError(text))
+    assert error is not None
+    assert said in error.message
+    assert ("collective call" in error.message) == ("different" in said)

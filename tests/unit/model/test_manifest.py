@@ -64,8 +64,40 @@ def test_damage_is_named_and_the_model_is_not_read(
         open_speakers(str(written), None, print)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json", "tokenizer.model"),
+        *("model-00002-of-00002.safetensors", "model.safetensors.index.json", "modeling_own.py", "notes.txt"),
+        *("additional_chat_templates/other.jinja", "adapter_config.json", "generation_config.json.bak"),
+    ],
+)
+def test_a_file_that_was_added_is_named(name: str, written: Path) -> None:
+    """It may change what a loader makes of the others."""
+    (written / name).parent.mkdir(exist_ok=True)
+    (written / name).write_text("{}")
+    for with_weights in (True, False):
+        assert find_damage(written, None, with_weights=with_weights) == [f"{name} was added"]
+    with pytest.raises(CheckpointError, match="not as it was written") as refused:
+        check_undamaged(written, None)
+    assert "move added ones elsewhere" in refused.value.remedy
+    assert "delete" not in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"files": []}', b'{"files": {"config.json": 1}}', b"\xff"]
+)
+def test_a_damaged_manifest_is_damage_of_the_folder(content: bytes, written: Path, tmp_path: Path) -> None:
+    (written / MODEL_MANIFEST).write_bytes(content)
+    assert find_damage(written, None) == [f"{MODEL_MANIFEST} cannot be read"]
+    with pytest.raises(CheckpointError, match="not as it was written"):
+        digest_model(written, tmp_path)
+
+
 def test_files_that_people_edit_and_folders_of_others_pass(written: Path, tmp_path: Path) -> None:
-    for name in ("README.md", "generation_config.json", "notes.txt"):
+    pages = ("README.md", "LICENSE", "curves.png", "images/chart.svg")
+    for name in ("generation_config.json", *pages, ".gitattributes", ".cache/huggingface/x.json"):
+        (written / name).parent.mkdir(parents=True, exist_ok=True)
         (written / name).write_text("{}")
     check_undamaged(written, None)
     cut(written / "model.safetensors")

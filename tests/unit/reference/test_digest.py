@@ -1,23 +1,28 @@
 """What identifies a reference: digests of its files, its fingerprint, and the numerics of all ranks."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation import files as digest_module
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.model.files.folder import check_tokenizer_files
+from dpo_dist.model.files.folder import DESCRIPTIONS, TOKENIZER_FILES, check_tokenizer_files
 from dpo_dist.model.files.load import tokenizer_digest
 from dpo_dist.model.files.save import copy_tokenizer
 from dpo_dist.reference.digest import (
     Profile,
     check_same_numerics,
+    description_digest,
     digest_model,
     digest_on_every_node,
     model_label,
@@ -67,6 +72,64 @@ def test_a_digest_is_of_the_files_that_determine_the_function(model: Path, tmp_p
     assert digest_model(model).digest != before
 
 
+@pytest.mark.parametrize(
+    ("name", "is_described"),
+    [
+        *((name, True) for name in ("config.json", "generation_config.json", "tokenizer.json")),
+        *((name, True) for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")),
+        *((name, True) for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja")),
+        *((name, True) for name in ("preprocessor_config.json", "processor_config.json", "merges.txt")),
+        *((name, True) for name in ("video_preprocessor_config.json", "vocab.json", "emoji.json")),
+        *((name, False) for name in ("README.md", "model-1.safetensors", "consolidated.safetensors")),
+    ],
+)
+def test_a_description_has_what_is_read_or_copied_beside_the_weights(
+    name: str, is_described: bool, model: Path
+) -> None:
+    """Whether the file is changed or added."""
+    config = ModelConfig(path=str(model))
+    file = model / name
+    file.parent.mkdir(exist_ok=True)
+    seen = set()
+    for content in ("{}", "{ }", None):
+        if content is not None:
+            file.write_text(content)
+        elif name != "config.json":
+            file.unlink()
+        seen.add(description_digest(config, model, None))
+    contents = 2 if name == "config.json" else 3
+    assert len(seen) == (contents if is_described else 1)
+
+
+def test_a_description_has_the_tokenizer_of_an_adapter_and_its_weights(model: Path, tmp_path: Path) -> None:
+    config, adapter = ModelConfig(path=str(model)), tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+        (adapter / name).write_text("{}")
+    before = description_digest(config, model, adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+        (adapter / name).write_text("{ }")
+        assert description_digest(config, model, adapter) != before, name
+        (adapter / name).write_text("{}")
+    assert description_digest(config, model, adapter) == before
+
+
+def test_all_files_that_tokenizers_and_processors_of_transformers_name_are_described() -> None:
+    """The names in its own modules: a new version may read a file of another name."""
+    root = Path(transformers.__file__).parent
+    names = set()
+    for file in root.glob("models/*/tokenization_*.py"):
+        for table in re.findall(r"VOCAB_FILES_NAMES[^=]*= *{(.*?)}", file.read_text(), re.DOTALL):
+            names |= set(re.findall(r': *"([^"]+)"', table))
+    assert len(names) > 20
+    weights_or_pages = ("SAFE_WEIGHTS", "WEIGHTS_", "ADAPTER_", "MODEL_CARD", "TRANSFORMERS_")
+    for constant, name in vars(transformers.utils).items():
+        if constant.endswith(("_NAME", "_FILE")) and not constant.startswith(weights_or_pages):
+            names.add(name)
+    patterns = (*TOKENIZER_FILES, DESCRIPTIONS)
+    assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
+
+
 def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = digest_model(model, tmp_path / "memo").digest
     assert digest_model(model).digest == first
@@ -112,7 +175,7 @@ def test_a_hub_snapshot_is_labelled_with_its_commit(tmp_path: Path) -> None:
     assert model_label("./model", tmp_path / "model") == "./model"
 
 
-TOKENIZER_FILES = (
+OF_TOKENIZER = (
     "tokenizer.json tokenizer_config.json chat_template.jinja additional_chat_templates/tool_use.jinja "
     "vocab.json tokenization_own.py"
 )
@@ -137,7 +200,7 @@ def test_a_tokenizers_digest_is_of_the_files_that_decide_token_ids(model: Path) 
     digests = [tokenizer_digest(model)]
     (model / "model-1.safetensors").write_bytes(b"changed")
     assert tokenizer_digest(model) == digests[0]
-    for name in TOKENIZER_FILES.split():
+    for name in OF_TOKENIZER.split():
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_bytes(b"changed")
         assert tokenizer_digest(model) not in digests, name

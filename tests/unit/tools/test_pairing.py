@@ -358,7 +358,6 @@ def found(folder: Path, records: list[Any], *overrides: str) -> str:
     ("overrides", "said"),
     [
         (["run.resume=must"], "run.resume has no effect"),
-        (["run.mirror=elsewhere"], "run.mirror has no effect"),
         ([*DELTA, "model.revision=x"], "model.revision has no effect"),
         ([*SAMPLED, "sampling.temperature=0"], "every sample of a model is the same"),
         ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ConfigError, RunOutcome
+from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
@@ -93,11 +93,6 @@ def test_a_point_is_finished_if_its_run_is_complete_with_its_settings(tmp_path: 
     ):
         write_state(run, RunState(outcome, 3, identity))
         assert is_finished(config) is expected
-
-
-def test_points_have_no_common_mirror(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a mirror is for one run"):
-        sweep.check_points(points_in(tmp_path, "trainer.seed=range(2)", f"run.mirror={tmp_path}/mirror"))
 
 
 def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +35,11 @@ from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
+from dpo_dist.model.files.manifest import MODEL_MANIFEST, write_manifest
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.recorder import reporting
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
-from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
@@ -117,8 +117,17 @@ def step_of(found: Any) -> int:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.chdir(tmp_path)
     return RunFolder(tmp_path)
+
+
+def write_result(folder: RunFolder) -> None:
+    """Write a model with a manifest."""
+    folder.model.mkdir(parents=True)
+    save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
+    (folder.model / "config.json").write_text("{}")
+    write_manifest(folder.model, None)
 
 
 def recorder_of(run: Run) -> Recorder:
@@ -139,8 +148,7 @@ def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
     outcome: RunOutcome, resume: Resume, folder: RunFolder
 ) -> None:
     write_state(folder, state_of(outcome))
-    folder.model.mkdir()
-    save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
+    write_result(folder)
     assert find_start(run_in(folder.path, resume=resume)) == state_of(outcome)
 
 
@@ -151,6 +159,37 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
         find_start(run_in(folder.path))
     save_checkpoint(folder, 4)
     assert step_of(find_start(run_in(folder.path))) == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda model: (model / MODEL_MANIFEST).unlink(), f"{MODEL_MANIFEST} is missing"),
+        (lambda model: (model / MODEL_MANIFEST).write_text("{"), f"{MODEL_MANIFEST} cannot be read"),
+        (lambda model: save_file({"weight": torch.zeros(2)}, model / "model.safetensors"), "another content"),
+        (lambda model: (model / "config.json").write_text("{ }"), "config.json has another content"),
+        (lambda model: (model / "config.json").unlink(), "config.json is missing"),
+        (lambda model: (model / "added_tokens.json").write_text("{}"), "added_tokens.json was added"),
+        (lambda model: (model / "model.safetensors").unlink(), "it has no weights"),
+    ],
+)
+def test_a_complete_run_whose_model_is_not_as_it_was_written_writes_it_again(
+    damage: Callable[[Path], object], said: str, folder: RunFolder
+) -> None:
+    write_state(folder, state_of(RunOutcome.completed))
+    save_checkpoint(folder, 4)
+    write_result(folder)
+    assert find_start(run_in(folder.path)) == state_of(RunOutcome.completed)
+    damage(folder.model)
+    run = run_in(folder.path)
+    assert step_of(find_start(run)) == 4
+    (line,) = lines_of(run)
+    assert line.startswith(f"warning: {folder.model} is damaged and written again: ")
+    assert said in line
+    shutil.rmtree(folder.checkpoints)
+    with pytest.raises(CheckpointError, match="checkpoints are missing") as refused:
+        find_start(run_in(folder.path))
+    assert said in refused.value.got
 
 
 def test_a_dry_run_counts_checkpoints_as_a_start_does(folder: RunFolder) -> None:
@@ -191,13 +230,6 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
-
-
-def test_a_start_says_first_in_its_mirror_whose_it_is(folder: RunFolder, tmp_path: Path) -> None:
-    run = run_in(folder.path)
-    run.mirror = Mirror(str(tmp_path / "mirror"), folder, run.config.identity, 1, run.console)
-    record_start(run, {}, state_of(RunOutcome.started), write_page)
-    assert read_state(RunFolder(tmp_path / "mirror")) == state_of(RunOutcome.started)
 
 
 @pytest.mark.parametrize("step", [0, 4])
@@ -364,8 +396,7 @@ def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
     """A complete run of 8 steps."""
     folder = RunFolder(config.run.path)
     identity: dict[str, Any] = dict(config.identity.recorded)
-    folder.model.mkdir(parents=True)
-    save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
+    write_result(folder)
     folder.config.write_text(to_yaml(config))
     write_state(folder, RunState(RunOutcome.completed, 8, identity))
     if has_checkpoint:
