@@ -42,7 +42,7 @@ ELSEWHERE = {
     "config.rules": "resolve_reference rules_of without_evaluations",
     "config.run_folder": "checkpoint_step",
     "config.schema": """
-        KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights ImagesConfig
+        KIND_OF_STAGE SCHEMA ConsoleStyle ExportedWeights ImagesConfig
         OptimConfig TrackerName
     """,
     "config.verbs": "VERBS",
@@ -51,7 +51,6 @@ ELSEWHERE = {
     "encoded.build": "EncodingProgress no_progress",
     "encoded.dataset": "PromptImages",
     "encoded.workers": "in_order",
-    "model.attention.kernels": "check_kernel choose_backend",
     "model.exactness": "Agree",
     "model.files.folder": "check_tokenizer_files model_folder",
     "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
@@ -62,7 +61,6 @@ ELSEWHERE = {
     "reference.engine": "fault_agreement load_reference",
     "training.reporting.protocols": "Reporting",
     "training.start.dry_run": "start_in_words",
-    "training.start.environment": "PACKAGES package_versions",
     "training.start.inputs": "Inputs on_every_rank",
 }
 """What tools take from modules of the trainer themselves, by the module: this list may only shrink."""

@@ -62,7 +62,6 @@ MISTYPED = [
     ("export.method=delta", "did you mean pairs.method?"),
     ("json=true", "write --json"),
     ("--output json", "write --json"),
-    ("--shards 4", "write encode.part=1/4"),
     ("pairs.method=online", "write pairs.method=samples pairs.rounds=3"),
     ("plan.gpu=4090", "did you mean plan.gpu=rtx4090-24g?"),
     ("data.eval_share=20%", "write data.eval_share=0.2"),
