@@ -55,7 +55,6 @@ ELSEWHERE = {
     "model.files.folder": "check_tokenizer_files model_folder",
     "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
     "model.library_internals": "fill_conversions",
-    "model.lora": "adapter_off",
     "model.packed": "rope_limit",
     "objective.metrics": "PairValues",
     "reference.engine": "fault_agreement load_reference",
