@@ -41,7 +41,7 @@ def main() -> int:
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
     for title, verbs in (("train, and what a run needs", OWN), ("look at data, models and runs", tools)):
         lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
-    lines += ["", f"pages: {pages()}"]
+    lines += ["", f"pages: {pages()}; agents.md there is for coding agents"]
     if is_mistake:  # last, as the list fills a screen
         lines.append(f"\nthere is no verb {verb!r}; {_suggest(verb)}")
     print_line("\n".join(lines))

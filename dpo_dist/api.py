@@ -10,7 +10,7 @@ import faulthandler
 import json
 import random
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -53,20 +53,19 @@ from dpo_dist.reference.store import (
 )
 from dpo_dist.train import main as run_training
 from dpo_dist.training.reporting.metrics_log import stored_rows
-from dpo_dist.training.reporting.protocols import Moment, When, Wish
+from dpo_dist.training.reporting.protocols import Ask, StepDone
 
 __all__ = [
+    "Ask",
     "BatchFacts",
     "DataConfig",
     "Dtype",
     "LossConfig",
     "LossKind",
-    "Moment",
     "PairLogps",
     "RunConfig",
     "SourceConfig",
-    "When",
-    "Wish",
+    "StepDone",
     "implicit_rewards",
     "load_model",
     "load_run_config",
@@ -220,7 +219,7 @@ def train(
     train: Records | None = None,
     eval: Records | None = None,  # noqa: A002  (as the key data.eval)
     on_row: Callable[[dict[str, float]], bool | None] | None = None,
-    on_moment: Callable[[Moment], Collection[Wish] | None] | None = None,
+    on_step: Callable[[StepDone], Ask | None] | None = None,
 ) -> dict[str, Any]:
     """Train as the command `dpo-dist train` with these words does; return the run's summary.
 
@@ -235,10 +234,9 @@ def train(
         on_row: called on rank 0 with each metrics row, after the row is recorded. If it returns true, the run
             stops with a checkpoint, after the next step at the latest. If it raises, the run stops in the
             same way, and `train` raises the exception at the end.
-        on_moment: called on rank 0 at each `Moment` of the loop; returns what it asks of the step at hand, as
-            `Wish`es, or None: `log`, `evaluate` (with evaluation data), `save`, `stop`. All ranks do what it
-            asks. If it raises, the run stops after that step, as for `on_row`. Pass it on all ranks or on
-            none.
+        on_step: called on rank 0 after each step; returns what it asks for, or None: `Ask.log` (a row of
+            metrics), `Ask.save` (a checkpoint) or `Ask.stop`. All ranks do what it asks. If it raises, the
+            run stops after that step, as for `on_row`.
 
     Returns:
         The content of summary.json, and `run_dir`. `exit` is `completed` or `preempted`; `stopped_by` has
@@ -264,12 +262,9 @@ def train(
     faults = list[Exception]()
     request = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
 
-    def wishes(moment: Moment) -> set[Wish]:
-        return set(map(Wish, (on_moment and on_moment(moment)) or ()))
-
     followers = (
         _caught(on_row, faults, request, True),
-        _caught(on_moment and wishes, faults, request, {Wish.stop}),
+        _caught(on_step, faults, request, Ask.stop),
     )
     with as_guest():
         run_training(config, *followers, request)

@@ -3,7 +3,7 @@
 Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids) and `dpo_dist.foundation`.
 
 - **A verb**: `extension.py` in a tool's folder has an `Extension`, with `Verb`s, keys and `Rule`s; `unused`,
-  `unused_beside`, `LOSS`, `to_unset` and `HOLD_OUT` make rules and remedies, `needs_of` and `check_rules`
+  `unused_beside`, `LOSS` and `to_unset` make rules and remedies, `needs_of` and `check_rules`
   check them. `run_verb` runs a verb with its configuration, `checked_console` and `check_start` check what it
   needs, `dry_run` answers `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
@@ -18,7 +18,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   checkpoint, `checkpoint_as_model` exports it. `locate_model` finds what a user calls a model, `short_name`
   names it.
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
-  `CUSTOM`, `TERMS` and `LOSS_METRICS`; `best_direction` and `likely_metric` are for names that users write.
+  `CUSTOM`, `TERMS` and `LOSS_METRICS`.
   Names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts.
 - **A run on disk**: `RunHistory` has what it wrote, with a `MetricsRow` for each step and evaluation.
   `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` sums rows up.
@@ -73,12 +73,9 @@ if TYPE_CHECKING:
     )
     from dpo_dist.config.mistakes import fits
     from dpo_dist.config.rules import (
-        HOLD_OUT,
         LOSS,
         Rule,
-        best_direction,
         check_rules,
-        likely_metric,
         needs_of,
         unused,
         unused_beside,
@@ -166,7 +163,7 @@ _NAMES = {
     """,
     "config.mistakes": "fits",
     "config.rules": """
-        HOLD_OUT LOSS Rule best_direction check_rules likely_metric needs_of unused unused_beside value_at
+        LOSS Rule check_rules needs_of unused unused_beside value_at
     """,
     "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
     "config.schema": """

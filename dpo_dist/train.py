@@ -23,12 +23,12 @@ from dpo_dist.training.start.preflight import check_start, checked_console
 def main(
     config: RunConfig,
     on_row: Callable[[dict[str, float]], bool | None] | None = None,
-    on_moment: Callable[[Any], Any] | None = None,
+    on_step: Callable[[Any], Any] | None = None,
     stop: StopRequest | None = None,
 ) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
-    `on_row`, `on_moment`: see `api.train`; an exception that they raise ends the run at once.
+    `on_row`, `on_step`: see `api.train`; an exception that they raise ends the run at once.
     """
     check_rules(config, needs_of("train"))
     stop = stop or StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
@@ -38,7 +38,7 @@ def main(
         from dpo_dist.training.run import train  # noqa: PLC0415
 
         reporting = hook("reporting") or Reporting
-        return train(config, console, stop, reporting(on_row, on_moment))
+        return train(config, console, stop, reporting(on_row, on_step))
 
 
 def check(config: RunConfig) -> CheckReport:

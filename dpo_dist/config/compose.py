@@ -482,8 +482,7 @@ def _remedy_for_several(override: Override) -> str:
     if override.is_delete():
         return f"write {key}=VALUE, or leave the word out"
     if override.is_interval_sweep():
-        listed = f"list its values for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
-        return f"{listed}; or let it search: add sweep.trials=20 sweep.by=eval_rewards/accuracies"
+        return f"list its values for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
     remedy = f"write {key}=VALUE with one value"
     word = assignment(key, f"[{value}]")
     if word:

@@ -157,12 +157,6 @@ def _instead_of_form(text: str) -> str | None:
         if list_key in run_keys():
             return to_assign(list_key, value)
         return unknown_key(list_key, value).remedy
-    # A distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
-    called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", text)
-    if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
-        interval = f"interval({called[3].strip()},{called[4].strip()})"
-        drawn = f"tag(log, {interval})" if "log" in called[2] else interval
-        return to_write(f"{called[1]}={drawn}")
     # A package of Hydra: `loss@x=ipo`.
     is_package = "@" in text.partition("=")[0]
     return "remove @ and the word after it: write loss=ipo" if is_package else None
@@ -622,8 +616,7 @@ def _instead_of_phrase(key: str, value: str) -> str | None:
         return None
     if all(map(str.isdecimal, ends.groups())):
         return f"the verb sweep takes '{key}=range({ends[1]},{int(ends[2]) + 1})', without its end"
-    searched = "sweep.trials=20 sweep.by=eval_rewards/accuracies"
-    return f"the verb sweep searches '{key}=interval({ends[1]},{ends[2]})' with {searched}"
+    return f"the verb sweep takes a list of values: {key}={ends[1]},{ends[2]}"
 
 
 def _with_choice(key: str, choice: str, values: Mapping[str, Any]) -> str:

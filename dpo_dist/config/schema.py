@@ -439,14 +439,6 @@ class ExportConfig:
 
 
 @schema
-class EncodeConfig:
-    """The share of the data that one `dpo-dist encode` of several encodes."""
-
-    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
-    """The part of the data to encode, in an array of N jobs; the job that finds all parts joins them."""
-
-
-@schema
 class EvaluationConfig:
     """The models and pairs that `dpo-dist evaluate` scores."""
 
@@ -478,7 +470,7 @@ class RunConfig:
 
     run: FolderConfig = section(FolderConfig, free=True, verbs=EVERY_VERB)
     model: ModelConfig = section(ModelConfig, verbs=EVERY_VERB)
-    data: DataConfig = section(DataConfig, verbs="train precompute encode evaluate")
+    data: DataConfig = section(DataConfig, verbs="train precompute evaluate")
     loss: LossConfig = section(LossConfig, verbs="train evaluate")
     reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
     teacher: TeacherConfig = section(TeacherConfig, verbs="train precompute evaluate")
@@ -488,7 +480,6 @@ class RunConfig:
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
-    encode: EncodeConfig = section(EncodeConfig, free=True, verbs="encode")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
 

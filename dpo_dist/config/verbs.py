@@ -15,13 +15,6 @@ OWN = {
         (*_RUN, "reference.mode"),
         reuses_config=True,
     ),
-    "encode": Verb(
-        "dpo_dist.verbs.encode",
-        "encode the data of a run on CPUs, alone or by an array of jobs",
-        _RUN,
-        reuses_config=True,
-        is_one_process=True,
-    ),
     "export": Verb(
         "dpo_dist.verbs.export",
         "write a checkpoint as a model folder; merge an adapter; average models",
@@ -41,12 +34,6 @@ OWN = {
     "store": Verb(
         "dpo_dist.verbs.store",
         "list, verify and clean a store of reference log-probs",
-        is_configured=False,
-        is_one_process=True,
-    ),
-    "agent-docs": Verb(
-        "dpo_dist.verbs.agent_docs",
-        "print the page for coding agents: commands, exit codes, JSON",
         is_configured=False,
         is_one_process=True,
     ),

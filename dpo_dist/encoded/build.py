@@ -151,18 +151,14 @@ class Preparation:
             parts.append(number)
         return parts
 
-    def join(
-        self, planned: Sequence[PlannedSource], parts: Sequence[int], share: Share = EVERY_PART
-    ) -> tuple[EncodedSource, ...] | None:
-        """Join the parts of each source; return the encoded sources, or None while others encode their share.
+    def join(self, planned: Sequence[PlannedSource], parts: Sequence[int]) -> tuple[EncodedSource, ...]:
+        """Join the parts of each source, after all shares are encoded; return the encoded sources.
 
-        Raises DataError: of every part that this process has encoded, one is damaged.
+        Raises DataError if a part is missing or damaged.
         """
         numbers = zip(planned, parts, strict=True)
         joined = [each.is_encoded or join_parts(each.target, number) for each, number in numbers]
         if not all(joined):
-            if share != EVERY_PART:
-                return None
             raise DataError(
                 "parts of the encoded data are missing or damaged, or images have changed",
                 where=f"data.cache: {self.config.cache}",
@@ -177,9 +173,7 @@ class Preparation:
     def whole(self) -> tuple[EncodedSource, ...]:
         """Return the encoded sources, all by this process and those that it starts."""
         planned = self.plan()
-        encoded = self.join(planned, self.encode(planned))
-        assert encoded is not None, "of every part"
-        return encoded
+        return self.join(planned, self.encode(planned))
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         """Write the missing parts of this share of a source; return the number of all its parts."""

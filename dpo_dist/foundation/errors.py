@@ -281,7 +281,7 @@ def disk_error(error: BaseException) -> ConfigError | None:
     )
 
 
-_EXTRAS = {**dict.fromkeys(("datasketch", "py3langid", "scipy", "sklearn"), "tools"), "optuna": "search"}
+_EXTRAS = dict.fromkeys(("datasketch", "py3langid", "scipy", "sklearn"), "tools")
 """Extras of packages, by the names that Python imports."""
 
 
@@ -338,10 +338,8 @@ _EXPLAINED = "--help explains the arguments"
 class Arguments(argparse.ArgumentParser):
     """An argument parser whose errors are printed like all errors of the user; all programs take `--json`."""
 
-    def __init__(self, *args: Any, answers: Mapping[str, str] | None = None, **options: Any) -> None:
-        """`answers`: what to write in place of options that other programs have."""
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._answers = answers or {}
         text = "print the result or the error as one JSON document, and progress to standard error"
         self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
@@ -353,9 +351,7 @@ class Arguments(argparse.ArgumentParser):
             return options
         option = unknown[0].partition("=")[0]
         near = get_close_matches(option, re.findall(r"--[\w-]+", self.format_help()), 1, _SIMILAR_OPTION)
-        remedy: str = self._answers.get(option) or _EXPLAINED
-        if near and option not in self._answers:
-            remedy = f"did you mean {near[0]}?"
+        remedy = f"did you mean {near[0]}?" if near else _EXPLAINED
         raise self._refused(f"unrecognized arguments: {' '.join(unknown)}", remedy)
 
     def error(self, message: str) -> NoReturn:

@@ -64,10 +64,6 @@ class StopRequest:
         self.reason = self.reason or reason
         self._is_urgent = True
 
-    def ask_after_step(self, reason: str) -> None:
-        """Stop after the step at hand, its rows and its evaluation."""
-        self.reason = self.reason or reason
-
     def vote(self) -> bool:
         """Return whether this rank wants to stop after the step just done."""
         self._steps_left -= 1

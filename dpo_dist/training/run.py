@@ -65,7 +65,7 @@ from dpo_dist.training.reference import (
     reference_without_store,
 )
 from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_latest_rows
-from dpo_dist.training.reporting.protocols import Reporting, When
+from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
@@ -81,7 +81,7 @@ from dpo_dist.training.start.run_state import (
     read_state,
     write_state,
 )
-from dpo_dist.training.steps.loop import Loop, Watch
+from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
@@ -255,7 +255,6 @@ def _set_up(
         assert isinstance(engine, FrozenEngine)
         reference_sync = ReferenceSync(engine, policy, config.loss.sync_reference, world)
         sharded.append(reference_sync)
-    watch = Watch(reporting.on_moment, run, inputs.sampler, policy)
     command = None
     if world.is_main and config.run.after_checkpoint is not None:
         command = AfterCheckpoint(config.run.after_checkpoint, run.folder, run.console)
@@ -264,7 +263,6 @@ def _set_up(
 
     def committed(step: int) -> None:
         write_state(run.folder, replace(state, step=step))
-        watch.call(When.saved, step)
         if command is not None:
             command.start(run.folder.checkpoint(step), checkpoints.end_deleting)
 
@@ -335,7 +333,7 @@ def _set_up(
         peak=peak,
         recorder=_open_recorder(run, position, reporting),
         samples=samples,
-        watch=watch,
+        on_step=reporting.on_step,
         reference_sync=reference_sync,
         checkpoints=checkpoints,
         identity=state.identity,

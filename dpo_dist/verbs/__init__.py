@@ -1,1 +1,1 @@
-"""The verbs of a run other than `train`: precompute, evaluate, export, encode, store, launch."""
+"""The verbs of a run other than `train`: precompute, evaluate, export, store, launch."""

@@ -112,9 +112,15 @@ def from_memory(variables: dict[str, str], data: Path, words: list[str], said: P
     assert api.read_summary(folder)["steps"] == 2, "the evaluation of step 2 waits"
     stopped = api.train(words, train=train, eval=Dataset.from_list(held_out), on_row=stop_at_4)
     assert [stopped[key] for key in ("exit", "stopped_by", "run_dir")] == ["preempted", "on_row", folder]
-    moments: list[api.Moment] = []
-    done = api.train(words, train=train, eval=held_out, on_row=rows.append, on_moment=moments.append)
-    assert {moment.when for moment in moments} == {*api.When}
+    steps: list[tuple[int, int]] = []
+    done = api.train(
+        words,
+        train=train,
+        eval=held_out,
+        on_row=rows.append,
+        on_step=lambda step: steps.append((step.step, step.steps)),
+    )
+    assert steps[-1] == (7, 7)
     assert (done["exit"], done["steps"]) == ("completed", 7)
     said.write_text(json.dumps(rows))
 

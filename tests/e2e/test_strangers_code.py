@@ -12,7 +12,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest
 from dpo_dist.model.files.manifest import write_manifest
 from dpo_dist.reference.digest import description_digest
-from dpo_dist.tools.chat.speakers import open_speakers
+from dpo_dist.tools.chat.conversation import open_conversation
 from tests.e2e.conftest import small_run
 from tests.support.launch import run_verb, train
 from tests.support.own_code import ship_code
@@ -31,7 +31,6 @@ TRUSTS, REFUSED, ASKED = "model.trust_remote_code=true", "names Python code", "a
 COMMANDS = [
     ("chat", [RUN], REFUSED),
     ("chat", [CHECKPOINT], REFUSED),
-    ("chat", ["{assets}/model", "--beside", RUN], REFUSED),
     ("compare", [f"compare.models=[{{assets}}/model,{RUN}]", *COMPARE], REFUSED),
     ("compare", [f"compare.models=[{{assets}}/model,{CHECKPOINT}]", *COMPARE], REFUSED),
     ("doctor", [f"run.dir={RUN}"], ASKED),
@@ -86,7 +85,7 @@ def test_no_verb_takes_code_from_a_run_folder(
 def test_a_command_may_trust_the_code_as_the_error_says(at: Path) -> None:
     for location in (MODEL, CHECKPOINT):
         with pytest.raises(ConfigError) as refused:
-            open_speakers(location.format(at=at), None, print)
+            open_conversation(location.format(at=at), print)
         assert refused.value.remedy.endswith(TRUSTS)
     assert not (at / "trace").exists()
     ended = run_verb("chat", [CHECKPOINT.format(at=at), TRUSTS])

@@ -1,4 +1,4 @@
-"""A sweep by its command line: a grid and a search across kills, with points that fail or are stopped."""
+"""A sweep by its command line: a grid across kills, with points that fail or are stopped."""
 
 import json
 import os
@@ -6,11 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-import pytest
-
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.files import locked
-from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import load_points
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
@@ -85,74 +82,13 @@ class _Ended:
         return True
 
 
-def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_points_have_processes_of_a_launcher_and_an_array_divides_them(assets: Path, tmp_path: Path) -> None:
     common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
     root = tmp_path / "root"
     launcher = f"{sys.executable} -m dpo_dist launch --config_file launch/accelerate/cpu_2.yaml"
     command = [*common, f"run.root={root}", "trainer.seed=range(3)", f"sweep.launcher='{launcher}'"]
-    array = {"ID": "6", "MIN": "4", "MAX": "8", "STEP": "2", "COUNT": "3"}  # --array=4-8:2
-    for name, value in array.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    ended = run_verb("sweep", command, prepare=fork_python)
+    ended = run_verb("sweep", [*command, "sweep.part=2/3"], prepare=fork_python)
     assert ended.code == 0, ended.output
     results = json.loads((root / "sweep-run/sweep.json").read_text())["points"]
     assert [row["outcome"] for row in results] == ["not trained", "completed", "not trained"]
     assert summary(Path(results[1]["run_dir"]))["world_size"] == 2
-    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "1")  # --array=4,6,8
-    irregular = run_verb("sweep", command)
-    assert irregular.code == 2
-    assert "--array=0-2" in irregular.output
-
-
-def test_a_search_survives_kills_and_stops_a_bad_point(assets: Path, tmp_path: Path) -> None:
-    optuna = pytest.importorskip("optuna")
-    root = tmp_path / "root"
-    common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
-    common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=20", "trainer.eval_every=4"]
-    file = tmp_path / "space.yaml"
-    file.write_text("optim.lr: tag(log, interval(1e-5,1e-3))\n")
-    common += ["trainer.save_every=4", "trainer.keep_last=30"]
-    command = [*common, str(file), f"run.root={root}", "sweep.by=eval_loss"]
-    folder = SweepFolder(root / "sweep-run")
-    assert "check passed" in run_verb("sweep", [*command, "sweep.trials=8", "--check"]).output
-
-    def begun() -> list[Path]:
-        files = sorted(
-            root.glob("run-*/checkpoints/step-000004/state.json"), key=lambda path: path.stat().st_mtime
-        )
-        return [file.parents[2] for file in files]
-
-    for count in (1, 2):  # the second start continues the first trial
-        with running("sweep", [*command, "sweep.trials=8"], tmp_path / f"killed-{count}.txt") as process:
-            wait_until(lambda wanted=count: len(begun()) == wanted, process)
-            process.kill()
-            wait_until(lambda: run_state(begun()[-1])["outcome"] == "preempted", _Ended(process.screen))
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder.study)))
-    study = optuna.load_study(study_name=None, storage=storage)
-    first, second = study.trials
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "RUNNING"]
-    assert run_state(begun()[0])["outcome"] == "completed"
-    found = dict.fromkeys(range(4, 80, 4), 1e-3)
-    for _ in range(5):  # much better ones, of somebody else
-        more = {"distributions": first.distributions, "intermediate_values": found, "value": 1e-3}
-        study.add_trial(optuna.trial.create_trial(params=first.params, **more))
-    ended = run_verb("sweep", [*command, "sweep.trials=8"])
-    assert ended.code == 0, ended.output
-    trials = study.get_trials()
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", *["COMPLETE"] * 5, "PRUNED"]
-    assert (trials[0], trials[1].params) == (first, second.params), "told once; the same values"
-    lines = [row for row in history(begun()[0]) if "eval_loss" in row and row["step"] > 0]
-    assert first.intermediate_values == {row["step"]: row["eval_loss"] for row in lines}
-    assert first.value == lines[-1]["eval_loss"]
-    assert len(begun()) == 3
-    stopped = run_state(begun()[2])
-    assert (stopped["outcome"], stopped["step"] < 80) == ("preempted", True), "stopped as by a signal"
-    assert ended.output.count("is worse than the median of other trials") == 2
-    results = json.loads(folder.sweep.read_text())
-    assert [point["outcome"] for point in results["points"]] == ["completed", "pruned", "pruned"]
-    assert results["search"]["trials"] == {"completed": 6, "pruned": 2}
-    assert "Search: loss" in folder.report.read_text()
-    computed = [summary(run)["reference"]["computed"] for run in begun()]
-    assert (computed[0] > 0, computed[2]) == (True, 0), "one pass of the reference"

@@ -38,7 +38,9 @@ def test_the_wheel_trains_reports_and_lists_its_presets(assets: Path, tmp_path: 
     presets = run(verb, "train", "--help")
     assert "simpo" in presets
     assert "qwen7b" in presets
-    assert run(verb, "agent-docs").startswith("# For coding agents")
+    agents = re.search(r"pages: (.*);", run(verb, "--help"))
+    assert agents is not None
+    assert Path(agents[1], "agents.md").read_text().startswith("# For coding agents")
     assert "demo_warmup" not in presets
     page = re.search(r"\((.*/docs/scaling\.md)\)", run(verb, "train", "--help", "trainer.prefix_tree"))
     assert page is not None

@@ -180,13 +180,8 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
     assert summary(tmp_path / run)["verdict"]["findings"] == []
     assert "r: 16" in (tmp_path / run / "model/README.md").read_text(encoding="utf-8")
 
-    _, question, _, _, verb, *words = (
-        piping  # echo QUESTION | dpo-dist chat RUN --beside base --temperature 0
-    )
-    ours, base = says(VERBS[verb].module, words, tmp_path, f"{question}\n").splitlines()
-    assert ours.startswith(f"captain: {RULE}")
-    assert base.startswith("base: ")
-    assert RULE not in base
+    _, question, _, _, verb, *words = piping  # echo QUESTION | dpo-dist chat RUN --temperature 0
+    assert says(VERBS[verb].module, words, tmp_path, f"{question}\n").startswith(RULE)
 
     ended = run_verb(exporting[0], exporting[1:], cwd=tmp_path)
     assert ended.code == 0, ended.output

@@ -108,12 +108,11 @@ def test_several_mistakes_lack_what_each_of_them_lacks() -> None:
     [
         ("--outptu page.html", "did you mean --output?"),
         ("--outptu=page.html", "did you mean --output?"),
-        ("--question x", "ask by a pipe"),
         ("--nonsense", "--help explains the arguments"),
     ],
 )
 def test_an_unknown_option_of_a_tool_names_the_one_that_was_meant(typed: str, remedy: str) -> None:
-    parser = Arguments(prog="tool", answers={"--question": "ask by a pipe"})
+    parser = Arguments(prog="tool")
     parser.add_argument("--output")
     with pytest.raises(ConfigError, match="unrecognized arguments: --") as caught:
         parser.parse_args(typed.split())

@@ -13,17 +13,17 @@ pytestmark = pytest.mark.slow
 
 KIT = "dpo_dist.kit"
 NAMES = """
-    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE HOLD_OUT LOSS
+    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE LOSS
     LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column Direction Dtype
     Engine Extension Footprint LossConfig LossKind MetricsRow ModelConfig ModelSource NotFiniteError
     Offload OptimizerKind PackedCausalLM ParallelismKind PathBelow PreferenceDataset ReferenceConfig
     ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
-    best_direction bootstrap_intervals can_mix_lengths check_groups check_rules check_shapes
+    bootstrap_intervals can_mix_lengths check_groups check_rules check_shapes
     check_start check_writable checked_console checkpoint_as_model complete_config context_length
     count_trained description_folder digest_model dry_run evaluation_cells existing_run extend
     final_and_best find_files find_metric find_model find_stop_ids find_stored finite fits
     has_products hub_commit image_inputs in_chunks is_checkpoint is_collapsed joined_run kinds_using
-    likely_metric load_config load_encoder load_run_config local_model_folder locate_model
+    load_config load_encoder load_run_config local_model_folder locate_model
     logps_by_side loss_kinds loss_unit matmul_peak merge_adapter needs_of packed_logps
     parse_overrides policy_without_weights prepare_data results_name return_memory run_keys run_verb
     saved_by_tree short_name stored_pairs strip_key teacher_without_weights to_unset to_yaml train
@@ -42,7 +42,7 @@ ELSEWHERE = {
     "config.rules": "resolve_reference rules_of without_evaluations",
     "config.run_folder": "checkpoint_step",
     "config.schema": """
-        KIND_OF_STAGE SCHEMA AttentionBackend ConsoleStyle ExportedWeights ImagesConfig
+        KIND_OF_STAGE SCHEMA ConsoleStyle ExportedWeights ImagesConfig
         OptimConfig TrackerName
     """,
     "config.verbs": "VERBS",
@@ -51,18 +51,15 @@ ELSEWHERE = {
     "encoded.build": "EncodingProgress no_progress",
     "encoded.dataset": "PromptImages",
     "encoded.workers": "in_order",
-    "model.attention.kernels": "check_kernel choose_backend",
     "model.exactness": "Agree",
     "model.files.folder": "check_tokenizer_files model_folder",
     "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
     "model.library_internals": "fill_conversions",
-    "model.lora": "adapter_off",
     "model.packed": "rope_limit",
     "objective.metrics": "PairValues",
     "reference.engine": "fault_agreement load_reference",
     "training.reporting.protocols": "Reporting",
     "training.start.dry_run": "start_in_words",
-    "training.start.environment": "PACKAGES package_versions",
     "training.start.inputs": "Inputs on_every_rank",
 }
 """What tools take from modules of the trainer themselves, by the module: this list may only shrink."""

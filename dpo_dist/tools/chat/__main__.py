@@ -10,17 +10,17 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after
-from dpo_dist.foundation.streams import print_line, print_result
+from dpo_dist.foundation.streams import print_line
 from dpo_dist.kit import locate_model, strip_key
 
 if TYPE_CHECKING:
     from dpo_dist.data import ImageFile
-    from dpo_dist.tools.chat.speakers import Speaker
+    from dpo_dist.tools.chat.conversation import Conversation
 
 _TRUST = "model.trust_remote_code=true"
 _NEW, _IMAGE = "/new", "/image"
@@ -32,17 +32,12 @@ _HINT = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    how_to_ask = "a question is a line of standard input: echo QUESTION | dpo-dist chat RUN"
-    answers = dict.fromkeys(("--prompt", "--question", "--message", "--input", "-p"), how_to_ask)
-    answers |= dict.fromkeys(("--model", "--run", "-m"), "name the model alone: dpo-dist chat RUN")
-    parser = Arguments(prog="dpo-dist chat", description=__doc__, answers=answers)
+    parser = Arguments(prog="dpo-dist chat", description=__doc__)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
-    second = "a second model that answers too; `base`: the base of the adapter or run"
-    parser.add_argument("--beside", metavar="MODEL", help=second)
     usual = "default: as in the model's generation_config.json"
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512, or what is left")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
-    meaning = "run Python code from the folders of these models: read it first"
+    meaning = "run Python code from the model's folder: read it first"
     parser.add_argument("trust", nargs="?", choices=[_TRUST], metavar=_TRUST, help=meaning)
     options = parser.parse_args(arguments)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
@@ -50,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 <= (options.temperature or 0) < math.inf:
         parser.error(f"--temperature is a number of at least 0, not {options.temperature}")
     location = locate_model(strip_key(options.model), "RUN")
-    beside = options.beside if options.beside in (None, "base") else locate_model(options.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
     sampling = {}
     if options.temperature is not None:
@@ -58,32 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sampling = {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
     with warnings_off():
         # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
-        from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
+        from dpo_dist.tools.chat.conversation import open_conversation  # noqa: PLC0415
 
-        speakers = open_speakers(location, beside, _say, options.trust is not None)
-        _converse(speakers, options.max_new_tokens, sampling)
+        conversation = open_conversation(location, _say, options.trust is not None)
+        conversation.sampling = sampling
+        conversation.max_new_tokens = options.max_new_tokens
+        _converse(conversation)
     return ExitCode.completed
 
 
-def _converse(speakers: "Sequence[Speaker]", max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
-    """Let all speakers answer each question, with the images that come before it."""
-    from dpo_dist.tools.chat.speakers import open_images  # noqa: PLC0415  (as above)
-
+def _converse(conversation: "Conversation") -> None:
+    """Answer each question, with the images that come before it."""
     images: list[ImageFile] = []
     for question in _questions():
         command, *paths = question.split(maxsplit=1)
         if command == _IMAGE:
-            images += open_images("".join(paths), speakers, _say)
+            images += conversation.open_images("".join(paths))
             continue
-        for speaker in speakers:
-            if question == _NEW:
-                speaker.turns = ()
-                speaker.images = ()
-                continue
-            if len(speakers) > 1:
-                print_result(f"{speaker.name}: ")
+        if question == _NEW:
+            conversation.begin()
+        else:
             try:
-                speaker.answer(question, images, max_new_tokens, sampling, _say)
+                conversation.answer(question, images)
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise

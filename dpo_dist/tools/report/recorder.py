@@ -142,4 +142,4 @@ reporting = partial(
     write_page=write_page,
     write_report=write_report,
 )
-"""Everything that reports on a run: it takes the user's `on_row` and `on_moment`."""
+"""Everything that reports on a run: it takes the user's `on_row` and `on_step`."""

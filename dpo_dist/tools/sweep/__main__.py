@@ -1,11 +1,9 @@
 """Train each point of a grid: `dpo-dist sweep +experiment=qwen7b loss.beta=0.05,0.1`.
 
 Takes the arguments of `train`, with several values for some keys, in Hydra's words: 0.1,0.2 or range(1,4) or
-choice(a,b). The same command again resumes interrupted points and skips finished ones. In a SLURM array each
-job trains a part of the points. launch/README.md explains the table at the end.
-
-With sweep.trials=20 sweep.by=eval_rewards/accuracies, optuna chooses 20 points for which this metric is good,
-also between two numbers: optim.lr=tag(log, interval(1e-7,1e-5)).
+choice(a,b). Points train one after another, each on all GPUs. The same command again resumes interrupted
+points and skips finished ones. sweep.part=3/8 trains the third of eight parts, such as one job of a SLURM
+array. launch/README.md explains the table at the end.
 """
 
 from dpo_dist.foundation.signals import end_at_signals
@@ -20,11 +18,10 @@ from pathlib import Path
 
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
-from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunFolder, check_start, run_verb
-from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
-from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
+from dpo_dist.tools.sweep.points import Points, load_points
+from dpo_dist.tools.sweep.training import PointTrainer, is_finished, warm_up
 
 
 def main(points: Points) -> int:
@@ -36,30 +33,21 @@ def main(points: Points) -> int:
         warm_up()
         from dpo_dist.tools.sweep.results import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
 
-        if isinstance(points, SearchSpace):
-            from dpo_dist.tools.sweep.search import Search  # noqa: PLC0415  (an extra)
-
-            with locked(folder.lock, "searches here", "wait until it ends, or set another run.name"):
-                search = Search(points, folder, console)
-                is_stopped = search.run(search.waiting())
-                facts_of_search = search.facts()
-            pool: Pool = search
-        else:
-            job, jobs = _place_in_array()
-            points_of_job = list(points)[job::jobs]
-            unfinished = [words for words in points_of_job if not is_finished(points[words])]
-            share = "" if jobs == 1 else f", {len(points_of_job):,} of them for this job of the array"
-            count = len(points_of_job) - len(unfinished)
-            console.say(f"sweep: {len(points):,} points{share}, {count:,} finished")
-            pool = Pool(points, folder, console, first.section_of(SweepConfig))
-            is_stopped = pool.run(iter(unfinished))
-            facts_of_search = {}
-        results = sweep_results(pool.points, pool.ends, folder, facts_of_search)
-        lines = [*sweep_lines(results, pool.points, folder.report), f"sweep   {folder.sweep}"]
+        settings = first.section_of(SweepConfig)
+        index, parts = settings.share
+        points_of_part = list(points)[index::parts]
+        unfinished = [words for words in points_of_part if not is_finished(points[words])]
+        share = "" if parts == 1 else f", {len(points_of_part):,} of them in part {settings.part}"
+        count = len(points_of_part) - len(unfinished)
+        console.say(f"sweep: {len(points):,} points{share}, {count:,} finished")
+        trainer = PointTrainer(points, folder, console, settings.launcher)
+        is_stopped = trainer.run(unfinished)
+        results = sweep_results(points, trainer.ends, folder)
+        lines = [*sweep_lines(results, points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
             lines.append("stopped: the same command continues with the points that are not finished")
         console.result("sweep", results, lines)
-    codes = list(pool.codes.values())
+    codes = list(trainer.codes.values())
     faults = [code for code in codes if code not in (ExitCode.completed, ExitCode.preempted)]
     if faults and not is_stopped:
         return faults[0] if faults[0] in set(ExitCode) else ExitCode.failed
@@ -73,10 +61,8 @@ def check_points(points: Points) -> None:
             "a sweep starts the processes of its points itself",
             where="accelerate launch",
             got=f"{os.environ['WORLD_SIZE']} processes",
-            remedy="start one process: dpo-dist sweep ...; with sweep.parallel=1 each point has all GPUs",
+            remedy="start one process: dpo-dist sweep ...; each point has all GPUs",
         )
-    if isinstance(points, SearchSpace):
-        import optuna  # noqa: F401, PLC0415  (an extra: said before anything is loaded)
     mistakes = list[DpoDistError]()
     for config in points.values():
         try:
@@ -84,20 +70,6 @@ def check_points(points: Points) -> None:
         except DpoDistError as error:
             mistakes.append(error)
     raise_all(mistakes)
-
-
-def _place_in_array() -> tuple[int, int]:
-    """Return this job's index in its SLURM array, and the number of jobs; (0, 1) without an array."""
-    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
-    job, first, last, step, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in names)
-    if (last - first) // step + 1 != jobs:
-        raise ConfigError(
-            "the array's job numbers are not regular, so the points cannot be divided among the jobs",
-            where="sbatch --array",
-            got=f"{jobs} jobs from {first} to {last} in steps of {step}",
-            remedy=f"submit it again with --array=0-{jobs - 1}",
-        )
-    return (job - first) // step, jobs
 
 
 def check(points: Points) -> CheckReport:

@@ -8,15 +8,17 @@ from dpo_dist.kit import Extension, Verb
 class SweepConfig:
     """How the points of a sweep are run."""
 
-    parallel: int | None = key(None, ge=1)
-    """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
+    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
+    """The part of the points that this job trains, in an array of N jobs."""
     launcher: NonEmpty | None = key(None)
     """Command before `-m dpo_dist train` that starts the processes of a point; null:
     `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
-    trials: int | None = key(None, ge=1, le=1000)
-    """Points to train of a search, which samples the swept values by optuna; null: train all combinations."""
-    by: NonEmpty | None = key(None)
-    """Metric that a search improves, in the last evaluation of a run: `eval_rewards/accuracies`."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Index of this job's part, from 0, and the number of parts."""
+        number, parts = map(int, self.part.split("/"))
+        return number - 1, parts
 
 
 EXTENSION = Extension(

@@ -10,8 +10,6 @@ class SweepFolder(RunFolder):
 
     sweep = PathBelow("sweep.json")
     """The results of a sweep, in its folder."""
-    study = PathBelow("study.journal")
-    """The trials of a search, which optuna reads; in the sweep's folder."""
 
     def point_screen(self, run: RunFolder) -> Path:
         """Return the file with what a point of the sweep in this folder would print on the screen."""

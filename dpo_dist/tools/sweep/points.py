@@ -1,15 +1,15 @@
 """The points of a sweep: several values for a key, in Hydra's grammar, and all their combinations."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from functools import partial
 from itertools import chain, product
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias
 
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -22,17 +22,13 @@ from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write
 from dpo_dist.foundation.text import first_few
 from dpo_dist.foundation.user_code import find_function
 from dpo_dist.kit import (
-    ACCURACIES,
     FAILURES,
-    LOSS_METRICS,
-    PREFIX,
     RunConfig,
     fits,
     parse_overrides,
     run_keys,
     value_at,
 )
-from dpo_dist.tools.sweep.extension import SweepConfig
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
 """The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
@@ -42,19 +38,10 @@ _SWEEP_IN_FILE = re.compile(r"(choice|float|int|interval|range|shuffle|sort|tag)
 
 
 class Dimension(NamedTuple):
-    """The values of a swept key: `texts`, or in a search also the numbers between two `ends`."""
+    """The values of a swept key."""
 
     key: str
     texts: Sequence[str]
-    ends: tuple[float, float] | None = None
-    is_log: bool = False
-
-
-class SearchSpace(Points):
-    """The points at the ends of a search's dimensions; `load` returns the configuration of any other."""
-
-    dimensions: Sequence[Dimension]
-    load: Callable[[Sequence[str]], RunConfig]
 
 
 def point_settings(words: Iterable[str], config: RunConfig) -> dict[str, Any]:
@@ -75,7 +62,6 @@ def load_points(
     """Return the checked configuration of each point of a sweep: all combinations of the swept overrides.
 
     Swept overrides follow Hydra's grammar: `loss.beta=0.1,0.2`, `trainer.seed=range(3)`, `loss=choice(ipo)`.
-    With `sweep.trials` also `optim.lr=tag(log, interval(1e-7,1e-5))`, and the points are a `SearchSpace`.
 
     Raises:
         ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
@@ -94,8 +80,8 @@ def load_points(
             fixed.append(word)
     values = _values(command(fixed))
     words = [*words, *(word for word in _swept_in_files(values) if word.partition("=")[0] not in keys)]
-    points = Points() if OmegaConf.select(values, "sweep.trials") is None else SearchSpace()
-    dimensions = _dimensions(words, folders, all_mistakes, searches=isinstance(points, SearchSpace))
+    points = Points()
+    dimensions = _dimensions(words, folders, all_mistakes)
     choices = []
     for word in words:
         dimension = dimensions.get(word)
@@ -129,10 +115,7 @@ def load_points(
     if () in points:
         remedy = "write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train"
         all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
-    raise_all([*all_mistakes, *_mistakes_of_search(points, dimensions.values())])
-    if isinstance(points, SearchSpace):
-        points.dimensions = list(dimensions.values())
-        points.load = lambda sampled: load_command(command([*fixed, *sampled]), "sweep")
+    raise_all(all_mistakes)
     return points
 
 
@@ -152,23 +135,13 @@ def _swept_in_files(values: Any) -> Iterator[str]:
             yield f"{key}={value}"
 
 
-def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iterator[ConfigError]:
-    """Yield an error if a search compares losses of different kinds or scales."""
-    by = next((str(config.section_of(SweepConfig).by) for config in points.values()), "")
-    keys = [each.key for each in dimensions if each.key.partition(".")[0] == "loss"]
-    if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
-        remedy = f"set sweep.by=eval_{ACCURACIES[0]}, or give {', '.join(keys)} one value"
-        message = "this metric cannot be compared between the losses of this search"
-        yield ConfigError(message, where="sweep.by", got=by, remedy=remedy)
-
-
 def _dimensions(
-    words: Sequence[str], folders: Sequence[Path], before: Iterable[DpoDistError], *, searches: bool
+    words: Sequence[str], folders: Sequence[Path], before: Iterable[DpoDistError]
 ) -> dict[str, Dimension]:
     """Return the values of each swept word.
 
     Raises:
-        ConfigError: they cannot be listed, or in a search sampled; also the mistakes found `before`.
+        ConfigError: they cannot be listed; also the mistakes found `before`.
     """
     dimensions = dict[str, Dimension]()
     counts = dict[str, float]()
@@ -178,57 +151,31 @@ def _dimensions(
         word = str(override.input_line)
         message = ""
         remedy = ""
-        got = ""
-        where: str = Typed(word)
-        if override.is_interval_sweep() and not searches:
+        if override.is_interval_sweep():
             message = "an interval has no points to train"
-            where = f"{key}, sweep.trials"
-            got = f"{word.partition('=')[2]}, null"
-            remedy = to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
-            remedy += f" for a search, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
+            remedy = f"list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif override.is_sweep_override():
             try:
                 counts[word], dimensions[word] = _dimension(override)
             except (ArithmeticError, ValueError, HydraException):
                 message = "this range has no values"
-                remedy = "write range(3), range(0,9,3) or interval(0,1)"
-                sweep = override.value()
-                if isinstance(sweep, IntervalSweep):
-                    message = "this interval cannot be sampled"
-                    remedy = _samplable(key, word.partition("=")[2], sweep)
+                remedy = "write range(3) or range(0,9,3)"
         elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
             remedy = to_write(f"{key}={','.join(names_chosen(override))}")
         if message:
-            mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
+            mistakes.append(ConfigError(message, where=Typed(word), remedy=remedy))
     if mistakes:
         raise_all([*mistakes, *before])
     count = prod(counts.values())
     if count > _MOST_POINTS:
-        remedy = "sweep fewer values, or divide them among several sweeps"
-        if searches:
-            remedy = "write interval(LOW,HIGH) for a long range, or search fewer values"
         raise ConfigError(
             f"a sweep has at most {_MOST_POINTS:,} points",
             where=COMMAND_LINE,
             got=f"{' '.join(word for word, values in counts.items() if values > 1)}: {count:,.0f}",
-            remedy=remedy,
+            remedy="sweep fewer values, or divide them among several sweeps",
         )
     return dimensions
-
-
-def _samplable(key: str, text: str, interval: IntervalSweep) -> str:
-    """Return the remedy for an interval that cannot be sampled."""
-    low = float(interval.start or 0)
-    high = float(interval.end or 0)
-    if interval.tags - {"log"}:
-        return "the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)"
-    if low > high:
-        turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", text.replace(" ", ""))
-        return to_write(f"{key}={turned}", verb="the smaller number comes first: write")
-    low = high / 100 if high > 0 else 1e-7
-    word = f"{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))"
-    return to_write(word, verb="log needs numbers above 0: write")
 
 
 def _dimension(override: Override) -> tuple[float, Dimension]:
@@ -239,15 +186,6 @@ def _dimension(override: Override) -> tuple[float, Dimension]:
     """
     key = override.get_key_element()
     sweep = override.value()
-    if isinstance(sweep, IntervalSweep):
-        low = float(sweep.start or 0)
-        high = float(sweep.end or 0)
-        if low > high or sweep.tags - {"log"} or (sweep.tags and low <= 0):
-            raise ValueError
-        hint = run_keys().get(override.key_or_group)
-        is_whole = {int, float} & {hint, *get_args(hint)} == {int} and low.is_integer() and high.is_integer()
-        ends = (int(low), int(high)) if is_whole else (low, high)
-        return 2, Dimension(key, list(dict.fromkeys(map(repr, ends))), ends, bool(sweep.tags))
     count = 0.0
     if isinstance(sweep, RangeSweep):
         start, stop, step = (Decimal(each or 0) for each in (sweep.start, sweep.stop, sweep.step))

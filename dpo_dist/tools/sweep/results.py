@@ -1,37 +1,28 @@
 """Collect the results of a sweep: outcomes and final metrics of its points, as JSON and as lines."""
 
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
-from dpo_dist.foundation.text import number
-from dpo_dist.kit import ALL, MAIN, PREFIX, RunConfig, RunFolder, find_metric
-from dpo_dist.tools.pages.charts import Line, chart
+from dpo_dist.kit import ALL, MAIN, PREFIX, RunConfig, RunFolder
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.sweep.figure import figure_charts, figures, write_figure
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, point_settings
-from dpo_dist.tools.sweep.pool import ELSEWHERE
+from dpo_dist.tools.sweep.training import ELSEWHERE
 
 _NOT_TRAINED = "not trained"
 _FIGURE = "sweep"  # the name of the figure's files, beside sweep.json
 End = tuple[str, str]  # a point's outcome and error
 
 
-def sweep_results(
-    points: Points, ends: Mapping[tuple[str, ...], End], folder: SweepFolder, search: Mapping[str, Any]
-) -> dict[str, Any]:
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: SweepFolder) -> dict[str, Any]:
     """Write sweep.json, and return its content; `ends` has the points that this start has run."""
     rows = [_point(words, config, ends.get(words, ("", "")), folder) for words, config in points.items()]
-    results: dict[str, Any] = {"points": rows}
-    if search:
-        results["search"] = search
+    results = {"points": rows}
     write_json(folder.sweep, results)
     return results
 
@@ -66,7 +57,6 @@ def _values_of(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have started; return its table, and lines about the others."""
-    search = results.get("search")
     runs = list[RunFolder]()
     settings = list[dict[str, str]]()
     for words, config in points.items():
@@ -74,20 +64,17 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
         if run.state.is_file():
             runs.append(run)
             settings.append(dict(word.lstrip("+").split("=", 1) for word in words))
-    charts = [_search_chart(search)] if search else []
-    plots = [] if search else figures(results["points"])
+    plots = figures(results["points"])
     has_page = len(runs) > 1
     lines = list[str]()
     if has_page:
-        lines = ["", *compare_runs(runs, page, charts, figure_charts(plots), settings), ""]
+        lines = ["", *compare_runs(runs, page, [], figure_charts(plots), settings), ""]
     for row, point in zip(results["points"], points, strict=True):
         text = " ".join(word.lstrip("+") for word in point) + f": {row['outcome']}"
         if "error" in row:
             lines.append(f"{text}: {row['error']} ({row['screen']})")
         elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
             lines.append(text)
-    if search and search["best"]:
-        lines.append(_best_trial(search))
     if plots:
         svg = page.with_name(f"{_FIGURE}.svg")
         png = svg.with_suffix(".png")
@@ -96,22 +83,3 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
     if has_page:
         lines.append(f"report  {page}")
     return lines
-
-
-def _best_trial(search: Mapping[str, Any]) -> str:
-    best = search["best"]
-    settings = " ".join(f"{key}={value}" for key, value in best["settings"].items())
-    line = f"best    {settings}: {search['by']} {number(best['value'])}"
-    ties = list(search["values"].values()).count(best["value"])
-    return f"{line}, one of {ties} trials with this value" if ties > 1 else line
-
-
-def _search_chart(search: Mapping[str, Any]) -> Markup:
-    """Return a chart of the values of a search's completed trials."""
-    trials = list(search["values"])
-    values = list(search["values"].values())
-    better = min if search["is_lowest_best"] else max
-    best = list(accumulate(values, better))
-    lines = [Line("best so far", "smooth", trials, best), Line("trial", "evaluation", trials, values)]
-    title = find_metric(search["by"].removeprefix(PREFIX)).title
-    return chart(f"Search: {title}", lines, over="trial")

@@ -1,6 +1,6 @@
 """Interfaces of what follows a run: the verb `train` passes them in, so that training imports no tools."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -25,43 +25,25 @@ class Samples(Protocol):
         """Write the responses after `step` and return their metrics; `is_last`: the run ends after it."""
 
 
-class When(StrEnum):
-    """A point of the training loop at which a function of the user is called, on rank 0.
-
-    `start`: before the first step of this start. `before_step`, `after_step`: around the update of the
-    weights. `recorded`: the rows of a step, or of its evaluation, are written. `epoch_end`: after the rows of
-    a step that ends an epoch. `saved`: a checkpoint is committed, at times a few steps later.
-    """
-
-    start = "start"
-    before_step = "before_step"
-    after_step = "after_step"
-    recorded = "recorded"
-    epoch_end = "epoch_end"
-    saved = "saved"
-
-
-class Wish(StrEnum):
-    """What such a function asks of the step at hand: a row, an evaluation, a checkpoint, to be the last."""
+class Ask(StrEnum):
+    """What a function of the user asks for after a step: a metrics row, a checkpoint, or the end."""
 
     log = "log"
-    evaluate = "evaluate"
     save = "save"
     stop = "stop"
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A point of the loop, and where the run is; at `saved`, where it was when it saved."""
+class StepDone:
+    """A step after its update of the weights, and where the run is."""
 
-    when: When
     step: int  # steps done
     steps: int  # of the run
     epoch: float  # epochs done
     policy: Engine
 
 
-OnMoment = Callable[[Moment], Collection[Wish]]
+OnStep = Callable[[StepDone], Ask | None]
 OnRow = Callable[[MetricsRow], bool | None]
 """Called with each metrics row after it is recorded; if it returns true, the run stops."""
 
@@ -74,14 +56,14 @@ def _plain_end(folder: RunFolder, _rows: list[MetricsRow], summary: Fields) -> t
 class Reporting:
     """Functions that report on a run beside its metrics and trackers: by themselves they add nothing.
 
-    `on_moment`, which follows the loop, is there on all ranks or on none. `prepare_samples` is called on all
-    ranks, before a model is loaded, the others on rank 0. `check_row` gets the evaluations so far, and
-    returns the next row with what it says of the row's samples. `closing_verdict` returns what the summary
-    gets, and lines about it; `write_report`, called when the summary is written, returns lines, too.
+    `prepare_samples` is called on all ranks, before a model is loaded, the others on rank 0. `check_row` gets
+    the evaluations so far, and returns the next row with what it says of the row's samples. `closing_verdict`
+    returns what the summary gets, and lines about it; `write_report`, called when the summary is written,
+    returns lines, too.
     """
 
     on_row: OnRow | None = None
-    on_moment: OnMoment | None = None
+    on_step: OnStep | None = None
     prepare_samples: Callable[[Run, Inputs, int], Samples | None] = lambda *_: None
     sent_samples: Callable[[RunConfig], int] = lambda _: 0  # texts that may go to a server
     check_row: Callable[[Run, list[MetricsRow], MetricsRow], MetricsRow] = lambda _run, _rows, row: row

@@ -313,9 +313,7 @@ def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSour
     if not all(each.is_encoded for each in planned):
         check_shared(world, Path(preparation.config.cache), "data.cache")
     parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
-    encoded = world.on_main(lambda: preparation.join(planned, parts))
-    assert encoded is not None, "of every part"
-    return encoded
+    return world.on_main(lambda: preparation.join(planned, parts))
 
 
 class Policy(NamedTuple):

@@ -8,7 +8,7 @@ no update whose gradient norm is not finite, and the norm is the same on all ran
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,20 +16,19 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX, is_evaluation
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.zero import Engine, PolicyEngine
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.console import TRAINING, Console
 from dpo_dist.foundation.signals import BY_CALLBACK
 from dpo_dist.foundation.text import duration, percent_of, size
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.reporting.protocols import Moment, OnMoment, Samples, When, Wish
+from dpo_dist.training.reporting.protocols import Ask, OnStep, Samples, StepDone
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
@@ -59,35 +58,6 @@ _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
 
 
 @dataclass(frozen=True)
-class Watch:
-    """The function that follows a run, or None on all ranks."""
-
-    on_moment: OnMoment | None
-    run: Run
-    sampler: BatchSampler
-    policy: Engine
-
-    def call(self, when: When, step: int) -> Collection[Wish]:
-        """Call the function after `step` steps, on rank 0, and return what it asks for; not collective."""
-        if self.on_moment is None or not self.run.world.is_main:
-            return ()
-        epoch = self.sampler.epoch(step - 1)
-        wishes = self.on_moment(Moment(when, step, self.sampler.steps, epoch, self.policy))
-        if Wish.stop in wishes:
-            self.run.stops.request.ask_after_step(BY_CALLBACK)
-        return wishes
-
-    def call_together(self, when: When, step: int) -> Collection[Wish]:
-        """Call the function as `call` does, and return what it asks for on all ranks; collective."""
-        return () if self.on_moment is None else self.run.world.on_main(lambda: self.call(when, step))
-
-    def ends_epoch(self, step: int) -> bool:
-        """Return whether step number `step`, from 1, ends an epoch, or the run."""
-        before, after = (self.sampler.epoch(number - 1) for number in (step - 1, step))
-        return int(before) < int(after) or step == self.sampler.steps
-
-
-@dataclass(frozen=True)
 class Loop:
     """Trains one run and records its rows; `training.run` builds the parts."""
 
@@ -101,7 +71,7 @@ class Loop:
     peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
-    watch: Watch
+    on_step: OnStep | None  # of the user, called on rank 0
     reference_sync: ReferenceSync | None  # None unless the reference follows the policy
     checkpoints: CheckpointSaver
     identity: Identity  # digests of the run's inputs, written to every checkpoint
@@ -119,7 +89,6 @@ class Loop:
         position.evaluation_is_due |= eval_set is not None and position.step == 0
         must_stop = False
         trainer = self.run.config.trainer
-        every = {Wish.log: trainer.log_every, Wish.evaluate: trainer.eval_every}
         unit = self.run.config.loss.unit
         progress = Progress(self.run.console, steps, self.peak, self.run.world.device, unit)
         # A signal only notes that a stop is wanted. The ranks agree on it in the sum that ends a step
@@ -129,7 +98,6 @@ class Loop:
             self.run.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self.watch.call(When.start, position.step)
             if self._evaluate(position):
                 self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
@@ -138,25 +106,21 @@ class Loop:
                 self._say_why_it_stops(position)
             while not (must_stop or position.evaluation_is_due or self.is_over(position)):
                 with self.run.clock.measure("training"):
-                    must_stop, wishes = self._step(position, ready_steps, progress)
-                # What is due after the step, or wished for; each row may bring further wishes.
+                    asked = self._step(position, ready_steps, progress)
                 done = position.step
                 is_at_end = done == steps
-                for wish, each in every.items():
-                    if is_at_end or _is_due(done, each):
-                        wishes.add(wish)
-                if _is_due(done, trainer.save_every):
-                    wishes.add(Wish.save)
-                wishes = self._report(position, wishes)
-                if self.watch.ends_epoch(done):
-                    asked = {*self.watch.call_together(When.epoch_end, done)} - wishes
-                    wishes |= self._report(position, asked)
-                must_stop |= Wish.stop in wishes
+                must_stop = Ask.stop in asked
+                if Ask.log in asked or is_at_end or _is_due(done, trainer.log_every):
+                    self.record_steps(position)
+                if eval_set is not None and (is_at_end or _is_due(done, trainer.eval_every)):
+                    position.evaluation_is_due = True
+                    self._evaluate(position)
                 is_over = self.is_over(position)
                 if position.evaluation_is_due or (must_stop and not is_over):
                     self._say_why_it_stops(position)
                 is_last = is_over or must_stop or position.evaluation_is_due
-                if is_last or position.best_step == position.step or Wish.save in wishes:
+                must_save = Ask.save in asked or _is_due(done, trainer.save_every)
+                if is_last or must_save or position.best_step == done:
                     self._save(position, is_last=is_last)
         # The last checkpoint may still be with its background thread.
         with self.run.clock.measure("saving"):
@@ -168,18 +132,6 @@ class Loop:
             self._say_why_it_stops(position)
             return False
         return is_done
-
-    def _report(self, position: Position, wishes: Collection[Wish]) -> set[Wish]:
-        """Record a row of steps and evaluate, as `wishes` say; return them with those that the rows bring."""
-        every = {*wishes}
-        if Wish.log in every:
-            self.record_steps(position)
-            every |= {*self.watch.call_together(When.recorded, position.step)}
-        if Wish.evaluate in every and self.inputs.eval_set is not None:
-            position.evaluation_is_due = True
-            if self._evaluate(position):
-                every |= {*self.watch.call_together(When.recorded, position.step)}
-        return every
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
@@ -201,15 +153,12 @@ class Loop:
             rank_batch = self.run.shard(self.inputs.train_set, sampler.indices(step), self.costs)
             yield self.objective.ready_step(rank_batch, self.run.world.device)
 
-    def _step(
-        self, position: Position, ready_steps: Iterator[ReadyStep], progress: "Progress"
-    ) -> tuple[bool, set[Wish]]:
-        """Train one step, advance `position`, and return whether a rank asked to stop, and all wishes.
+    def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: "Progress") -> set[Ask]:
+        """Train one step, advance `position`, and return what the ranks ask for after it.
 
         Only DeepSpeed's update and `reduce_step` make the host wait for the device.
         """
         # The step: next batch, forward and backward, update, and one sum of metrics and votes over the ranks.
-        before = self.watch.call(When.before_step, position.step)
         world = self.run.world
         clock = StepClock(self.run.world.device)
         clock.enter("data")
@@ -221,13 +170,18 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        wishes = {*before, *self.watch.call(When.after_step, position.step + 1)}
-        votes = [self.run.stops.request.vote(), self.checkpoints.is_written, self.policy.has_lost_gradients]
-        votes += [wish in wishes for wish in self._votes]
-        totals = reduce_step(sums, votes, norm, world)
+        asked = self._ask_user(position.step)
+        votes = {
+            Ask.stop: self.run.stops.request.vote(),
+            Ask.log: asked is Ask.log,
+            Ask.save: asked is Ask.save,
+        }
+        facts = (self.checkpoints.is_written, self.policy.has_lost_gradients)
+        totals = reduce_step(sums, [*facts, *votes.values()], norm, world)
         if self.policy_starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
-        stop_votes, writers, lost, *wish_votes = totals.votes
+        writers, lost, *counts = totals.votes
+        asked_for = {ask for ask, count in zip(votes, counts, strict=True) if count}
         # Committing is collective, so it waits for the step at which every rank's files are written.
         if writers == world.size:
             clock.enter("checkpoint")
@@ -267,7 +221,7 @@ class Loop:
             self._say_skipped(ready, totals, position, overflow=overflow)
         else:
             position.window.add(measures)
-            progress.add(position.step, measures, must_stop=stop_votes > 0)
+            progress.add(position.step, measures, must_stop=Ask.stop in asked_for)
         # All ranks have the same totals, so all raise the same error here.
         error = divergence_error(totals, position, self.inputs.sampler.steps, self.run.folder)
         if error is not None:
@@ -275,12 +229,17 @@ class Loop:
             self.record_steps(position)
             self.checkpoints.commit()
             raise error
-        return stop_votes > 0, {wish for wish, votes in zip(self._votes, wish_votes, strict=True) if votes}
+        return asked_for
 
-    @property
-    def _votes(self) -> Collection[Wish]:
-        """The wishes on which the ranks vote after a step."""
-        return () if self.watch.on_moment is None else tuple(Wish)
+    def _ask_user(self, step: int) -> Ask | None:
+        """Call the user's function after the update of step number `step`, from 0; on rank 0."""
+        if self.on_step is None or not self.run.world.is_main:
+            return None
+        sampler = self.inputs.sampler
+        asked = self.on_step(StepDone(step + 1, sampler.steps, sampler.epoch(step), self.policy))
+        if asked is Ask.stop:
+            self.run.stops.request.ask(BY_CALLBACK)
+        return asked
 
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool

@@ -46,7 +46,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
         *("doctor/doctor.json", "doctor/doctor.html"),
         *("pairs", "pairs/pairs.jsonl", "pairs/samples.jsonl", "pairs/parts"),
         *("pairs/judgements.jsonl", "pairs/agreement.json"),
-        *("sweep.json", "study.journal"),
+        "sweep.json",
         *("rounds", "rounds/config.yaml", "rounds/rounds.json", "round.json", "policy"),
     }
 

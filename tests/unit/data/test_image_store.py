@@ -129,7 +129,7 @@ def test_parts_are_joined_with_each_image_once_and_a_changed_image_is_read_again
     assert one.encode(planned) == parts
     assert expanded.call_count == 1, "the part with the changed image"
     paint(tmp_path, c=3)
-    [made] = one.join(planned, one.encode(planned)) or ()
+    [made] = one.join(planned, one.encode(planned))
     assert [row["content"] for row in made.images().to_pylist()] == [
         row["content"] for row in whole.images().to_pylist()
     ]

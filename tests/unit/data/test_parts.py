@@ -72,7 +72,7 @@ def whole(source: SourceConfig, cache: Path) -> list[str]:
     with mock.patch.object(build, "PART_RECORDS", 1000):
         one = preparation(source, cache)
         planned = one.plan()
-        [made] = one.join(planned, one.encode(planned)) or ()
+        [made] = one.join(planned, one.encode(planned))
     return records_of(made)
 
 
@@ -96,9 +96,7 @@ def test_shares_of_parts_make_the_file_of_one_part(count: int, ranks: int, tmp_p
     for rank in reversed(range(ranks)):
         parts = one.encode(planned, (rank, ranks))
         assert parts == [-(-count // PART)]
-        made = one.join(planned, parts, (rank, ranks))
-        assert (made is None) == (rank > 0 and count > 0)
-    assert made
+    made = one.join(planned, parts)
     assert records_of(made[0]) == whole(source, tmp_path / "whole")
     assert parts_in(tmp_path) == []
     assert [each.is_encoded for each in one.plan()] == [True]
@@ -197,7 +195,8 @@ def test_joins_exclude_each_other_also_after_one_that_found_a_part_missing(tmp_p
     planned = one.plan()
     parts, lock = one.encode(planned, (0, 2)), planned[0].target.file.with_suffix(".lock")
     with lock.open("a") as waiting:
-        assert one.join(planned, parts, (0, 2)) is None
+        with pytest.raises(DataError, match="missing or damaged"):
+            one.join(planned, parts)
         fcntl.flock(waiting, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="joins"), locked(lock, "joins"):
             pass

@@ -16,7 +16,7 @@ from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.generation import NotFiniteError, WrongGenerationError
-from dpo_dist.tools.chat.speakers import Speaker
+from dpo_dist.tools.chat.conversation import Conversation
 from dpo_dist.tools.report.samples import RunSamples, SamplePrompt
 from dpo_dist.tools.sampling.generate import Request, generate
 from dpo_dist.tools.sampling.respond import Responder, respond
@@ -144,9 +144,9 @@ def test_pairs_and_chat_name_a_model_that_generates_wrongly() -> None:
     with pytest.raises(ConfigError, match="does not generate rightly") as raised:
         respond([record], responder, samples, GREEDY, range(1))
     assert (raised.value.where, "rwkv" in raised.value.got) == ("my_model", True)
-    speaker = Speaker("run", responder, model, ModelConfig("unused"))
+    conversation = Conversation("run", responder, model, print, max_new_tokens=4)
     with pytest.raises(ConfigError, match="does not generate rightly") as raised:
-        speaker.answer("What is 2+2?", (), 4, {}, print)
+        conversation.answer("What is 2+2?", ())
     assert (raised.value.where, "rwkv" in raised.value.got) == ("run", True)
 
 
@@ -183,19 +183,19 @@ def test_a_long_prompt_does_not_change_the_frequencies_of_others(rope: str) -> N
     assert generate(model, asked[::-1], sampling, STOPS, 10**6) == alone[::-1]
 
 
-def speaker_of(model: Any) -> Speaker:
+def conversation_with(model: Any) -> Conversation:
     tokenizer, source = tiny.qwen(), SimpleNamespace(name="my_model")
     responder = Responder(source, tokenizer, WIDE, frozenset([tokenizer.eos_token_id]), None)  # type: ignore[arg-type]
-    return Speaker("run", responder, model, ModelConfig("unused"))
+    return Conversation("run", responder, model, print)
 
 
 def test_a_conversation_keeps_the_sampling_settings_of_the_models_folder() -> None:
     model = tiny_causal_lm(tiny_config("llama", len(tiny.qwen())))
     settings = {"do_sample": True, "top_k": 7, "repetition_penalty": 1.3, "max_new_tokens": 3}
     model.generation_config.update(**settings)
-    speaker = speaker_of(model)
+    conversation = conversation_with(model)
     for _ in range(2):
-        speaker.answer("What is 2+2?", (), None, {}, print)
+        conversation.answer("What is 2+2?", ())
         assert model.generation_config.to_dict().items() >= settings.items()
 
 
@@ -204,4 +204,4 @@ def test_a_conversation_names_a_model_whose_logits_are_no_numbers() -> None:
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(ConfigError, match="not finite"):
-        speaker_of(model).answer("What is 2+2?", (), 4, {}, print)
+        conversation_with(model).answer("What is 2+2?", ())

@@ -11,7 +11,7 @@ from dpo_dist.foundation.errors import CheckpointError, DpoDistError
 from dpo_dist.model.files.manifest import MODEL_MANIFEST, check_undamaged, find_damage, write_manifest
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.model_source import find_model
-from dpo_dist.tools.chat.speakers import open_speakers
+from dpo_dist.tools.chat.conversation import open_conversation
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
@@ -61,7 +61,7 @@ def test_damage_is_named_and_the_model_is_not_read(
     with pytest.raises(CheckpointError, match="not as it was written"):
         digest_model(written, tmp_path)
     with pytest.raises(DpoDistError):
-        open_speakers(str(written), None, print)
+        open_conversation(str(written), print)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_an_adapter_on_another_base_is_refused_and_on_a_copy_it_is_not(tmp_path:
         find_model(str(adapter), config, store, "compare.models")
     assert (str(base), str(adapter)) == tuple(refused.value.where.split(", as the base of "))
     with pytest.raises(CheckpointError, match="base of this model is not the one"):
-        open_speakers(str(adapter), None, print)
+        open_conversation(str(adapter), print)

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.chat import __main__ as chat
-from dpo_dist.tools.chat.speakers import open_speakers
+from dpo_dist.tools.chat.conversation import open_conversation
 from dpo_dist.training.export import checkpoint_as_model
 
 
@@ -41,6 +41,6 @@ def test_a_damaged_or_missing_configuration_is_a_plain_error(tmp_path: Path, con
         (tmp_path / "config.yaml").write_bytes(content)
     for folder in (checkpoint, model):
         with pytest.raises(ConfigError):
-            open_speakers(str(folder), None, print)
+            open_conversation(str(folder), print)
     with pytest.raises(ConfigError):
         checkpoint_as_model(checkpoint, tmp_path / "written", print)

@@ -25,7 +25,7 @@ from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.reference.model_source import find_model
-from dpo_dist.tools.chat.speakers import open_images, open_speakers
+from dpo_dist.tools.chat.conversation import open_conversation
 from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
 from dpo_dist.tools.doctor.extension import DoctorConfig
@@ -269,22 +269,22 @@ def test_verbs_read_records_with_images_and_drop_those_whose_file_is_missing(fol
 
 def test_images_for_a_chat_are_read_or_one_line_says_why_not(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    [speaker] = open_speakers(str(folder / "model"), None, said.append)
+    conversation = open_conversation(str(folder / "model"), said.append)
     (folder / "broken.png").write_bytes(b"<html>")
     paths = f"'{folder}/red one.png' {folder}/none.png {folder}/broken.png {folder} '{folder}/blue one.png'"
-    found = open_images(paths, [speaker], said.append)
+    found = conversation.open_images(paths)
     assert colours(*(image.read() for image in found)) == [(255, 0, 0), (0, 0, 255)]
     named = [f"{folder}/none.png", f"{folder}/broken.png", str(folder)]
     assert [line.partition(": ")[0] for line in said] == named
     broken = shutil.copytree(folder / "model", tmp_path / "broken")
     (broken / "preprocessor_config.json").write_text('{"image_processor_type": "Unknown"}')
-    open_speakers(str(broken), None, said.append)
+    open_conversation(str(broken), said.append)
     assert any("broken cannot read images: the model's images cannot be processed" in line for line in said)
     said.clear()
-    [blind] = open_speakers(str(write_model(tmp_path / "text")), None, said.append)
+    blind = open_conversation(str(write_model(tmp_path / "text")), said.append)
     said.clear()
     for paths in ("", "'", "x.png"):
-        assert open_images(paths, [speaker, blind], said.append) == []
+        assert blind.open_images(paths) == []
     assert said == ["text cannot read images"] * 3
-    assert open_images("", [speaker], said.append) == []
-    assert open_images("'", [speaker], said.append) == []
+    assert conversation.open_images("") == []
+    assert conversation.open_images("'") == []

@@ -6,10 +6,9 @@ from unittest.mock import Mock
 import pytest
 
 from dpo_dist.config import compose
-from dpo_dist.config.command_line import split_words
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.sweep.points import SearchSpace, load_points
+from dpo_dist.tools.sweep.points import load_points
 
 pytestmark = pytest.mark.slow
 
@@ -114,78 +113,3 @@ def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
 def test_a_swept_key_names_the_run_directory_of_the_point() -> None:
     for config in load_points([*RUN, "loss.beta=0.1,0.2"]).values():
         assert config.run.dir == str(config.identity.default_dir)
-
-
-TRIALS = ["sweep.trials=5", "sweep.by=eval_rewards/accuracies", "data.eval_share=0.1"]
-
-
-def test_a_search_has_the_points_at_its_ends_and_loads_those_between() -> None:
-    swept = ["optim.lr=tag(log, interval(1e-7,1e-5))", "optim.warmup_steps=interval(1,9)", "loss=sft,ipo"]
-    space = load_points([*RUN, *TRIALS, *swept, "trainer.seed=3"])
-    assert isinstance(space, SearchSpace)
-    assert len(space) == 2 * 2 * 2, "the rules are checked at all of them"
-    rate, warmup, loss = space.dimensions
-    assert (rate.key, rate.ends, rate.is_log) == ("optim.lr", (1e-7, 1e-5), True)
-    assert (warmup.ends, type(warmup.ends[0]), warmup.is_log) == ((1, 9), int, False)
-    assert (loss.ends, loss.texts) == (None, ["sft", "ipo"])
-    words = ["optim.lr=3e-06", "optim.warmup_steps=4", "loss=ipo"]
-    assert space.load(words) == load_run_config([*RUN, *TRIALS, "trainer.seed=3", *words])
-
-
-def test_a_file_has_the_space_of_a_search_and_the_command_changes_it(tmp_path: Path) -> None:
-    file = tmp_path / "space.yaml"
-    text = "an interval, choice(a,b) or range"
-    file.write_text(
-        "optim: {lr: 'tag(log, interval(1e-7,1e-5))'}\nloss.kind: choice(sigmoid,ipo)\n"
-        "sweep: {trials: 5, by: eval_rewards/accuracies}\ndata.eval_share: 0.1\n"
-        f"loss.beta: interval(0.1,0.5)\npairs.endpoint.criterion: {text}\n"
-    )
-    space = load_points([*RUN, str(file)])
-    assert isinstance(space, SearchSpace)
-    assert {dimension.key for dimension in space.dimensions} == {"optim.lr", "loss.kind", "loss.beta"}
-    assert next(iter(space.values())).pairs.endpoint.criterion == text
-    fixed = load_points([*RUN, str(file), "loss.beta=0.3", "optim.lr=1e-6,1e-5"])
-    assert isinstance(fixed, SearchSpace)
-    assert {dimension.key: dimension.ends for dimension in fixed.dimensions} == dict.fromkeys(
-        ("optim.lr", "loss.kind")
-    )
-    grid = load_points([*RUN, str(file), "loss.beta=0.3", "optim.lr=1e-6", "sweep={trials:null,by:null}"])
-    assert [config.loss.kind for config in grid.values()] == ["sigmoid", "ipo"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["optim.lr=tag(log, interval(0,1))"], "write 'optim.lr=tag(log, interval(0.01,1))'"),
-        (["optim.lr=tag(lin, interval(0.1,1))"], "the only tag is log"),
-        (["optim.lr=interval(1,0.1)"], "write 'optim.lr=interval(0.1,1)'"),
-        (["optim.lr=tag(log, interval(1e-5, 1e-7))"], "write 'optim.lr=tag(log,interval(1e-7,1e-5))'"),
-        (["optim.lr=loguniform(1e-7, 1e-5)"], "write 'optim.lr=tag(log, interval(1e-7,1e-5))'"),
-        (["loss.beta=uniform(0.1,1)"], "write 'loss.beta=interval(0.1,1)'"),
-        (["trainer.seed=range(1000000000)"], "1,000,000,000"),
-        (["optim.warmup_steps=interval(0.5,2)"], "a whole number"),
-        (["optim.lr=interval(-1,1)"], "optim.lr=-1.0"),
-        (["loss.beta=interval(0.1,1)", "sweep.by=eval_loss"], "set sweep.by=eval_rewards/accuracies"),
-        (["trainer.log_every=interval(1,9)"], "this point is the same run as"),
-        (["sweep.trials=1001", "loss.beta=interval(0.1,1)"], "sweep.trials"),
-        ([], "no key has several values"),
-    ],
-)
-def test_a_search_that_cannot_be_sampled_is_one_error_at_once(words: list[str], said: str) -> None:
-    assert said in error_of(*TRIALS, *words)
-
-
-def test_an_interval_without_trials_is_named_with_what_makes_it_a_search(tmp_path: Path) -> None:
-    file = tmp_path / "space.yaml"
-    file.write_text("loss.beta: interval(0.1,1)")
-    for words in (["loss.beta=interval(0.1,1)"], [str(file)]):
-        text = error_of(*words)
-        assert "loss.beta, sweep.trials\n  got:      interval(0.1,1), null\n" in text
-        assert "sweep.trials=20 sweep.by=eval_rewards/accuracies" in text
-        added = ["sweep.trials=20", "sweep.by=eval_rewards/accuracies", "data.eval_share=0.05"]
-        assert len(load_points([*RUN, *words, *added])) == 2
-
-
-def test_options_of_a_search_are_led_to_its_keys() -> None:
-    mistakes = split_words(["--trials", "20", "--by", "eval_loss"]).mistakes
-    assert [mistake.remedy for mistake in mistakes] == ["write sweep.trials=20", "write sweep.by=eval_loss"]

@@ -13,8 +13,8 @@ from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, load_points
-from dpo_dist.tools.sweep.pool import is_finished, point_end, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
+from dpo_dist.tools.sweep.training import is_finished, point_end, screen_since
 from dpo_dist.training.start.run_state import RunState, write_state
 from tests.unit.tools.pages.made_run import change, made_run
 
@@ -30,7 +30,7 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
     change(made.state, "outcome", value="completed")
     made.path.rename(RunFolder(points[done].run.path).path)
     folder = SweepFolder(tmp_path / "sweep")
-    results = sweep_results(points, {failed: ("diverged", "not finite")}, folder, {})
+    results = sweep_results(points, {failed: ("diverged", "not finite")}, folder)
     assert json.loads(folder.sweep.read_text()) == results
     first, second, third = results["points"]
     assert first["settings"] == {"trainer.seed": 0}

@@ -149,7 +149,7 @@ def test_compiled_sharded_layers_need_torch_2_12(
     error = refused(compiled)
     assert "lose gradients" in error.message
     assert "set model.fused=none" in error.remedy
-    assert error.as_dict()["lacks"] == "package", "skipped by the selftest"
+    assert error.as_dict()["lacks"] == "package"
     check_start(compiled)  # nothing is trained
     check_start(run_of(assets, tmp_path, "model.fused=compile", "parallelism=zero2"), trains=True)
 

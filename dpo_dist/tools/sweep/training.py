@@ -1,4 +1,4 @@
-"""Train the points of a sweep, some at a time, each in a process with its own output file and GPUs."""
+"""Train the points of a sweep one after another, each in a process with its own output file."""
 
 import contextlib
 import gc
@@ -8,13 +8,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpo_dist.config.schema import ConsoleStyle
 from dpo_dist.foundation.console import Console
@@ -22,7 +22,7 @@ from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunO
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
-from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.foundation.text import duration
 from dpo_dist.kit import RunConfig, RunFolder, RunHistory, checked_console, write_command
 from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.folder import SweepFolder
@@ -30,7 +30,6 @@ from dpo_dist.tools.sweep.points import Points
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS = 60.0
-_WATCH_SECONDS = 2.0
 ELSEWHERE = "trained by another process"
 """The outcome of a point whose run another process has locked."""
 
@@ -98,140 +97,90 @@ def _last_line(printed: str) -> str:
     return next((line[:160] for line in lines if line.strip() and line[0] != " "), "")
 
 
-class _Process(NamedTuple):
-    """The process of a point, which writes to `screen` from the byte `start` on."""
-
-    words: Words
-    process: Any
-    gpus: list[str]
-    began: float  # by `time.monotonic`
-    screen: Path
-    start: int
-
-    def printed(self) -> str:
-        """Return what the point has printed."""
-        return screen_since(self.screen, self.start)
-
-
-class Pool:
-    """Trains points, some at a time, each in a process of its own, so that a crash ends one point only.
+class PointTrainer:
+    """Trains points one after another, each in a process of its own, so that a crash ends one point only.
 
     Each process is a fork of this one, which has imported everything; with a launcher, the fork execs it.
+    `codes` and `ends` have the exit code, and the outcome and error, of each point that was trained.
     """
 
-    def __init__(self, points: Points, folder: SweepFolder, console: Console, settings: SweepConfig) -> None:
+    def __init__(self, points: Points, folder: SweepFolder, console: Console, launcher: str | None) -> None:
         import torch  # noqa: PLC0415  (imported by now)
 
         self.points = points
-        self._folder = folder
-        self._console = console
         self.codes = dict[Words, int]()
         self.ends = dict[Words, tuple[str, str]]()
-        self._count = settings.trials or len(points)
-        self._running = dict[Any, _Process]()  # by a descriptor that is ready when the process has ended
+        self._folder = folder
+        self._console = console
+        self._launcher = launcher
+        self._process: Any = None  # of the point in training
         self._received: list[int] = []
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        count = torch.cuda.device_count()
-        gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-        parallel = settings.parallel or count or 1
-        if count % parallel:
-            raise ConfigError(
-                "the GPUs cannot be divided among the points",
-                where="sweep.parallel",
-                got=f"{parallel}, with {pluralize(count, 'GPU')}",
-                remedy=f"set it to a divisor of {count}",
-            )
-        self._free = [gpus[place::parallel] for place in range(parallel)]
-        self._launcher = settings.launcher
         python = shlex.quote(sys.executable)
-        if self._launcher is None and count > parallel:
+        if launcher is None and torch.cuda.device_count() > 1:
             self._launcher = f"{python} -m dpo_dist launch"
-        elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        elif launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._launcher = python  # CUDA does not work in a fork of a process that has used it
 
-    def run(self, waiting: Iterator[Words]) -> bool:
-        """Train these points and fill `codes` and `ends`; return whether a signal stopped the sweep.
-
-        The next point is asked for when GPUs are free for it.
-        """
+    def run(self, waiting: Sequence[Words]) -> bool:
+        """Train these points; return whether a signal stopped the sweep."""
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
-        has_more = True
-        due = time.monotonic() + _PROGRESS_SECONDS
-        while (has_more and not self._received) or self._running:
-            while self._free and not self._received:
-                words = next(waiting, None)
-                if words is None:
-                    break
-                self._start(words)
-            has_more = not self._free
-            for descriptor in wait(list(self._running), _WATCH_SECONDS) if self._running else ():
-                self._end(descriptor)
-            for running in self._running.values():
-                if self.is_hopeless(running.words):
-                    os.killpg(running.process.pid, signal.SIGTERM)
-                if time.monotonic() > due:
-                    self._console.say(f"{' '.join(running.words)}: {_last_line(running.printed())}")
-            due += _PROGRESS_SECONDS if time.monotonic() > due else 0.0
+        for words in waiting:
+            if not self._received:
+                self._train(words)
         for number, handler in before.items():
             signal.signal(number, handler)
+        # Another process may have finished a point that it had when this one came to it.
         for words in self.ends:
             if is_finished(self.points[words]):
                 self.codes[words] = ExitCode.completed
                 self.ends[words] = (_ending(ExitCode.completed), "")
         return bool(self._received)
 
-    def is_hopeless(self, words: Words) -> bool:  # noqa: ARG002
-        """Return whether a running point is to be stopped now; a grid trains every point to its end."""
-        return False
-
-    def ended(self, words: Words) -> None:
-        """Report a point that has ended to the search, which may change how it ended; a grid has none."""
-
-    def _end(self, descriptor: Any) -> None:
-        """Record how a process and its point ended, and free its GPUs."""
-        os.close(descriptor)
-        point = self._running.pop(descriptor)
-        words = point.words
-        point.process.join()
-        self._free.append(point.gpus)
-        run = RunFolder(self.points[words].run.path)
-        self.codes[words], self.ends[words] = point_end(run, point.process.exitcode, point.printed())
-        self.ended(words)
-        outcome, _ = self.ends[words]
-        self._console.say(f"{' '.join(words)}: {outcome} after {duration(time.monotonic() - point.began)}")
-
-    def _start(self, words: Words) -> None:
+    def _train(self, words: Words) -> None:
+        name = " ".join(words)
         config = self.points[words].with_sections(SweepConfig())
-        gpus = self._free.pop(0)
-        screen = self._folder.point_screen(RunFolder(config.run.path))
+        run = RunFolder(config.run.path)
+        screen = self._folder.point_screen(run)
         work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
-            work = partial(
-                _exec_command, write_command("train", config, screen.with_suffix(""), self._launcher)
-            )
-        place = f"point {list(self.points).index(words) + 1} of {self._count}"
-        self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
-        fork = multiprocessing.get_context("fork")
+            command = write_command("train", config, screen.with_suffix(""), self._launcher)
+            work = partial(_exec_command, command)
+        number = list(self.points).index(words) + 1
+        self._console.say(f"{name}: point {number} of {len(self.points)}, its screen is in {screen}")
         errors = ErrorPrinter(config.console.style is ConsoleStyle.json, is_document=False)
-        process: Any = fork.Process(target=_run_point, args=(work, errors, screen, gpus))
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+        process: Any = multiprocessing.get_context("fork").Process(
+            target=_run_point, args=(work, errors, screen)
+        )
         start = screen.stat().st_size if screen.exists() else 0
+        began = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         process.start()
         with contextlib.suppress(OSError):  # the point has already done it
             os.setpgid(process.pid, process.pid)
+        self._process = process
+        if self._received:  # since the last point ended
+            os.killpg(process.pid, self._received[0])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
         # Not `process.sentinel`: a launcher, which replaces the fork, closes it at once.
         descriptor = os.pidfd_open(process.pid)
-        self._running[descriptor] = _Process(words, process, gpus, time.monotonic(), screen, start)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+        while not wait([descriptor], _PROGRESS_SECONDS):
+            self._console.say(f"{name}: {_last_line(screen_since(screen, start))}")
+        os.close(descriptor)
+        self._process = None
+        process.join()
+        code = process.exitcode
+        self.codes[words], self.ends[words] = point_end(run, code, screen_since(screen, start))
+        outcome, _ = self.ends[words]
+        self._console.say(f"{name}: {outcome} after {duration(time.monotonic() - began)}")
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self._received.append(number)
-        for running in self._running.values():
+        if self._process is not None:
             with contextlib.suppress(ProcessLookupError):  # the point has just ended
-                os.killpg(running.process.pid, number)
+                os.killpg(self._process.pid, number)
 
 
-def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus: Sequence[str]) -> None:
+def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path) -> None:
     """Do a point's work and exit with its code; write what it prints to the file `screen`."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # else Ctrl-C would reach the point twice, directly and from the sweep
@@ -241,8 +190,6 @@ def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus
     os.environ[LAUNCHER_VARIABLE] = str(os.getppid())
     end_at_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     exit_after(work, errors)
 
 
