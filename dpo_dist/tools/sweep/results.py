@@ -5,16 +5,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.text import number
 from dpo_dist.kit import ALL, MAIN, PREFIX, RunConfig, RunFolder, find_metric
-from dpo_dist.tools.pages.charts import Line, chart
+from dpo_dist.tools.pages.blocks import Chart, Line
+from dpo_dist.tools.pages.charts import draw_charts
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.tools.sweep.figure import figure_charts, figures, write_figure
+from dpo_dist.tools.sweep.figure import figures
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, point_settings
 from dpo_dist.tools.sweep.pool import ELSEWHERE
@@ -74,12 +73,11 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
         if run.state.is_file():
             runs.append(run)
             settings.append(dict(word.lstrip("+").split("=", 1) for word in words))
-    charts = [_search_chart(search)] if search else []
     plots = [] if search else figures(results["points"])
     has_page = len(runs) > 1
     lines = list[str]()
     if has_page:
-        lines = ["", *compare_runs(runs, page, charts, figure_charts(plots), settings), ""]
+        lines = ["", *compare_runs(runs, page, [_search_chart(search)] if search else plots, settings), ""]
     for row, point in zip(results["points"], points, strict=True):
         text = " ".join(word.lstrip("+") for word in point) + f": {row['outcome']}"
         if "error" in row:
@@ -89,10 +87,9 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
     if search and search["best"]:
         lines.append(_best_trial(search))
     if plots:
-        svg = page.with_name(f"{_FIGURE}.svg")
-        png = svg.with_suffix(".png")
-        write_figure(plots, svg, png)
-        lines.append(f"figure  {svg}, {png.name}")
+        images = [page.with_name(f"{_FIGURE}.{form}") for form in ("svg", "png")]
+        draw_charts(plots, images, dpi=200)
+        lines.append(f"figure  {images[0]}, {images[1].name}")
     if has_page:
         lines.append(f"report  {page}")
     return lines
@@ -106,12 +103,14 @@ def _best_trial(search: Mapping[str, Any]) -> str:
     return f"{line}, one of {ties} trials with this value" if ties > 1 else line
 
 
-def _search_chart(search: Mapping[str, Any]) -> Markup:
+def _search_chart(search: Mapping[str, Any]) -> Chart:
     """Return a chart of the values of a search's completed trials."""
-    trials = list(search["values"])
+    trials = list(map(float, search["values"]))
     values = list(search["values"].values())
     better = min if search["is_lowest_best"] else max
-    best = list(accumulate(values, better))
-    lines = [Line("best so far", "smooth", trials, best), Line("trial", "evaluation", trials, values)]
+    lines = [
+        Line("best so far", trials, list(accumulate(values, better))),
+        Line("trial", trials, values, "evaluation"),
+    ]
     title = find_metric(search["by"].removeprefix(PREFIX)).title
-    return chart(f"Search: {title}", lines, over="trial")
+    return Chart(f"Search: {title}", lines, over="trial")
