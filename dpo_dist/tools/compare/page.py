@@ -150,7 +150,11 @@ def _kl_and_quality(results: _Row) -> list[Block]:
         ends = sorted(line.xs[0] for line in points)
         points.append(Line(base, [ends[0], ends[-1]], [qualities[base][0]] * 2, "noise"))
     over = f"KL to {base}, nats per response"
-    return [Heading("KL and quality"), Chart(measure, points, over=over, is_log=True, note=_KL_AND_QUALITY)]
+    ticks = {line.xs[0]: number(line.xs[0]) for line in points}
+    return [
+        Heading("KL and quality"),
+        Chart(measure, points, over=over, is_log=True, ticks=ticks, note=_KL_AND_QUALITY),
+    ]
 
 
 def comparison_table(results: _Row) -> list[str]:

@@ -22,15 +22,16 @@ PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 """Those that a distribution has."""
 _SMOOTHED_SHARE = 0.06
 _LOGARITHMIC = "Gradient norm"
-_EXACT = "Learning rate"
 _IN_IMAGE = ("loss", *ACCURACIES, "rewards/margins", "rewards/chosen", "grad_norm", "learning_rate")
 """Metrics whose charts training_curves.png has; of the accuracies the one that the run has."""
 
 
 def smoothed(values: FloatArray) -> FloatArray:
-    """Return two passes of a centred mean over 6 % of the values; gaps (nan) stay gaps."""
+    """Return two passes of a centred mean over 6 % of the values, few ones as they are; gaps (nan) stay."""
     is_known = np.isfinite(values)
     half = int(_SMOOTHED_SHARE * is_known.sum() / 2)
+    if half == 0:
+        return values
 
     def window(values: FloatArray) -> FloatArray:
         sums = np.cumsum(np.pad(values, (half + 1, half)))  # a convolution is quadratic in long runs
@@ -50,8 +51,7 @@ def charts_of_run(rows: Rows, noise: Mapping[str, float]) -> list[Chart]:
     for title, keys in _metrics_by_chart(rows).items():
         lines = list[Line]()
         for key in keys:
-            label = find_metric(key).title if len(keys) == 1 else key.rsplit("/", 1)[-1]
-            lines += _lines(rows, key, label.removesuffix("_per_token"))
+            lines += _lines(rows, key, find_metric(key).title if len(keys) == 1 else _part(key))
         if "loss" in keys:
             lines += _spikes(steps)
         level = noise.get(keys[0])
@@ -79,7 +79,7 @@ def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) ->
     charts = list[Chart]()
     for title, keys in _metrics_by_chart(list(chain(*(run.rows for run in runs)))).items():
         for key in keys:
-            name = title if len(keys) == 1 else f"{title}: {key.rsplit('/', 1)[-1]}"
+            name = title if len(keys) == 1 else f"{title}: {_part(key)}"
             for kind in dict.fromkeys(run.kind if key.startswith(apart) else "" for run in runs):
                 lines = list[Line]()
                 for run in runs:
@@ -101,6 +101,11 @@ def _metrics_by_chart(rows: Rows) -> dict[str, list[str]]:
     return charts
 
 
+def _part(key: str) -> str:
+    """Return what a metric is of in its chart: "chosen" or "rejected"."""
+    return key.rsplit("/", 1)[-1].removesuffix("_per_token")
+
+
 def _chart(title: str, lines: Sequence[Line], key: str, over: str) -> Iterator[Chart]:
     """Yield a chart if it has a line."""
     if lines:
@@ -115,7 +120,7 @@ def _lines(rows: Rows, key: str, label: str) -> Iterator[Line]:
         xs = [row["step"] for row in steps]
         values = Line(label, xs, [row.get(key, math.nan) for row in steps])
         means = smoothed(values.values)
-        if np.array_equal(means, values.values, equal_nan=True) or key == "learning_rate":
+        if key == "learning_rate" or np.array_equal(means, values.values, equal_nan=True):
             yield values
         else:
             yield Line(label, xs, values.ys, "light")
@@ -182,6 +187,7 @@ def draw_charts(charts: Sequence[Chart], paths: Sequence[Path], title: str = "",
     from matplotlib import rc_context  # noqa: PLC0415  (slow; only rank 0 draws)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.transforms import offset_copy  # noqa: PLC0415
 
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
@@ -189,7 +195,8 @@ def draw_charts(charts: Sequence[Chart], paths: Sequence[Path], title: str = "",
         figure = Figure(figsize=(16 / 3 * columns, 4 * rows), dpi=dpi, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         figure.suptitle(printable(title))
-        for axes, chart in zip(figure.subplots(rows, columns, squeeze=False).flat, charts, strict=False):
+        for at, chart in enumerate(charts):
+            axes = figure.add_subplot(rows, columns, at + 1)
             axes.set_title(chart.title, loc="left")
             axes.set(xlabel=printable(chart.over), xscale="log" if chart.is_log else "linear")
             axes.set_yscale("log" if chart.has_log_values else "linear")
@@ -200,6 +207,9 @@ def draw_charts(charts: Sequence[Chart], paths: Sequence[Path], title: str = "",
                 style |= _STYLES.get(line.role, {})
                 values = line.values
                 spreads = [math.nan if ends is None else (ends[1] - ends[0]) / 2 for ends in line.ends]
+                if spreads:  # points beside each other, so that no bar hides another
+                    shift = 4 * (color - (len(chart.lines) - 1) / 2)
+                    style["transform"] = offset_copy(axes.transData, figure, shift, units="points")
                 axes.errorbar(line.xs, values, spreads or None, label=printable(line.name), **style)
             if chart.ticks:
                 axes.set_xticks(list(chart.ticks), list(map(printable, chart.ticks.values())))

@@ -17,7 +17,7 @@
     const stroke = () => style("--c" + color % 6) + (role === "light" ? "60" : "");
     const isLine = !["spike", "point", "bar"].includes(role) || (role === "point" && data.lines[index].xs.length > 1);
     const dash = role === "evaluation" || role === "noise" ? [3, 3] : color > 5 ? [8, 4] : [];
-    const hasPoints = ["evaluation", "spike", "point"].includes(role) || data.lines[index].xs.length < 30;
+    const hasPoints = role !== "noise" && (["evaluation", "spike", "point"].includes(role) || data.lines[index].xs.length < 30);
     return {
       label, stroke, dash, width: role === "mean" || role === "line" ? 2 : 1,
       fill: role === "bar" ? stroke : undefined,
@@ -54,7 +54,8 @@
     };
     for (const each of data.lines) for (const [at, ends] of each.ends.entries()) {
       if (!ends) continue;
-      const x = chart.valToPos(each.xs[at], "x", true);
+      // Beside each other, so that none hides another at the same value.
+      const x = chart.valToPos(each.xs[at], "x", true) + 4 * devicePixelRatio * (each.color - (data.lines.length - 1) / 2);
       stroke(style("--c" + each.color % 6), [x, chart.valToPos(ends[0], "y", true)], [x, chart.valToPos(ends[1], "y", true)]);
     }
     if (data.limit !== null) {
@@ -76,9 +77,19 @@
     const low = isBars ? 0 : Math.min(...ys), high = Math.max(...ys);
     const room = 0.05 * (high - low) || 0.1 * Math.abs(high) || 1;
     const xs = joined[0], first = xs[0], last = xs[xs.length - 1];
-    const edge = data.ticks ? 0.5 : 0.02 * (last - first) || 1;
-    const ends = data.isLog ? [first / 1.1, last * 1.1] : data.ticks || data.lines.some(each => each.role === "point") ? [first - edge, last + edge] : first === last ? [first, last + 1] : [first, last];
+    const edge = isBars ? 0.5 : (data.ticks ? 0.05 : 0) * (last - first) || (first === last ? 1 : 0);
+    const ends = data.isLog ? [first / 1.2, last * 1.2] : [first - edge, last + edge];
     const ticks = data.ticks && new Map(data.ticks);
+    const written = value => value === null ? "" : ticks?.get(value) ?? text(value);
+    const spaced = (chart, splits) => {
+      let before = -Infinity;
+      return splits.map(value => {
+        const place = chart.valToPos(value, "x");
+        if (place - before < 38) return null;
+        before = place;
+        return value;
+      });
+    };
     const size = () => ({width: figure.clientWidth, height: 220});
     const axis = {stroke: quiet, grid: {stroke: line, width: 1}, ticks: {stroke: quiet, size: 4, width: 1}, font: "11px system-ui, sans-serif"};
     const chart = new uPlot({
@@ -89,18 +100,14 @@
         y: {distr: data.hasLogValues ? 3 : 1, range: data.hasLogValues ? [low / 1.2, high * 1.2] : [isBars ? 0 : low - room, high + room]},
       },
       axes: [
-        {...axis, size: 28, space: 40, ...(ticks && {
-          splits: () => [...ticks.keys()],
-          filter: (chart, splits) => {
-            const every = Math.ceil(splits.length / Math.max(1, chart.width / 56));
-            return splits.map((value, at) => at % every ? null : value);
-          },
-          values: (chart, splits) => splits.map(value => ticks.get(value) ?? ""),
-        }), ...(!ticks && {values: (chart, splits) => splits.map(value => value === null ? "" : text(value))})},
+        {
+          ...axis, size: 28, space: 46, values: (chart, splits) => splits.map(written),
+          ...(ticks && {splits: () => [...ticks.keys()], filter: spaced, grid: {...axis.grid, show: !isBars}}),
+        },
         {...axis, size: 52, values: (chart, splits) => splits.map(value => value === null ? "" : text(value))},
       ],
       series: [
-        {label: data.over, value: (chart, value) => ticks?.get(value) ?? text(value ?? last)},
+        {label: data.over, value: (chart, value) => written(value ?? last)},
         ...labels.map((label, index) => lineOf(data, label, index)),
       ],
       hooks: {draw: [chart => draw(data, chart)]},

@@ -2,26 +2,23 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from dpo_dist.config.metrics import ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.kit import (
     ACCURACIES,
     ALL,
-    AUC,
-    CUSTOM,
     EVALUATION_METRICS,
     LOSS_METRICS,
     MAIN,
     METRICS,
-    TERMS,
     Direction,
     MetricsRow,
     RunFolder,
@@ -34,21 +31,19 @@ from dpo_dist.tools.pages import render
 from dpo_dist.tools.pages.blocks import Block, Chart, Folded, Heading, Table, Text, section, with_interval
 from dpo_dist.tools.pages.charts import Curves, charts_of_runs
 from dpo_dist.tools.pages.samples import samples_side_by_side
-from dpo_dist.tools.report.facts import MARGIN, values
+from dpo_dist.tools.report.facts import values
 from dpo_dist.tools.report.run import PageFacts
 
 _KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
-_NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")
 _REFERENCE_METRICS = ("loss", "rewards/", "distance/")
-_BY_SOURCE = (*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM)
 _MOST_SETTINGS = 4  # in the table of results
 _MOST_CHARACTERS = 80  # of a label made from settings
 _SEED = "trainer.seed"
 _RESULTS = (
     "Values are from the last evaluation of each run that has ended; * marks the best where runs can be "
     "compared, over several seeds the best mean. Metrics that some runs lack are under All metrics. "
-    "Brackets: 95 % intervals by bootstrap over prompts. Intervals that do not overlap show a clear difference. "
-    "Intervals that overlap leave it open, because the runs were evaluated on the same prompts."
+    "Brackets: 95 % intervals by bootstrap over prompts. Intervals that do not overlap show a clear "
+    "difference. Intervals that overlap leave it open, because the runs were evaluated on the same prompts."
 )
 _CURVES = (
     "Over the examples of training. Bold lines: moving means of training; rings: evaluations. Runs that "
@@ -109,7 +104,7 @@ def compare_runs(
         completed = [outcome == RunOutcome.completed for outcome in outcomes]
         tables.append(results.over_seeds(keys, completed))
     verdicts = [each.section("verdict").get("sentence", "-") for each in facts]
-    all_metrics = [[key, *results.cells(key)] for key in _keys(last)]
+    all_metrics = [[key, *results.cells(key)] for key in dict.fromkeys(itertools.chain(*last))]
     sentence = "All settings of the training are equal."
     if settings:
         sentence = "These settings differ; all other recorded settings are equal."
@@ -222,16 +217,18 @@ def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> lis
 
 
 def _differing_parts(texts: Sequence[str]) -> list[str]:
-    """Return the texts; if one is long, without words and folders that all of them begin or end with."""
-    if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
+    """Return the texts; long ones without the words and folders that all of them begin or end with."""
+    if max(map(len, texts)) <= _MOST_CHARACTERS / 4 or len(set(texts)) == 1:
         return list(texts)
-    pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
-    for step in (1, -1):
-        columns = zip(*(each[::step] for each in pieces), strict=False)
-        same = next((number for number, column in enumerate(columns) if len(set(column)) > 1), 0)
-        pieces = [each[::step][same:][::step] for each in pieces]
-    parts = ["".join(each) for each in pieces]
-    return parts if parts == list(texts) else [part.strip(" ,[]{}") for part in parts]
+    start = _common_words(texts)
+    end = _common_words([text[start:][::-1] for text in texts])
+    return [text[start : len(text) - end].strip(" ,[]{}") for text in texts]
+
+
+def _common_words(texts: Sequence[str]) -> int:
+    """Return the number of characters of whole words with which all texts begin."""
+    common = os.path.commonprefix(texts)  # noqa: RUF071  (of characters, not of paths)
+    return len(re.sub(r"[^/ ]*$", "", common))
 
 
 def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:
@@ -319,20 +316,6 @@ def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, lis
         if len(set(texts)) > 1:
             differing[key] = texts
     return differing
-
-
-def _keys(last: Sequence[MetricsRow]) -> list[str]:
-    """Return the names of the metrics in the last rows; those of single sources come last."""
-    metrics = dict.fromkeys(itertools.chain(*last))
-    samples = []
-    by_source = []
-    for key in metrics:
-        if key.startswith("samples/") and not key.startswith(_NOT_POLICY_METRICS):
-            samples.append(key)
-        elif key.startswith(_BY_SOURCE):
-            by_source.append(key)
-    order = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source)
-    return [key for key in order if key in metrics]
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:

@@ -11,7 +11,6 @@ from dpo_dist.tools.pages.blocks import Chart, Interval, Line
 
 SEED = "trainer.seed"
 _WIDE = 10.0  # numbers with a larger ratio are on a logarithmic axis
-_APART = 0.1  # between the points of two lines at one value that is no number
 
 
 def figures(points: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -66,13 +65,13 @@ def _chart(points: Sequence[Mapping[str, Any]], metric: str, over: str, others: 
         results = by_label.setdefault(label, {}).setdefault(_text(settings.get(over)), [])
         results.append(point["metrics"][metric])
     lines = []
-    for at, (label, by_value) in enumerate(by_label.items()):
-        shift = 0.0 if has_numbers else _APART * (at + 0.5 - len(by_label) / 2)
-        shown = [text for text in places if text in by_value]
-        xs = [places[text] + shift for text in shown]
-        means = [fmean(by_value[text]) for text in shown]
-        lines.append(Line(label, xs, means, "point", [_spread(by_value[text]) for text in shown]))
     known = find_metric(metric.removeprefix(PREFIX))
+    for label, by_value in by_label.items():
+        shown = [text for text in places if text in by_value]
+        xs = [places[text] for text in shown]
+        means = [fmean(by_value[text]) for text in shown]
+        spreads = [_spread(by_value[text]) for text in shown]
+        lines.append(Line(label or known.title, xs, means, "point", spreads))
     least = min(places.values())
     return Chart(
         f"evaluation {known.title}" if metric.startswith(PREFIX) else known.title,
