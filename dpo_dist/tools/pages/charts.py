@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,8 @@ def _lines(rows: Rows, key: str, label: str) -> Iterator[Line]:
 
 def _spikes(steps: Rows) -> Iterator[Line]:
     """Yield the losses of the rows that count one more spike."""
-    counts = [row.get("loss_spikes", 0.0) for row in steps]
-    risen = [row for at, row in enumerate(steps) if counts[at] > max(counts[:at], default=0.0)]
+    most = accumulate((row.get("loss_spikes", 0.0) for row in steps), max, initial=0.0)
+    risen = [row for row, before in zip(steps, most, strict=False) if row.get("loss_spikes", 0.0) > before]
     if risen:
         yield Line("spike", [row["step"] for row in risen], [row["loss"] for row in risen], "spike")
 
@@ -178,7 +178,7 @@ _STYLES: Mapping[Role, Mapping[str, Any]] = {
     "mean": {"linewidth": 2.0},
     "evaluation": {"linewidth": 0.9, "linestyle": "--", "marker": "o", "markerfacecolor": "white"},
     "spike": {"linestyle": "", "marker": "v", "markersize": 7},
-    "point": {"marker": "o", "capsize": 3},
+    "point": {"marker": "o"},
 }
 
 
@@ -187,34 +187,34 @@ def draw_charts(charts: Sequence[Chart], paths: Sequence[Path], title: str = "",
     from matplotlib import rc_context  # noqa: PLC0415  (slow; only rank 0 draws)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
-    from matplotlib.transforms import offset_copy  # noqa: PLC0415
 
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
     with rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(16 / 3 * columns, 4 * rows), dpi=dpi, layout="constrained")
+        figure = Figure(figsize=(16 / 3 * columns, 4 * rows), dpi=dpi)
+        # Without a search for free space, which takes half of the time.
+        figure.subplots_adjust(0.15 / columns, 0.16 / rows, 1 - 0.03 / columns, 1 - 0.2 / rows, 0.2, 0.35)
         canvas = FigureCanvasAgg(figure)
         figure.suptitle(printable(title))
         for at, chart in enumerate(charts):
             axes = figure.add_subplot(rows, columns, at + 1)
-            axes.set_title(chart.title, loc="left")
+            axes.set_title(chart.title, loc="left", y=1.0)
             axes.set(xlabel=printable(chart.over), xscale="log" if chart.is_log else "linear")
             axes.set_yscale("log" if chart.has_log_values else "linear")
             axes.grid(alpha=0.3)
             for line in chart.lines:
                 repeats, color = divmod(chart.labels.index(line.label), len(COLORS))
-                style = {"linestyle": "--" if repeats % 2 else "-", "color": COLORS[color]}
+                style: dict[str, Any] = {"linestyle": "--" if repeats % 2 else "-"}
                 style |= _STYLES.get(line.role, {})
+                style["color"] = COLORS[color]
+                style["capsize"] = 3 + 2 * color  # so that no bar hides the ends of another
                 values = line.values
                 spreads = [math.nan if ends is None else (ends[1] - ends[0]) / 2 for ends in line.ends]
-                if spreads:  # points beside each other, so that no bar hides another
-                    shift = 4 * (color - (len(chart.lines) - 1) / 2)
-                    style["transform"] = offset_copy(axes.transData, figure, shift, units="points")
                 axes.errorbar(line.xs, values, spreads or None, label=printable(line.name), **style)
             if chart.ticks:
                 axes.set_xticks(list(chart.ticks), list(map(printable, chart.ticks.values())))
                 axes.minorticks_off()
-            if any(line.name for line in chart.lines):
+            if chart.lines:
                 axes.legend(frameon=False)
         for path in paths:
             with files.staged_file(path) as temporary:

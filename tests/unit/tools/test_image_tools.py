@@ -32,9 +32,9 @@ from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
-from dpo_dist.tools.pages.blocks import Answers
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
 from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.pages.blocks import Answers
 from dpo_dist.tools.pairs.make_pairs import pairs_from_scores
 from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts

@@ -32,7 +32,7 @@ def text_of(pieces: Sequence[Piece], *kinds: str) -> str:
 
 
 def tokens(notes: str) -> int:
-    return int(notes.split("; ")[-1].split(" token")[0])
+    return int(notes.rsplit("; ", maxsplit=1)[-1].split(" token", maxsplit=1)[0])
 
 
 @pytest.mark.parametrize("tokenizer", [tiny.qwen, tiny.mistral])

@@ -11,7 +11,6 @@ from dpo_dist.tools.compare.page import comparison_table, headline, write_compar
 from tests.support.comparison_files import answer, model, results, row, win, write_comparison
 from tests.unit.tools.pages.made_run import text_of
 
-
 BASE, ENDED = model("base", None, 0.5), model("a", 5, 0.4)
 UNENDED = model("a", 5, 0.9, finished=0.0)
 NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
