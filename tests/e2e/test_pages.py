@@ -81,14 +81,14 @@ def test_the_page_of_a_run(tmp_path: Path, browser: Any) -> None:
     watched = assert_readable(browser, write_page(run), 5)
     assert watched.page.locator(".badge.warning", has_text="completed").is_visible()
     assert watched.page.locator(".mark", has_text="U+202E").first.is_visible()
-    assert legend(watched) == ["step 30", "loss 0.4", "loss, mean 0.4", "loss (evaluation) 0.41"]
+    assert legend(watched) == ["step 30", "loss 0.4", "loss (evaluation) 0.41"]
     hover(watched, 0.0)
     assert legend(watched)[:2] == ["step 1", "loss 0.69"]
     assert legend(watched, 1)[:2] == ["step 1", "accuracy 0.51"], "all charts show the same step"
     watched.page.mouse.move(0, 0)
     assert legend(watched)[0] == "step 30"
     watched.page.get_by_text("values").first.click()
-    assert watched.page.get_by_role("row", name="30 0.4 0.4 0.41", exact=True).is_visible()
+    assert watched.page.get_by_role("row", name="30 0.4 0.41", exact=True).is_visible()
 
 
 def test_the_page_of_several_runs(tmp_path: Path, browser: Any) -> None:
