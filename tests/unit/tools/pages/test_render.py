@@ -62,6 +62,10 @@ def test_a_text_in_any_field_of_any_block_adds_no_element_and_no_attribute() -> 
     for tag in re.findall(r"<[^>]*>", body):
         outside = re.sub(r'"[^"]*"', "", tag)
         assert not re.search(r"\son\w+=|javascript", outside), tag
+    attributes = re.findall(r' (?:value|src|name|data-keys)="([^"]*)"', body)
+    assert attributes.count("choice") == attributes.count("viewport") == attributes.count("referrer") == 1
+    texts = [unescape(value) for value in attributes if value not in ("choice", "viewport", "referrer")]
+    assert texts == [HOSTILE] * 6, "an attribute has the text itself"
     assert not {"\u202e", "\x1b", "\u200b"} & set(re.sub(r'"[^"]*"', "", body))
 
 
