@@ -221,9 +221,8 @@ def _verdict(facts: PageFacts, level: str) -> Iterator[Block]:
         lines.append(_NO_PROOF)
     for finding in stored["findings"]:
         rule = RUN_RULES.get(finding["rule"])
-        lines.append(_capital(rule.text if rule else finding["rule"]) + ".")
-        if finding["text"] not in sentence:  # the sentence has the facts of the worst finding
-            lines.append(f"{_capital(finding['text'])}.")
+        if finding["text"] not in sentence:  # which states the worst finding
+            lines.append(f"{_capital(rule.text if rule else finding['rule'])}: {finding['text']}.")
         lines.append(f"Try {finding['remedy']}.\n")
     yield Heading("Verdict")
     yield Text("\n".join(lines).strip(), level, f"{_capital(sentence)}.")
