@@ -165,6 +165,10 @@ def test_a_long_run_is_drawn_whole(tmp_path: Path, browser: Any) -> None:
     assert file.stat().st_size < 250_000
     watched = opened(browser, file)
     assert legend(watched)[-1] == "loss (evaluation) 0.5 at 10,000"
+    hover(watched, 0.75)
+    assert legend(watched)[-1] == "loss (evaluation) 0.5 at 10,000"
+    hover(watched, 0.25)
+    assert legend(watched)[-1] == "loss (evaluation) none yet"
     drawn = json.loads(watched.page.locator("figure").first.get_attribute("data-chart"))
     assert max(value for value in drawn["lines"][0]["ys"] if value is not None) == 9
 

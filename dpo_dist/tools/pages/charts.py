@@ -21,6 +21,7 @@ Rows = Sequence[Mapping[str, float]]
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 """Those that a distribution has."""
 _SMOOTHED_SHARE = 0.06
+_WIDE = 100  # a logarithmic axis whose ends have a smaller ratio has ticks within a decade
 _LOGARITHMIC = "Gradient norm"
 _IN_IMAGE = ("loss", *ACCURACIES, "rewards/margins", "rewards/chosen", "grad_norm", "learning_rate")
 """Metrics whose charts training_curves.png has; of the accuracies the one that the run has."""
@@ -187,6 +188,7 @@ def draw_charts(charts: Sequence[Chart], paths: Sequence[Path], title: str = "",
     from matplotlib import rc_context  # noqa: PLC0415  (slow; only rank 0 draws)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: PLC0415
 
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
@@ -211,6 +213,12 @@ def draw_charts(charts: Sequence[Chart], paths: Sequence[Path], title: str = "",
                 values = line.values
                 spreads = [math.nan if ends is None else (ends[1] - ends[0]) / 2 for ends in line.ends]
                 axes.errorbar(line.xs, values, spreads or None, label=printable(line.name), **style)
+            low, high = axes.get_ylim()
+            if chart.has_log_values:
+                is_wide = high > _WIDE * low
+                axes.yaxis.set_major_locator(LogLocator(numticks=6) if is_wide else MaxNLocator(5))
+                axes.yaxis.set_major_formatter(lambda value, _: number(value))
+                axes.minorticks_off()
             if chart.ticks:
                 axes.set_xticks(list(chart.ticks), list(map(printable, chart.ticks.values())))
                 axes.minorticks_off()

@@ -27,13 +27,14 @@
         fill: () => role === "evaluation" ? style("--canvas") : stroke(),
       },
       // The last value up to the cursor, and where it is; without a cursor, the last of all.
-      value: (chart, value, series, at) => {
+      value: (chart, value, series) => {
         const values = chart.data[series], xs = chart.data[0];
-        let place = at ?? xs.length - 1;
+        const now = chart.cursor.idx ?? xs.length - 1;
+        let place = now;
         while (place >= 0 && values[place] === undefined) place -= 1;
         if (place < 0) return "none yet";
         const shown = values[place] === null ? "no value" : text(values[place]);
-        return place === (at ?? xs.length - 1) || data.ticks ? shown : `${shown} at ${text(xs[place])}`;
+        return place === now || data.ticks ? shown : `${shown} at ${text(xs[place])}`;
       },
     };
   }
@@ -81,11 +82,11 @@
     const ends = data.isLog ? [first / 1.2, last * 1.2] : [first - edge, last + edge];
     const ticks = data.ticks && new Map(data.ticks);
     const written = value => value === null ? "" : ticks?.get(value) ?? text(value);
-    const spaced = (chart, splits) => {
-      let before = -Infinity;
+    const spaced = (scale, room) => (chart, splits) => {
+      let before = Infinity;
       return splits.map(value => {
-        const place = chart.valToPos(value, "x");
-        if (place - before < 38) return null;
+        const place = chart.valToPos(value, scale);
+        if (Math.abs(place - before) < room) return null;
         before = place;
         return value;
       });
@@ -102,9 +103,12 @@
       axes: [
         {
           ...axis, size: 28, space: 46, values: (chart, splits) => splits.map(written),
-          ...(ticks && {splits: () => [...ticks.keys()], filter: spaced, grid: {...axis.grid, show: !isBars}}),
+          ...(ticks && {splits: () => [...ticks.keys()], filter: spaced("x", 38), grid: {...axis.grid, show: !isBars}}),
         },
-        {...axis, size: 52, values: (chart, splits) => splits.map(value => value === null ? "" : text(value))},
+        {
+          ...axis, size: 52, values: (chart, splits) => splits.map(value => value === null ? "" : text(value)),
+          ...(data.hasLogValues && high < 100 * low && {filter: spaced("y", 16)}),  // else few values have a text
+        },
       ],
       series: [
         {label: data.over, value: (chart, value) => written(value ?? last)},

@@ -1,5 +1,6 @@
 """Charts: what is drawn of metrics rows, long lines thinned, gaps where values are missing, images."""
 
+import contextlib
 import json
 import math
 import random
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dpo_dist.config.metrics import METRICS
@@ -86,6 +89,26 @@ def test_spikes_of_the_loss_and_the_noise_of_rounding_are_drawn() -> None:
     assert spikes == [[5, 9]]
     noise = {title: line.ys for title, lines in charts.items() for line in lines if line.role == "noise"}
     assert noise == {"Distance from the reference": [0.03, 0.03]}
+
+
+@pytest.mark.parametrize("most", [1.0, 1e6])
+def test_a_logarithmic_axis_of_the_image_has_some_ticks_with_plain_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    figures = list[Figure]()
+    monkeypatch.setattr(
+        FigureCanvasAgg, "print_figure", lambda canvas, *_, **__: figures.append(canvas.figure)
+    )
+    steps = [
+        {"step": step, "loss": 1.0, "grad_norm": norm} for step, norm in enumerate((0.6, 0.8, most), start=1)
+    ]
+    with contextlib.suppress(FileNotFoundError):  # nothing is written
+        draw_curves(steps, tmp_path / "curves.png", "x")
+    [figure] = figures
+    [axes] = [each for each in figure.axes if each.get_title("left") == "Gradient norm"]
+    texts = [label.get_text() for label in axes.get_yticklabels()]
+    assert 2 <= len(list(filter(None, texts))) <= 10
+    assert not [text for text in texts if "$" in text]
 
 
 @pytest.mark.parametrize(
