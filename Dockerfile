@@ -54,7 +54,7 @@ RUN for extra in tools $EXTRAS; do \
         && pip install --constraint constraints.txt --requirement extra.txt || exit 1; \
     done
 
-COPY LICENSE README.md ./
+COPY LICENSE NOTICE README.md ./
 COPY docs docs
 COPY conf conf
 COPY dpo_dist dpo_dist

@@ -4,6 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dpo_dist.foundation.types import Fields
+from dpo_dist.tools.pages.blocks import Text
+
+_SHOWN_EXAMPLES = 5  # on a page
+
 Level = StrEnum("Level", ["note", "warning", "error"])
 """`note`: good to know; `warning`: look at it; `error`: training is likely to fail or to mislead."""
 
@@ -49,6 +54,16 @@ def most_serious_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings sorted by level, then by share."""
     levels = list(Level)
     return sorted(findings, key=lambda finding: (-levels.index(finding.level), -(finding.share or 0)))
+
+
+def finding_block(fields: Fields) -> Text:
+    """Return a finding for a page, from its fields in doctor.json."""
+    text = f"{fields['text']}\nTo do: {fields['remedy']}"
+    examples = fields.get("examples") or ()
+    if examples:
+        text += f"\nFirst: {'; '.join(examples[:_SHOWN_EXAMPLES])}"
+    source = fields.get("source") or "several sources"
+    return Text(text, fields["level"], f"{fields['level']} {fields['rule'].replace('_', ' ')}, {source}")
 
 
 def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirable: float = 1.0) -> str:

@@ -66,7 +66,7 @@ def test_planted_faults_are_found(overrides: Overrides, faulty: str, tmp_path: P
     assert "identical_responses" in ended.output
     assert ended.output.splitlines()[-1] == f"page: {tmp_path}/run/doctor/doctor.html"
     assert "\x1b" not in ended.output
-    assert 'class="texts"' in page(tmp_path)
+    assert 'class="prompt"' in page(tmp_path)
     assert 'class="cut"' in page(tmp_path)
     # Nothing is left to encode for training, and the doctor's files are not a result of the run.
     trained = train(overrides(*data, "run.resume=never", "trainer.max_steps=2"))
@@ -94,7 +94,7 @@ def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: str, t
     assert "no model is configured" in ended.output
     assert report(tmp_path)["model"] is None
     assert "duplicates" in rules(tmp_path)
-    assert 'class="texts"' not in page(tmp_path)
+    assert 'class="prompt"' not in page(tmp_path)
 
 
 def test_a_filled_store_gives_margins(overrides: Overrides, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ HOSTILE = (
     "</div></body><iframe src='http://example.com'></iframe> \u202egnirts javascript:alert(3) " + "long" * 500
 )
 ITEMS = 8
+LEFT = ".response >> nth=0"
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,10 @@ def start(watched: Watched, url: str) -> None:
     watched.page.goto(url)
     first = watched.page.inner_text("body")
     assert f"{ITEMS} comparisons" in first
-    assert all(key.upper() in first.upper() for key in ("1 or", "2 or", "0 or", "s skip"))
+    assert all(key in first for key in ("1 or", "2 or", "0 or", "s skip"))
     watched.page.fill("[name=annotator]", "Ada")
     watched.page.keyboard.press("Enter")
-    watched.page.wait_for_selector("#left")
+    watched.page.wait_for_selector(LEFT)
 
 
 def press(watched: Watched, key: str) -> None:
@@ -67,7 +68,7 @@ def press(watched: Watched, key: str) -> None:
 
 
 def good_side(watched: Watched) -> str:
-    return "1" if "good" in watched.page.inner_text("#left") else "2"
+    return "1" if "good" in watched.page.inner_text(LEFT) else "2"
 
 
 def test_a_person_labels_by_keyboard_through_reload_and_kill(browser: Any, tmp_path: Path) -> None:
@@ -80,20 +81,20 @@ def test_a_person_labels_by_keyboard_through_reload_and_kill(browser: Any, tmp_p
             sides.append(good_side(watched))
             press(watched, {"1": ("1", "ArrowLeft"), "2": ("2", "ArrowRight")}[sides[-1]][number % 2])
         assert set(sides) == {"1", "2"}
-        judged = page.inner_text("#left")
+        judged = page.inner_text(LEFT)
         press(watched, "0")
         page.go_back()
-        assert page.inner_text("#left") == judged
+        assert page.inner_text(LEFT) == judged
         press(watched, good_side(watched))
         page.reload()
         assert "5 judged, 3 to go" in page.inner_text("header")
-        open_item, address = page.inner_text("#left"), command.url
+        open_item, address = page.inner_text(LEFT), command.url
     with labelling(tmp_path) as command:
         start(watched, command.url)
-        assert page.inner_text("#left") == open_item
+        assert page.inner_text(LEFT) == open_item
         for key in (good_side(watched), "s", "t"):
             press(watched, key)
-        page.wait_for_selector("#end")
+        assert page.get_by_text("All comparisons are judged").is_visible()
         assert "8 judged, 0 to go" in page.inner_text("header")
         os.kill(command.pid, signal.SIGINT)
         command.join(240)

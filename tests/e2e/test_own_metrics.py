@@ -42,7 +42,7 @@ def test_metrics_of_a_function_are_in_rows_scores_charts_and_the_best_checkpoint
     assert facts["best"]["eval_custom/margin"] == {"value": best["eval_custom/margin"], "step": best["step"]}
     assert facts["final"]["eval_custom/likelier"] == last["eval_custom/likelier"]
     page = (run / "report.html").read_text()
-    assert all(f">{name}<" in page for name in ("custom/margin", "custom/likelier"))
+    assert all(f"<b>{name}</b>" in page for name in ("custom/margin", "custom/likelier"))
 
     refused = run_verb("evaluate", [f"run.dir={run}"])
     assert (refused.code, "add metrics.function=" in refused.output) == (2, True)

@@ -1,7 +1,7 @@
-"""Pages in a real browser: charts by hover, keyboard and touch; texts of data, which do nothing."""
+"""Each page in a real browser: charts by hover, tables without script, texts of data, which do nothing."""
 
 import json
-import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,17 @@ from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.page import write_comparison_page
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.page import write_doctor_page
-from dpo_dist.tools.pages.charts import Line, chart
-from dpo_dist.tools.pages.render import page
+from dpo_dist.tools.report.run import write_page
+from dpo_dist.tools.report.runs import compare_runs
+from dpo_dist.tools.sweep.figure import figures
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
-from tests.support.comparison_files import answer, model, results, row, write_comparison
+from tests.support.comparison_files import answer, model, results, row, win, write_comparison
 from tests.support.doctor_data import diagnosis
 from tests.support.launch import run_verb, train
+from tests.unit.tools.pages.made_run import HOSTILE, change, made_run
 
-HOSTILE = (
-    "</figure></style></script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)>"
-    "</svg></details></div>\"<a href='javascript:alert(3)'>x</a> \u202egnp.exe\u202c \u200b\x07 <|im_end|>"
-    + "unbroken"
-    * 40
-)
-STEPS = list(range(10, 1010, 10))
-OF_OTHERS = "main a:not([href^='#']), main img, main script, main iframe"
+OF_OTHERS = "main a:not([href^='#']), main img, main script, main iframe, main [onclick], main [onerror]"
 
 
 @pytest.fixture(scope="module")
@@ -38,124 +33,144 @@ def browser() -> Iterator[Any]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def chart_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    loss = [1 / step for step in STEPS]
-    loss[50] = math.nan
-    lines = [
-        Line("train", "raw", STEPS, loss),
-        Line("train", "smooth", STEPS, [0.123456789] * len(STEPS)),
-        Line("evaluation", "evaluation", [250, 500, 750, 1000], [0.5] * 4),
-    ]
-    named = "</figure><script>alert(1)</script><img src=x onerror=alert(2)>'\""
-    figures = [
-        chart("Loss", lines),
-        chart(named, [Line(named, "raw", STEPS, [1e7 + step for step in STEPS])], named),
-        chart("Norm", [Line("norm", "raw", STEPS, [10.0**-step for step in range(100)])], log=True),
-    ]
-    file = tmp_path_factory.mktemp("page") / "charts.html"
-    names = (
-        "outcome about verdict tiles links samples accuracy data speed reference repeat config environment"
-    )
-    content = dict.fromkeys(names.split(), ())
-    file.write_text(page("run.jinja", named, ["charts.js"], last_step=None, curves=figures, **content))
-    return file
-
-
 def opened(browser: Any, file: Path, width: int = 1200, **context: Any) -> Watched:
     watched = Watched(browser, viewport={"width": width, "height": 900}, **context)
     watched.page.goto(file.as_uri())
     return watched
 
 
-def texts(watched: Watched, number: int = 0) -> list[str]:
-    figure = watched.page.locator("figure").nth(number)
-    return [figure.locator(".place").inner_text(), *figure.locator(".legend li").all_inner_texts()]
-
-
-def assert_inert(watched: Watched, file: Path) -> None:
+def assert_inert(watched: Watched) -> None:
     """The page fits the screen, and has made no error, no dialog, no request and no element of a text."""
     page = watched.page
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     assert page.locator(OF_OTHERS).count() == 0
-    assert (watched.errors, watched.requests) == ([], [file.as_uri()])
+    assert (watched.errors, watched.requests) == ([], [page.url.split("#")[0]])
+
+
+def assert_readable(browser: Any, file: Path, charts: int) -> Watched:
+    """Hostile or not, the page works at both widths, in dark and without script; return the wide one."""
+    narrow = opened(browser, file, 500, color_scheme="dark")
+    assert narrow.page.locator("figure canvas").count() == charts
+    assert_inert(narrow)
+    plain = opened(browser, file, java_script_enabled=False)
+    assert plain.page.locator("figure table").count() == charts
+    assert_inert(plain)
+    watched = opened(browser, file)
+    assert_inert(watched)
+    return watched
+
+
+def legend(watched: Watched, chart: int = 0) -> list[str]:
+    """The values in a chart's legend: those at the cursor, or the last ones."""
+    rows = watched.page.locator("figure").nth(chart).locator(".u-series").all()
+    return [" ".join(" ".join(row.locator("th, td").all_inner_texts()).split()) for row in rows]
 
 
 def hover(watched: Watched, share: float) -> None:
     """Move the mouse to a share of the horizontal axis of the first chart."""
-    box = watched.page.locator("figure svg").first.bounding_box()
-    left, right = (place / 380 * box["width"] for place in (50, 364))
-    watched.page.mouse.move(box["x"] + left + share * (right - left), box["y"] + box["height"] / 2)
+    area = watched.page.locator("figure .u-over").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    watched.page.mouse.move(box["x"] + share * (box["width"] - 1), box["y"] + box["height"] / 2)
 
 
-LAST = ["step 1,000", "train 0.001 · mean 0.1235", "evaluation 0.5"]
-
-
-def test_hover_shows_the_values_at_a_step_in_all_charts(browser: Any, chart_file: Path) -> None:
-    watched = opened(browser, chart_file)
-    assert texts(watched) == LAST
+def test_the_page_of_a_run(tmp_path: Path, browser: Any) -> None:
+    run = made_run(tmp_path, HOSTILE, HOSTILE)
+    run.last_evaluation.scores.write_text("".join(f'{{"margin": {at / 50 - 1}}}\n' for at in range(200)))
+    change(run.last_evaluation.results, "all", "eval_rewards/margins/p05", value=0.25)
+    watched = assert_readable(browser, write_page(run), 5)
+    assert watched.page.locator(".badge.warning", has_text="completed").is_visible()
+    assert watched.page.locator(".mark", has_text="U+202E").first.is_visible()
+    assert legend(watched) == ["step 30", "loss 0.4", "loss (evaluation) 0.41"]
     hover(watched, 0.0)
-    assert texts(watched) == ["step 10", "train 0.1 · mean 0.1235", "evaluation none yet"]
-    assert texts(watched, 2)[1] == "norm 1"
-    hover(watched, (510 - 10) / 990)
-    assert texts(watched) == ["step 510", "train no value · mean 0.1235", "evaluation 0.5 at step 500"]
-    assert texts(watched, 1)[1].endswith("onerror=alert(2)>'\" 1e7")
-    assert watched.page.locator(".cursor line").count() == 3
+    assert legend(watched)[:2] == ["step 1", "loss 0.69"]
+    assert legend(watched, 1)[:2] == ["step 1", "accuracy 0.51"], "all charts show the same step"
     watched.page.mouse.move(0, 0)
-    assert texts(watched) == LAST
-    assert watched.page.locator(".cursor line").count() == 0
-    assert_inert(watched, chart_file)
+    assert legend(watched)[0] == "step 30"
+    watched.page.get_by_text("values").first.click()
+    assert watched.page.get_by_role("row", name="30 0.4 0.41", exact=True).is_visible()
 
 
-def test_keyboard_and_touch_show_the_values_at_a_step(browser: Any, chart_file: Path) -> None:
-    watched = opened(browser, chart_file, 400, has_touch=True)
-    watched.page.locator("figure").first.focus()
-    for key, step in (("ArrowLeft", "990"), ("ArrowRight", "1,000"), ("Home", "10"), ("PageDown", "110")):
-        watched.page.keyboard.press(key)
-        assert texts(watched)[0] == f"step {step}"
-    watched.page.keyboard.press("Escape")
-    assert texts(watched) == LAST
-    box = watched.page.locator("figure svg").first.bounding_box()
-    watched.page.touchscreen.tap(box["x"] + 52 / 380 * box["width"], box["y"] + 50)
-    assert texts(watched)[0] in ("step 10", "step 20")
-    assert_inert(watched, chart_file)
+def test_the_page_of_several_runs(tmp_path: Path, browser: Any) -> None:
+    runs = [made_run(tmp_path / HOSTILE.replace("/", "") / name, HOSTILE) for name in "ab"]
+    change(runs[0].config, "loss", "kind", value=HOSTILE)
+    compare_runs(runs, tmp_path / "runs.html")
+    watched = assert_readable(browser, tmp_path / "runs.html", 7)
+    assert watched.page.get_by_text("Their losses differ").is_visible()
 
 
-def test_without_script_the_charts_are_complete(browser: Any, chart_file: Path) -> None:
-    assert texts(opened(browser, chart_file, java_script_enabled=False)) == LAST
-
-
-@pytest.mark.parametrize(("width", "has_script"), [(400, True), (1200, False)])
-def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool) -> None:
-    names = "base", "beta 0.3", "beta 0.1"
-    content = results([model("base", None, 0.41), model(names[1], 6.5, 0.6), model(names[2], 14.0, 0.62)], [])
-    rows = [row(at, {name: answer(f"text {at}", at % 2) for name in names}) for at in range(6)]
-    rows[1] = row(
-        1, {name: answer(HOSTILE, finished=False) for name in names}, prompt=HOSTILE, source=HOSTILE
+def test_the_page_of_a_comparison(tmp_path: Path, browser: Any) -> None:
+    names = "base", "beta 0.3", HOSTILE
+    content = results(
+        [model("base", None, 0.41), model(names[1], 6.5, 0.6), model(HOSTILE, 14.0, 0.62)],
+        [win("base", names[1], 0.4)],
     )
+    rows = [row(at, {name: answer(f"text {at}", at % 2 * len(name)) for name in names}) for at in range(6)]
+    hostile = {name: answer(HOSTILE, finished=False) for name in names}
+    rows[0] = row(1, hostile, prompt=HOSTILE, source=HOSTILE)
     file = write_comparison(tmp_path, content, rows)
     write_comparison_page(ComparisonFolder(tmp_path), content)
-    watched = opened(browser, file, width, java_script_enabled=has_script)
-    page = watched.page
-    prompts = page.locator(".prompt:visible")
+    watched = assert_readable(browser, file, 1)
+    assert watched.page.get_by_role("cell", name="60 % * [54, 66]").is_visible(), "it excludes one half"
+    prompts = watched.page.locator(".prompt:visible")
     assert prompts.count() == 6
-    search = page.get_by_label("words of a prompt or response")
-    assert search.is_visible() == has_script
-    if has_script:
-        page.get_by_label("prompts to show").select_option("a response does not end")
-        assert prompts.count() == 1
-        prompts.first.evaluate("each => each.open = true")
-        assert page.locator(".mark", has_text="U+202E").first.is_visible()
-        assert page.locator("#found").inner_text() == "1 of 6 prompts"
-        page.get_by_label("prompts to show").select_option("")
-        search.fill("Question 3?")
-        assert prompts.count() == 1
-        assert "Question 3" in prompts.first.inner_text()
-        search.fill("")
-        page.get_by_label("largest differences of scores first").check()
-        orders = [float(each.get_attribute("data-order")) for each in prompts.all()]
-        assert orders == sorted(orders)
-    assert_inert(watched, file)
+    assert "Question 1" in prompts.first.inner_text(), "the largest difference of scores"
+    search = watched.page.get_by_role("searchbox")
+    search.fill("does not end")
+    assert prompts.count() == 1
+    prompts.first.evaluate("each => each.open = true")
+    assert prompts.first.locator(".mark", has_text="U+202E").first.is_visible()
+    search.fill("Question 3?")
+    assert "Question 3" in prompts.first.inner_text()
+    assert watched.page.get_by_text("1 of 6 prompts").is_visible()
+
+
+def test_the_page_of_the_doctor_hides_texts_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
+    config = RunConfig(run=FolderConfig(str(tmp_path)))
+    write_doctor_page(DoctorFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
+    watched = assert_readable(browser, DoctorFolder(config.run.path).doctor_page, 4)
+    hidden = watched.page.locator(".trained", has_text="javascript:alert(3)")
+    assert not hidden.is_visible()
+    watched.page.locator(".prompt summary").focus()
+    watched.page.keyboard.press("Enter")
+    assert hidden.is_visible()
+
+
+def test_the_figure_of_a_sweep_is_on_its_page(tmp_path: Path, browser: Any) -> None:
+    runs = [made_run(tmp_path / name) for name in "ab"]
+    accuracy = "eval_rewards/accuracies"
+    points = []
+    for kind in ("ipo", HOSTILE):
+        for seed in (0, 1):
+            settings = {"loss.kind": kind, "trainer.seed": seed}
+            points.append({"settings": settings, "metrics": {accuracy: 0.5 + len(kind) / 1000 + seed / 10}})
+    compare_runs(runs, tmp_path / "report.html", figures(points))
+    watched = assert_readable(browser, tmp_path / "report.html", 6)
+    assert legend(watched)[1] == f"accuracy {number(0.55 + len(HOSTILE) / 1000)}"
+    hover(watched, 0.0)
+    assert legend(watched) == ["loss.kind ipo", "accuracy 0.553"]
+
+
+def test_a_long_run_is_drawn_whole(tmp_path: Path, browser: Any) -> None:
+    """Its page has some of its points, the extremes among them, and where a line has none, its last value."""
+    run = made_run(tmp_path)
+    source = random.Random(0)
+    rows = [{"step": step, "loss": source.gauss(1, 0.1), "pairs": 64} for step in range(1, 20_001)]
+    rows[7_777]["loss"] = 9.0
+    rows[11_111]["loss"] = None
+    rows.insert(10_000, {"step": 10_000, "eval_loss": 0.5})
+    run.rows.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    run.log_history.unlink()
+    file = write_page(run)
+    assert file.stat().st_size < 250_000
+    watched = opened(browser, file)
+    assert legend(watched)[-1] == "loss (evaluation) 0.5 at 10,000"
+    hover(watched, 0.75)
+    assert legend(watched)[-1] == "loss (evaluation) 0.5 at 10,000"
+    hover(watched, 0.25)
+    assert legend(watched)[-1] == "loss (evaluation) none yet"
+    drawn = json.loads(watched.page.locator("figure").first.get_attribute("data-chart"))
+    assert max(value for value in drawn["lines"][0]["ys"] if value is not None) == 9
 
 
 def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: Path, browser: Any) -> None:
@@ -183,15 +198,10 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     watched = opened(browser, tmp_path / "runs.html", 700)
     page = watched.page
     assert page.get_by_role("row", name="optim.lr 0.0001 0.05 0.0001", exact=True).is_visible()
-    place, *legend = texts(watched)
-    assert place == "pair 24"  # 4 steps of 6 pairs, 8 of 3
-    assert page.locator(".runs li").all_inner_texts()[-1] == "unseen"
-    assert legend[-1].endswith("at pair 12")
-    page.locator("figure svg").first.scroll_into_view_if_needed()
-    hover(watched, 0.0)
-    assert texts(watched)[0] == "pair 0"
-    assert page.locator("#samples .prompt").count() == 2
-    assert_inert(watched, tmp_path / "runs.html")
+    assert legend(watched)[0] == "pair 24"  # 4 steps of 6 pairs, 8 of 3
+    assert legend(watched)[-1].endswith("at 12")
+    assert page.locator(".prompt").count() == 2
+    assert_inert(watched)
     scores = [
         json.loads(line) for line in (tmp_path / "fast/evaluation/scores.jsonl").read_text().splitlines()
     ]
@@ -199,7 +209,7 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     assert wrong
     pairs = (assets / "eval.jsonl").read_text().splitlines()
     watched = opened(browser, tmp_path / "fast/report.html")
-    worst = watched.page.locator("#accuracy .prompt")
+    worst = watched.page.locator("details .prompt")
     assert not worst.first.is_visible(), "texts are hidden until they are asked for"
     watched.page.get_by_text("Evaluation pairs with the lowest margins").click()
     for shown, each in zip(worst.all(), wrong, strict=True):
@@ -208,23 +218,4 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
         assert f"eval.jsonl:{each['line']}: margin {number(each['margin'], 3)}" in text
         for side in ("chosen", "rejected"):
             assert pair[side][-1]["content"][:20] in text
-    assert_inert(watched, tmp_path / "fast/report.html")
-
-
-def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
-    config = RunConfig(run=FolderConfig(str(tmp_path)))
-    write_doctor_page(DoctorFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
-    file = DoctorFolder(config.run.path).doctor_page
-    watched = opened(browser, file, 390, color_scheme="dark")
-    page = watched.page
-    hidden = page.locator(".texts", has_text="javascript:alert(3)")
-    assert not hidden.first.is_visible()
-    page.locator("label[for=all-texts]").click()
-    assert hidden.first.is_visible()
-    assert page.locator(".mark", has_text="U+202E").first.is_visible()
-    # Opened one by one, by the keyboard.
-    page.locator("label[for=all-texts]").click()
-    page.locator("#text-0").focus()
-    page.keyboard.press("Space")
-    assert page.locator("article .texts").first.is_visible()
-    assert_inert(watched, file)
+    assert_inert(watched)

@@ -8,8 +8,8 @@ from typing import Any
 
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.tools.doctor.examine import Diagnosis, examine
-from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart
 from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.pages.blocks import Answers
 from tests.support.records import assistant, user
 
 Pair = dict[str, Any]
@@ -126,7 +126,7 @@ def diagnosis(text: str) -> Diagnosis:
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
         for level in (Level.error, Level.warning, Level.note)
     )
-    part = ShownPart("chosen", [(text, "trained"), (text, "special "), (text, "cut")])
-    pair = ShownPair(f"{text}:1", ("rule",), text, [part, ShownPart("prompt", [("9 not shown", "omitted")])])
+    chosen = ("chosen", text, [(text, "trained"), (text, "special "), (text, "cut")])
+    pair = Answers(f"{text}:1", f"rule; dropped: {text}", [("9 not shown", "omitted")], [chosen])
     store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
     return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))

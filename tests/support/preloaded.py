@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.tools.pages.render import TEMPLATES
 from dpo_dist.tools.text_facts import language_identifier
 from dpo_dist.training.start.environment import package_versions
 
@@ -58,8 +57,6 @@ for name in LATE:
 get_checkpoint_conversion_mapping("qwen2")
 for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=ddp", "tracking=off")):
     load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking=off", *choices])
-for template in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
-    TEMPLATES.get_template(template)
 for verb in VERBS:
     verb_keys(verb)
 language_identifier()

@@ -1,29 +1,35 @@
 """Write the page that compares models: the result, tables with intervals, responses side by side."""
 
-from collections import Counter
-from collections.abc import Mapping
-from itertools import chain, combinations
+from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
-from markupsafe import Markup
-
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import aligned, number, percent_of, pluralize, with_interval, without_secrets
+from dpo_dist.foundation.text import aligned, number, percent_of, pluralize, without_secrets
+from dpo_dist.foundation.text import with_interval as in_one_line
 from dpo_dist.kit import METRICS
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
-from dpo_dist.tools.pages.answers import Answers, prompt_items
-from dpo_dist.tools.pages.charts import Interval, Point, scatter
-from dpo_dist.tools.pages.render import number_above_interval, page, part
+from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
+from dpo_dist.tools.pages.blocks import (
+    Block,
+    Chart,
+    Heading,
+    Interval,
+    Line,
+    Table,
+    Text,
+    section,
+    with_interval,
+)
+from dpo_dist.tools.pages.render import page
 
 _Row = Mapping[str, Any]
 Pair = tuple[str, str]
 Rates = Mapping[Pair, tuple[float, Interval]]
 """Win rate of the first model over the second, with its interval; both orders of two models are keys."""
-_Table = tuple[list[str], list[list[object]]]
 
-MOST_BYTES = 5_000_000
-_FRAME_BYTES = 150_000
+_ROOM = 4_000_000  # characters of texts
 _HALF = 0.5
 _COLUMNS = ("kl", "score", "length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
 _NO_SHARES = {
@@ -34,6 +40,24 @@ _NO_SHARES = {
 """Titles of metrics that are not shares; all others are shares."""
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
 """What the other model did against the base, by the base's credit."""
+_MODELS = "Brackets: 95 % intervals over prompts. KL: between whole responses of the model and of {base}."
+_KL_AND_QUALITY = (
+    "Bars: 95 % intervals over prompts. Of two models with the same quality, the one with the smaller KL has "
+    "changed less to get it."
+)
+_DIFFERENCES = (
+    "The first model minus the second, over prompts where both have a value; shares are in percentage "
+    "points. In a win rate a tie is half a win. A star: the 95 % interval excludes 0, or 50 % for a win "
+    "rate."
+)
+_RESPONSES = (
+    "The largest differences of scores come first. Marked words are not in the response of {base}. Texts of "
+    "data and models can be offensive or private."
+)
+_SAMPLED = (
+    "These responses are sampled at a temperature of {}, and unlikely words can make a small model look "
+    "broken; sampling.temperature=0 takes the likeliest words."
+)
 
 
 def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
@@ -41,45 +65,96 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     results = without_secrets(results)
     rates = _rates(results)
     base = results["base"]
-    prompts = [(row, _labels(row, base)) for row in files.read_lines(folder.comparison_answers)]
-    items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
-    labels = Counter(chain.from_iterable(labels for _, labels in prompts[: len(items)]))
-    head = ["model", *map(_title, _COLUMNS), f"win rate over {base}"]
-    rows: list[list[object]] = []
+    models = pluralize(len(results["models"]), "model")
+    judge = "no judge" if results["judge"] is None else f"judge: {results['judge']}"
+    rows = sorted(files.read_lines(folder.comparison_answers), key=_difference, reverse=True)
+    blocks: list[Block] = [
+        Text(f"{models}, {pluralize(results['prompts'], 'prompt')}, {judge}."),
+        Text("", "good", " ".join(headline(results))),
+        Heading("Models"),
+        _overview(results, rates),
+        Text(_MODELS.format(base=base), "note"),
+        *(Text(sentence) for sentence in _biases(results["sampling"])),
+        *_kl_and_quality(results),
+        *section("Differences", _differences(results, rates)),
+        Heading("Responses"),
+        Text(_RESPONSES.format(base=base), "note"),
+    ]
+    temperature = results["sampling"]["temperature"]
+    if temperature:
+        blocks.append(Text(_SAMPLED.format(number(temperature)), "note"))
+    blocks += answer_blocks([(row, "; ".join(_labels(row, base))) for row in rows], _ROOM)
+    files.write_text(folder.comparison_page, page("Comparison of models", blocks))
+
+
+def _difference(row: AnswersRow) -> float:
+    """Return how far the scores of a prompt's responses differ from that of the first one."""
+    scores = [response.get("score") for response in row["responses"].values()]
+    known = [score for score in scores if score is not None and scores[0] is not None]
+    return max((abs(score - scores[0]) for score in known), default=0.0)
+
+
+def _overview(results: _Row, rates: Rates) -> Table:
+    """Return the table of models, without metrics that no model but the base has."""
+    base = results["base"]
+    rows = []
     for model in results["models"]:
         values = {**model, **model["style"]}
         ends = {"kl": model["kl_interval"], "score": model["score_interval"], **model["style_intervals"]}
-        cells = [number_above_interval(values.get(each), ends.get(each), _scale(each)) for each in _COLUMNS]
-        rate: object = "base"
-        if model["name"] != base:
-            value, interval = rates.get((model["name"], base), (None, None))
-            rate = number_above_interval(value, interval, 100)
-        rows.append([part("macros.jinja", "named", model["name"], model["path"]), *cells, rate])
-    # Without empty columns. The base's own row does not count: it always has a KL of 0.
-    columns = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
-    # A plot of quality against KL; the base, whose KL is 0, is a horizontal line.
+        cells = [_cell(each, values.get(each), ends.get(each)) for each in _COLUMNS]
+        rate = rates.get((model["name"], base), (None, None))
+        cells.append("base" if model["name"] == base else _cell("rate", *rate))
+        rows.append([f"{model['name']}\n{model['path']}", *cells])
+    head = ["model", *map(_title, _COLUMNS), f"win rate over {base}"]
+    kept = [at for at in range(len(head)) if any(row[at] for row in rows[1:])]
+    return Table([head[at] for at in kept], [[row[at] for at in kept] for row in rows])
+
+
+def _cell(metric: str, value: float | None, ends: Interval, form: str = ".3g") -> str:
+    """Return a value with its interval, shares in percent; "" for None."""
+    if value is None:
+        return ""
+    scale = 1 if metric in _NO_SHARES else 100
+    unit = "" if scale == 1 else " %"
+    text = f"{scale * value:{form}}{unit}"
+    return with_interval(text, *(f"{scale * end:{form}}" for end in ends)) if ends else text
+
+
+def _biases(sampling: _Row) -> Iterator[str]:
+    """Yield why the estimate of the KL is biased."""
+    if sampling["temperature"] != 1:
+        temperature = number(sampling["temperature"])
+        yield (
+            f"Sampled at a temperature of {temperature}: the estimate of the KL is biased; at a temperature "
+            "of 1 it is not."
+        )
+    if sampling["temperature"] and (sampling["top_p"] < 1 or sampling["top_k"]):
+        yield (
+            f"Sampled from the likeliest tokens only (top_p {number(sampling['top_p'])}, top_k "
+            f"{sampling['top_k'] or 'none'}): the estimate of the KL is biased."
+        )
+
+
+def _kl_and_quality(results: _Row) -> list[Block]:
+    """Return the chart of quality against KL; the base, whose KL is 0, is a horizontal line."""
+    base = results["base"]
     measure, qualities = _qualities(results)
     points = []
     for model in results["models"][1:]:
-        name = model["name"]
-        if name in qualities and (model["kl"] or 0) > 0:
-            quality, interval = qualities[name]
-            points.append(Point(name, model["kl"], quality, model["kl_interval"], interval))
-    line = (qualities[base][0], base) if base in qualities else None
-    html = page(
-        "compare.jinja",
-        "Comparison of models",
-        ["compare.js"],
-        results=results,
-        headline=headline(results),
-        overview=([head[at] for at in columns], [[row[at] for at in columns] for row in rows]),
-        picture=scatter(points, f"KL to {base}, nats per response", measure, line),
-        differences=_differences(results, rates),
-        items=items,
-        omitted=omitted,
-        labels=dict(sorted(labels.items())),
-    )
-    files.write_text(folder.comparison_page, html)
+        if model["name"] in qualities and (model["kl"] or 0) > 0:
+            quality, interval = qualities[model["name"]]
+            points.append(Line(model["name"], [model["kl"]], [quality], "point", [interval]))
+    if not points:
+        return []
+    if base in qualities:
+        ends = sorted(line.xs[0] for line in points)
+        points.append(Line(base, [ends[0], ends[-1]], [qualities[base][0]] * 2, "noise"))
+    over = f"KL to {base}, nats per response"
+    ticks = {line.xs[0]: number(line.xs[0]) for line in points}
+    return [
+        Heading("KL and quality"),
+        Chart(measure, points, over=over, is_log=True, ticks=ticks, note=_KL_AND_QUALITY),
+    ]
 
 
 def comparison_table(results: _Row) -> list[str]:
@@ -103,13 +178,13 @@ def comparison_table(results: _Row) -> list[str]:
             f"{style['length']:.0f}",
             percent_of(style["finished"], results["prompts"]),
             percent_of(style["refusals"], results["prompts"]),
-            with_interval(model["kl"], model["kl_interval"], ".2f"),
+            in_one_line(model["kl"], model["kl_interval"], ".2f"),
         ]
         if has_scores:
-            cells.append(with_interval(model["score"], model["score_interval"], ".3f"))
+            cells.append(in_one_line(model["score"], model["score_interval"], ".3f"))
         if rates:
             rate = rates.get((model["name"], base))
-            cells.append(with_interval(*rate, ".3f") if rate else "")
+            cells.append(in_one_line(*rate, ".3f") if rate else "")
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {pluralize(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
@@ -202,42 +277,45 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     return f"win rate over {base}", rates
 
 
-def _scale(metric: str) -> float:
-    return 1 if metric in _NO_SHARES else 100
-
-
-def _differences(results: _Row, rates: Rates) -> _Table:
-    """Return the table of win rates and differences between every two models."""
+def _differences(results: _Row, rates: Rates) -> list[Block]:
+    """Return the table of win rates and differences between every two models, and what it is of."""
     by_pair = {(row["first"], row["second"]): row for row in results["differences"]}
     pairs = combinations((model["name"] for model in results["models"]), 2)
     metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in by_pair.values())]
-    rows: list[list[object]] = []
+    rows = []
     for first, second in pairs:
         row = by_pair.get((first, second), {})
-        rate = rates.get((second, first))
-        win = Markup("")
-        if rate is not None:
-            kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
-            win = Markup('<span class="{}">{}</span>').format(kind, number_above_interval(*rate, 100))
-        cells = [win] if rates else []
+        cells = [f"{second}\nminus {first}"]
+        if rates:
+            rate, interval = rates.get((second, first), (None, None))
+            cells.append(_starred(_cell("rate", rate, interval), _side(interval, _HALF)))
         for metric in metrics:
-            value = row.get(metric)
             ends = row.get(f"{metric}_interval")
-            scale = _scale(metric)
-            cell = Markup("") if value is None else Markup("{:+.3g}").format(scale * value)
-            if ends:
-                low, high = ends
-                cell += Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(scale * low, scale * high)
-            kind = "clear" if _side(ends, 0) else "open"
-            cells.append(Markup('<span class="{}">{}</span>').format(kind, cell))
-        rows.append([part("macros.jinja", "named", second, f"minus {first}"), *cells])
-    titles = list(map(_title, metrics))
-    if rates:
-        titles.insert(0, "win rate")
-    return ["models", *titles], rows if titles else []
+            cells.append(_starred(_cell(metric, row.get(metric), ends, "+.3g"), _side(ends, 0)))
+        rows.append(cells)
+    titles = ["models", *(["win rate"] if rates else []), *map(_title, metrics)]
+    if len(titles) == 1 or not rows:
+        return []
+    blocks: list[Block] = [Table(titles, rows), Text(_DIFFERENCES, "note")]
+    if results["judge"] is not None:
+        sentence = "The judge gave every response a score, and the higher score wins."
+        if results["judge_compares"]:
+            sentence = (
+                "The judge compared every two responses in both positions; a verdict that changes with the "
+                "position is a tie."
+            )
+        counts = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in results["counts"].items())
+        blocks.append(Text(f"{sentence} Counts: {counts}." if counts else sentence))
+    return blocks
 
 
-def _labels(row: Answers, base: str) -> list[str]:
+def _starred(cell: str, side: int) -> str:
+    """Return a cell with a star behind its value if its interval is on one side."""
+    value, end, interval = cell.partition("\n")
+    return f"{value} *{end}{interval}" if side else cell
+
+
+def _labels(row: AnswersRow, base: str) -> list[str]:
     """Return the labels by which a prompt is filtered."""
     labels = [f"source {row['source']}"]
     if any(not response["finished"] for response in row["responses"].values()):

@@ -25,8 +25,9 @@ from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
-from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
+from dpo_dist.tools.doctor.shown_pairs import show_pairs
 from dpo_dist.tools.findings import Finding, Level, balancing_weight, most_serious_first
+from dpo_dist.tools.pages.blocks import Answers
 
 _Result = TypeVar("_Result")
 # Their findings already say that training would refuse the data.
@@ -42,7 +43,7 @@ class Diagnosis:
     findings: Sequence[Finding]  # the most serious first
     model: Path | None = None  # folder of the tokenizer; None: data were examined as text
     store: dict[str, Any] | None = None
-    shown: Sequence[ShownPair] = ()  # for the page
+    shown: Sequence[Answers] = ()  # for the page
 
     def fails(self, lowest: FailOn) -> bool:
         """Return whether there is a finding of at least this level."""

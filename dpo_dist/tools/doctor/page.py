@@ -1,7 +1,7 @@
 """Write what the doctor found: doctor.json, a page, and lines for the screen."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,12 +10,12 @@ from dpo_dist.data import DataConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import aligned, as_yaml, number, pluralize, without_secrets
+from dpo_dist.foundation.text import aligned, as_yaml, number, percent, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import Diagnosis
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
-from dpo_dist.tools.doctor.rules import DOCTOR_RULES
-from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.findings import Finding, Level, finding_block
+from dpo_dist.tools.pages.blocks import Block, Heading, Table, Text, section
 from dpo_dist.tools.pages.charts import histogram
 from dpo_dist.tools.pages.render import page
 
@@ -24,7 +24,14 @@ FORMAT = 1
 
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
-_SHOWN_EXAMPLES = 3
+_SHOWN_EXAMPLES = 3  # on a screen
+_NO_MODEL = "No model is configured (model.path): texts were examined, tokens were not."
+_LEAKS = "By features of {}, with 95 % intervals; half of the pairs are guessed by chance."
+_CAUTION = (
+    "Texts of the data can be offensive or private. They are hidden until you open them; doctor.texts=false "
+    "writes a page without texts."
+)
+_KEY = "Green: counted by the loss. Violet: a special token. Red: cut by data.max_length. Others: context."
 
 
 def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: int) -> None:
@@ -46,30 +53,86 @@ def write_doctor_page(
     folder: DoctorFolder, diagnosis: Diagnosis, data: DataConfig, doctor: DoctorConfig
 ) -> None:
     """Write doctor.html."""
-    settings = [("model", str(without_secrets(str(diagnosis.model or "none"))))]
+    settings = [["model", str(without_secrets(str(diagnosis.model or "none")))]]
     for name, content in (("data", data), ("doctor", doctor)):
         for key, value in vars(content).items():
-            settings.append((f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))))
-    settings.append(("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"))
-    html = page(
-        "doctor.jinja",
-        f"Data doctor: {folder.path.resolve().name}",
-        badges=counts_by_level(diagnosis.findings) or [("completed", "no findings")],
-        findings=diagnosis.findings,
-        read=sum(source["read"] for source in diagnosis.sources),
-        kept=sum(source["kept"] for source in diagnosis.sources),
-        model=diagnosis.model,
-        overview=overview(diagnosis.sources),
-        sources=list(map(_page_fields, diagnosis.sources)),
-        store=diagnosis.store,
-        store_sentence=diagnosis.store and store_sentence(diagnosis.store),
-        pairs=diagnosis.shown,
-        settings=settings,
-        max_length=data.max_length,
-        picture=histogram,
-        leak=DOCTOR_RULES["label_leak"].threshold,
-    )
+            settings.append([f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))])
+    settings.append(["versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"])
+    read = sum(source["read"] for source in diagnosis.sources)
+    kept = sum(source["kept"] for source in diagnosis.sources)
+    blocks: list[Block] = [Text(f"{number(kept)} of {pluralize(read, 'record')} can be used.")]
+    if not diagnosis.model:
+        blocks.append(Text(_NO_MODEL))
+    findings = [finding_block(asdict(finding)) for finding in diagnosis.findings]
+    blocks += [Heading("Findings"), *(findings or [Text("None.")])]
+    blocks += [Heading("Sources"), Table(*overview(diagnosis.sources))]
+    for source in diagnosis.sources:
+        blocks += _source(source, data.max_length)
+    if diagnosis.store:
+        blocks += [Heading("Margins of the reference model"), Text(store_sentence(diagnosis.store))]
+        for label, margins in diagnosis.store["margins"].items():
+            median = number(margins["percentiles"][50])
+            pairs = pluralize(margins["count"], "pair")
+            note = f"{pairs}, median {median}; below 0 the reference prefers the rejected response"
+            blocks.append(histogram(label, margins, "nats per token", 0.0, note))
+    if diagnosis.shown:
+        texts: list[Block] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
+        blocks += section("Examples of findings, decoded", texts)
+    blocks += [Heading("Settings"), Table([], settings, "facts")]
+    badges = counts_by_level(diagnosis.findings) or [("good", "no findings")]
+    html = page(f"Data doctor: {folder.path.resolve().name}", blocks, badges)
     files.write_text(folder.doctor_page, html)
+
+
+def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[Block]:
+    """Yield what was found in a source."""
+    kept = f"{number(source['kept'])} of {pluralize(source['read'], 'record')} kept"
+    yield Text(without_secrets(source["path"]), title=f"{source['label']}: {kept}")
+    if source["dropped"]:
+        rows = []
+        for reason, found in source["dropped"].items():
+            rows.append([f"dropped: {reason}", number(found["count"]), "; ".join(found["examples"][:5])])
+        yield Table(["reason", "records", "first ones"], rows)
+    if source["changed"]:
+        yield _numbers("changed by encoding", source["changed"])
+    for name, side in source["sides"].items():
+        unit = "tokens" if side["tokens"] else "characters"
+        cut = ""
+        if side["cut"]:
+            cut = f", {number(side['cut'])} cut (by {number(side['cut_tokens'])} tokens)"
+        limit = max_length if side["tokens"] else None
+        yield histogram(f"{name}{cut}", side[unit], unit, limit, _percentiles(side[unit]))
+    images = source["images"]
+    if images:
+        different = pluralize(images["different"], "different one")
+        yield Text(
+            f"{images['images']:,} in {pluralize(images['records'], 'record')}, {different}", title="Images"
+        )
+        for name in ("in_a_record", "pixels", "tokens"):
+            if images[name]:
+                title = f"Images: {name.replace('_', ' ')}"
+                yield histogram(title, images[name], "images", note=_percentiles(images[name]))
+    leaks = [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS]
+    if leaks:
+        rows = []
+        for test in leaks:
+            interval = f"{percent(test['low'])} to {percent(test['high'])}"
+            feature = test["feature"].replace("_", " ")
+            rows.append([feature, f"{percent(test['accuracy'])}\n{interval}", test["detail"]])
+        pairs = pluralize(leaks[0]["pairs"], "pair")
+        yield Text(_LEAKS.format(pairs), title="Can the chosen response be guessed from its form?")
+        yield Table(["feature", "accuracy", "detail"], rows)
+    if source["margins"]:
+        yield _numbers("margins of the reference model", source["margins"])
+
+
+def _numbers(title: str, fields: Mapping[str, float]) -> Table:
+    return Table([title, ""], [[name.replace("_", " "), number(value)] for name, value in fields.items()])
+
+
+def _percentiles(values: Mapping[str, Any]) -> str:
+    percentiles = [f"{share} %: {number(value)}" for share, value in values["percentiles"].items()]
+    return f"mean {number(values['mean'])}, largest {number(values['largest'])}; {', '.join(percentiles)}"
 
 
 def store_sentence(use: Mapping[str, Any]) -> str:
@@ -110,15 +173,6 @@ def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
             row.append(f"{side[unit]['percentiles'][50]:,.0f} {unit}")
         rows.append(row)
     return ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected"], rows
-
-
-def _page_fields(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source's fields for the page: of its tests for leaks those that matter."""
-    return {
-        **source,
-        "path": without_secrets(source["path"]),
-        "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
-    }
 
 
 def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:

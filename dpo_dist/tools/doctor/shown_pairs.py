@@ -6,43 +6,23 @@ The page shows these texts inert, and hides them at first.
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from dpo_dist.data import BadRecord, DataConfig, DataSource, ImageProcessor, PreferenceRecord, TokenIds
 from dpo_dist.data.encode import encode_pair
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding
-from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
+from dpo_dist.tools.pages.blocks import Answers, Piece
+from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, shown_tokens, thumbnails
 
 _EXAMPLES_PER_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
 
-TextSpan = tuple[str, str]
-"""The text of consecutive tokens, and their CSS classes: some of "special trained cut", or "omitted"."""
-
-
-@dataclass(frozen=True)
-class ShownPart:
-    """The prompt or a response of a shown record; `tokens` counts it before anything is cut."""
-
-    name: str
-    segments: Sequence[TextSpan]
-    tokens: int | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class ShownPair:
-    """One record of the page: the prompt, then the responses, best first."""
-
-    origin: str
-    rules: tuple[str, ...]  # that it breaks
-    note: str  # why training drops it, or empty
-    parts: Sequence[ShownPart]
-    images: Thumbnails = ()
+_Part = tuple[str, str, Sequence[Piece]]
+"""Name, notes and text of the prompt or of a response; a number of tokens is that before anything is cut."""
 
 
 def show_pairs(
@@ -50,7 +30,7 @@ def show_pairs(
     tokenizer: "Tokenizer | None",
     findings: Sequence[Finding],
     processor: ImageProcessor | None = None,
-) -> list[ShownPair]:
+) -> list[Answers]:
     """Return examples of the findings, in the order of the data.
 
     Without a tokenizer texts are shown as they are in the record.
@@ -65,9 +45,10 @@ def show_pairs(
     for source in [*config.train, *config.eval]:
         for record in _choose(DataSource(source).pinned(), rules):
             origin = str(record.origin)
-            note, parts = _parts(record, config, tokenizer, processor)
+            reason, (prompt, *responses) = _parts(record, config, tokenizer, processor)
+            notes = [*dict.fromkeys(rules[origin]), *([f"dropped: {reason}"] if reason else []), prompt[1]]
             images = room.fitting(thumbnails(record.images))
-            pairs.append(ShownPair(origin, tuple(dict.fromkeys(rules[origin])), note, parts, images))
+            pairs.append(Answers(origin, "; ".join(filter(None, notes)), prompt[2], responses, images))
     return pairs
 
 
@@ -89,7 +70,7 @@ def _parts(
     config: DataConfig,
     tokenizer: "Tokenizer | None",
     processor: ImageProcessor | None,
-) -> tuple[str, list[ShownPart]]:
+) -> tuple[str, list[_Part]]:
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
@@ -112,17 +93,20 @@ def _parts(
     ids = prompt[shown_tokens(prompt, uncut.images, placeholder_id)]
     is_trained = [False] * len(ids)
     cut = range(front, front + missing)
-    parts = [ShownPart("prompt", list(_segments(ids, is_trained, cut, tokenizer)), len(prompt))]
+    parts: list[_Part] = [
+        ("prompt", f"{len(prompt):,} tokens", list(_segments(ids, is_trained, cut, tokenizer)))
+    ]
     for index, name, score in _names(record):
         ids = uncut.responses[index]
         is_trained = uncut.trained[index].tolist() if uncut.trained else [True] * len(ids)
         cut = range(len(example.responses[index]), len(ids))
-        parts.append(ShownPart(name, list(_segments(ids, is_trained, cut, tokenizer)), len(ids), score))
+        notes = f"{pluralize(len(ids), 'token')}{score}"
+        parts.append((name, notes, list(_segments(ids, is_trained, cut, tokenizer))))
     return note, parts
 
 
-def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
-    """Yield index, name and score of each response to show."""
+def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, str]]:
+    """Yield index and name of each response to show, and its score in words."""
     count = len(record.responses)
     for index in range(min(count, _MAX_RESPONSES)):
         if record.labelled_side is not None:
@@ -131,13 +115,11 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
             name = ("chosen", "rejected")[index]
         else:
             name = f"response {index + 1} of {count}"
-        score = None if record.scores is None else record.scores[index]
+        score = "" if record.scores is None else f", score {record.scores[index]:g}"
         yield index, name, score
 
 
-def _segments(
-    ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
-) -> Iterator[TextSpan]:
+def _segments(ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer) -> Iterator[Piece]:
     """Yield runs of tokens of one kind; a long part ends after its first tokens."""
     special = set(tokenizer.all_special_ids)
     for number, token in tokenizer.added_tokens_decoder.items():
@@ -165,16 +147,16 @@ def _segments(
         yield f"{len(ids) - len(tokens):,} tokens not shown", "omitted"
 
 
-def _plain_parts(record: PreferenceRecord) -> list[ShownPart]:
+def _plain_parts(record: PreferenceRecord) -> list[_Part]:
     texts = plain_texts(record)
     prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
-    parts = [ShownPart("prompt", _plain_segments(prompt))]
+    parts: list[_Part] = [("prompt", "", _plain_segments(prompt))]
     for index, name, score in _names(record):
-        parts.append(ShownPart(name, _plain_segments(texts.responses[index]), score=score))
+        parts.append((name, score.removeprefix(", "), _plain_segments(texts.responses[index])))
     return parts
 
 
-def _plain_segments(text: str) -> list[TextSpan]:
+def _plain_segments(text: str) -> list[Piece]:
     segments = [(text[:_MAX_CHARACTERS], "")]
     if len(text) > _MAX_CHARACTERS:
         segments.append(("further characters not shown", "omitted"))

@@ -1,4 +1,4 @@
-"""Render a page as one file, from a template and the style sheet; text of data stays inert."""
+"""Render blocks as a page of one file; text of data stays inert."""
 
 import base64
 import hashlib
@@ -7,16 +7,17 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, duration, number, percent, pluralize
+from dpo_dist.foundation.text import as_yaml
 from dpo_dist.foundation.types import dotted_items
+from dpo_dist.tools.pages.blocks import Block, Chart, Choices, Folded, Heading
 
-_FOLDER = Path(__file__).parent / "templates"
+_FOLDER = Path(__file__).parent
+_UPLOT = _FOLDER / "uplot"
 _PLAIN = "\n\t "
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 # Letters and marks that draw nothing (fillers, the grapheme joiner), and the replacement character.
@@ -27,7 +28,7 @@ _NAMES = {"\r": "CR", "\0": "NUL", "\x1b": "ESC"}
 def inert(value: object) -> Markup:
     """Return a value as HTML; text is escaped, and invisible and bidirectional characters become marks.
 
-    Every expression of a template passes through this function, so that text of data cannot act on a page.
+    Every expression of the template passes through this function, so that text of data cannot act on a page.
     """
     if isinstance(value, Markup):
         return value
@@ -46,22 +47,14 @@ def _inert_character(character: str) -> str:
     return f'<i class="mark" title="{name}">{_NAMES.get(character, code)}</i>'
 
 
-def attribute(text: object) -> Markup:
-    """Return text for an attribute, a title or an SVG, in which elements are not allowed."""
-    return Markup(escape(printable(str(text))))  # noqa: S704
+def _coded(text: object) -> Markup:
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(text))))  # noqa: S704  (inert before)
 
 
-def number_above_interval(
-    value: float | None, ends: Sequence[float] | None = None, scale: float = 1
-) -> Markup:
-    """Return a number above its interval, "" for None; with a `scale` of 100, a share in percent."""
-    if value is None:
-        return Markup("")
-    text = percent(value) if scale == 100 else number(value)
-    if not ends:
-        return Markup(text)  # noqa: S704  (digits)
-    low, high = (number(scale * end, 3) for end in ends)
-    return Markup(f"{text} <small>[{low}, {high}]</small>")  # noqa: S704
+def _html(block: Block) -> Markup:
+    """Return the HTML of a block, by the macro with the name of its class."""
+    html: Markup = getattr(_BLOCKS, type(block).__name__.lower())(block)
+    return html
 
 
 def flat(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -73,7 +66,7 @@ def flat(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         yield key, as_yaml(content)
 
 
-TEMPLATES = Environment(
+_ENVIRONMENT = Environment(
     loader=FileSystemLoader(_FOLDER),
     autoescape=True,
     finalize=inert,
@@ -81,41 +74,47 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {
-    "attribute": attribute,
-    "counted": pluralize,
-    "duration": duration,
-    "capital": lambda sentence: sentence[:1].upper() + sentence[1:],
-    # Names in backticks become code.
-    "coded": lambda sentence: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence)))),  # noqa: S704
-    "number": number,
-    "percent": percent,
-}
+_ENVIRONMENT.filters |= {"html": _html, "coded": _coded, "printable": printable}
+_BLOCKS = _ENVIRONMENT.get_template("blocks.jinja").module
+_PAGE = _ENVIRONMENT.get_template("page.jinja")
 
 
 def page(
-    template: str, title: str, scripts: Sequence[str] = (), *, reloads: bool = False, **content: Any
+    title: str, blocks: Sequence[Block], badges: Sequence[tuple[str, str]] = (), *, reloads: bool = False
 ) -> str:
-    """Return a page that loads nothing; its content security policy allows only its own styles and scripts.
+    """Return a page that loads nothing; its content security policy allows only its own style and scripts.
 
-    The page is complete without its scripts. `reloads`: the browser reads the file again every 30 seconds.
+    `badges`: level and text, beside the title. `reloads`: the browser reads the file again every 30 seconds.
     """
-    style = (_FOLDER / "page.css").read_text()
-    script = "\n".join((_FOLDER / name).read_text() for name in scripts)
-    digests = (base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (style, script))
-    html = TEMPLATES.get_template(template).render(
+    all_blocks = list(_unfolded(blocks))
+    scripts = [(_FOLDER / "page.js").read_text()]
+    styles = (_FOLDER / "page.css").read_text()
+    if any(isinstance(block, Chart) for block in all_blocks):
+        scripts.insert(0, (_UPLOT / "uPlot.iife.min.js").read_text())
+        styles += (_UPLOT / "uPlot.min.css").read_text()
+    html = _PAGE.render(
         title=title,
+        badges=badges,
         reloads=reloads,
-        style=Markup(style),  # noqa: S704  (own files)
-        script=Markup(script),  # noqa: S704
-        digests=[Markup(f"'sha256-{digest}'") for digest in digests],  # noqa: S704
-        **content,
+        style=Markup(styles),  # noqa: S704  (own files)
+        style_digest=_digest(styles),
+        scripts=[Markup(script) for script in scripts],  # noqa: S704
+        script_digests=list(map(_digest, scripts)),
+        form_action="'self'" if any(isinstance(block, Choices) for block in blocks) else "'none'",
+        sections=[block.text for block in blocks if isinstance(block, Heading)],
+        blocks=blocks,
     )
     # A lone surrogate in a path cannot be encoded.
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def part(template: str, macro: str, *arguments: Any, **options: Any) -> Markup:
-    """Return the HTML of a template's macro."""
-    html: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **options)
-    return html
+def _unfolded(blocks: Sequence[Block]) -> Iterator[Block]:
+    for block in blocks:
+        yield block
+        if isinstance(block, Folded):
+            yield from _unfolded(block.blocks)
+
+
+def _digest(text: str) -> Markup:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(f"'sha256-{digest}'")  # noqa: S704  (letters and digits)

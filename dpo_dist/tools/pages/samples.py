@@ -5,15 +5,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from markupsafe import Markup
 
 from dpo_dist.config.run_folder import checkpoint_step
 from dpo_dist.foundation.files import read_lines
-from dpo_dist.foundation.text import number
+from dpo_dist.foundation.text import number, pluralize
 from dpo_dist.kit import RunFolder
-from dpo_dist.tools.pages.answers import Answers, prompt_items
+from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
+from dpo_dist.tools.pages.blocks import Block, Text, section
 from dpo_dist.tools.text_facts import text_facts
 
 REPEATED = 0.5
@@ -23,10 +21,11 @@ _MOST_ROWS = 200
 _MOST_WORST = 6
 _MOST_SHOWN = 10
 _MEASURED_CHARACTERS = 2000
-_SECTION_BYTES = 900_000
+_SECTION_CHARACTERS = 900_000
+CAUTION = "Marked words are not in the first response. Texts of data and models can be offensive or private."
 
 
-def faults(responses: Answers) -> list[str]:
+def faults(responses: AnswersRow) -> list[str]:
     """Return the reasons to look at a policy's response; the first is the worst."""
     policy = responses["policy"]
     tokens = policy["tokens"]
@@ -42,7 +41,7 @@ def faults(responses: Answers) -> list[str]:
     return [reason for reason, applies in reasons.items() if applies]
 
 
-def choose(rows: Sequence[Answers]) -> list[tuple[Answers, str]]:
+def choose(rows: Sequence[AnswersRow]) -> list[tuple[AnswersRow, str]]:
     """Return rows to show, each with the reason: those with most faults, and some at random."""
     with_faults = [(row, faults(row["responses"])) for row in rows]
     faulty = [each for each in with_faults if each[1]]
@@ -54,19 +53,19 @@ def choose(rows: Sequence[Answers]) -> list[tuple[Answers, str]]:
     return [*choice, *((row, "chosen at random") for row in sample)]
 
 
-def samples_section(folder: RunFolder) -> Mapping[str, Any]:
-    """Return the content of a page's section about a run's samples; empty without samples.
+def samples_section(folder: RunFolder) -> list[Block]:
+    """Return a page's section about a run's samples; empty without samples.
 
     It has responses of the reference, and of the policy at the last, the previous and the first evaluation.
     """
     files = _files(folder)
     steps = list(files)
-    rows_of_steps = dict[int, list[Answers]]()
+    rows_of_steps = dict[int, list[AnswersRow]]()
     for step in dict.fromkeys((*steps[:2], *steps[-1:])):
         rows_of_steps[step] = list(islice(read_lines(files[step]), _MOST_ROWS))
     last = rows_of_steps[steps[0]] if steps else []
     if not last:
-        return {}
+        return []
     by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in rows_of_steps.items()}
     prompts = []
     for row, reason in choose(last):
@@ -80,15 +79,14 @@ def samples_section(folder: RunFolder) -> Mapping[str, Any]:
             response = earlier["responses"]["policy"]
             if earlier is row or response["text"] not in [each["text"] for each in responses.values()]:
                 responses[f"step {step:,}"] = response
-        prompts.append(({**row, "responses": responses}, [f"{row['source']}: {reason}"]))
-    items, omitted = prompt_items(prompts, _SECTION_BYTES)
-    return {
-        "step": steps[0],
-        "prompts": len(last),
-        "file": files[steps[0]].name,
-        "items": items,
-        "omitted": omitted,
-    }
+        prompts.append(({**row, "responses": responses}, f"{row['source']}: {reason}"))
+    held_out = pluralize(len(last), "held-out prompt")
+    where = f"Responses of the policy after step {steps[0]:,} to {held_out}"
+    blocks = [
+        Text(f"{where}; all are in samples/{files[steps[0]].name}."),
+        Text(f"Below: the responses with most faults, and some at random. {CAUTION}", "note"),
+    ]
+    return section("Samples", [*blocks, *answer_blocks(prompts, _SECTION_CHARACTERS)])
 
 
 def _files(folder: RunFolder) -> dict[int, Path]:
@@ -101,10 +99,10 @@ def _files(folder: RunFolder) -> dict[int, Path]:
     return dict(sorted(files.items(), reverse=True))
 
 
-def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
-    """Return prompts that several runs share, with each run's response after its last step."""
-    responses_of_prompts = defaultdict[str, dict[str, Answers]](dict)
-    last: dict[str, Answers] = {}
+def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Block]:
+    """Return the section of prompts that several runs share, with each run's response after its last step."""
+    responses_of_prompts = defaultdict[str, dict[str, AnswersRow]](dict)
+    last: dict[str, AnswersRow] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
             for row in islice(read_lines(file), _MOST_ROWS):
@@ -114,14 +112,17 @@ def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
     prompts = []
     for key, responses in responses_of_prompts.items():
         if len(responses) > 1:
-            prompts.append(({**last[key], "responses": responses}, [last[key]["source"]]))
-    return prompt_items(prompts[:_MOST_SHOWN], _SECTION_BYTES)[0]
+            prompts.append(({**last[key], "responses": responses}, str(last[key]["source"])))
+    if not prompts:
+        return []
+    note = Text(f"Responses of the runs to the same held-out prompts. {CAUTION}", "note")
+    return section("Samples", [note, *answer_blocks(prompts[:_MOST_SHOWN], _SECTION_CHARACTERS)])
 
 
-def worst_pairs(file: Path) -> list[Markup]:
-    """Return the pairs in an evaluation's file of worst pairs, as HTML."""
+def worst_pairs(file: Path) -> list[Block]:
+    """Return the pairs in an evaluation's file of worst pairs."""
     prompts = []
     for row in read_lines(file):
         metric = "margin" if "margin" in row else "reward"
-        prompts.append((row, [f"{row['origin']}: {metric} {number(row[metric], 3)}"]))
-    return prompt_items(prompts, _SECTION_BYTES)[0]
+        prompts.append((row, f"{row['origin']}: {metric} {number(row[metric], 3)}"))
+    return answer_blocks(prompts, _SECTION_CHARACTERS)

@@ -13,14 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
-
-import jinja2
 
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
@@ -31,6 +28,8 @@ from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.tools.pages.blocks import Answers, Block, Choices, Piece, Text
+from dpo_dist.tools.pages.render import page
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.pairs.files import (
     check_output,
@@ -55,6 +54,22 @@ CHOICES = ("left", "right", TIE, SKIP)
 """What an annotator says of the responses as they are shown."""
 _SIDES = ("first", "second")
 """The verdict that the response of this index is better."""
+
+
+_BUTTONS = (
+    ("left", "Response 1 [1]", "1 ArrowLeft"),
+    (TIE, "Tie [0]", "0 t"),
+    ("right", "Response 2 [2]", "2 ArrowRight"),
+    (SKIP, "Skip [s]", "s"),
+)
+_INSTRUCTIONS = """\
+Each shows a prompt and two responses. Choose the response that you would rather get to this prompt: more \
+correct, more helpful, and nothing harmful. Length and style alone make none better.
+Keys: 1 or \u2190 response 1 is better, 2 or \u2192 response 2 is better, 0 or t they are equally good, \
+s skip.
+The browser's back button returns to a comparison: the last choice counts. Every choice is saved at once, so \
+that you can stop at any time."""
+_END = "All comparisons are judged. Thank you! Ctrl-C ends the command and writes the pairs."
 
 
 class Annotation(NamedTuple):
@@ -158,31 +173,47 @@ class Labelling:
         items = [key for key in self.items if key not in closed]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
 
-    def shown(self, annotator: str, item: str) -> dict[str, Any]:
-        """Return the page's content: an item, and the annotator's progress."""
-        facts: dict[str, Any] = {
-            "annotator": annotator,
-            "judged": sum(name == annotator for name, _ in self.judgements),
-            "items": len(self.items),
-            "remaining": len(self.remaining(annotator)),
-        }
+    def shown(self, annotator: str, item: str) -> tuple[str, list[Block]]:
+        """Return the title and the blocks of the page of an annotator: the instructions, or an item."""
+        if not annotator:
+            start = Choices([("start", "Start", "")], {}, "annotator")
+            return pluralize(len(self.items), "comparison"), [Text(_INSTRUCTIONS), start]
+        judged = sum(name == annotator for name, _ in self.judgements)
+        title = f"{annotator}: {judged} judged, {len(self.remaining(annotator))} to go"
         record = self.items.get(item)
         if record is None:
-            return facts
+            return title, [Text(_END)]
         prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt
         if record.images:
             prompt = tuple(replace(turn, content=with_marks(turn.content)) for turn in turns_of(prompt))
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
-        return {
-            **facts,
-            "left": responses[left],
-            "right": responses[1 - left],
-            "item": item,
-            "prompt": turns,
-            "tools": record.tools,
-            "images": thumbnails(record.images, _IMAGE_SIDE),
-        }
+        tools = [{"tools": record.tools}] if record.tools else []
+        answers = Answers(
+            "",
+            "",
+            [*_pieces(tools), *_pieces(turns)],
+            [("Response 1", "", _pieces(responses[left])), ("Response 2", "", _pieces(responses[1 - left]))],
+            thumbnails(record.images, _IMAGE_SIDE),
+            is_open=True,
+        )
+        return title, [answers, Choices(_BUTTONS, {"annotator": annotator, "item": item})]
+
+
+def _pieces(value: Any) -> list[Piece]:
+    """Return a text, or turns with the names of their roles and other fields, for a page."""
+    if isinstance(value, str):
+        return [(value, "")]
+    pieces = []
+    for turn in value:
+        for name, content in turn.items():
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            if name == "role":
+                pieces.append((text, "role"))
+            else:
+                pieces += [] if name == "content" else [(name, "role")]
+                pieces.append((text, ""))
+    return pieces
 
 
 class _Request(WSGIRequestHandler):
@@ -201,8 +232,6 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         self._labelling = labelling
         self._lock = threading.Lock()
         self.path = f"/{secrets.token_urlsafe(24)}/"
-        page = resources.files("dpo_dist.tools.pairs").joinpath("label.html").read_text("utf-8")
-        self._page = jinja2.Environment(autoescape=True).from_string(page)
         self._connections = set[Any]()
         super().__init__((HOST, 0), _Request)  # a free port
         self.set_app(self._reply)
@@ -262,9 +291,9 @@ class LabelServer(ThreadingMixIn, WSGIServer):
                 query = urlencode({"annotator": annotator, "item": item})
                 start("303 See Other", [("Location", f"{self.path}?{query}")])
                 return []
-            body = self._page.render(self._labelling.shown(annotator, item))
+            body = page(*self._labelling.shown(annotator, item))
         start("200 OK", [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")])
-        return [body.encode("utf-8", "replace")]
+        return [body.encode()]
 
 
 def outcome(judgements: Sequence[Annotation]) -> tuple[int | None, str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from dpo_dist.config.metrics import GROUP_METRICS, MARGIN_PERCENTILES
 from dpo_dist.data.counts import in_words
@@ -26,29 +25,60 @@ from dpo_dist.kit import (
     results_name,
 )
 from dpo_dist.tools.doctor.folder import DoctorFolder
-from dpo_dist.tools.findings import Level
-from dpo_dist.tools.pages.charts import charts, distribution, histogram
-from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
-from dpo_dist.tools.pages.samples import samples_section, worst_pairs
+from dpo_dist.tools.findings import Level, finding_block
+from dpo_dist.tools.pages.blocks import (
+    Block,
+    Chart,
+    Folded,
+    Heading,
+    Interval,
+    Table,
+    Text,
+    section,
+    with_interval,
+)
+from dpo_dist.tools.pages.charts import charts_of_run, distribution, histogram
+from dpo_dist.tools.pages.render import flat, page
+from dpo_dist.tools.pages.samples import CAUTION, samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, data_findings, last
 from dpo_dist.tools.report.verdict import RUN_RULES
 from dpo_dist.tools.tables import describe_reference
 
 _BINS = 32  # of the histogram of margins
 _ROOM = 0.02  # the share of its width that is free on both sides
-_Table = tuple[list[str], list[list[object]]]
-"""Titles of the columns, and rows."""
-
-_SECTIONS = {
-    "samples": "Samples",
-    "curves": "Curves",
-    "accuracy": "Accuracy and margin",
-    "data": "Data",
-    "speed": "Time",
-    "reference": "Reference model",
-    "repeat": "Repeat this run",
-}
-"""Sections of the page with their titles, in their order."""
+_NO_PROOF = (
+    "No rule of the verdict found a fault. That does not prove that the model is good: read its responses, "
+    "and evaluate it on other data."
+)
+_CURVES = (
+    "Light lines, where there are any: means of the steps between two metrics rows; bold lines: their moving "
+    "mean; rings: evaluations. A dashed line without rings, where there is one, is the noise of rounding, "
+    "measured at the start: a value below it is no progress."
+)
+_OF_PAIRS = (
+    "Accuracy: share of pairs whose chosen response has the larger reward; guessing gives 0.5. Margin: "
+    "reward of the chosen response minus that of the rejected one."
+)
+_OF_RECORDS = (
+    "AUC: how often a good response has a larger reward than a bad one; guessing gives 0.5. Margin: mean "
+    "reward of good responses minus that of bad ones."
+)
+_REWARD = (
+    "A reward is beta times the log-ratio of policy and reference. Brackets: 95 % intervals, by bootstrap "
+    "over prompts."
+)
+_NOT_EXAMINED = (
+    "The doctor has not examined these data. Run dpo-dist doctor with the configuration of this run: it "
+    "finds copies, leaks, labels that the length gives away, and more."
+)
+_TIME = (
+    "All work of all starts, from joining the processes to writing the model. A start that was killed "
+    "counts up to its last checkpoint."
+)
+_REPEAT = (
+    "Started in the same folder, this command gives the same run if commit, versions (both below) and data "
+    "are the same. Give it an empty run.dir: with the existing one it resumes or completes that run."
+)
 _WORK_NAMES = {
     "starting": "starting",
     "reference": "reference log-probs",
@@ -130,49 +160,129 @@ def write_page(
 ) -> Path:
     """Write the report page of a run directory, or `output`; return its path. `rows`: as in `PageFacts`."""
     facts = PageFacts(folder, rows)
-    environment = facts.environment
     run = facts.run
+    outcome = facts.summary.get("exit")
+    level = _level(facts)
+    is_running = "exit" not in facts.summary
+    reference = describe_reference(facts.section("reference"))
+    command = facts.environment.get("command")
+    blocks: list[Block] = [
+        *_verdict(facts, level),
+        Table([], list(_tiles(facts)), "tiles"),
+        *samples_section(folder),
+        *_curves(charts_of_run(run.rows, run.noise(run.steps))),
+        *_accuracy(facts, folder),
+        *section("Data", _data(facts, folder)),
+        *_time(facts),
+        *section("Reference model", [Text(f"{reference}.")] if reference else []),
+        *section("Repeat this run", [Text(command, "code"), Text(_REPEAT, "note")] if command else []),
+    ]
+    for title, fields in (("Configuration", facts.config), ("Environment", facts.environment)):
+        if fields:
+            blocks.append(Folded(title, [Table([], list(flat(fields)), "facts")]))
+    about = "; ".join(_about(facts))
+    if about:
+        blocks.insert(0, Text(about))
+    badges = []
+    if outcome:
+        badges.append((level if level and outcome == RunOutcome.completed else outcome, outcome))
+    path = output or folder.report
+    html = page(folder.path.resolve().name, blocks, badges, reloads=is_running)
+    files.write_text(path, html)
+    return path
+
+
+def _level(facts: PageFacts) -> str:
+    """Return the level of the verdict: good, warning or error; "" before the run has ended."""
+    stored: Fields = facts.summary.get("verdict") or {}
+    if not stored:
+        return ""
+    if facts.summary.get("exit") == RunOutcome.diverged:
+        return str(Level.error)
+    for finding in stored["findings"]:
+        rule = RUN_RULES.get(finding["rule"])  # None: of another version
+        if rule is None or rule.level is not Level.note:
+            return str(Level.warning)
+    return "good"
+
+
+def _verdict(facts: PageFacts, level: str) -> Iterator[Block]:
+    """Yield the verdict with its findings, or how far a run in training has come."""
+    stored: Fields = facts.summary.get("verdict") or {}
+    last_step = last(facts.run.rows, "step")
+    if not stored:
+        if "exit" not in facts.summary and last_step is not None:
+            sentence = f"This run has not ended: its last metrics are of step {number(last_step)}."
+            yield Text("", "warning", sentence)
+        return
+    sentence = stored["sentence"]
+    lines = []
+    if level == "good":
+        lines.append(_NO_PROOF)
+    for finding in stored["findings"]:
+        rule = RUN_RULES.get(finding["rule"])
+        if finding["text"] not in sentence:  # which states the worst finding
+            lines.append(f"{_capital(rule.text if rule else finding['rule'])}: {finding['text']}.")
+        lines.append(f"Try {finding['remedy']}.\n")
+    yield Heading("Verdict")
+    yield Text("\n".join(lines).strip(), level, f"{_capital(sentence)}.")
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _curves(charts: Sequence[Chart]) -> list[Block]:
+    return section("Curves", [Text(_CURVES, "note"), *charts] if charts else [])
+
+
+def _accuracy(facts: PageFacts, folder: RunFolder) -> list[Block]:
+    """Return the section on accuracy and margin, by source, with their histogram and the worst pairs."""
+    table = _by_source(facts)
+    if table is None:
+        return []
+    unit = facts.run.unit
+    note = _OF_PAIRS if unit == "pair" else _OF_RECORDS
+    blocks: list[Block] = [table, Text(f"{note} {_REWARD}", "note"), *_margins(facts, folder)]
+    worst = worst_pairs(folder.last_evaluation.worst) if facts.evaluation else []
+    if worst:
+        title = "Evaluation pairs with the lowest margins"
+        if unit == "record":
+            title = "Good responses with the lowest rewards, and bad ones with the highest"
+        caution = f"{CAUTION} Some of these {unit}s may be labelled wrongly."
+        blocks.append(Folded(title, [Text(caution, "note"), *worst]))
+    return section(f"{_capital(facts.run.accuracy_title)} and margin", blocks)
+
+
+def _data(facts: PageFacts, folder: RunFolder) -> Iterator[Block]:
+    """Yield the counts of the data, and the doctor's findings about them."""
+    unit = facts.run.unit
+    parts = {"train": "Training data", "eval": "Evaluation data"}
+    counted = {parts[name]: counts for name, counts in facts.section("data").items() if counts}
+    for title, counts in counted.items():
+        yield from _records(title, counts, unit)
+    if not counted:
+        return
+    notes = list[Block]()
+    findings = list[Block]()
+    for found in facts.run.data_findings:
+        (notes if found["level"] == Level.note else findings).append(finding_block(found))
+    if findings or notes:
+        yield Text("", title="Findings of the doctor")
+        yield from findings or [Text("No errors and no warnings.")]
+    if notes:
+        yield Folded(f"Notes ({len(notes)})", notes)
+    if not DoctorFolder(folder.path).doctor_report.is_file():
+        yield Text(_NOT_EXAMINED, "note")
+
+
+def _time(facts: PageFacts) -> list[Block]:
     seconds = facts.section("work").get("seconds", {})
-    speed = []
+    rows = []
     for work, name in _WORK_NAMES.items():
         if seconds.get(work, 0.0) > 0:
-            share = seconds[work] / sum(seconds.values())
-            speed.append((name, seconds[work], share))
-    parts = {"train": "Training data", "eval": "Evaluation data"}
-    data = [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts]
-    worst = worst_pairs(folder.last_evaluation.worst) if facts.evaluation else []
-    accuracy_title = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
-    is_running = "exit" not in facts.summary
-    last_step = last(run.rows, "step") if is_running else None
-    content: dict[str, Any] = {
-        "outcome": facts.summary.get("exit"),
-        "about": "; ".join(_about(facts)),
-        "verdict": verdict_for_page(facts),
-        "last_step": last_step,
-        "tiles": list(_tiles(facts)),
-        "samples": samples_section(folder),
-        "curves": charts(run.rows, run.noise(run.steps)),
-        "accuracy": _by_source(facts),
-        "margins": _margins(facts, folder),
-        "worst": worst,
-        "data": data,
-        "doctor": run.data_findings,
-        "is_examined": DoctorFolder(folder.path).doctor_report.is_file(),
-        "speed": speed,
-        "reference": describe_reference(facts.section("reference")),
-        "repeat": environment.get("command"),
-        "config": list(flat(facts.config)),
-        "environment": list(flat(environment)),
-        "accuracy_title": accuracy_title,
-        "unit": run.unit,
-    }
-    sections = {**_SECTIONS, "accuracy": accuracy_title}
-    links = [(name, title) for name, title in sections.items() if content[name]]
-    scripts = ["charts.js"] if content["curves"] else []
-    path = output or folder.report
-    name = folder.path.resolve().name
-    files.write_text(path, page("run.jinja", name, scripts, reloads=is_running, links=links, **content))
-    return path
+            rows.append([name, duration(seconds[work]), percent(seconds[work] / sum(seconds.values()))])
+    return section("Time", [Table(["work", "time", "share"], rows), Text(_TIME, "note")] if rows else [])
 
 
 def _about(facts: PageFacts) -> Iterator[str]:
@@ -202,28 +312,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
     yield pluralize(processes, "process", "processes") + "."
 
 
-def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
-    """Return the verdict's level, sentence and findings; empty before the run has ended."""
-    stored: Fields = facts.summary.get("verdict") or {}
-    if not stored:
-        return {}
-    sentence = stored["sentence"]
-    findings = []
-    level = "good"
-    for finding in stored["findings"]:
-        # The verdict's sentence already has the facts of the worst finding.
-        fact = "" if finding["text"] in sentence else finding["text"]
-        rule = RUN_RULES.get(finding["rule"])  # None: of another version
-        headline = rule.text if rule else finding["rule"]
-        findings.append({"headline": headline, "fact": fact, "advice": finding["remedy"]})
-        if rule is None or rule.level is not Level.note:
-            level = "warning"
-    if facts.summary.get("exit") == RunOutcome.diverged:
-        level = "error"
-    return {"level": level, "sentence": sentence, "findings": findings}
-
-
-def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
+def _tiles(facts: PageFacts) -> Iterator[list[str]]:
     """Yield label, value and remark of each main result that was measured."""
     summary = facts.summary
     final = facts.section("final")
@@ -262,10 +351,10 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     )
     for label, value, form, remark in tiles:
         if value is not None:
-            yield label, form(value), remark
+            yield [label, form(value), remark]
 
 
-def _by_source(facts: PageFacts) -> _Table | None:
+def _by_source(facts: PageFacts) -> Table | None:
     """Return the table of accuracy and margin, of evaluation and training: all pairs, then each source."""
     accuracy = facts.run.accuracy_key
     title = facts.run.accuracy_title
@@ -286,7 +375,7 @@ def _by_source(facts: PageFacts) -> _Table | None:
         MARGIN: "training margin",
     }
     keys = [key for key in titles if any(key in row for _, _, row in rows)]
-    lines: list[list[object]] = []
+    lines = []
     for label, results, row in rows:
         ends = facts.intervals(results)
         pairs = (facts.evaluation.get(results) or {}).get("eval_pairs")
@@ -294,48 +383,74 @@ def _by_source(facts: PageFacts) -> _Table | None:
         low, high = ends.get(f"eval_{accuracy}", (1, 1))
         if low <= 1 / 2 <= high:
             remarks.append("not better than guessing")
-        name = part("macros.jinja", "named", label, ", ".join(remarks))
-        lines.append([name, *(number_above_interval(row.get(key), ends.get(key)) for key in keys)])
-    return (["source", *(titles[key] for key in keys)], lines) if keys else None
+        lines.append(
+            [f"{label}\n{', '.join(remarks)}", *(_cell(row.get(key), ends.get(key)) for key in keys)]
+        )
+    return Table(["source", *(titles[key] for key in keys)], lines) if keys else None
 
 
-def _margins(facts: PageFacts, folder: RunFolder) -> Mapping[str, Any] | None:
-    """Return the distribution of the margin over the pairs of the last evaluation, with its picture."""
+def _cell(value: float | None, ends: Interval) -> str:
+    if value is None:
+        return ""
+    return with_interval(number(value), number(ends[0], 3), number(ends[1], 3)) if ends else number(value)
+
+
+def _margins(facts: PageFacts, folder: RunFolder) -> Iterator[Chart]:
+    """Yield the histogram of the margin over the pairs of the last evaluation."""
     if f"eval_{MARGIN_PERCENTILES[0]}" not in (facts.evaluation.get(ALL) or {}):
-        return None  # labelled records have no margin of their own, and some losses none
+        return  # labelled records have no margin of their own, and some losses none
     rows = files.read_lines(folder.last_evaluation.scores)
     margins = np.array([row["margin"] for row in rows if row.get("margin") is not None])
     if not len(margins):
-        return None
+        return
     low, high = np.percentile(margins, (1, 99))
     room = _ROOM * max(high - low, abs(high), abs(low)) or 1.0
-    # With 0 inside, so that the line of guessing is drawn, and the axis is linear.
+    # With 0 inside, so that the line of guessing is drawn.
     edges = np.linspace(min(low, 0.0) - room, max(high, 0.0) + room, _BINS + 1)
-    facts_of_margins = distribution(margins, edges)
-    right = float((margins > 0).mean())
-    return {**facts_of_margins, "right": right, "picture": histogram(facts_of_margins, "margins", 0.0)}
+    right = percent(float((margins > 0).mean()))
+    note = (
+        f"{pluralize(len(margins), 'pair')}, median {number(float(np.median(margins)))}; {right} above 0, "
+        "the dashed line; the outer bars have all that is further out"
+    )
+    yield histogram("Margins of the evaluation pairs", distribution(margins, edges), "margin", 0.0, note)
 
 
-def _records(title: str, counts: Fields) -> Mapping[str, Any]:
-    """Return a dataset's numbers of read, kept, dropped and changed records, for the page."""
+def _records(title: str, counts: Fields, unit: str) -> Iterator[Block]:
+    """Yield a dataset's numbers of read, kept, dropped and changed records."""
     read = counts["read"]
-    dropped = counts.get("dropped") or {}
+    kept = counts["kept"]
+    sources = counts.get("sources") or []
+    text = f"{number(kept)} of {pluralize(read, 'record')}"
+    if len(sources) > 1:
+        text += f" of {len(sources)} sources"
+    text += " kept"
+    if counts.get("pairs") not in (None, kept):
+        text += f", as {pluralize(counts['pairs'], unit)}"
+    yield Text(f"{text}.", title=title)
     rows = []
-    for name, count in sorted(dropped.items(), key=lambda item: -item[1]):
+    for name, count in sorted((counts.get("dropped") or {}).items(), key=lambda item: -item[1]):
         if count:
             rows.append(_counted(count, read, f"dropped: {in_words(name)}", f"dropped.{name}"))
     for name, count in counts.items():
         if count and isinstance(count, int) and name not in ("read", "kept", "pairs"):
             # Records that the split gives to the other part are not among the `read` ones.
-            total = read + count if name in COUNTS_OF_OTHERS else counts["kept"]
+            total = read + count if name in COUNTS_OF_OTHERS else kept
             rows.append(_counted(count, total, in_words(name), name))
-    sources = [
-        (each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"])
-        for each in counts.get("sources") or []
-    ]
-    return {"title": title, "pairs": None, "examples": [], **counts, "rows": rows, "sources": sources}
+    if rows:
+        yield Table(["records", "meaning"], rows)
+    if counts.get("examples"):
+        yield Folded("First dropped records", [Text("\n".join(counts["examples"]), "code")])
+    if sources:
+        lines = []
+        for each in sources:
+            lines.append(
+                [each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"]]
+            )
+        of_pairs = "pairs" if unit == "pair" else "responses"
+        table = Table(["source", "kept", "read", of_pairs, "path"], lines)
+        yield Folded(f"Sources ({len(sources)})", [table])
 
 
-def _counted(count: int, total: int, words: str, name: str) -> tuple[str, Markup]:
+def _counted(count: int, total: int, words: str, name: str) -> list[str]:
     share = f" ({percent(count / total)})" if count <= total else ""
-    return f"{count:,}{share}", part("macros.jinja", "named", words, part("macros.jinja", "code", name))
+    return [f"{count:,}{share}", f"{words}\n{name}"]

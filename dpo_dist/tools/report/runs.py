@@ -2,29 +2,23 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from markupsafe import Markup
-
-from dpo_dist.config.metrics import ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import aligned
 from dpo_dist.kit import (
     ACCURACIES,
     ALL,
-    AUC,
-    CUSTOM,
     EVALUATION_METRICS,
     LOSS_METRICS,
     MAIN,
     METRICS,
-    TERMS,
     Direction,
     MetricsRow,
     RunFolder,
@@ -34,31 +28,39 @@ from dpo_dist.kit import (
     results_name,
 )
 from dpo_dist.tools.pages import render
-from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_classes
+from dpo_dist.tools.pages.blocks import Block, Chart, Folded, Heading, Table, Text, section, with_interval
+from dpo_dist.tools.pages.charts import Curves, charts_of_runs
 from dpo_dist.tools.pages.samples import samples_side_by_side
-from dpo_dist.tools.report.facts import MARGIN, values
-from dpo_dist.tools.report.run import PageFacts, verdict_for_page
+from dpo_dist.tools.report.facts import values
+from dpo_dist.tools.report.run import PageFacts
 
 _KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
-_NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")
 _REFERENCE_METRICS = ("loss", "rewards/", "distance/")
-_BY_SOURCE = (*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM)
 _MOST_SETTINGS = 4  # in the table of results
 _MOST_CHARACTERS = 80  # of a label made from settings
 _SEED = "trainer.seed"
+_RESULTS = (
+    "Values are from the last evaluation of each run that has ended; * marks the best where runs can be "
+    "compared, over several seeds the best mean. Metrics that some runs lack are under All metrics. "
+    "Brackets: 95 % intervals by bootstrap over prompts. Intervals that do not overlap show a clear "
+    "difference. Intervals that overlap leave it open, because the runs were evaluated on the same prompts."
+)
+_CURVES = (
+    "Over the examples of training. Bold lines: moving means of training; rings: evaluations. Runs that "
+    "differ in their seeds share a colour."
+)
 
 
 def compare_runs(
     folders: Sequence[RunFolder],
     page: Path,
-    charts: Sequence[Markup] = (),
-    swept: Sequence[Markup] = (),
+    charts: Sequence[Chart] = (),
     points: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
     """Write the page about runs, which may still be training; return its tables of results as lines.
 
-    `charts` come before the runs' curves. Of a sweep, `swept` are charts of metrics over swept values, and
-    `points` has each run's swept values, which name it: what follows from them was not set.
+    Of a sweep, `charts` come first, and `points` has each run's swept values, which name it: what follows
+    from them was not set.
     """
     facts = list(map(PageFacts, folders))
     names = [folder.path.resolve().name for folder in folders]
@@ -73,7 +75,6 @@ def compare_runs(
     is_short = len(naming) <= _MOST_SETTINGS
     is_name = len(set(descriptions)) == len(facts) and max(map(len, descriptions)) <= _MOST_CHARACTERS
     labels = descriptions if is_short and is_name else names
-    runs = dict(zip(labels, facts, strict=True))
     kinds = ["+".join(_kinds(each)) for each in facts]
     groups = _describe_settings({key: texts for key, texts in naming.items() if key != _SEED}, len(facts))
     if _SEED not in naming or len(set(groups)) == len(groups):
@@ -87,10 +88,56 @@ def compare_runs(
         if "exit" not in each.summary:
             rows = []
         last.append(rows[-1] if rows else {})
-    # Why some metrics cannot be compared, with the prefixes of their names.
-    warnings = dict[str, tuple[str, ...]]()
+    warnings = _not_comparable(facts)
     if not has_evaluation:
         warnings["No run has an evaluation, so metrics are from the last logged steps."] = ()
+    results = _Results(groups, last, list(map(_intervals, facts)), sum(warnings.values(), ()))
+    outcomes = [each.summary.get("exit", "not ended") for each in facts]
+    keys = _result_metrics(last)
+    parts = dict[str, list[str]]()
+    if is_short:
+        parts = {key: _differing_parts(texts) for key, texts in naming.items()}
+    metrics = {METRICS[key].title: results.cells(key) for key in keys}
+    table = _table({"run": names, **parts, "outcome": outcomes, **metrics})
+    tables = [table]
+    if results.has_seeds:
+        completed = [outcome == RunOutcome.completed for outcome in outcomes]
+        tables.append(results.over_seeds(keys, completed))
+    verdicts = [each.section("verdict").get("sentence", "-") for each in facts]
+    all_metrics = [[key, *results.cells(key)] for key in dict.fromkeys(itertools.chain(*last))]
+    sentence = "All settings of the training are equal."
+    if settings:
+        sentence = "These settings differ; all other recorded settings are equal."
+    blocks: list[Block] = [
+        *section("Sweep", charts),
+        Heading("Results"),
+        *(Text(warning, "warning") for warning in warnings),
+        *reversed(tables),
+        Text(_RESULTS, "note"),
+        Text("", title="Verdicts"),
+        Table([], list(zip(labels, verdicts, strict=True)), "facts"),
+        Folded("All metrics", [Table(["metric", *labels], all_metrics)]),
+        Heading("Settings"),
+        Text(sentence, "note"),
+        _settings(labels, settings),
+    ]
+    if others:
+        title = "Other settings, versions and hardware that differ"
+        blocks.append(Folded(title, [_settings(labels, others)]))
+    blocks += _curves(facts, groups, kinds)
+    blocks += samples_side_by_side(dict(zip(labels, folders, strict=True)))
+    write_text(page, render.page(f"{len(facts)} runs", blocks))
+    lines = table.lines()
+    for other in tables[1:]:
+        lines += ["", *other.lines()]
+    if parts.keys() != settings.keys():
+        lines.append(f"{len(settings)} settings differ: see the page")
+    return list(map(printable, [*lines, *warnings]))
+
+
+def _not_comparable(facts: Sequence[PageFacts]) -> dict[str, tuple[str, ...]]:
+    """Return why some metrics cannot be compared, with the prefixes of their names."""
+    warnings = dict[str, tuple[str, ...]]()
     identities = [each.state.get("identity") or {} for each in facts]
     if _differ(identity.get("eval_data") for identity in identities):
         warnings["Their evaluation data differ: metrics are not comparable."] = ("",)
@@ -100,72 +147,33 @@ def compare_runs(
     if _differ(each.config.get("loss") for each in facts):
         sentence = "Their losses differ: compare accuracies, not losses, rewards and margins."
         warnings[sentence] = LOSS_METRICS
-    results = _Results(groups, last, list(map(_intervals, facts)), sum(warnings.values(), ()))
-    outcomes = [each.summary.get("exit", "not ended") for each in facts]
-    keys = _result_metrics(last)
-    metrics = {METRICS[key].title: results.cells(key) for key in keys}
-    parts = dict[str, list[str]]()
-    if is_short:
-        parts = {key: _differing_parts(texts) for key, texts in naming.items()}
-    columns = {"run": names, **parts, "outcome": outcomes, **metrics}
-    completed = [outcome == RunOutcome.completed for outcome in outcomes]
-    over_seeds = results.over_seeds(keys, completed) if results.has_seeds else []
+    return warnings
+
+
+def _curves(facts: Sequence[PageFacts], groups: Sequence[str], kinds: Sequence[str]) -> list[Block]:
+    """Return the section of curves, over pairs seen in place of steps, because batch sizes may differ."""
     units = {each.run.unit for each in facts}
-    unit = units.pop()
-    if units:
-        unit = "example"
+    unit = units.pop() if len(units) == 1 else "example"
     curves = []
     for group, kind, each in zip(groups, kinds, facts, strict=True):
-        # Over pairs seen in place of steps, because batch sizes may differ.
         batch = each.summary.get("global_batch_pairs") or each.setting("trainer.global_batch_pairs") or 1
         most = each.summary.get("pairs_seen", math.inf)
         rows = [{**row, "step": min(row["step"] * batch, most)} for row in each.run.rows]
         curves.append(Curves(group, kind, rows))
-    apart = LOSS_METRICS if len(set(kinds)) > 1 else ()
-    colors = list(dict.fromkeys(groups))
-    cells_on_two_lines = {title: list(map(_on_two_lines, cells)) for title, cells in metrics.items()}
-    html = render.page(
-        "runs.jinja",
-        f"{len(runs)} runs",
-        ["charts.js"],
-        labels=labels,
-        swept=swept,
-        has_short_names=max(map(len, names)) <= _MOST_CHARACTERS / 4,
-        results=_table({**columns, **cells_on_two_lines}),
-        over_seeds=over_seeds,
-        verdicts=[(label, verdict_for_page(each).get("sentence", "-")) for label, each in runs.items()],
-        warnings=list(warnings),
-        settings=[(key, *texts) for key, texts in settings.items()],
-        is_short=parts == settings,
-        others=[(key, *texts) for key, texts in others.items()],
-        metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
-        curves=[*charts, *charts_of_runs(curves, unit, apart)],
-        legend=[(color_classes(colors, label), label, groups.count(label)) for label in colors],
-        unit=unit,
-        samples=samples_side_by_side(dict(zip(labels, folders, strict=True))),
-    )
-    write_text(page, html)
-    lines = aligned(_table(columns))
-    if over_seeds:
-        lines += ["", *aligned(over_seeds)]
-    if parts.keys() != settings.keys():
-        lines.append(f"{len(settings)} settings differ: see the page")
-    return list(map(printable, [*lines, *warnings]))
+    charts = charts_of_runs(curves, unit, LOSS_METRICS if len(set(kinds)) > 1 else ())
+    return section("Curves", [Text(_CURVES, "note"), *charts] if charts else [])
+
+
+def _settings(labels: Sequence[str], settings: Mapping[str, Sequence[str]]) -> Table:
+    return Table(["setting", *labels], [[key, *texts] for key, texts in settings.items()], "settings")
 
 
 def _differ(values: Iterable[object]) -> bool:
     return len({str(value) for value in values if value is not None}) > 1
 
 
-def _on_two_lines(cell: str) -> Markup:
-    """Return the HTML of a value above its interval."""
-    value, bracket, interval = cell.partition(" [")
-    return render.part("macros.jinja", "named", value, bracket.strip() + interval)
-
-
-def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Return the titles, then the rows."""
-    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+def _table(columns: Mapping[str, Sequence[str]]) -> Table:
+    return Table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -209,16 +217,18 @@ def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> lis
 
 
 def _differing_parts(texts: Sequence[str]) -> list[str]:
-    """Return the texts; if one is long, without words and folders that all of them begin or end with."""
-    if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
+    """Return the texts; long ones without the words and folders that all of them begin or end with."""
+    if max(map(len, texts)) <= _MOST_CHARACTERS / 4 or len(set(texts)) == 1:
         return list(texts)
-    pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
-    for step in (1, -1):
-        columns = zip(*(each[::step] for each in pieces), strict=False)
-        same = next((number for number, column in enumerate(columns) if len(set(column)) > 1), 0)
-        pieces = [each[::step][same:][::step] for each in pieces]
-    parts = ["".join(each) for each in pieces]
-    return parts if parts == list(texts) else [part.strip(" ,[]{}") for part in parts]
+    start = _common_words(texts)
+    end = _common_words([text[start:][::-1] for text in texts])
+    return [text[start : len(text) - end].strip(" ,[]{}") for text in texts]
+
+
+def _common_words(texts: Sequence[str]) -> int:
+    """Return the number of characters of whole words with which all texts begin."""
+    common = os.path.commonprefix(texts)  # noqa: RUF071  (of characters, not of paths)
+    return len(re.sub(r"[^/ ]*$", "", common))
 
 
 def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:
@@ -259,13 +269,11 @@ class _Results:
             if row[key] == best:
                 cell += "*"
             ends = intervals.get(key)
-            if ends:
-                cell += f" [{form(ends[0])}, {form(ends[1])}]"
-            cells.append(cell)
+            cells.append(with_interval(cell, *map(form, ends)) if ends else cell)
         return cells
 
-    def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> list[list[str]]:
-        """Return titles, then a row per group: mean and standard deviation (n - 1) of completed runs."""
+    def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> Table:
+        """Return a row per group: mean and standard deviation (n - 1) of completed runs."""
         members: dict[str, list[MetricsRow]] = {group: [] for group in self.groups}
         for group, row, is_complete in zip(self.groups, self.rows, completed, strict=True):
             if is_complete:
@@ -308,20 +316,6 @@ def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, lis
         if len(set(texts)) > 1:
             differing[key] = texts
     return differing
-
-
-def _keys(last: Sequence[MetricsRow]) -> list[str]:
-    """Return the names of the metrics in the last rows; those of single sources come last."""
-    metrics = dict.fromkeys(itertools.chain(*last))
-    samples = []
-    by_source = []
-    for key in metrics:
-        if key.startswith("samples/") and not key.startswith(_NOT_POLICY_METRICS):
-            samples.append(key)
-        elif key.startswith(_BY_SOURCE):
-            by_source.append(key)
-    order = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source)
-    return [key for key in order if key in metrics]
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:

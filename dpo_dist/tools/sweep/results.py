@@ -7,9 +7,10 @@ from typing import Any
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
 from dpo_dist.kit import ALL, MAIN, PREFIX, RunConfig, RunFolder
+from dpo_dist.tools.pages.charts import draw_charts
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.tools.sweep.figure import figure_charts, figures, write_figure
+from dpo_dist.tools.sweep.figure import figures
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, point_settings
 from dpo_dist.tools.sweep.training import ELSEWHERE
@@ -68,7 +69,7 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
     has_page = len(runs) > 1
     lines = list[str]()
     if has_page:
-        lines = ["", *compare_runs(runs, page, [], figure_charts(plots), settings), ""]
+        lines = ["", *compare_runs(runs, page, plots, settings), ""]
     for row, point in zip(results["points"], points, strict=True):
         text = " ".join(word.lstrip("+") for word in point) + f": {row['outcome']}"
         if "error" in row:
@@ -76,10 +77,9 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
         elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
             lines.append(text)
     if plots:
-        svg = page.with_name(f"{_FIGURE}.svg")
-        png = svg.with_suffix(".png")
-        write_figure(plots, svg, png)
-        lines.append(f"figure  {svg}, {png.name}")
+        images = [page.with_name(f"{_FIGURE}.{form}") for form in ("svg", "png")]
+        draw_charts(plots, images, dpi=200)
+        lines.append(f"figure  {images[0]}, {images[1].name}")
     if has_page:
         lines.append(f"report  {page}")
     return lines

@@ -52,12 +52,9 @@ def warm_up() -> None:
     import dpo_dist.tools.report.recorder  # noqa: PLC0415
     import dpo_dist.training.run  # noqa: F401, PLC0415
     from dpo_dist.model.library_internals import fill_conversions  # noqa: PLC0415
-    from dpo_dist.tools.pages.render import TEMPLATES  # noqa: PLC0415
 
     pyarrow.array([0])  # imports pandas
     fill_conversions()
-    for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
-        TEMPLATES.get_template(name)
     Figure().savefig(BytesIO())
     gc.freeze()  # else garbage collection in each fork would copy the memory of all modules
 

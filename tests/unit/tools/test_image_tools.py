@@ -34,6 +34,7 @@ from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
 from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.pages.blocks import Answers
 from dpo_dist.tools.pairs.make_pairs import pairs_from_scores
 from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
@@ -196,8 +197,9 @@ def test_people_compare_responses_beside_the_image(folder: Path) -> None:
     assert len(items) == 2
     assert not counts["duplicate"]
     shown = [Labelling(items, 0, 0).shown("ann", key) for key in items]
-    assert {turn["content"] for page in shown for turn in page["prompt"]} == {"[image]What is it?"}
-    files = [base64.b64decode(image.partition(",")[2]) for page in shown for image in page["images"]]
+    answers = [block for _, blocks in shown for block in blocks if isinstance(block, Answers)]
+    assert [each.prompt for each in answers] == [[("user", "role"), ("[image]What is it?", "")]] * 2
+    files = [base64.b64decode((image or "").partition(",")[2]) for each in answers for image in each.images]
     assert sorted(colours(*files)) == [(0, 0, 254), (254, 0, 0)]
 
 
@@ -230,11 +232,11 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     examples = (f"{folder}/many.jsonl:{line}" for line in range(1, len(rows) + 1))
     of_each = [Finding("rule", Level.note, "text", examples=(example,)) for example in examples]
     pairs = show_pairs(data, tokenizer, of_each, processor)
-    texts = ["".join(text for text, _ in pair.parts[0].segments) for pair in pairs]
+    texts = ["".join(text for text, _ in pair.prompt) for pair in pairs]
     marks = [text.count(PAD if is_encoded else "[image]") for text in texts]
-    assert [count for count, pair in zip(marks, pairs, strict=True) if not pair.note] == [1] * len(
-        rows[is_encoded:]
-    )
+    assert [count for count, pair in zip(marks, pairs, strict=True) if "dropped" not in pair.notes] == [
+        1
+    ] * len(rows[is_encoded:])
     assert sum(uri is not None for pair in pairs for uri in pair.images) == 4
     run = DoctorFolder(tmp_path)
     write_doctor_page(run, replace(found, shown=pairs), data, DoctorConfig())

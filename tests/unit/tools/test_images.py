@@ -7,7 +7,8 @@ import re
 from PIL import Image
 
 from dpo_dist.data.records import ImageFile
-from dpo_dist.tools.pages.answers import Answers, prompt_items
+from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
+from dpo_dist.tools.pages.render import page
 from dpo_dist.tools.pages.thumbnails import Thumbnails, thumbnails
 from tests.support.image_processors import file_of, picture
 from tests.unit.tools.pages.made_run import HOSTILE
@@ -17,8 +18,8 @@ def plain(width: int, height: int, colour: str = "red") -> ImageFile:
     return ImageFile(file_of(Image.new("RGB", (width, height), colour)))
 
 
-def shown(*images: str | None) -> tuple[Answers, list[str]]:
-    return {"prompt": "what is it?", "responses": {"a": {"text": "it"}}, "images": images}, []
+def shown(*images: str | None) -> tuple[AnswersRow, str]:
+    return {"prompt": "what is it?", "responses": {"a": {"text": "it"}}, "images": images}, ""
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_out() -> None:
@@ -34,10 +35,9 @@ def test_a_section_has_room_for_some_thumbnails_and_marks_in_place_of_others() -
     [red] = thumbnails([plain(16, 16)])
     [noise] = thumbnails([ImageFile(file_of(picture(0, 160, 160)))])
     for image, prompts in ((red, 250), (noise, 300)):
-        items, left_out = prompt_items([shown(image, None)] * prompts, 10**6)
-        html = "".join(items)
-        assert left_out == 0
-        assert len(items) == prompts
+        blocks = answer_blocks([shown(image, None)] * prompts, 10**6)
+        assert len(blocks) == prompts
+        html = page("x", blocks)
         assert 20 < html.count("<img") <= 100
         assert html.count("<img") + html.count(", not shown") == 2 * prompts
         assert len(html.encode()) < 10**6 + 1_500_000
@@ -49,9 +49,9 @@ def test_a_thumbnail_makes_no_request_and_is_inert() -> None:
         f"data:image/jpeg;base64,{HOSTILE}",
         "data:text/html,x",
     ]
-    html = "".join(prompt_items([shown(*foreign)], 10**6)[0])
-    assert re.findall('src="([^"]*)"', html) == [html.split('src="')[1].split('"')[0]]
+    html = page("x", answer_blocks([shown(*foreign)], 10**6))
+    assert re.findall('<img src="([^"]*)"', html) == [html.split('<img src="')[1].split('"')[0]]
     assert html.count("<img") == 1
     assert "example.com" not in html
-    assert "<script" not in html
+    assert "<script>alert" not in html
     assert "text/html" not in html

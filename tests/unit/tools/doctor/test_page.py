@@ -6,33 +6,36 @@ from typing import Any
 
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.tools.doctor.examine import Diagnosis
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.page import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.doctor_data import diagnosis
-from tests.unit.tools.pages.made_run import HOSTILE, Page
+from tests.unit.tools.pages.made_run import HOSTILE, text_of
 
 
-def written(folder: Path, found: Diagnosis) -> str:
+def test_the_page_is_complete(tmp_path: Path) -> None:
     config = RunConfig(
-        run=FolderConfig(str(folder / "run")), data=DataConfig(train=[SourceConfig(HOSTILE, name=HOSTILE)])
+        run=FolderConfig(str(tmp_path / "run")), data=DataConfig(train=[SourceConfig("plain")])
     )
-    write_doctor_page(DoctorFolder(config.run.path), found, config.data, config.doctor)
-    return DoctorFolder(config.run.path).doctor_page.read_text(encoding="utf-8")
-
-
-def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -> None:
-    html = written(tmp_path, diagnosis(HOSTILE))
-    page, plain = Page(html), Page(written(tmp_path, diagnosis("plain")))
-    assert [tag for tag in page.tags if tag != "i"] == [tag for tag in plain.tags if tag != "i"]
-    assert not {"script", "img", "iframe"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "style")]
-    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
-    assert not {"\u202e", "\u200b", "\x1b"} & set(html)
-    assert "U+202E" in page.text
-    assert "data.max_prompt_length null" in page.section("Settings")
-    assert "doctor.texts true" in page.section("Settings")
-    assert ("optimum", "0.5") in page.attributes, "a leak has the colour of a fault"
+    folder = DoctorFolder(config.run.path)
+    write_doctor_page(folder, diagnosis("plain"), config.data, config.doctor)
+    page = text_of(folder.doctor_page)
+    for text in (
+        "1 error 1 warning 1 note",
+        "8 of 10 records can be used.",
+        "error rule error, plain plain To do: plain First: plain:4",
+        "plain train 10 8 2 8 3 tokens 3 tokens",
+        "dropped: empty_response 2 plain:1; plain:2",
+        "prompt truncated 3",
+        "chosen, 1 cut (by 20 tokens) tokens",
+        "mean 7, largest 30; 25 %: 1, 50 %: 3, 95 %: 30",
+        "first word 90 % 80 % to 95 % plain",
+        "4 of 10 pairs in the store",
+        "4 pairs, median 3; below 0 the reference prefers the rejected response",
+        "plain:1 rule; dropped: plain prompt 9 not shown chosen plain plain plain plain",
+        "data.max_prompt_length null",
+        "doctor.texts true",
+    ):
+        assert text in page, text
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""A run directory with every file that the page reads, and the parsed page."""
+"""A run directory with every file that the page reads, and the text of a page."""
 
+import html
 import json
-from html.parser import HTMLParser
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,12 @@ HOSTILE = (
     "</style></text></svg></details></script><script>alert(1)</script><img src=x onerror=alert(2)>"
     '\u202e\u200b\x07\x1b[2J"><a href="javascript:alert(3)">x</a><!-- <b onclick=\'x\'>'
 )
-VOID = {"meta", "img", "input", "br"}
 
 
-class Page(HTMLParser):
-    """Visible text, tags and addresses of a page; fails if tags do not match."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.tags, self.open = "", [], []
-        self.attributes: list[tuple[str, str]] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text += data + "\n"
-
-    def section(self, title: str) -> str:
-        """The text from a heading on, with single spaces."""
-        return " ".join(self.text[self.text.index(f"{title}\n") :].split())
+def text_of(page: Path) -> str:
+    """The visible text of a page, with single spaces; elements of the text would be missing in it."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
 def row(step: int, source: str) -> dict[str, float]:

@@ -1,108 +1,26 @@
-"""Charts of pages and the image: gaps where values are missing, long lines thinned."""
+"""Charts: what is drawn of metrics rows, long lines thinned, gaps where values are missing, images."""
 
-import html
+import contextlib
 import json
 import math
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dpo_dist.config.metrics import METRICS
-from dpo_dist.tools.pages.charts import (
-    PANELS,
-    Axis,
-    Curves,
-    Line,
-    chart,
-    charts,
-    charts_of_runs,
-    draw_curves,
-    histogram,
-    panel_lines,
-)
+from dpo_dist.tools.pages.blocks import Chart, Line
+from dpo_dist.tools.pages.charts import Curves, charts_of_run, charts_of_runs, draw_curves, smoothed
 
 
-def data_of(figure: str) -> dict[str, Any]:
-    found = re.search(r'data-chart="([^"]*)"', figure)
-    assert found is not None
-    data: dict[str, Any] = json.loads(html.unescape(found[1]))
-    return data
-
-
-def paths(figure: str, role: str) -> list[str]:
-    return re.findall(rf'<path class="{role} c\d" d="([^"]*)"', figure)
-
-
-def test_every_metric_that_has_a_chart_is_drawn_in_it() -> None:
-    drawn = {name: metric.chart for name, metric in METRICS.items() if metric.chart}
-    figures = "".join(charts([{"step": step, **dict.fromkeys(drawn, 0.5)} for step in (1, 2)], {}))
-    assert [name for name, title in drawn.items() if html.escape(title) not in figures] == []
-
-
-def test_a_value_that_is_not_finite_is_a_gap_and_a_step_without_point_is_not() -> None:
-    gap = chart("x", [Line("a", "raw", [1, 2, 3, 4, 5], [1, math.nan, 3, math.inf, 5])])
-    assert paths(gap, "raw")[0].count("M") == 3
-    assert data_of(gap)["lines"] == [[[1, 2, 3, 4, 5], [1, None, 3, None, 5]]]
-    over = chart("x", [Line("a", "raw", [1, 3, 5], [1, 3, 5])])
-    assert paths(over, "raw")[0].count("M") == 1
-    positive = chart("x", [Line("a", "raw", [1, 2, 3], [1e-3, 0, 1e3], log=True)], log=True)
-    assert paths(positive, "raw")[0].count("M") == 2
-    assert chart("x", [Line("a", "raw", [], [])]) == chart("x", []) == ""
-
-
-def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
-    values = np.random.default_rng(0).normal(size=100_000)
-    values[777], values[99_000] = 50, -50
-    raw = Line("a", "raw", range(100_000), values.tolist())
-    figure = chart("x", [raw, raw.smoothed(), Line("b", "evaluation", [1510, 1512], [9.0, 0.5])])
-    assert len(figure) < 45_000
-    assert {50, -50} <= set(data_of(figure)["lines"][0][1])
-    assert "b <b>0.5 at step 1,512</b>" in figure
-
-
-def test_the_moving_mean_has_no_gap_in_it() -> None:
-    values = [float(step % 2) for step in range(200)]
-    values[100] = math.nan
-    means = Line("a", "raw", range(200), values).smoothed().values
-    assert np.isnan(means).nonzero()[0].tolist() == [100]
-    assert np.nanmax(np.abs(means[20:180] - 0.5)) < 0.05
-    few = Line("a", "raw", [1, 2], [1, 2])
-    assert few.smoothed() is few
-
-
-@pytest.mark.parametrize("largest", [1e308, -1e308])
-@pytest.mark.parametrize("name", ["grad_norm", "loss"])
-def test_a_value_that_is_too_large_to_draw_is_a_gap(name: str, largest: float) -> None:
-    values = [0.5, 1e30, largest, 0.4]
-    rows = [{"step": step, "loss": 1.0} | {name: value} for step, value in enumerate(values, start=1)]
-    drawn = "".join(charts(rows, {}))
-    assert "1e+30" in drawn
-    assert "e+308" not in drawn
-
-
-@pytest.mark.parametrize("values", [[], [0.0], [-1e30, 1e30], [1e-9, 2e-9]])
-@pytest.mark.parametrize("is_log", [True, False])
-def test_any_values_have_an_axis_with_ticks(values: list[float], is_log: bool) -> None:
-    positive = [abs(value) or 1.0 for value in values] if is_log else values
-    axis = Axis.around(positive, 100, 0, is_log=is_log)
-    assert 2 <= len(axis.ticks()) <= 10
-    assert all(-1e-6 <= axis.place(tick) <= 100.001 for tick in axis.ticks())
-
-
-def test_a_logarithmic_axis_within_a_decade_has_round_ticks() -> None:
-    assert Axis.around([0.7099, 1.702], 0, 1, is_log=True).ticks() == [0.75, 1, 1.25, 1.5, 1.75]
-    assert Axis.around([6.2, 8.8], 0, 1, is_log=True).ticks() == [6.5, 7.0, 7.5, 8.0, 8.5]
-
-
-def test_a_few_different_lengths_are_no_solid_box() -> None:
-    values = {"edges": [1, 2, 3], "counts": [4, 4], "smallest": 1, "largest": 2}
-    picture = histogram({**values, "percentiles": dict.fromkeys((25, 50, 95), 1)}, "x")
-    assert re.findall(r'width="(\S+)" height', picture) == ["24.0", "24.0"]
+def drawn(chart: Chart) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = json.loads(chart.data)["lines"]
+    return lines
 
 
 def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
@@ -115,26 +33,82 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
     return found
 
 
-def test_a_comparison_has_one_line_of_steps_for_each_run() -> None:
-    rows = [{"step": float(step), "loss": 1 / (1 + step)} for step in range(1, 101)]
-    few = rows[:5]  # too few for a moving mean: their values themselves are drawn
-    [figure] = charts_of_runs([Curves("a", "sigmoid", rows), Curves("b", "sigmoid", few)], "pair", ())
-    assert len(paths(figure, "smooth")) == len(data_of(figure)["lines"]) == 2
+def test_every_metric_that_has_a_chart_is_drawn_in_it() -> None:
+    names = [name for name, metric in METRICS.items() if metric.chart]
+    charts = charts_of_run(
+        [{"step": step, **dict.fromkeys([*names, "custom/mine"], 0.5)} for step in (1, 2)], {}
+    )
+    assert {METRICS[name].chart for name in names} | {"custom/mine"} == {chart.title for chart in charts}
+    assert sum(len(chart.lines) for chart in charts) == len(names) + 1
 
 
-def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
-    history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in rows(10)]
-    [spike] = [line for line in panel_lines(PANELS[0], history, {}) if line.role == "spike"]
-    assert spike.steps.tolist() == [5, 9]
-    assert '<path class="spike c1"' in charts(history, {})[0]
+def test_what_cannot_be_drawn_is_a_gap() -> None:
+    values = [1, math.nan, 1e308, -math.inf, 5, 0]
+    [line] = drawn(Chart("x", [Line("a", range(6), values)]))
+    assert line["ys"] == [1, None, None, None, 5, 0]
+    [line] = drawn(Chart("x", [Line("a", range(6), values)], has_log_values=True))
+    assert line["ys"] == [1, None, None, None, 5, None], "0 has no logarithm"
 
 
-def test_the_noise_of_rounding_is_a_line_of_its_metrics() -> None:
+def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[777], values[99_000] = 50, -50
+    chart = Chart("x", [Line("a", range(100_000), values.tolist()), Line("b", [1510, 1512], [9.0, 0.5])])
+    first, second = drawn(chart)
+    assert len(chart.data) < 10_000
+    assert {50, -50, float(f"{values[-1]:.6g}")} <= set(first["ys"])
+    assert second["xs"] == [1510, 1512]
+    assert len(chart.table.rows) < 40
+    assert chart.table.rows[-1][0] == "99,999"
+
+
+def test_the_moving_mean_has_no_gap_in_it() -> None:
+    values = np.array([float(step % 2) for step in range(200)])
+    values[100] = math.nan
+    means = smoothed(values)
+    assert np.isnan(means).nonzero()[0].tolist() == [100]
+    assert np.nanmax(np.abs(means[20:180] - 0.5)) < 0.05
+    assert smoothed(values[:2]).tolist() == [0, 1], "too few"
+
+
+def test_a_comparison_has_one_line_of_steps_and_one_of_evaluations_for_each_run() -> None:
+    runs = [Curves("a", "sigmoid", rows()), Curves("b", "ipo", rows(5))]
+    charts = charts_of_runs(runs, "pair", ("loss",))
+    assert [chart.title for chart in charts][:2] == ["Loss, sigmoid", "Loss, ipo"], "each kind has its own"
+    roles = {chart.title: [(line.label, line.role) for line in chart.lines] for chart in charts}
+    # Too few values for a mean are drawn themselves.
+    assert roles["Gradient norm"] == [("a", "mean"), ("b", "line")]
+    assert roles["Loss, sigmoid"] == [("a", "mean"), ("a", "evaluation")]
+
+
+def test_spikes_of_the_loss_and_the_noise_of_rounding_are_drawn() -> None:
     history = [row | {"rewards/margins": 0.01, "distance/chosen": 0.04} for row in rows(40)]
-    shown = [figure for figure in charts(history, {"distance/chosen": 0.03}) if "noise of rounding" in figure]
-    [figure] = shown
-    assert "Distance from the reference" in figure
-    assert "noise of rounding <b>0.03</b>" in figure
+    history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in history]
+    charts = {chart.title: chart.lines for chart in charts_of_run(history, {"distance/chosen": 0.03})}
+    spikes = [line.xs for line in charts["Loss"] if line.role == "spike"]
+    assert spikes == [[5, 9]]
+    noise = {title: line.ys for title, lines in charts.items() for line in lines if line.role == "noise"}
+    assert noise == {"Distance from the reference": [0.03, 0.03]}
+
+
+@pytest.mark.parametrize("most", [1.0, 1e6])
+def test_a_logarithmic_axis_of_the_image_has_some_ticks_with_plain_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    figures = list[Figure]()
+    monkeypatch.setattr(
+        FigureCanvasAgg, "print_figure", lambda canvas, *_, **__: figures.append(canvas.figure)
+    )
+    steps = [
+        {"step": step, "loss": 1.0, "grad_norm": norm} for step, norm in enumerate((0.6, 0.8, most), start=1)
+    ]
+    with contextlib.suppress(FileNotFoundError):  # nothing is written
+        draw_curves(steps, tmp_path / "curves.png", "x")
+    [figure] = figures
+    [axes] = [each for each in figure.axes if each.get_title("left") == "Gradient norm"]
+    texts = [label.get_text() for label in axes.get_yticklabels()]
+    assert 2 <= len(list(filter(None, texts))) <= 10
+    assert not [text for text in texts if "$" in text]
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,15 @@
-"""The page of a comparison: its headline, tables, picture, responses; limits and hostile texts."""
+"""The page of a comparison: its headline, tables and responses."""
 
-import random
-import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_dist.tools.compare import page as compare
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.page import comparison_table, headline, write_comparison_page
 from tests.support.comparison_files import answer, model, results, row, win, write_comparison
-from tests.unit.tools.pages.made_run import HOSTILE
-
-
-def page_of(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    file = write_comparison(folder, content, rows)
-    write_comparison_page(ComparisonFolder(folder), content)
-    return file.read_text(encoding="utf-8")
-
-
-def two(scores: tuple[float | None, float | None] = (None, None)) -> dict[str, dict[str, Any]]:
-    return {"a": answer("one cat", scores[0]), "b": answer("one dog", scores[1])}
-
-
-def pair(**others: object) -> dict[str, Any]:
-    return results([model("a", None, 0.4), model("b", 3, 0.6)], [win("a", "b", 0.4)], **others)
-
+from tests.unit.tools.pages.made_run import text_of
 
 BASE, ENDED = model("base", None, 0.5), model("a", 5, 0.4)
 UNENDED = model("a", 5, 0.9, finished=0.0)
@@ -70,68 +52,28 @@ def test_a_model_that_was_trained_on_the_prompts_is_named() -> None:
     assert sentence in comparison_table(seen)
 
 
-def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) -> None:
+def test_the_page_has_the_models_their_differences_and_the_labels_of_prompts(tmp_path: Path) -> None:
+    def two(first: float, second: float, **options: Any) -> dict[str, Any]:
+        return {"a": answer("one cat", first), "b": answer("one dog", second, **options)}
+
     rows = [
-        row(1, two((0.2, 0.9)), source="code", verdicts=[{"first": "a", "second": "b", "credit": 0.0}]),
-        row(2, two((0.9, 0.8)), verdicts=[{"first": "a", "second": "b", "credit": None}]),
+        row(1, two(0.9, 0.8), verdicts=[{"first": "a", "second": "b", "credit": None}]),
+        row(2, two(0.2, 0.9), source="code", verdicts=[{"first": "a", "second": "b", "credit": 0.0}]),
         row(3, {"a": answer("", 0.1), "b": answer("x", 0.1, finished=False)}),
     ]
-    page = page_of(tmp_path, pair(), rows)
-    assert "<h4>a <small>2 tokens; score 0.2</small></h4>" in page
-    assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
-    assert "one <mark>dog</mark>" in page
-    heads = re.findall("<th>([^<]*)</th>", page)
-    assert heads[:3] == ["model", "KL estimate, nats per response", "score"]
-    assert heads[3:8] == ["tokens", "ended", "refusals", "empty", "win rate over a"], "none without a value"
-    for cell in ("<td>3 <small>[2.7, 3.3]</small></td>", "<td>2 % <small>[1.9, 2.1]</small></td>"):
-        assert cell in page
-    assert "<td>60 % <small>[54, 66]</small></td>" in page
+    content = results([model("a", None, 0.4), model("b", 3, 0.6)], [win("a", "b", 0.4)])
+    file = write_comparison(tmp_path, content, rows)
+    write_comparison_page(ComparisonFolder(tmp_path), content)
+    page = text_of(file)
+    titles = "model KL estimate, nats per response score tokens ended refusals empty win rate over a"
+    assert titles in page, "none without a value"
+    assert "b output/b/model 3 [2.7, 3.3] 0.6 [0.57, 0.63] 100 [95, 105]" in page
+    assert "2 % [1.9, 2.1] 0 % [0, 0] 60 % [54, 66]" in page
+    assert "b minus a 60 % * [54, 66]" in page, "the interval excludes one half"
+    assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a one dog" in page
     assert "sampling.temperature=0 takes the likeliest" in page
-    assert "<h4>chosen</h4>" in page
-    assert re.findall(r'data-labels="([^"]*)" data-order="([^"]*)"', page) == [
-        ("source code|b wins over a", "-0.7"),
-        ("source qa", "-0.1"),
-        ("source qa|a response does not end|a response is empty", "0"),
-    ]
-    options = re.findall(r'<option value="([^"]+)">[^<]*\((\d)\)', page)
-    assert ("source qa", "2") in options
-    assert ("b wins over a", "1") in options
-
-
-def test_the_page_is_bounded_and_says_what_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compare, "MOST_BYTES", 2_000_000)
-    source = random.Random(0)
-    words = [f"word{number}" for number in range(300)]
-    names = [f"model {number}" for number in range(6)]
-
-    def text() -> str:
-        return " ".join(source.choices(words, k=400))
-
-    rows = [row(at, {name: answer(text()) for name in names}) for at in range(160)]
-    rows[1]["prompt"] = "q" * 7000
-    rows[2]["responses"][names[0]] = answer("\u202e" * 200_000)
-    content = results([model(name, at) for at, name in enumerate(names)], [])
-    page = page_of(tmp_path, content, rows)
-    assert 1_800_000 < len(page.encode()) < 2_000_000
-    [omitted] = re.findall(
-        r"([\d,]+) prompts at the end of answers\.jsonl would make this page too large", page
-    )
-    assert page.count('<details class="prompt') + int(omitted) == 160
-    assert "first 6,000 of 200,000 characters" in page
-    assert "q" * 6000 in page
-    assert "q" * 6001 not in page
-
-
-def test_texts_and_names_are_inert(tmp_path: Path) -> None:
-    other = f"{HOSTILE}2"
-    models = [model(HOSTILE, None, 0.4), model(other, 3, 0.6)]
-    content = results(models, [win(HOSTILE, other, 0.4)], judge=HOSTILE, counts={HOSTILE: 3})
-    rows = [row(1, {HOSTILE: answer(HOSTILE, 1), other: answer(HOSTILE, 2)}, prompt=HOSTILE, source=HOSTILE)]
-    page = page_of(tmp_path, content, rows)
-    assert page.count("<script") == 1
-    assert "<img" not in page
-    assert page.count("<svg") == page.count("</svg>") == 1
-    assert "\u202e" not in page
-    assert "<i" not in page[page.index("<svg") : page.index("</svg>")]
+    assert "chosen" in page
+    labels = ["Question 2? source code; b wins over a", "Question 1? source qa prompt"]
+    labels.append("Question 3? source qa; a response does not end; a response is empty")
+    places = [page.index(label) for label in labels]
+    assert places == sorted(places), "the largest differences of scores come first"

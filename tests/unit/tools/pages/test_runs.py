@@ -11,7 +11,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.runs import compare_runs, differing_settings
 from tests.support.sample_files import sample, write_samples
-from tests.unit.tools.pages.made_run import Page, change, made_run
+from tests.unit.tools.pages.made_run import change, made_run, text_of
 
 
 @pytest.fixture
@@ -22,10 +22,11 @@ def runs(tmp_path: Path) -> list[RunFolder]:
     return [RunFolder(tmp_path / f"run-{name}") for name in "abc"]
 
 
-def compared(runs: list[RunFolder]) -> tuple[list[str], Page]:
+def compared(runs: list[RunFolder]) -> tuple[list[str], str]:
+    """The lines for the terminal, and the text of the page."""
     page = runs[0].path.parent / "page.html"
     lines = compare_runs(runs, page)
-    return [" ".join(line.split()) for line in lines], Page(page.read_text(encoding="utf-8"))
+    return [" ".join(line.split()) for line in lines], text_of(page)
 
 
 def change_last_row(run: RunFolder, values: dict[str, float]) -> None:
@@ -58,7 +59,7 @@ def test_the_table_has_what_differs_and_marks_the_best(runs: list[RunFolder]) ->
     lines, page = compared(runs)
     assert lines[0] == "run outcome loss accuracy margin both fall"
     assert lines[1] == "run-a completed 0.4100 0.625 [0.550, 0.700] 0.500 [0.400, 0.600] 0.600"
-    assert "All settings of the training are equal." in page.text
+    assert "All settings of the training are equal." in page
     assert "*" not in "".join(lines)
     change(runs[1].config, "optim", "lr", value=5e-6)
     change(runs[1].config, "tracking", "project", value="mine")
@@ -68,14 +69,12 @@ def test_the_table_has_what_differs_and_marks_the_best(runs: list[RunFolder]) ->
     assert lines[0] == "run optim.lr outcome loss accuracy margin both fall"
     assert "run-b 5e-06 completed 0.4100 0.900* [0.850, 0.950] 0.500 [0.400, 0.600] 0.600" in lines
     assert "run-c 1e-06 not ended - - - -" in lines
-    assert [line for line in lines if line in page.section("Results")] == lines
-    shown = page.section("Settings").split("Curves")[0]
-    assert "Settings that differ are in the table of results" in shown
+    assert [line for line in lines if line in page] == lines
+    shown = page.rpartition("Settings")[2].partition("Curves")[0]
+    assert "optim.lr 1e-06 5e-06 1e-06" in shown
     assert "tracking.project - mine -" in shown
     assert "model.path" not in shown
-    assert "rewards/accuracies/math 0.550 [0.450, 0.650] 0.550 [0.450, 0.650] -" in page.section(
-        "All metrics"
-    )
+    assert "rewards/accuracies/math 0.550 [0.450, 0.650] 0.550 [0.450, 0.650] -" in page
 
 
 def test_what_is_not_comparable_has_a_warning_and_no_best(runs: list[RunFolder]) -> None:
@@ -93,7 +92,7 @@ def test_what_is_not_comparable_has_a_warning_and_no_best(runs: list[RunFolder])
     assert "*" not in "".join(lines)
     for line in lines[-3:]:
         assert line.startswith("Their ")
-        assert line in page.text
+        assert line in page
 
 
 def test_more_settings_than_the_table_has_room_for_are_on_the_page_only(runs: list[RunFolder]) -> None:
@@ -105,7 +104,7 @@ def test_more_settings_than_the_table_has_room_for_are_on_the_page_only(runs: li
         change(run.config, "trainer", "seed", value=seed)
     lines, page = compared(runs)
     assert any(line.startswith("all others 2 of 2 0.4100 \u00b1") for line in lines)
-    assert "trainer.e 1 - -" in page.section("Settings")
+    assert "trainer.e 1 - -" in page
 
 
 def test_curves_are_over_pairs_and_prompts_beside_each_other(runs: list[RunFolder]) -> None:
@@ -115,12 +114,9 @@ def test_curves_are_over_pairs_and_prompts_beside_each_other(runs: list[RunFolde
         write_samples(run.path, 60, [sample(2, f"It is {word}.", step=60), sample(3 + len(word), step=60)])
     runs[2].samples_file(30).unlink()
     _, page = compared(runs)
-    loss = page.section("Loss").split("Accuracy")[0]
-    assert "pair 1,920 " in loss
-    assert page.section("Curves").split("Loss")[0].endswith("run-a run-b run-c "), "one legend"
-    assert "0.41 0.41 at pair 960 0.41" in loss
-    shown = page.section("Samples")
-    assert page.tags.count("h4") == 4  # the prompt, two runs, chosen
+    curves, _, shown = page.rpartition("Samples")
+    assert "1,920 0.4 0.41 0.4 0.41" in curves, "the last pairs of runs a and c"
+    assert "960 0.55 0.56 0.4 0.41 0.55 0.56" in curves, "those of run b"
     assert "run-a after step 60 3 tokens It is Berlin." in shown
     assert re.search(
         r"run-b after step 60 3 tokens; \d+ % of its words not in run-a after step 60 It is Rome \.", shown
@@ -145,7 +141,7 @@ def test_the_verb_writes_a_page_of_several_runs_to_this_folder(
     printed = capsys.readouterr().out.splitlines()
     assert printed[2].split() == ["empty", "not", "ended", *"----"]
     assert printed[-1] == "report: runs.html"
-    assert "empty not ended" in Page((tmp_path / "runs.html").read_text()).section("Results")
+    assert "empty not ended" in text_of(tmp_path / "runs.html")
     assert main([str(first), str(second), "--output", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()
 
@@ -157,11 +153,9 @@ def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]
         change(run.config, "loss", value={"kind": kind, "beta": beta, "terms": [], "options": options})
     lines, page = compared(runs)
     assert lines[3].startswith("run-c - orpo - completed 0.4100")
-    described = "beta 0.1, kind sigmoid beta 2, kind simpo, gamma 1 kind orpo Loss, sigmoid "
-    assert described in page.section("Curves")
-    assert ("Loss, orpo\n" in page.text, "above rejected, orpo" in page.text) == (True, False)
-    legends = [value for name, value in page.attributes if name == "class" and value == "legend runs"]
-    assert len(legends) == 1
+    for label, kind in (("beta 0.1, kind sigmoid", "sigmoid"), ("beta 2, kind simpo, gamma 1", "simpo")):
+        assert f"Loss, {kind} {label}" in page
+    assert ("Loss, orpo" in page, "above rejected, orpo" in page) == (True, False)
 
 
 def test_points_of_a_sweep_are_named_by_what_was_swept(runs: list[RunFolder]) -> None:
@@ -177,10 +171,10 @@ def test_points_of_a_sweep_are_named_by_what_was_swept(runs: list[RunFolder]) ->
     lines = [" ".join(line.split()) for line in compare_runs(runs, file, points=points)]
     assert lines[0].startswith("run loss.kind trainer.seed outcome")
     assert [line.split(" 2 of 2")[0].split(" 1 of 1")[0] for line in lines[6:8]] == ["kind ipo", "kind simpo"]
-    page = Page(file.read_text(encoding="utf-8"))
-    assert "kind ipo (2 seeds) kind simpo Loss" in page.section("Curves")
-    assert "length_average" in page.section("Settings"), "it differs"
-    assert "length_average" not in page.text.split("Settings\n")[0]
+    results, _, rest = text_of(file).rpartition("Settings")
+    assert "Loss, ipo kind ipo" in rest
+    assert "length_average" in rest, "it differs"
+    assert "length_average" not in results
 
 
 def test_a_run_without_a_kind_of_loss_is_compared(runs: list[RunFolder]) -> None:
@@ -203,8 +197,7 @@ def test_runs_that_differ_in_their_seeds_have_a_mean_and_a_spread(runs: list[Run
         "train 0.1.jsonl, beta 0.1 2 of 2 0.4100 \u00b1 0.0000 0.750* \u00b1 0.212 0.500"
     )
     assert lines[7].startswith("train 0.2.jsonl, beta 0.2 1 of 1 0.4100 0.700 0.500")
-    assert lines[6] in page.section("Mean \u00b1 standard deviation over seeds")
-    assert "train 0.1.jsonl, beta 0.1 (2 seeds) train 0.2.jsonl, beta 0.2 Loss" in page.section("Curves")
+    assert lines[6] in page
     change(runs[2].config, "loss", "beta", value=0.1)
     change(runs[2].config, "data", "train", value=[{"path": "/data/of/0.1.jsonl", "weight": 1}])
     change(runs[2].config, "trainer", "seed", value=3)
