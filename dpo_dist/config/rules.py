@@ -445,12 +445,8 @@ RULES = (
     *map(without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
-    unused("parallelism.hpz", "parallelism.kind=zero3"),
-    unused("parallelism.hpz", "parallelism.offload_parameters=none"),
-    unused("parallelism.hpz", "parallelism.shard_size=null"),
     unused("parallelism.shard_size", "parallelism.kind=zero3"),
     unused("parallelism.experts", "parallelism.kind=zero3", or_if=lambda c: c.model.quantization is not None),
-    unused("parallelism.experts", "parallelism.hpz=1"),
     Rule(
         "parallelism.experts parallelism.shard_size!=null",
         "groups that share experts are parts of the groups of parallelism.shard_size",

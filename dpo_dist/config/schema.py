@@ -262,9 +262,6 @@ class ParallelismConfig:
     """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
-    hpz: int = key(1, ge=1, verbs="train")
-    """Processes of a group, usually a node, that keeps its own copy of the weights with ZeRO-3: weights then
-    cross the network once a step, and otherwise stay in the group (ZeRO++, arXiv 2306.10209). 1: no copy."""
     shard_size: int | None = key(None, ge=1, verbs="train precompute")
     """Processes, usually those of a node, over which ZeRO-3 shards weights, gradients and optimizer states
     (MiCS, arXiv 2205.00119): each group of so many has all of them, and only gradients leave it, once a step.

@@ -35,7 +35,6 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
     }
     if parallelism.kind is ParallelismKind.zero3:
         zero["leaf_module"] = _NO_LEAVES
-        zero["zero_hpz_partition_size"] = parallelism.hpz
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         if parallelism.offload_parameters is not Offload.none:
             zero["offload_param"] = _offload(parallelism.offload_parameters)

@@ -186,9 +186,6 @@ class Estimate:
                 of_experts = 0.0 if is_alone else self.times * equal / parallelism.experts / link(shards)
                 gradients *= 1 - share
         gathering = 2 * self.times * gathered / link(shards)  # in forward and backward
-        if parallelism.hpz > 1:  # the first gather of a step makes the copy of a node
-            within = gathered / link(parallelism.hpz)
-            gathering = gathered / link(gpus) + (2 * self.times - 1) * within
         reducing = self.times * gradients / link(shards)
         # Once a step, ranks with the same shards of other copies sum them in float32: out and back.
         between = 2 * 4 * self.shapes.trained / shards / link(gpus) if shards < gpus else 0.0

@@ -44,7 +44,7 @@ from dpo_dist.tools.plan.extension import PlanConfig
 _TOKENS = 700.0
 _PAIRS = 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
-_OF_A_NODE = [f"zero3 parallelism.{key}={GPUS_PER_NODE}" for key in ("shard_size", "hpz")]
+_OF_A_NODE = [f"zero3 parallelism.shard_size={GPUS_PER_NODE}"]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
 _MOST_TIMES = 16  # as many GPUs are tried where nothing fits
@@ -336,7 +336,7 @@ def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}
-    former["parallelism"] |= {"hpz": 1, "shard_size": None, "experts": 1}
+    former["parallelism"] |= {"shard_size": None, "experts": 1}
     quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
 

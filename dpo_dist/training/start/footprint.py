@@ -192,14 +192,12 @@ class Shapes:
         head = chunks + (4.0 * output.numel() if output.requires_grad else 0.0)
         largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
         gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
-        hpz = config.parallelism.hpz
         shards = self._shards(processes)
         sharing = config.parallelism.experts
         whole = 0.0  # frozen experts are not sharded again
         if sharing > 1 and config.model.adapter is not None:
             whole = self.experts * self._expert_bytes(config.model.quantization)
         parts = {
-            "copy of the weights": held / hpz if hpz > 1 else 0.0,
             "weights": resident * ((held - whole) / (shards if stage == 3 else 1) + whole / sharing),
             "experts of a layer": _unpacked_bytes(config, number, causal_lm) / sharing,
             "gradients": gradients / (1 if stage == 1 else shards),

@@ -134,7 +134,7 @@ def open_run(
     began = time.monotonic()
     parallelism = config.parallelism
     if not trains:
-        parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
+        parallelism = replace(parallelism, offload_optimizer=Offload.none)
         # What is scored does not depend on these, and fewer processes than a run had may score.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes % (parallelism.shard_size or 1):

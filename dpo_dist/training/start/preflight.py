@@ -184,7 +184,7 @@ def _check_run_folder(run: RunFolder) -> None:
 
 def check_groups(parallelism: ParallelismConfig, processes: int, *, trains: bool) -> None:
     """Raise ConfigError if so many processes cannot be divided into groups."""
-    for key in ("sequence_parallel", *["experts", "shard_size", "hpz"] * trains):
+    for key in ("sequence_parallel", *["experts", "shard_size"] * trains):
         ranks = getattr(parallelism, key) or processes
         if processes % ranks:
             raise ConfigError(

@@ -90,12 +90,6 @@ def estimated(
         ("trainer.micro_batch_tokens=4096", 8, 3 * 6 * P / 250e9),
         ("trainer.micro_batch_tokens=100", 8, 16 * 6 * P / 250e9),  # a pair is not divided
         ("trainer.micro_batch_tokens=4096", 16, 2 * 8 * P / 50e9),
-        # Over the network only the first gather after an update.
-        (
-            "trainer.micro_batch_tokens=4096 parallelism.hpz=8",
-            16,
-            (2 + 2 * 4) * P / 50e9 + 3 * 2 * P / 250e9,
-        ),
         # Gradients in bf16 inside of a node; over two nodes once a step, in float32, out and back.
         (
             "trainer.micro_batch_tokens=4096 parallelism.shard_size=8",
@@ -459,9 +453,6 @@ def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> No
     text, _ = planned("+experiment=qwen7b", "plan.gpus=64")
     assert "set parallelism=zero3 parallelism.shard_size=8" in text
     assert "set parallelism.reduce_in_float32=false" in text
-    text, _ = planned("+experiment=qwen7b", "plan.gpus=512", "parallelism.hpz=8")
-    assert "communication-bound" in text
-    assert "hpz" not in text, "it is set"
 
 
 def shape(folder: Path, kind: str = "qwen2", **sizes: int) -> str:
@@ -483,7 +474,8 @@ def test_each_way_to_send_less_fits_and_is_faster(tmp_path: Path) -> None:
     text, content = planned(*words)
     [line] = [line for line in text.splitlines() if line.startswith("communication-bound")]
     ways = re.findall(r"set ([^,\n]+)", line)
-    assert "parallelism=zero3 parallelism.hpz=8" in ways
+    assert ways
+    assert "shard_size" not in line
     for way in ways:
         changed = planned(*words, *way.split())[1]
         assert changed["fits"], way
@@ -509,7 +501,6 @@ def test_where_nothing_fits_more_gpus_or_an_adapter_do(tmp_path: Path) -> None:
     [
         ("plan.gpus=7 parallelism.experts=7", "parallelism.experts"),
         ("plan.gpus=12 parallelism.shard_size=8", "parallelism.shard_size"),
-        ("plan.gpus=12 parallelism.hpz=8", "parallelism.hpz"),
         ("plan.gpus=6 parallelism.sequence_parallel=3", "parallelism.sequence_parallel"),
     ],
 )
@@ -628,7 +619,7 @@ def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256}
     AutoConfig.for_model("llama", **sizes, **heads).save_pretrained(tmp_path)
     large = planned("+experiment=qwen7b", f"model.path={tmp_path}", *words)[1]["suggested"]
-    assert large.startswith("parallelism=zero3 parallelism.hpz=8 "), "a node has no room for all states"
+    assert large.startswith("parallelism=zero3 model."), "a node has no room for all states"
 
 
 def test_a_check_without_a_gpu_says_nothing_of_gpus() -> None:

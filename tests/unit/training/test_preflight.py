@@ -191,11 +191,10 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     assert RunFolder(other.run.path).path.is_dir()
 
 
-@pytest.mark.parametrize(("trains", "ranks"), [(False, 1), (True, 8)])
-def test_only_training_divides_the_processes_into_groups_with_copies(
-    trains: bool, ranks: int, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trains", [False, True])
+def test_only_training_compiles_the_kernel_of_its_optimizer(
+    trains: bool, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process can evaluate a run of eight; nor does it compile the kernel of its optimizer."""
     joined: list[dict[str, Any]] = []
 
     def join(deepspeed_config: dict[str, Any], *_: object) -> contextlib.AbstractContextManager[None]:
@@ -203,10 +202,9 @@ def test_only_training_divides_the_processes_into_groups_with_copies(
         raise ConfigError("joined")
 
     monkeypatch.setattr("dpo_dist.distributed.processes.join.join_world", join)
-    config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
+    config = run_of(assets, tmp_path, "parallelism.offload_optimizer=cpu")
     with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
         pass
-    assert joined[0]["zero_hpz_partition_size"] == ranks
     assert ("offload_optimizer" in joined[0]) is trains
 
 
@@ -216,7 +214,7 @@ def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: p
     check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
 
 
-@pytest.mark.parametrize("key", ["sequence_parallel", "experts", "shard_size", "hpz"])
+@pytest.mark.parametrize("key", ["sequence_parallel", "experts", "shard_size"])
 def test_processes_that_do_not_divide_into_groups_are_an_error(
     key: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
