@@ -34,7 +34,6 @@ def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: i
         "exit_code": int(exit_code),
         "model": diagnosis.model and str(diagnosis.model),
         "versions": {"dpo_dist": dpo_dist.__version__, "python": platform.python_version()},
-        "store": diagnosis.store,
         "sources": diagnosis.sources,
         "across": diagnosis.across,
         "findings": list(map(asdict, diagnosis.findings)),
@@ -61,8 +60,6 @@ def write_doctor_page(
         model=diagnosis.model,
         overview=overview(diagnosis.sources),
         sources=list(map(_page_fields, diagnosis.sources)),
-        store=diagnosis.store,
-        store_sentence=diagnosis.store and store_sentence(diagnosis.store),
         pairs=diagnosis.shown,
         settings=settings,
         max_length=data.max_length,
@@ -70,20 +67,6 @@ def write_doctor_page(
         leak=DOCTOR_RULES["label_leak"].threshold,
     )
     files.write_text(folder.doctor_page, html)
-
-
-def store_sentence(use: Mapping[str, Any]) -> str:
-    """Return in one line what the reference store says about the data."""
-    if not use["pairs"]:
-        return "reference: no record has two responses, so margins cannot show mislabelled ones"
-    if not use["stored"]:
-        words = f" and {use['filled_with']}" if use["filled_with"] else ""
-        return (
-            f"reference: no log-probs of these pairs in {use['folder']}; after dpo-dist precompute with "
-            f"this configuration{words}, the doctor finds pairs that are likely mislabelled"
-        )
-    numerics = "; ".join(use["numerics"])
-    return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
@@ -127,8 +110,6 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:
     lines = [*aligned([titles, *rows], numbers=range(2, len(titles))), ""]
     if diagnosis.model is None:
         lines.append("no model is configured (model.path): texts are examined, tokens are not")
-    if diagnosis.store is not None:
-        lines.append(store_sentence(diagnosis.store))
     for finding in diagnosis.findings:
         lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
         lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]

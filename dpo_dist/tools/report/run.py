@@ -26,7 +26,6 @@ from dpo_dist.kit import (
     results_name,
 )
 from dpo_dist.tools.doctor.folder import DoctorFolder
-from dpo_dist.tools.findings import Level
 from dpo_dist.tools.pages.charts import charts, distribution, histogram
 from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
 from dpo_dist.tools.pages.samples import samples_section, worst_pairs
@@ -216,8 +215,7 @@ def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
         rule = RUN_RULES.get(finding["rule"])  # None: of another version
         headline = rule.text if rule else finding["rule"]
         findings.append({"headline": headline, "fact": fact, "advice": finding["remedy"]})
-        if rule is None or rule.level is not Level.note:
-            level = "warning"
+        level = "warning"
     if facts.summary.get("exit") == RunOutcome.diverged:
         level = "error"
     return {"level": level, "sentence": sentence, "findings": findings}
