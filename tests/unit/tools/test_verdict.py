@@ -1,7 +1,7 @@
 """Each row of the verdict finds its fault in a run that has nothing else; a healthy run has no finding."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ),
     ("labels_swapped", rows(every=SWAPPED), {}, "evaluation accuracy is 0.200 on 200 pairs of source a"),
     ("labels_swapped", steps(every=SWAPPED_IN_TRAINING), {}, "is 0.100 on 160 pairs of source a"),
-    ("labels_swapped", labelled(auc=0.2), KTO, "AUC is 0.200 on 192 records"),
+    ("labels_swapped", labelled(auc=0.2), KTO, "evaluation AUC is 0.200 on 400 records"),
     (
         "evaluation_leak",
         rows(),

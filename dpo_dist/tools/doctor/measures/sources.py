@@ -33,7 +33,7 @@ _MIN_DIFFERS = 0.03
 """Features in which the sides differ in a smaller share of the pairs are not tested."""
 _ONE_SIDED = 0.9
 _MOST_TESTS = 30
-_SHOWN_FORMS = 3
+_SHOWN_FORMS = 5
 _ADDS = 0.03
 """A feature must be this much more accurate than the length; else it may only follow the length."""
 _LENGTHS = ("tokens", "characters")
