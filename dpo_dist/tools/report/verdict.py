@@ -38,7 +38,7 @@ _FEWEST_PAIRS = 50
 # Responses that are almost certain after an SFT stage break sooner.
 _FORGOTTEN_NATS = (0.5, 1.0)
 _BOTH_FALL = 0.5
-_MORE_REPEATED = 0.3
+_MORE_REPEATED = 0.15
 _GUESS_LEARNT = 0.6
 """A learnt answer is likelier than this share of the log-prob of a guess."""
 _CHANGED_NATS = 2.0

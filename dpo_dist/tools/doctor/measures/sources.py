@@ -105,12 +105,14 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     for test in tests:
         if test.feature in _LENGTHS and test.exceeds(rule.threshold):
             explained = test.accuracy + _ADDS
-            detail = f"{test.detail} {test.feature} in {percent(test.accuracy)} of the pairs"
+            side = "more" if test.detail.endswith("more") else "fewer"
+            share = percent(test.accuracy)
+            detail = f"the one with {side} {test.feature} is chosen in {share} of the pairs"
             yield from rule.value(test.accuracy, test.pairs, source, detail)
     rule = DOCTOR_RULES["label_leak"]
     for test in tests:
         is_leak = test.exceeds(rule.threshold) and test.accuracy > explained
-        if test.feature not in _LENGTHS and (is_leak or test.one_sided > _ONE_SIDED):
+        if test.feature not in _LENGTHS and (is_leak or test.one_sided > max(_ONE_SIDED, explained)):
             forms.append(test)
     if not forms:
         return
@@ -122,9 +124,9 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
         )
     if len(forms) > _SHOWN_FORMS:
         details.append(f"and {len(forms) - _SHOWN_FORMS} more")
-    # Of a form that is rare, the share is of the pairs that have it.
-    share = max(forms[0].accuracy, forms[0].one_sided)
-    yield from rule.value(share, forms[0].pairs, source, "; ".join(details))
+    # A rare form has a low accuracy among all pairs.
+    for finding in rule.value(1.0, forms[0].pairs, source, "; ".join(details)):
+        yield replace(finding, share=forms[0].accuracy)
 
 
 _SAMPLED_PAIRS = 20_000
