@@ -23,7 +23,7 @@ from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.findings import Finding, Level, balancing_weight, most_serious_first
+from dpo_dist.tools.findings import Finding, Level, most_serious_first
 
 _Result = TypeVar("_Result")
 
@@ -135,11 +135,22 @@ def _label_balance(
         return
     remedy = "add responses of the other label"
     if good and bad:
-        remedy = f"set {balancing_weight(good, bad, loss.desirable_weight, loss.undesirable_weight)}"
+        remedy = f"set {_balancing_weight(good, bad, loss.desirable_weight, loss.undesirable_weight)}"
     most = "good" if good > bad else "bad"
     rule = DOCTOR_RULES["label_balance"]
     for finding in rule.count(round(max(good, bad)), round(good + bad), None, detail=most):
         yield replace(finding, remedy=remedy)
+
+
+def _balancing_weight(good: float, bad: float, desirable: float, undesirable: float) -> str:
+    """Return the override that balances both labels: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
+
+    Only the rarer label's weight changes. Source of the interval: arXiv 2402.01306, section 4.
+    """
+    ratio = 6 / 7 * good / bad
+    if ratio > 1:
+        return f"loss.undesirable_weight={ratio * desirable:.3g}"
+    return f"loss.desirable_weight={undesirable / ratio:.3g}"
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:

@@ -177,7 +177,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         "answers_broken",
         repeating(0.26, 0.1),
         {},
-        "repeats has 26 % of its words, and 10 % in the reference's",
+        "repeats has 26 % of its words, and 10 %",
     ),
     ("answers_broken", certain(0.9), {}, "chosen responses became far less likely, -0.08 -> -0.98 nats"),
     ("answers_broken", [row for row in certain(0.9) if "loss" in row], {}, "-0.08 -> -0.98 nats"),
