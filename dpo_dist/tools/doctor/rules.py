@@ -14,7 +14,7 @@ MAX_EXAMPLES = 20
 
 @dataclass(frozen=True)
 class DataRule:
-    """A rule about data: the level of its findings above the threshold, the fault in a few words, and advice."""
+    """A rule about data: its level above the threshold, the fault in a few words, and advice."""
 
     level: Level
     text: str

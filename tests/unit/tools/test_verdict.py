@@ -155,7 +155,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("diverged", rows(late=COLLAPSED, since=11), {"exit": "diverged"}, "collapsed: at step 20 all tokens"),
     ("diverged", rows(), {"bad_steps": 2}, "2 steps taught nothing"),
     ("nothing_trained", steps(every={"grad_norm": 0.0}), {"exit": "diverged"}, "exactly 0 in all 20 steps"),
-    ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "accuracy is 0.300 on 400 pairs: "),
+    ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "accuracy is 0.300 on 400 pairs"),
     (
         "labels_swapped",
         rows(every={"rewards/accuracies": 0.2}),
