@@ -145,3 +145,10 @@ def test_a_form_that_follows_the_length_is_no_leak_of_its_own() -> None:
     gaps = [{"characters": 1.0, "share of capitals": -1.0} for _ in range(40)]
     [finding] = leak_findings(leak_tests(gaps, range(40)), "a")
     assert finding.rule == "length_bias"
+
+
+@pytest.mark.parametrize(("count", "is_leak"), [(12, False), (18, True)])
+def test_a_rare_form_on_one_side_may_be_chance(count: int, is_leak: bool) -> None:
+    gaps = [{"bold": 1.0}] * count + [{"tabs": 1.0}, {"tabs": -1.0}] * 140
+    found = list(leak_findings(leak_tests(gaps, range(len(gaps))), "a"))
+    assert [finding.rule for finding in found] == ["label_leak"] * is_leak
