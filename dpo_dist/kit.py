@@ -7,7 +7,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   check them. `run_verb` runs a verb with its configuration, `checked_console` and `check_start` check what it
   needs, `dry_run` answers `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
-  `LossKind`, `Offload`, `OptimizerKind`, `ParallelismKind`, `ReferenceConfig`, `ReferenceMode`, `UNSET`.
+  `LossKind`, `Offload`, `OptimizerKind`, `ParallelismKind`, `ReferenceMode`, `UNSET`.
   `load_run_config` reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors);
   `complete_config` checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a
   key takes a value, `value_at` has it.
@@ -21,7 +21,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   `CUSTOM`, `TERMS` and `LOSS_METRICS`.
   Names of evaluations begin with `PREFIX`, `ALL` and `results_name` name their parts.
 - **A run on disk**: `RunHistory` has what it wrote, with a `MetricsRow` for each step and evaluation.
-  `finite` reads a row, `is_collapsed` and `logps_by_side` judge it, `final_and_best` sums rows up.
+  `finite` reads a row, `is_collapsed` judges it, `final_and_best` sums rows up.
 - **Evaluations**: `evaluation_cells` are the table of `EVALUATION_METRICS` of one, `count_trained` counts
   prompts that a model knows from its training. `bootstrap_intervals` and `wilson_interval` are intervals of
   means and shares, of values in a `Column`.
@@ -37,8 +37,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   of a run. `can_mix_lengths` checks that a model generates what it predicts, `extend` generates, with images
   by `image_inputs`; faults are `NotFiniteError` and `WrongGenerationError`.
 - **Data**: `prepare_data` encodes those of a run, each source as a `PreferenceDataset`; `saved_by_tree` says
-  what its shared prefixes save, `in_chunks` divides records. `find_stored` finds the stores of a reference's
-  log-probs, `stored_pairs` reads those of pairs.
+  what its shared prefixes save, `in_chunks` divides records.
 - **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights` and
   `teacher_without_weights`, its `Footprint` those of a device. `matmul_peak`, `REACHED_SHARES`,
   `GPUS_PER_NODE` and `DEFAULT_TOKENS` are for estimates; `check_groups` and `check_shapes` refuse what a
@@ -97,7 +96,6 @@ if TYPE_CHECKING:
         Offload,
         OptimizerKind,
         ParallelismKind,
-        ReferenceConfig,
         ReferenceMode,
         RunConfig,
     )
@@ -123,7 +121,6 @@ if TYPE_CHECKING:
     from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
     from dpo_dist.reference.digest import digest_model
     from dpo_dist.reference.model_source import ModelSource, find_files, find_model
-    from dpo_dist.reference.stored import find_stored, stored_pairs
     from dpo_dist.training.evaluation.table import EVALUATION_METRICS, evaluation_cells
     from dpo_dist.training.evaluation.trained_prompts import count_trained
     from dpo_dist.training.export import checkpoint_as_model, merge_adapter
@@ -133,7 +130,6 @@ if TYPE_CHECKING:
         final_and_best,
         finite,
         is_collapsed,
-        logps_by_side,
     )
     from dpo_dist.training.run import train
     from dpo_dist.training.start.dry_run import dry_run
@@ -167,7 +163,7 @@ _NAMES = {
     """,
     "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
     "config.schema": """
-        UNSET Direction Dtype ModelConfig Offload OptimizerKind ParallelismKind ReferenceConfig ReferenceMode
+        UNSET Direction Dtype ModelConfig Offload OptimizerKind ParallelismKind ReferenceMode
         RunConfig
     """,
     "distributed.deepspeed_config": "unsharded_loading",
@@ -186,12 +182,11 @@ _NAMES = {
     "objective.intervals": "Column bootstrap_intervals wilson_interval",
     "reference.digest": "digest_model",
     "reference.model_source": "ModelSource find_files find_model",
-    "reference.stored": "find_stored stored_pairs",
     "training.evaluation.table": "EVALUATION_METRICS evaluation_cells",
     "training.evaluation.trained_prompts": "count_trained",
     "training.export": "checkpoint_as_model merge_adapter",
     "training.reporting.history": "RunHistory",
-    "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed logps_by_side",
+    "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed",
     "training.run": "train",
     "training.start.dry_run": "dry_run",
     "training.start.footprint": """

@@ -281,7 +281,7 @@ def disk_error(error: BaseException) -> ConfigError | None:
     )
 
 
-_EXTRAS = dict.fromkeys(("datasketch", "py3langid", "scipy", "sklearn"), "tools")
+_EXTRAS = dict.fromkeys(("py3langid", "sklearn"), "tools")
 """Extras of packages, by the names that Python imports."""
 
 

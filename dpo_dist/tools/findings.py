@@ -14,15 +14,6 @@ Level = StrEnum("Level", ["note", "warning", "error"])
 
 
 @dataclass(frozen=True)
-class FindingRule:
-    """A rule about data or about a run: the level of its findings, the fault in a few words, and advice."""
-
-    level: Level
-    text: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class Finding:
     """A broken rule; doctor.json has these fields.
 
@@ -64,14 +55,3 @@ def finding_block(fields: Fields) -> Text:
         text += f"\nFirst: {'; '.join(examples[:_SHOWN_EXAMPLES])}"
     source = fields.get("source") or "several sources"
     return Text(text, fields["level"], f"{fields['level']} {fields['rule'].replace('_', ' ')}, {source}")
-
-
-def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirable: float = 1.0) -> str:
-    """Return the override that balances both labels: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
-
-    Only the rarer label's weight changes. Source of the interval: arXiv 2402.01306, section 4.
-    """
-    ratio = 6 / 7 * good / bad
-    if ratio > 1:
-        return f"loss.undesirable_weight={ratio * desirable:.3g}"
-    return f"loss.desirable_weight={undesirable / ratio:.3g}"

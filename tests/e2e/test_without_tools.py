@@ -54,7 +54,6 @@ def ended(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     evaluated, usual = f"data.eval=[{assets}/eval.jsonl]", [*small_run(assets, folder), "optim.lr=1e-4"]
     words = {
         "train": [*usual, evaluated, "samples.prompts=2", "sampling.max_new_tokens=4", "trainer.max_steps=2"],
-        "doctor": usual,
         "compare": [f"compare.models=[{assets}/model,b={assets}/model]", evaluated],
         "pairs": [f"data.train=[{assets}/train.jsonl]", "pairs.method=people"],  # before its page is served
     }
@@ -76,14 +75,14 @@ def test_training_samples_and_its_page_need_no_package_of_the_tools(ended: Ended
     screen = ended.screen("train")
     assert ended.codes["train"] == 0, screen
     assert (ended.folder / "run" / "report.html").exists()
-    assert "languages are not checked; to check them, pip install 'datasketch>=" in screen
+    assert "languages are not checked; to check them, pip install 'py3langid>=" in screen
 
 
-@pytest.mark.parametrize("verb", ["doctor", "compare", "pairs"])
+@pytest.mark.parametrize("verb", ["compare", "pairs"])
 def test_a_verb_without_its_packages_says_what_to_install(verb: str, ended: Ended) -> None:
     screen = ended.screen(verb)
     assert ended.codes[verb] == ExitCode.invalid, screen
-    assert "to do:    pip install 'datasketch>=" in screen
+    assert "to do:    pip install 'py3langid>=" in screen
     assert "Traceback" not in screen
 
 

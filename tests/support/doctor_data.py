@@ -105,11 +105,9 @@ EMPTY: dict[str, Any] = {
         "sides": {},
         "images": None,
     },
-    **{"margins": {}, "leaks": []},
+    "leaks": [],
 }
-ACROSS = dict.fromkeys(
-    ("near_duplicates", "contradictions", "repeated_prompts", "leaked_prompts", "near_leaked_prompts"), 0
-) | {"duplicates": 5, "benchmark_hits": 0}
+ACROSS = {"duplicates": 5, "contradictions": 0, "repeated_prompts": 0, "leaked_prompts": 0}
 
 
 def diagnosis(text: str) -> Diagnosis:
@@ -120,7 +118,7 @@ def diagnosis(text: str) -> Diagnosis:
         "dropped": {"empty_response": {"count": 2, "examples": [f"{text}:1", f"{text}:2"]}},
         "changed": {"prompt_truncated": 3},
         "sides": dict.fromkeys(("prompt", "chosen", "rejected"), SIDE),
-        **{"margins": {"prefers_chosen": 0.75}, "leaks": [test]},
+        "leaks": [test],
     }
     findings = tuple(
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
@@ -128,5 +126,4 @@ def diagnosis(text: str) -> Diagnosis:
     )
     chosen = ("chosen", text, [(text, "trained"), (text, "special "), (text, "cut")])
     pair = Answers(f"{text}:1", f"rule; dropped: {text}", [("9 not shown", "omitted")], [chosen])
-    store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
-    return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))
+    return Diagnosis([source], ACROSS, findings, Path(text), (pair,))

@@ -24,11 +24,6 @@ def main(config: RunConfig) -> int:
     check_rules(config, needs_of("doctor"))
     for source in [*config.data.train, *config.data.eval]:
         DataSource(source).check()
-    benchmark = None
-    if config.section_of(DoctorConfig).benchmarks:
-        from dpo_dist.tools.doctor.measures.texts import read_benchmarks  # noqa: PLC0415  (slow)
-
-        benchmark = read_benchmarks(config.section_of(DoctorConfig).benchmarks)
     ChatTemplate.check_file(config.data.chat_template)
     if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
@@ -43,7 +38,7 @@ def main(config: RunConfig) -> int:
 
     folder = DoctorFolder(config.run.path)
     check_writable(folder.path)
-    diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress)
     exit_code = (
         ExitCode.findings if diagnosis.fails(config.section_of(DoctorConfig).fail_on) else ExitCode.completed
     )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,19 +18,15 @@ from dpo_dist.kit import (
     in_chunks,
 )
 from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
-from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
-from dpo_dist.tools.doctor.measures.margins import compare_with_store
+from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
-from dpo_dist.tools.doctor.measures.texts import Benchmark
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
-from dpo_dist.tools.findings import Finding, Level, balancing_weight, most_serious_first
+from dpo_dist.tools.findings import Finding, Level, most_serious_first
 from dpo_dist.tools.pages.blocks import Answers
 
 _Result = TypeVar("_Result")
-# Their findings already say that training would refuse the data.
-_REFUSING_RULES = {"no_records", "too_many_dropped"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,6 @@ class Diagnosis:
     across: Mapping[str, Any]
     findings: Sequence[Finding]  # the most serious first
     model: Path | None = None  # folder of the tokenizer; None: data were examined as text
-    store: dict[str, Any] | None = None
     shown: Sequence[Answers] = ()  # for the page
 
     def fails(self, lowest: FailOn) -> bool:
@@ -51,7 +45,7 @@ class Diagnosis:
         return any(finding.level in failing.get(lowest, ()) for finding in self.findings)
 
 
-def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
+def diagnose(config: RunConfig, progress: ProgressOf) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data = DataConfig(**vars(config.data))  # a reward model's has no texts behind its responses
     prepared = None
@@ -66,23 +60,17 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     def show(source: str) -> AbstractContextManager[Callable[..., None]]:
         return progress(f"examining {source}", "record")
 
-    diagnosis = examine(data, tokenizer, benchmark, show, processor)
+    diagnosis = examine(data, tokenizer, show, processor)
     findings = [*diagnosis.findings, *_label_balance(data.train, config.loss, diagnosis.sources)]
     if prepared is not None:
-        store, store_findings = compare_with_store(
-            config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
-        )
-        findings = [*store_findings, *findings]
-        if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
+        rule = DOCTOR_RULES["training_refuses"]
+        if all(finding.rule != rule.name for finding in findings):
             for error in prepared.refusals:
-                text = f"training would stop: {error.message}"
-                if error.got:
-                    text += f" ({error.got})"
+                got = f" ({error.got})" if error.got else ""
                 where = error.where.records if isinstance(error.where, AtRecords) else (error.where,)
-                findings.append(
-                    Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
-                )
-        diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
+                for finding in rule.value(1, 0, None, error.message + got):
+                    findings.append(replace(finding, share=None, examples=where, remedy=error.remedy))
+        diagnosis = replace(diagnosis, model=prepared.encoder.folder)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.section_of(DoctorConfig).texts:
         shown = show_pairs(data, tokenizer, diagnosis.findings, processor)
@@ -93,24 +81,17 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
 def examine(
     config: DataConfig,
     tokenizer: "Tokenizer | None",
-    benchmark: Benchmark | None = None,
     progress: EncodingProgress = no_progress,
     processor: ImageProcessor | None = None,
 ) -> Diagnosis:
-    """Read `config.train` and `config.eval` as streams, evaluation prompts first, and check them.
+    """Read `config.train` and `config.eval` as streams, and check them.
 
     Without a tokenizer tokens are not counted. The result does not depend on the number of processes.
     """
-    observer = Observer(config, tokenizer, benchmark, processor)
-    prompts = EvaluationPrompts()
+    observer = Observer(config, tokenizer, processor)
     reports: list[dict[str, Any]] = []
     findings: list[Finding] = []
-    # Training records are compared with the prompts of evaluation data while they are read.
-    for entry, label, is_eval in _with_labels(config):
-        if is_eval or config.eval_share:
-            find = partial(observer.evaluation_prompts, is_eval=is_eval)
-            _for_each_chunk(entry, find, [prompts.add], progress(f"evaluation prompts of {label}"))
-    comparison = Comparison(config, prompts)
+    comparison = Comparison(config)
     for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval)
         comparison.add_source(label, is_eval=is_eval)
@@ -155,11 +136,22 @@ def _label_balance(
         return
     remedy = "add responses of the other label"
     if good and bad:
-        remedy = f"set {balancing_weight(good, bad, loss.desirable_weight, loss.undesirable_weight)}"
+        remedy = f"set {_balancing_weight(good, bad, loss.desirable_weight, loss.undesirable_weight)}"
     most = "good" if good > bad else "bad"
     rule = DOCTOR_RULES["label_balance"]
     for finding in rule.count(round(max(good, bad)), round(good + bad), None, detail=most):
         yield replace(finding, remedy=remedy)
+
+
+def _balancing_weight(good: float, bad: float, desirable: float, undesirable: float) -> str:
+    """Return the override that balances both labels: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
+
+    Only the rarer label's weight changes. Source of the interval: arXiv 2402.01306, section 4.
+    """
+    ratio = 6 / 7 * good / bad
+    if ratio > 1:
+        return f"loss.undesirable_weight={ratio * desirable:.3g}"
+    return f"loss.desirable_weight={undesirable / ratio:.3g}"
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:

@@ -14,8 +14,6 @@ class DoctorConfig:
 
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
-    benchmarks: list[str] = key([])
-    """Files of benchmark prompts, .jsonl or .txt, that training data should not contain."""
     texts: bool = key(True)
     """Show texts of records on the page; they are hidden until clicked."""
 
@@ -28,7 +26,7 @@ EXTENSION = Extension(
             ("data.train",),
             reuses_config=True,
             is_one_process=True,
-            reads=("data", "loss.kind", "loss.terms", "reference.path", "reference.quantization"),
+            reads=("data", "loss.kind", "loss.terms"),
         ),
     },
     sections={"doctor": section(DoctorConfig, free=True, verbs="doctor")},

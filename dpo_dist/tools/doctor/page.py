@@ -41,7 +41,6 @@ def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: i
         "exit_code": int(exit_code),
         "model": diagnosis.model and str(diagnosis.model),
         "versions": {"dpo_dist": dpo_dist.__version__, "python": platform.python_version()},
-        "store": diagnosis.store,
         "sources": diagnosis.sources,
         "across": diagnosis.across,
         "findings": list(map(asdict, diagnosis.findings)),
@@ -68,13 +67,6 @@ def write_doctor_page(
     blocks += [Heading("Sources"), Table(*overview(diagnosis.sources))]
     for source in diagnosis.sources:
         blocks += _source(source, data.max_length)
-    if diagnosis.store:
-        blocks += [Heading("Margins of the reference model"), Text(store_sentence(diagnosis.store))]
-        for label, margins in diagnosis.store["margins"].items():
-            median = number(margins["percentiles"][50])
-            pairs = pluralize(margins["count"], "pair")
-            note = f"{pairs}, median {median}; below 0 the reference prefers the rejected response"
-            blocks.append(histogram(label, margins, "nats per token", 0.0, note))
     if diagnosis.shown:
         texts: list[Block] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
         blocks += section("Examples of findings, decoded", texts)
@@ -122,8 +114,6 @@ def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[Block
         pairs = pluralize(leaks[0]["pairs"], "pair")
         yield Text(_LEAKS.format(pairs), title="Can the chosen response be guessed from its form?")
         yield Table(["feature", "accuracy", "detail"], rows)
-    if source["margins"]:
-        yield _numbers("margins of the reference model", source["margins"])
 
 
 def _numbers(title: str, fields: Mapping[str, float]) -> Table:
@@ -133,20 +123,6 @@ def _numbers(title: str, fields: Mapping[str, float]) -> Table:
 def _percentiles(values: Mapping[str, Any]) -> str:
     percentiles = [f"{share} %: {number(value)}" for share, value in values["percentiles"].items()]
     return f"mean {number(values['mean'])}, largest {number(values['largest'])}; {', '.join(percentiles)}"
-
-
-def store_sentence(use: Mapping[str, Any]) -> str:
-    """Return in one line what the reference store says about the data."""
-    if not use["pairs"]:
-        return "reference: no record has two responses, so margins cannot show mislabelled ones"
-    if not use["stored"]:
-        words = f" and {use['filled_with']}" if use["filled_with"] else ""
-        return (
-            f"reference: no log-probs of these pairs in {use['folder']}; after dpo-dist precompute with "
-            f"this configuration{words}, the doctor finds pairs that are likely mislabelled"
-        )
-    numerics = "; ".join(use["numerics"])
-    return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
@@ -181,8 +157,6 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: DoctorFolder) -> list[str]:
     lines = [*aligned([titles, *rows], numbers=range(2, len(titles))), ""]
     if diagnosis.model is None:
         lines.append("no model is configured (model.path): texts are examined, tokens are not")
-    if diagnosis.store is not None:
-        lines.append(store_sentence(diagnosis.store))
     for finding in diagnosis.findings:
         lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
         lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]

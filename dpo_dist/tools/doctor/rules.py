@@ -6,16 +6,19 @@ from pathlib import Path
 
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent
-from dpo_dist.tools.findings import Finding, FindingRule, Level
+from dpo_dist.tools.findings import Finding, Level
 
 MAX_EXAMPLES = 20
 """Examples of a finding."""
 
 
 @dataclass(frozen=True)
-class DataRule(FindingRule):
-    """A rule about data with its name and threshold."""
+class DataRule:
+    """A rule about data: its level above the threshold, the fault in a few words, and advice."""
 
+    level: Level
+    text: str
+    remedy: str
     name: str
     threshold: float
 

@@ -30,7 +30,6 @@ from dpo_dist.kit import (
     RunFolder,
     evaluation_cells,
 )
-from dpo_dist.tools.report.facts import data_findings
 from dpo_dist.tools.report.verdict import verdict
 
 _Row = Mapping[str, Any]
@@ -218,7 +217,7 @@ def run_card(
     evaluation = {}
     card = ""
     with warn_on_bug("the model card", warn):
-        run_verdict = verdict(rows, summary, data_findings(folder))
+        run_verdict = verdict(rows, summary)
         results = folder.last_evaluation.results
         if is_evaluated and results.is_file():
             evaluation = read_fields(results)

@@ -26,12 +26,6 @@ from dpo_dist.kit import (
 from dpo_dist.tools.doctor.folder import DoctorFolder
 
 MARGIN = "rewards/margins"
-FEWEST_STEPS = 10
-"""A run with fewer steps has learnt too little to be judged; chosen."""
-FEWEST_PAIRS = 50
-"""Fewest pairs for a mean that is not noise; chosen."""
-_BELOW_HALF = 0.45
-"""An accuracy below it is below one half, if not by chance; chosen."""
 
 
 class Accuracy(NamedTuple):
@@ -50,16 +44,6 @@ class Accuracy(NamedTuple):
         share = (self.value * self.pairs + 1) / (self.pairs + 2)
         compared = self.pairs * self.weight
         return 3 * math.sqrt(share * (1 - share) / compared) if compared else math.inf
-
-    @property
-    def is_chance(self) -> bool:
-        """Whether the accuracy differs from one half by chance only."""
-        return abs(self.value - 0.5) <= self.noise
-
-    @property
-    def is_below_half(self) -> bool:
-        """Whether the accuracy is clearly below one half."""
-        return self.value < min(_BELOW_HALF, 0.5 - self.noise)
 
 
 class RunFacts:
@@ -94,17 +78,6 @@ class RunFacts:
     def recent(self, metric: str) -> list[float]:
         """Return the values of a metric in the last quarter of the steps."""
         return [value for _, value in values(self.recent_rows(), metric)]
-
-    def margin_nats(self) -> float | None:
-        """Return the last margin in nats; if margins do not start at 0, the change over training steps."""
-        beta = self.setting("loss.beta")
-        end = last(self.last_rows, MARGIN)
-        has_reference = any(kind not in KINDS or KINDS[LossKind(kind)].needs_reference for kind in self.kinds)
-        if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
-            start = first(self.steps, MARGIN)
-            end = last(self.steps, MARGIN)
-            end = None if start is None or end is None else end - start
-        return end / beta if beta and end is not None else None
 
     def falls(self, rows: Sequence[MetricsRow]) -> list[tuple[float, float]] | None:
         """Return how far chosen responses' log-probs fell below the reference's, as (step, nats per token).
@@ -178,14 +151,11 @@ class RunFacts:
         weight = 3 * good * (1 - good) if self.unit == "record" else 1.0
         return None if value is None else Accuracy(value, round(pairs), weight)
 
-    def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
-        """Return the accuracy in the quarter of the steps that ends at the share `end`; None if unknown."""
+    def training_accuracy(self, source: str = "", share: float = 1.0) -> Accuracy | None:
+        """Return the accuracy in the last quarter of the steps, else of the last step; None if unknown."""
         key = self.accuracy_key + source
-        until = []
-        for row in self.steps:
-            if row["step"] <= end * self.total_steps and finite(row, key) is not None:
-                until.append(row)
-        recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
+        known = [row for row in self.steps if finite(row, key) is not None]
+        recent = [row for row in known if row["step"] > 0.75 * self.total_steps] or known[-1:]
         pairs = sum(row.get("pairs", 0) for row in recent)
         return self._accuracy(mean(recent, key), share * pairs, "train")
 
@@ -221,25 +191,6 @@ def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
     """Return the rows of evaluations, including the one before the first step, with keys without `eval_`."""
     evaluations = filter(is_evaluation, rows)
     return [{key.removeprefix(PREFIX): value for key, value in row.items()} for row in evaluations]
-
-
-def pooled(
-    rows: Iterable[MetricsRow], key: str, fewest_pairs: float, share: float = 1.0
-) -> list[tuple[float, float]]:
-    """Return means of `key` over successive groups of rows with enough pairs, each with its last step."""
-    means = []
-    total = 0.0
-    pairs = 0.0
-    for row in rows:
-        if finite(row, key) is None:
-            continue
-        total += row[key] * row.get("pairs", 0)
-        pairs += row.get("pairs", 0)
-        if pairs and share * pairs >= fewest_pairs:
-            means.append((row["step"], total / pairs))
-            total = 0.0
-            pairs = 0.0
-    return means
 
 
 def values(rows: Iterable[MetricsRow], key: str) -> list[tuple[float, float]]:

@@ -23,7 +23,6 @@ from dpo_dist.objective.metrics import PairValues
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.report.card import run_card
-from dpo_dist.tools.report.facts import data_findings
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
@@ -51,10 +50,10 @@ def check_row(run: Run, before: Sequence[MetricsRow], row: MetricsRow) -> Metric
 
 
 def closing_verdict(
-    folder: RunFolder, rows: Sequence[MetricsRow], summary: Mapping[str, Any]
+    _folder: RunFolder, rows: Sequence[MetricsRow], summary: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the verdict for the summary, and its lines."""
-    run_verdict = verdict(rows, summary, data_findings(folder))
+    run_verdict = verdict(rows, summary)
     return {"verdict": run_verdict.as_dict()}, run_verdict.lines()
 
 

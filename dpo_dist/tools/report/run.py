@@ -199,11 +199,7 @@ def _level(facts: PageFacts) -> str:
         return ""
     if facts.summary.get("exit") == RunOutcome.diverged:
         return str(Level.error)
-    for finding in stored["findings"]:
-        rule = RUN_RULES.get(finding["rule"])  # None: of another version
-        if rule is None or rule.level is not Level.note:
-            return str(Level.warning)
-    return "good"
+    return str(Level.warning) if stored["findings"] else "good"
 
 
 def _verdict(facts: PageFacts, level: str) -> Iterator[Block]:

@@ -33,18 +33,20 @@ class Opened:
 
 
 def sampled(step: int, **values: float) -> dict[str, float]:
-    found = {"length": 20.0, "finished": 1.0, "reference_length": 20.0, "prompts": 8.0} | values
+    found = {"longest_repeat": 0.1, "reference_longest_repeat": 0.1, "prompts": 8.0} | values
     return {"step": step, "eval_loss": 0.5} | {f"eval_samples/{name}": one for name, one in found.items()}
 
 
 def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> None:
     opened = Opened(tmp_path)
     opened.recorder.row({"step": 1, "loss": 0.6})
-    for step, length in ((2, 20.0), (4, 70.0), (6, 80.0), (8, 20.0), (10, 90.0)):
-        opened.recorder.row(sampled(step, length=length))
+    for step, share in ((2, 0.1), (4, 0.7), (6, 0.8), (8, 0.1), (10, 0.9)):
+        opened.recorder.row(sampled(step, longest_repeat=share))
     [first, again] = opened.said
-    assert first.startswith("warning: over-optimised after step 4: sampled responses are 3.5x longer")
-    assert again.startswith("warning: over-optimised after step 10")
+    assert first.startswith(
+        "warning: the answers break after step 4: the longest passage that a sampled answer"
+    )
+    assert again.startswith("warning: the answers break after step 10")
     alarms = [row.get("eval_samples/alarms") for row in opened.recorder.metrics.rows]
     assert alarms == [None, 0, 1, 1, 0, 1]
     opened.recorder.close(SUMMARY, RunOutcome.completed)

@@ -2,12 +2,9 @@
 
 import re
 from collections.abc import Iterator, Sequence, Sized
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
-
-import numpy as np
 
 from dpo_dist.data import (
     BadRecord,
@@ -23,21 +20,16 @@ from dpo_dist.data import (
     UnusableRecordError,
     encode_record,
     prompt_hash,
-    unread_fields,
 )
 from dpo_dist.data.images import decode_image
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import (
-    Benchmark,
-    Signature,
     Texts,
-    call_faults,
     calls_in,
     differences,
     measure_features,
     plain_texts,
-    signature,
     text_names,
 )
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
@@ -49,7 +41,6 @@ Lengths = tuple[int, int, int]
 _CUT = {"prompt_truncated", "response_truncated"}
 # Most preferences of one ranking that are compared with other records.
 _MAX_PREFERENCES = 64
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -88,17 +79,12 @@ class RecordFacts:
     changed: dict[str, int] = field(default_factory=dict)  # what encoding changes
     examples: int = 1  # into which encoding makes it
     pair: PairFacts | None = None  # None: a single response
-    unread: tuple[str, ...] = ()  # fields that no format reads
     images: tuple[ImageFacts, ...] = ()
     # Keys, by which records are compared.
     prompt: int = 0  # ignores case and white space
     record: int = 0  # of the prompt and all responses
-    numbers: int = 0  # of the prompt's numbers
     hash: int = 0  # `prompts.prompt_hash`
     preferences: tuple[int, ...] = ()  # that of the opposite differs in the lowest bit
-    # uint32 [2, 64]: MinHash of the prompt, and of all responses
-    signatures: Signature = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
-    benchmark: str | None = None  # origin of an item with which it overlaps
 
 
 class Observer:
@@ -108,13 +94,11 @@ class Observer:
         self,
         config: DataConfig,
         tokenizer: "Tokenizer | None",
-        benchmark: Benchmark | None = None,
         processor: ImageProcessor | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._without_limits = self._config.without_limits()
         self._tokenizer = tokenizer
-        self._benchmark = benchmark
         self._processor = processor
         # Where a model reads only text, images do not distinguish prompts.
         self._reads_images = tokenizer is None or processor is not None
@@ -128,25 +112,6 @@ class Observer:
                     special.append(token)
         self._omits_tools = template is not None and not re.search(r"\btools\b", template)
         self._special = any_of(special)
-
-    def evaluation_prompts(
-        self, records: Sequence[PreferenceRecord | BadRecord], *, is_eval: bool
-    ) -> list[tuple[int, Signature] | None]:
-        """Return the key and the signature, uint32 [64], of each prompt of evaluation data, else None.
-
-        These are all prompts of a source that `is_eval`, else those that `data.eval_share` draws.
-        """
-        prompts: list[tuple[int, Signature] | None] = [None] * len(records)
-        for at, record in enumerate(records):
-            if isinstance(record, PreferenceRecord):
-                images = self._images(record)
-                with suppress(UnusableRecordError):  # of an image: `observe` counts it
-                    if is_eval or self._is_held_out(prompt_hash(record.prompt, images)):
-                        texts = plain_texts(record)
-                        digests = [image.digest.hex() for image in images]
-                        key = text_key(_same_prompt(texts, digests))
-                        prompts[at] = key, signature(texts.prompt, "".join(digests))
-        return prompts
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
@@ -189,31 +154,19 @@ class Observer:
         pair = None
         if side is not None or len(responses) > 1:
             pair = _pair_facts(record, texts, prompt_key, record_key)
-        unread = record.unread
-        if self._tokenizer is not None:
-            unread = unread_fields(record, self._tokenizer, self._config)
-        overlap = None
-        if self._benchmark is not None:
-            overlap = self._benchmark.item_in(prompt, *responses)
         facts = RecordFacts(
             record.origin,
             is_readable=True,
             is_held_out=self._is_held_out(hash_of_prompt),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
-            unread=unread,
             images=tuple(images),
             prompt=prompt_key,
             record=record_key,
-            numbers=text_key(*_NUMBER.findall(prompt)),
             hash=hash_of_prompt,
             preferences=tuple(_preferences(record, responses, prompt_key)),
-            signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
-            benchmark=overlap,
         )
-        names = {*text_names(record, texts), *call_faults(record)}
-        if facts.unread:
-            names.add("columns_not_read")
+        names = {*text_names(record, texts)}
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
         if record.tools and self._omits_tools:

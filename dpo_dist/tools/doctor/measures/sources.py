@@ -1,9 +1,7 @@
 """Sum up the facts about the records of one source, and find its faults.
 
-A label leak: can the chosen response of held-out pairs be guessed from its form alone? A pair is represented
-by the chosen side's features minus the rejected side's: a linear classifier w guesses right if
-w (chosen - rejected) > 0, whatever the balance of labels. Folds share no prompt. The classifier is a logistic
-regression (a Bradley-Terry model of the features, doi:10.2307/2334029).
+A label leak: can the chosen response be guessed from one feature of its form alone? The guess is the side
+that has more of the feature, or less, whichever is right more often; a tie counts as one half.
 """
 
 import heapq
@@ -12,230 +10,126 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy import sparse
-from sklearn.feature_extraction import DictVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.preprocessing import StandardScaler
 
-from dpo_dist.data import DataConfig, named_in_one_line
+from dpo_dist.data import DataConfig
 from dpo_dist.data.counts import reason_remedy
 from dpo_dist.foundation.text import percent
 from dpo_dist.kit import wilson_interval
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
-from dpo_dist.tools.doctor.measures.texts import GROUPS, subtract_features
+from dpo_dist.tools.doctor.measures.texts import subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.pages.charts import distribution
 
-_Keys: TypeAlias = npt.NDArray[np.uint64]
-Matrix: TypeAlias = Any
-"""scipy.sparse.csr_matrix [pairs, features]: the chosen side's features minus the rejected side's."""
-
 _FEWEST_PROMPTS = 10
-_FEWEST_PROMPTS_FOR_GROUPS = 50
 # Many features of many sources are tested, so intervals have 3 standard errors instead of 2. One-sided forms
 # are chosen among hundreds of words, so theirs have 4: 17 pairs are enough if all are on one side.
 _STANDARD_ERRORS = 3.0
 _STANDARD_ERRORS_FOR_FORMS = 4.0
 _MIN_DIFFERS = 0.03
-"""A form is reported as one-sided only if the sides differ in it in at least this share of the pairs."""
-_MIN_WORD_PAIRS = 5
-_SHOWN_FORMS = 3
+"""Features in which the sides differ in a smaller share of the pairs are not tested."""
+_ONE_SIDED = 0.9
+_MOST_TESTS = 30
+_SHOWN_FORMS = 5
 _ADDS = 0.03
-"""A group must be this much more accurate than the length; else its features may only follow the length."""
-_CHOSEN_HAS = {1: "the chosen side has more", -1: "the chosen side has less", 0: ""}
-_WORDS = ("first words", "last words")
-_STYLE = ("punctuation", "markdown", "language", "refusal")
-_INTENDED = ("length", "refusal")
-"""Groups that people prefer on purpose: not reported if they are one-sided."""
+"""A feature must be this much more accurate than the length; else it may only follow the length."""
+_LENGTHS = ("tokens", "characters")
 
 
 @dataclass(frozen=True)
 class LeakTest:
-    """Held-out accuracy of guessing the chosen response from one feature, or one group of features, alone."""
+    """How often the chosen response is guessed right from one feature alone; doctor.json has these fields.
+
+    `low` and `high`: three standard errors, of so many pairs as there are different prompts. `differs`: share
+    of the pairs whose sides differ in the feature. `one_sided`: share of these that have more of it on the
+    same side; 0 if that can be chance.
+    """
 
     feature: str
-    group: str
-    accuracy: float  # a tie counts as one half; `low` and `high` are its confidence interval
+    accuracy: float
     low: float
     high: float
     pairs: int
-    differs: float  # share of the pairs whose sides differ in the feature
-    differing_prompts: int
-    direction: int = 0  # 1: the chosen side has more of the feature, -1: less; 0: neither, or a group
-
-    @property
-    def detail(self) -> str:
-        """The direction in words; empty for a group."""
-        return _CHOSEN_HAS[self.direction]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the test for doctor.json, with its direction in words."""
-        fields = {**vars(self), "detail": self.detail}
-        del fields["direction"]
-        return fields
-
-    @property
-    def differing_pairs(self) -> int:
-        """The number of pairs whose sides differ in the feature."""
-        return round(self.differs * self.pairs)
+    differs: float
+    one_sided: float
+    detail: str
 
     def exceeds(self, threshold: float) -> bool:
         """Return whether the accuracy is above the threshold, and its interval above chance."""
         return self.accuracy > threshold and self.low > 0.5
 
-    @property
-    def one_sided_share(self) -> float:
-        """Share of the pairs with a form that have it on the same side; 0 if few have it, or by chance."""
-        if self.differs < _MIN_DIFFERS:
-            return 0.0
-        share = 0.5 + (self.accuracy - 0.5) / self.differs
-        prompts = self.differing_prompts
-        low, _high = wilson_interval(share * prompts, prompts, _STANDARD_ERRORS_FOR_FORMS)
-        return share if low > 0.5 else 0.0
 
+def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Sequence[int]) -> list[LeakTest]:
+    """Return the tests of the features, the most accurate first; none with fewer than 10 different prompts.
 
-def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> list[LeakTest]:
-    """Return the held-out accuracy of each feature and of each group, the most accurate first.
-
-    `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
-    different prompts features are tested one by one, with fewer than 10 not at all. Among first words and
-    among last words, the most one-sided word has a test of its own.
+    `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. Pairs of the same
+    prompt are not independent, so that intervals count prompts.
     """
-    different = len(np.unique(prompts))
+    pairs = len(prompts)
+    different = len(set(prompts))
     if different < _FEWEST_PROMPTS:
         return []
-    vectorizer = DictVectorizer()
-    table = vectorizer.fit_transform(differences).tocsc()
-    columns: dict[str, list[int]] = defaultdict(list)
-    for column, name in enumerate(vectorizer.feature_names_):
-        words = "last words" if name.startswith("last word") else "first words"
-        columns[GROUPS.get(name, words)].append(column)
-    tests: list[LeakTest] = []
-    for group, features in columns.items():
-        members = features
-        single = features  # those that have a test of their own
-        has_groups = different >= _FEWEST_PROMPTS_FOR_GROUPS
-        if group in _WORDS:
-            block = table[:, features]
-            counts = block.getnnz(axis=0)
-            sums = np.abs(np.asarray(block.sum(axis=0)).ravel())
-            usual = [at for at in range(len(features)) if counts[at] >= _MIN_WORD_PAIRS]
-            frequent = [at for at in usual if counts[at] >= _MIN_DIFFERS * block.shape[0]]
-            frequent.sort(key=lambda at: -_interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
-            single = [features[at] for at in frequent[:1]]
-            members = [features[at] for at in usual]
-        if group not in _WORDS or has_groups:
-            for column in single:
-                name = vectorizer.feature_names_[column]
-                tests.append(_test(table[:, [column]], prompts, name, group))
-        if len(members) > 1 and has_groups:
-            tests.append(_test(table[:, members], prompts, group, group))
-    return sorted(tests, key=lambda test: -test.accuracy)
-
-
-def _interval(successes: float, trials: int) -> tuple[float, float]:
-    return wilson_interval(successes, trials, _STANDARD_ERRORS)
-
-
-def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
-    """Test a group of features, or the sign of one feature, by a cross-validated linear classifier.
-
-    Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
-    prompts.
-    """
-    block = sparse.csr_matrix(block)
-    direction = 0
-    if block.shape[1] == 1:
-        block = block.sign()
-        direction = int(np.sign(block.sum()))
-    elif group not in _WORDS:
-        block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
-    pairs = block.shape[0]
-    scores = np.zeros(pairs)
-    if block.nnz:
-        scores = cross_val_predict(
-            LogisticRegression(C=0.15, fit_intercept=False, max_iter=200),
-            sparse.vstack([block, -block]).tocsr(),
-            np.repeat([1, -1], pairs),
-            groups=np.tile(prompts, 2),
-            cv=GroupKFold(5, shuffle=True, random_state=0),
-            method="decision_function",
-        )[:pairs]
-    accuracy = float(((np.sign(scores) + 1) / 2).mean())
-    different = len(np.unique(prompts))
-    low, high = _interval(accuracy * different, different)
-    differs = block.getnnz(axis=1) > 0
-    differing = len(np.unique(prompts[differs]))
-    return LeakTest(name, group, accuracy, low, high, pairs, float(differs.mean()), differing, direction)
+    more = Counter[str]()
+    less = Counter[str]()
+    differing = defaultdict[str, set[int]](set)
+    for gaps, prompt in zip(differences, prompts, strict=True):
+        for name, gap in gaps.items():
+            side = more if gap > 0 else less
+            side[name] += 1
+            differing[name].add(prompt)
+    tests = []
+    for name, prompts_of_name in differing.items():
+        count = more[name] + less[name]
+        if count < _MIN_DIFFERS * pairs:
+            continue
+        most = max(more[name], less[name])
+        accuracy = (most + (pairs - count) / 2) / pairs
+        low, high = wilson_interval(accuracy * different, different, _STANDARD_ERRORS)
+        share = most / count
+        independent = len(prompts_of_name)
+        certain, _ = wilson_interval(share * independent, independent, _STANDARD_ERRORS_FOR_FORMS)
+        one_sided = share if certain > 0.5 else 0.0
+        detail = f"the chosen side has {'more' if more[name] >= less[name] else 'less'}"
+        tests.append(LeakTest(name, accuracy, low, high, pairs, count / pairs, one_sided, detail))
+    return sorted(tests, key=lambda test: -test.accuracy)[:_MOST_TESTS]
 
 
 def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
-    """Yield the findings about label leaks.
-
-    A group of features is reported if it reveals the chosen response better than the length does; the length
-    has a finding of its own.
-    """
-    groups: dict[str, list[LeakTest]] = defaultdict(list)
-    for test in tests:  # the most accurate of a group comes first
-        groups[test.group].append(test)
+    """Yield the findings about label leaks: by length, and by forms that reveal more than the length does."""
+    rule = DOCTOR_RULES["length_bias"]
     explained = 0.0
-    for length in groups.pop("length", ()):
-        rule = DOCTOR_RULES["length_bias"]
-        if length.exceeds(rule.threshold):
-            explained = length.accuracy + _ADDS
-            side = "fewer" if length.direction < 0 else "more"
-            share = percent(length.accuracy)
-            detail = f"the one with {side} {length.feature} is chosen in {share} of the pairs"
-            yield from rule.value(length.accuracy, length.pairs, source, detail)
-    for group, members in groups.items():
-        name = "style_bias" if group in _STYLE else "label_leak"
-        rule = DOCTOR_RULES[name]
-        test = members[0]
-        if test.exceeds(rule.threshold) and test.accuracy > explained:
-            detail = (
-                f"from {group} alone, the chosen response is guessed in {percent(test.accuracy)} "
-                f"[{percent(test.low)}, {percent(test.high)}] of held-out pairs"
-            )
-            single = next((member for member in members if member.direction), None)
-            if single:
-                detail += f" ({single.feature}, {single.detail}, {percent(single.accuracy)})"
-            yield from rule.value(test.accuracy, test.pairs, source, detail)
-    yield from _one_sided_forms(tests, source)
-
-
-def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
-    """Yield the finding about features that may be rare, but are almost always on the same side."""
-    rule = DOCTOR_RULES["one_sided_form"]
-    leak = DOCTOR_RULES["label_leak"].threshold
     forms = []
     for test in tests:
-        is_group = not test.direction
-        if is_group or test.group in _INTENDED or test.exceeds(leak):
-            continue
-        if test.one_sided_share > rule.threshold:
+        if test.feature in _LENGTHS and test.exceeds(rule.threshold):
+            explained = test.accuracy + _ADDS
+            side = "more" if test.detail.endswith("more") else "fewer"
+            share = percent(test.accuracy)
+            detail = f"the one with {side} {test.feature} is chosen in {share} of the pairs"
+            yield from rule.value(test.accuracy, test.pairs, source, detail)
+    rule = DOCTOR_RULES["label_leak"]
+    for test in tests:
+        is_leak = test.exceeds(rule.threshold) and test.accuracy > explained
+        if test.feature not in _LENGTHS and (is_leak or test.one_sided > max(_ONE_SIDED, explained)):
             forms.append(test)
     if not forms:
         return
-    forms.sort(key=lambda test: -test.differing_pairs)
-    details = [
-        f"{test.feature} ({test.detail} in {percent(test.one_sided_share)} of the "
-        f"{test.differing_pairs} pairs that differ in it)"
-        for test in forms[:_SHOWN_FORMS]
-    ]
+    details = []
+    for test in forms[:_SHOWN_FORMS]:
+        details.append(
+            f"{test.feature} ({test.detail}; it guesses {percent(test.accuracy)} of all pairs, "
+            f"and differs in {round(test.differs * test.pairs)} of {test.pairs})"
+        )
     if len(forms) > _SHOWN_FORMS:
         details.append(f"and {len(forms) - _SHOWN_FORMS} more")
-    largest = max(test.one_sided_share for test in forms)
-    yield from rule.value(largest, forms[0].pairs, source, "; ".join(details))
+    # A rare form has a low accuracy among all pairs.
+    for finding in rule.value(1.0, forms[0].pairs, source, "; ".join(details)):
+        yield replace(finding, share=forms[0].accuracy)
 
 
 _SAMPLED_PAIRS = 20_000
-_MOST_FIELDS = 1000
 _SHOWN_BINS = 32
 
 
@@ -279,7 +173,6 @@ class ExaminedSource:
         self._labels = {"good": 0, "bad": 0}  # of kept records
         self._examples = 0
         self._changed = Counter[str]()
-        self._unread = Counter[str]()
         # For each of `SIDES`, how many records have each length.
         self._characters, self._tokens, self._cuts = ([Counter[int]() for _ in SIDES] for _ in range(3))
         self._images = {name: array("Q") for name in ("key", "pixels", "tokens")}  # tokens: 1 more; 0: none
@@ -293,8 +186,6 @@ class ExaminedSource:
                 if len(self._sample) > _SAMPLED_PAIRS:
                     heapq.heappop(self._sample)
             self.read += 1
-            if len(self._unread) < _MOST_FIELDS:
-                self._unread.update(record.unread)
             for image in record.images:
                 self._images["key"].append(image.key)
                 self._images["pixels"].append(image.pixels)
@@ -347,8 +238,7 @@ class ExaminedSource:
             pairs.append(replace(first, differences=subtract_features(first.differences, second.differences)))
         if not pairs or self.is_eval:
             return []
-        prompts = np.array([pair.prompt for pair in pairs], dtype=np.uint64)
-        return leak_tests([pair.differences for pair in pairs], prompts)
+        return leak_tests([pair.differences for pair in pairs], [pair.prompt for pair in pairs])
 
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
@@ -380,8 +270,7 @@ class ExaminedSource:
             "changed": dict(sorted(self._changed.items())),
             "sides": sides,
             "images": self._image_facts(),
-            "margins": {},
-            "leaks": [test.as_dict() for test in self.leaks],
+            "leaks": [dict(vars(test)) for test in self.leaks],
         }
 
     def _image_facts(self) -> dict[str, Any] | None:
@@ -404,13 +293,15 @@ class ExaminedSource:
         """Yield the findings about this source; those that compare records are in `duplicates`."""
         read = self.read
         dropped = sum(records.count for records in self._reasons.values())
+        refusal = ""
         if not self._kept:
-            most_frequent = next((reason for reason, _ in self._dropped), None)
-            for finding in DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read"):
-                yield replace(finding, remedy=reason_remedy(most_frequent))
+            refusal = f"none of {read} records can be used"
         elif dropped > self._config.max_bad_share * read:
-            detail = f"{dropped} of {read} records"
-            yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
+            refusal = f"{dropped} of {read} records cannot be used, more than data.max_bad_share allows"
+        if refusal:
+            most_frequent = next((reason for reason, _ in self._dropped), None)
+            for finding in DOCTOR_RULES["training_refuses"].value(1, read, self.label, refusal):
+                yield replace(finding, remedy=reason_remedy(most_frequent))
         for reason, records in self._dropped:
             detail = f"{reason} ({records.detail})" if records.detail else reason
             rule = DOCTOR_RULES["dropped"]
@@ -420,10 +311,6 @@ class ExaminedSource:
             records = self._names.get(name, _Counted())
             kinds = [kind for kind in KINDS_BY_RULE.get(name, ()) if kind in self._names]
             detail = ", ".join(f"{kind.replace('_', ' ')} in {self._names[kind].count}" for kind in kinds)
-            if name == "columns_not_read":
-                detail = named_in_one_line(self._unread)
             rule = DOCTOR_RULES[name]
-            if name == "chat_template_not_applied" and records.count < self._kept:
-                rule = DOCTOR_RULES["two_forms"]
             yield from rule.count(records.count, self._readable, self.label, records.origins, detail)
         yield from leak_findings(self.leaks, self.label)

@@ -17,12 +17,9 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.records import Part, prompt_hash
 from dpo_dist.encoded import workers
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.tools.doctor.__main__ import main
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine
-from dpo_dist.tools.doctor.measures.texts import read_benchmarks
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, RULE_BY_KIND
 from dpo_dist.tools.findings import Level
 from dpo_dist.training.start.prepared_data import prepare_data
@@ -38,7 +35,7 @@ from tests.support.doctor_data import (
     write,
 )
 from tests.support.invented import write_pairs
-from tests.support.records import GOOD, TEXT, assistant, jsonl, user
+from tests.support.records import TEXT, assistant, jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.shared_data import shared_data_dir
 from tests.support.tiny_model import write_model
@@ -86,14 +83,11 @@ PLANTED: dict[str, Plant] = {
     "escaped_newline": side("chosen", lambda text: text.replace(" ", "\\n\\n", 1)),
     "template_mark": side("rejected", lambda text: text + "</s> more"),
     "role_mark": side("rejected", lambda text: text + " Human: more"),
-    "nearly_equal_sides": lambda pair: pair.update(rejected=pair["chosen"].upper().replace(" ", "  ", 1)),
     "response_starts_with_prompt": lambda pair: pair.update(chosen=f"{pair['prompt']} {pair['chosen']}"),
     "score_ties": lambda pair: pair.update(score_chosen=4.0, score_rejected=4.0),
     "score_inversions": lambda pair: pair.update(score_chosen=3.0, score_rejected=4.0),
     "looping_response": side("chosen", lambda text: text + " so it goes on and on" * 20),
     "thought_not_closed": side("chosen", lambda text: "<think>\nI do not know. " + text),
-    "undefined_tool": lambda pair: pair.update(calling("search", {"city": "Paris"})),
-    "missing_argument": lambda pair: pair.update(calling("weather", {"unit": "C"})),
 }
 WEATHER = {
     "type": "function",
@@ -124,63 +118,35 @@ def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
 
 
 LOOP = "so it goes on and on " * 20
-WRITTEN = '<tool_call>\n{"name": "%s", "arguments": {"city": "Paris"}}\n</tool_call>'
-OF_SIDES = {"tools", "looping_response", "thought_not_closed", "tool_calls"}
 
 
 @pytest.mark.parametrize(
-    ("record", "rules"),
+    ("record", "kind"),
     [
         # What is taught is looked at: a rejected response may be rejected for its fault.
         (TEXT | {"rejected": LOOP}, ""),
         (TEXT | {"rejected": f"<think>{LOOP}"}, ""),
         ({"prompt": "q", "completion": LOOP, "label": False}, ""),
-        ({"prompt": "q", "completion": LOOP, "label": True}, "looping_response"),
-        (calling("search", {}, rejected=calling("weather", {"city": "P"})["chosen"]), "tool_calls"),
-        (
-            calling("weather", {"city": "P"}, rejected=calling("search", {})["chosen"]),
-            "",
-        ),
+        ({"prompt": "q", "completion": LOOP, "label": True}, "looping response"),
         # The second half alone; a passage of a third; a short answer.
         (
             TEXT | {"chosen": QUESTION + " and what comes after these words is more of it. " + LOOP},
-            "looping_response",
+            "looping response",
         ),
         (TEXT | {"chosen": f"{QUESTION} {' '.join(map(str, range(40)))} {QUESTION}"}, ""),
         (TEXT | {"chosen": "ha ha ha ha ha"}, ""),
-        (TEXT | {"chosen": "\u54c8" * 40}, "looping_response"),
+        (TEXT | {"chosen": "\u54c8" * 40}, "looping response"),
         # Thoughts.
         (TEXT | {"chosen": "<think>a thought</think>an answer"}, ""),
         (TEXT | {"chosen": "a thought that the template opened</think>an answer"}, ""),
         (TEXT | {"chosen": "write `<think>` before a thought"}, ""),
-        (TEXT | {"chosen": "<think>one</think>\n<think>two, and no answer"}, "thought_not_closed"),
-        (TEXT | {"chosen": "[THINK]no answer"}, "thought_not_closed"),
-        # Calls: of the prompt; written as text; of tools that the prompt's text defines; without definitions.
-        (
-            calling(
-                "weather", {"city": "P"}, prompt=[user("one"), *calling("look", {})["chosen"], user("two")]
-            ),
-            "tool_calls",
-        ),
-        (calling("", {}, chosen=[assistant(WRITTEN % "search")]), "tool_calls"),
-        (calling("", {}, chosen=[assistant(WRITTEN % "weather")]), ""),
-        (
-            calling(
-                "search",
-                {},
-                tools=[],
-                prompt=[{"role": "system", "content": "search(city) is a tool"}, user("q")],
-            ),
-            "",
-        ),
-        (calling("search", {}, tools=[]), "tool_calls"),
-        (calling("weather", {}, tools=[{"name": "weather"}]), ""),
-        (calling("weather", {}, tools=[{"name": "weather", "parameters": {"required": None}}]), ""),
+        (TEXT | {"chosen": "<think>one</think>\n<think>two, and no answer"}, "thought not closed"),
+        (TEXT | {"chosen": "[THINK]no answer"}, "thought not closed"),
     ],
 )
-def test_faults_of_what_is_taught(record: Pair, rules: str, tmp_path: Path) -> None:
-    found = {finding.rule for finding in examined(tmp_path, [record]).findings}
-    assert " ".join(found & OF_SIDES) == rules
+def test_faults_of_what_is_taught(record: Pair, kind: str, tmp_path: Path) -> None:
+    found = of_rule(examined(tmp_path, [record]), "broken_response")
+    assert [finding.text.rpartition(": ")[2] for finding in found] == ([f"{kind} in 1"] if kind else [])
 
 
 def test_a_call_against_a_text_is_the_preference_itself_and_no_leak(tmp_path: Path) -> None:
@@ -226,16 +192,6 @@ def test_sources_of_one_name_are_told_apart_by_their_use(tmp_path: Path) -> None
     assert [source["label"] for source in report.sources] == ["pairs", "pairs (eval)"]
 
 
-def test_responses_that_share_turns_are_not_nearly_equal(tmp_path: Path) -> None:
-    request = user(" ".join(QUESTION.split() * 9))
-    pair = {
-        "prompt": [user("a question")],
-        "chosen": [assistant("yes"), request, assistant("good")],
-        "rejected": [assistant("no"), request, assistant("bad")],
-    }
-    assert not of_rule(examined(tmp_path, [pair]), "nearly_equal_sides")
-
-
 def test_a_finding_up_to_the_threshold_is_a_note() -> None:
     for count, level in ((1, Level.note), (2, Level.warning)):
         assert [one.level for one in DOCTOR_RULES["dropped"].count(count, 100, "a")] == [level]
@@ -245,39 +201,31 @@ def test_a_finding_up_to_the_threshold_is_a_note() -> None:
     ]
 
 
-def test_fields_that_are_not_read_are_a_note(tmp_path: Path) -> None:
-    records = [record | {"prefix": "p", "margin": n % 2, "id": n} for n, record in enumerate(GOOD)]
-    found = {finding.rule: finding for finding in examined(tmp_path, [*records, *GOOD]).findings}
-    assert found["columns_not_read"].text.endswith("fields that no format reads: prefix, id")
-    assert (found["columns_not_read"].count, found["columns_not_read"].level) == (7, Level.note)
-
-
-def test_one_source_in_two_forms_is_a_warning_from_the_first_record_on(tmp_path: Path) -> None:
+def test_plain_text_beside_a_chat_template_is_a_warning_from_the_first_record_on(tmp_path: Path) -> None:
     pairs = clean_pairs(60)
-    for with_system in (0, 1, 59):
+    for with_system in (0, 1, 59, 60):
         records = [pair | {"system": "Be kind." * (n < with_system)} for n, pair in enumerate(pairs)]
-        found = of_rule(examined(tmp_path, records, tokenizer=tiny.qwen()), "two_forms")
-        expected = [(Level.warning, 60 - with_system)] if with_system else []
+        found = of_rule(examined(tmp_path, records, tokenizer=tiny.qwen()), "plain_text")
+        expected = [(Level.warning, 60 - with_system)] if with_system < 60 else []
         assert [(finding.level, finding.count) for finding in found] == expected
     turns_only = {"text_as_messages": True}
     report = examined(tmp_path, records, tokenizer=tiny.qwen(), config=turns_only)
-    assert not of_rule(report, "two_forms")
+    assert not of_rule(report, "plain_text")
 
 
 def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
     pairs = clean_pairs(30)
     swapped = pairs[3] | {"chosen": pairs[3]["rejected"], "rejected": pairs[3]["chosen"].upper()}
-    near = pairs[7] | {"chosen": pairs[7]["chosen"] + " 12"}
-    first, second = [*pairs, pairs[5], near], [*clean_pairs(10, 1), pairs[9], swapped]
+    first, second = [*pairs, pairs[5]], [*clean_pairs(10, 1), pairs[9], swapped]
     files = [write(tmp_path / f"{name}.jsonl", records) for name, records in (("a", first), ("b", second))]
     config = DataConfig(train=[SourceConfig(path=file) for file in files])
     report = examine(config, None)
     found = {
         (one.rule, one.source and Path(one.source).stem): one.count
         for one in report.findings
-        if one.rule in ("duplicates", "near_duplicates", "contradictions")
+        if one.rule in ("duplicates", "contradictions")
     }
-    assert found == {("duplicates", None): 2, ("near_duplicates", "a"): 1, ("contradictions", None): 2}
+    assert found == {("duplicates", None): 2, ("contradictions", None): 2}
     [copies] = of_rule(report, "duplicates")
     assert copies.examples == (f"{files[0]}:31, {files[0]}:6", f"{files[1]}:11, {files[0]}:10")
     assert copies.text.endswith("1 in a, 1 in b")
@@ -286,16 +234,10 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
 
 def test_copies_in_the_evaluation_data_are_leaks_and_no_duplicates(tmp_path: Path) -> None:
     pairs = clean_pairs(40)
-    near = pairs[1] | {"prompt": pairs[1]["prompt"] + " 12"}
-    report = examined(
-        tmp_path, pairs[:30], [*pairs[:1], near, *pairs[30:]], config={"drop_eval_prompts": True}
-    )
-    assert not [*of_rule(report, "duplicates"), *of_rule(report, "near_duplicates")]
-    [leak], [near_leak] = (of_rule(report, rule) for rule in ("train_eval_leak", "near_train_eval_leak"))
+    report = examined(tmp_path, pairs[:30], [*pairs[:1], *pairs[30:]], config={"drop_eval_prompts": True})
+    assert not of_rule(report, "duplicates")
+    [leak] = of_rule(report, "train_eval_leak")
     assert (leak.count, leak.level, leak.remedy) == (1, Level.note, "none is needed")
-    # Only the same prompts are removed.
-    assert (near_leak.count, near_leak.level) == (1, Level.warning)
-    assert near_leak.remedy == DOCTOR_RULES["near_train_eval_leak"].remedy
 
 
 @pytest.mark.parametrize(("bad", "is_refused"), [(5, False), (6, True)])
@@ -303,7 +245,7 @@ def test_the_share_of_dropped_records_is_one_of_all_that_were_read(
     bad: int, is_refused: bool, tmp_path: Path
 ) -> None:
     report = examined(tmp_path, [*clean_pairs(100 - bad), *[{"prompt": "q"}] * bad])
-    assert bool(of_rule(report, "too_many_dropped")) == is_refused
+    assert bool(of_rule(report, "training_refuses")) == is_refused
 
 
 def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
@@ -313,39 +255,6 @@ def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path)
         scores = list(range(len(responses), 0, -1))
         ranking = {"prompt": "Name a colour.", "responses": responses, "scores": scores}
         assert examined(tmp_path, [ranking, opposite]).across["contradictions"] == count
-
-
-def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None:
-    pairs = [pair for pair in clean_pairs(60) if len(pair["prompt"].split()) > 20]
-    near = [pair | {"prompt": pair["prompt"] + " Please!"} for pair in clean_pairs(60, 1)]
-    same = [pair | {"prompt": pair["prompt"].upper()} for pair in near]
-    records = [*pairs, *near, *same]
-    report = examined(tmp_path, records, config={"eval_share": 0.3})
-    [finding] = of_rule(report, "near_train_eval_leak")
-    assert finding.level is Level.warning
-    # Equal but for case: a split by hash cannot keep them together.
-    drawn = [Part.to_evaluate(DataConfig(eval_share=0.3)).has(prompt_hash(one["prompt"])) for one in records]
-    pairs_of_case = range(len(pairs), len(pairs) + len(near))
-    assert finding.count == sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case) > 10
-    assert f"of {sum(drawn)} records" in finding.text
-    assert (report.sources[0]["kept"], report.sources[0]["held_out"]) == (len(records), sum(drawn))
-    assert not of_rule(report, "train_eval_leak")
-
-
-def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
-    pairs, [item] = clean_pairs(30), clean_pairs(1, 5)
-    question = " ".join(item["chosen"].split()[:16])
-    assert len(question.split()) == 16
-    pairs[4]["prompt"] += " " + question.upper().replace(" ", ", ")
-    pairs[9]["prompt"] = "Tell me more!"
-    pairs[12]["chosen"] += " " + " ".join(question.split()[:12])
-    benchmark = write(tmp_path / "benchmark.jsonl", [{"question": question}, {"question": "tell me more"}])
-    report = examined(tmp_path, pairs, benchmark=read_benchmarks([benchmark]))
-    [finding] = of_rule(report, "benchmark_overlap")
-    assert finding.examples == (
-        f"{tmp_path / 'train.jsonl'}:5, {benchmark}:1",
-        f"{tmp_path / 'train.jsonl'}:10, {benchmark}:2",
-    )
 
 
 def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
@@ -358,26 +267,28 @@ def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
         assert sum(of_side["tokens"]["counts"]) == of_side["tokens"]["count"] == 40
     assert (whole["sides"]["chosen"]["cut"], sides["prompt"]["cut"]) == (0, 0)
     assert sides["chosen"]["cut_tokens"] > sides["chosen"]["cut"] > 0
-    assert of_rule(cut, "response_truncated")
+    [finding] = of_rule(cut, "truncated")
+    assert "response truncated in" in finding.text
 
 
-def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
+def test_a_template_that_writes_bos_twice_is_a_finding(tmp_path: Path) -> None:
     records = list(map(as_messages, clean_pairs(5)))
     tokenizer = tiny.with_template(tiny.llama3(), "{{ bos_token }}" + tiny.LLAMA3)
-    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_tokens")
-    assert (finding.level, finding.count) == (Level.error, 5)
-    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_tokens")
+    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "chat_template")
+    assert (finding.level, finding.count) == (Level.warning, 5)
+    assert "doubled bos in 5" in finding.text
+    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "chat_template")
 
 
-def test_tools_that_the_template_does_not_render_are_an_error(tmp_path: Path) -> None:
+def test_tools_that_the_template_does_not_render_are_a_finding(tmp_path: Path) -> None:
     parameters = {"type": "object", "properties": {}}
     records = list(map(as_messages, clean_pairs(20)))
     records[2]["tools"] = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
     report = examined(tmp_path, records, tokenizer=tiny.qwen())
-    assert lines(of_rule(report, "tools_not_rendered")[0]) == [3]
+    assert lines(of_rule(report, "chat_template")[0]) == [3]
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny.CHATML
     report = examined(tmp_path, records, tokenizer=tiny.with_template(tiny.qwen(), template))
-    assert not of_rule(report, "tools_not_rendered")
+    assert not of_rule(report, "chat_template")
 
 
 def test_the_report_does_not_depend_on_the_number_of_processes(
@@ -394,38 +305,18 @@ def test_the_report_does_not_depend_on_the_number_of_processes(
 def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
     train, held_out = clean_pairs(50), clean_pairs(20, 7)
     held_out[0]["prompt"] = "  " + train[11]["prompt"].upper()
-    at = max(range(50), key=lambda index: len(train[index]["prompt"]))
-    held_out[1]["prompt"] = train[at]["prompt"].replace(" ", ", PLEASE ", 1)
     held_out[3]["prompt"] = train[7]["prompt"][:3] + "\u200b" + train[7]["prompt"][3:]
     report = examined(tmp_path, train, held_out)
-    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
+    [exact] = of_rule(report, "train_eval_leak")
     of_train = tmp_path / "train.jsonl"
     assert (exact.level, exact.count, lines(exact)) == (Level.error, 1, [4])
     assert exact.examples[0].endswith(f", {of_train}:8")
-    # Also one that is equal but for case.
-    assert (similar.count, lines(similar)) == (2, [1, 2])
-    assert [one.split(", ")[1] for one in similar.examples] == [f"{of_train}:12", f"{of_train}:{at + 1}"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "line"),
-    [
-        ("a.jsonl", json.dumps({"turns": [QUESTION, "and then"]}), 1),
-        ("c.txt", f"\n{QUESTION}\n", 2),
-    ],
-)
-def test_benchmark_files_of_several_kinds(name: str, content: str, line: int, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    benchmark = read_benchmarks([str(tmp_path / name)])
-    found = benchmark.item_in("nothing", f"{QUESTION.upper()}! and then more")
-    assert found == f"{tmp_path / name}:{line}"
-    assert benchmark.item_in(QUESTION.replace("five", "six")) is None
 
 
 # Findings with their records, each counted by a plain script too; then those above a note.
 FINDINGS: dict[str, tuple[str, str]] = {
     "hh_rlhf_sample.jsonl": (
-        "dropped 9, markup_in_text 45, response_starts_with_prompt 1",
+        "broken_response 1, dropped 9, markup_in_text 45",
         "markup_in_text",
     ),
     "llama_factory_sharegpt_zh.json": (
@@ -433,18 +324,18 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "broken_text, duplicates",
     ),
     "ultrafeedback_plain_scored.jsonl": (
-        "broken_text 7, columns_not_read 293, dropped 7, markup_in_text 7, score_ties 30",
-        "broken_text, dropped, markup_in_text, score_ties",
+        "broken_text 7, dropped 7, markup_in_text 7, scores 30",
+        "broken_text, dropped, markup_in_text, scores",
     ),
     "ranked_oasst_history_zh.json": (
-        "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, response_starts_with_prompt 6",
-        "dropped, length_bias",
+        "broken_response 6, dropped 6, length_bias 244, markup_in_text 1",
+        "broken_response, dropped, length_bias",
     ),
     "orca_system_question.csv": (
-        "label_leak 120, length_bias 60, style_bias 60",
-        "label_leak, length_bias, style_bias",
+        "label_leak 60, length_bias 60",
+        "label_leak, length_bias",
     ),
-    "templated_near_duplicates.jsonl": ("length_bias 40, near_duplicates 37", "length_bias, near_duplicates"),
+    "templated_near_duplicates.jsonl": ("length_bias 40", "length_bias"),
 }
 
 
@@ -508,17 +399,6 @@ def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: P
     (small / "config.json").write_text(json.dumps(described | {"vocab_size": 2}))
     [refusal] = prepared(sft, small)[1]
     assert isinstance(refusal, ConfigError)
-
-
-def test_a_missing_benchmark_file_is_found_before_anything_is_encoded(tmp_path: Path) -> None:
-    data = write(tmp_path / "a.jsonl", clean_pairs(2))
-    keys = ["model.path=absent_model", f"data.train=[{data}]", "doctor.benchmarks=[absent.jsonl]"]
-    with pytest.raises(DataError, match="benchmark prompts") as found:
-        main(load_run_config(keys))
-    assert (found.value.where, found.value.got) == (
-        "doctor.benchmarks: absent.jsonl",
-        "No such file or directory",
-    )
 
 
 def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts_from(tmp_path: Path) -> None:

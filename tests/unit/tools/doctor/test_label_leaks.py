@@ -4,14 +4,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.objective.intervals import wilson_interval
 from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
-from dpo_dist.tools.doctor.measures.sources import ExaminedSource, LeakTest, leak_findings, leak_tests
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource, leak_findings, leak_tests
 from dpo_dist.tools.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
@@ -39,51 +38,45 @@ def amid(text: str, word: str) -> str:
     return " ".join([*words[: len(words) // 2], word, *words[len(words) // 2 :]])
 
 
-# By source: rule, what the finding names, and the change; no two of a source are of one group of features.
-LEAKS: list[list[tuple[str, str, Change]]] = [
+# By source: what the finding names, and the change.
+LEAKS: list[list[tuple[str, Change]]] = [
     [
-        ("label_leak", "leading space", on("rejected", lambda text: " " + text)),
-        ("label_leak", "'sir'", on("chosen", lambda text: text + " Yes, sir.")),
-        ("label_leak", "(model name, ", on("rejected", lambda text: amid(text, "as an AI model"))),
-        ("style_bias", "bold", on("chosen", lambda text: amid(text, "**bold**"))),
+        ("leading space (the chosen side has less;", on("rejected", lambda text: " " + text)),
+        ("'sir' (the chosen side has more;", on("chosen", lambda text: text + " Yes, sir.")),
+        ("model name (the chosen side has less;", on("rejected", lambda text: amid(text, "as an AI model"))),
     ],
     [
-        ("label_leak", "'Sure'", on("rejected", lambda text: "Sure, " + text)),
-        ("label_leak", "(odd characters, ", on("chosen", lambda text: text.replace(" ", "\u00a0", 1))),
-        ("style_bias", "typographic", on("chosen", lambda text: amid(text, "\u2014 \u2014"))),
+        ("'Sure' (the chosen side has less;", on("rejected", lambda text: "Sure, " + text)),
+        ("odd characters", on("chosen", lambda text: text.replace(" ", "\u00a0", 1))),
     ],
-    [
-        (
-            "style_bias",
-            "(refusal, the chosen side has more,",
-            on("chosen", lambda text: "I can't help. " + text),
-        ),
-    ],
+    [("typographic", on("chosen", lambda text: amid(text, "\u2014 \u2014")))],
+    [("bold (the chosen side has more;", on("chosen", lambda text: amid(text, "**bold**")))],
+    [("refusal (the chosen side has more;", on("chosen", lambda text: "I can't help. " + text))],
 ]
 
 
-@pytest.mark.parametrize("leaks", LEAKS, ids=lambda leaks: leaks[0][1])
-def test_leaks_in_half_of_the_pairs_are_named(leaks: list[tuple[str, str, Change]], tmp_path: Path) -> None:
-    report = examined(tmp_path, planted(0.5, *(change for _, _, change in leaks)))
-    for rule, feature, _ in leaks:
-        [found] = [one for one in of_rule(report, rule) if feature in one.text]
-        assert found.share is not None
-        assert 0.65 < found.share < 0.9
+@pytest.mark.parametrize("leaks", LEAKS, ids=lambda leaks: leaks[0][0])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_forms_on_one_side_are_named_also_if_they_are_rare(
+    leaks: list[tuple[str, Change]], share: float, tmp_path: Path
+) -> None:
+    report = examined(tmp_path, planted(share, *(change for _, change in leaks)))
+    [found] = of_rule(report, "label_leak")
+    assert found.level is Level.warning
+    assert found.share == pytest.approx(0.5 + share / 2, abs=0.06)
+    assert all(feature in found.text for feature, _ in leaks)
     features = [test["feature"] for test in report.sources[0]["leaks"]]
     assert len(features) == len(set(features))
 
 
-def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
-    forms = [
-        (on("rejected", lambda text: text + " Cheers"), "last word 'Cheers' (the chosen side has less"),
-        (on("chosen", lambda text: "Certainly! " + text), "first word 'Certainly' (the chosen side has more"),
-        (on("rejected", lambda text: amid(text, "as an AI language model")), "model name"),
-    ]
-    report = examined(tmp_path, planted(0.1, *(form for form, _ in forms)))
-    [finding] = of_rule(report, "one_sided_form")
-    assert all(shown in finding.text for _, shown in forms), finding.text
-    assert finding.level is Level.warning
-    assert not of_rule(report, "label_leak")
+def test_a_feature_that_is_more_often_on_one_side_is_a_leak_above_the_threshold(tmp_path: Path) -> None:
+    for share, is_leak in ((0.6, False), (0.8, True)):
+        pairs, rng = clean_pairs(400), random.Random(1)
+        for pair in pairs:
+            side = "chosen" if rng.random() < share else "rejected"
+            pair[side] = "\n" + pair[side]
+        found = of_rule(examined(tmp_path, pairs), "label_leak")
+        assert [finding.text.count("leading newline") for finding in found] == [1] * is_leak
 
 
 def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
@@ -102,12 +95,6 @@ def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
     assert (test.pairs, test.accuracy) == (20_000, 1.0)
 
 
-def test_words_that_reveal_the_chosen_response_only_together_are_found() -> None:
-    [finding] = leak_findings([LeakTest("first words", "first words", 0.9, 0.8, 0.95, 100, 1.0, 100)], "a")
-    guessed = "from first words alone, the chosen response is guessed in 90 % [80 %, 95 %] of held-out pairs"
-    assert guessed in finding.text
-
-
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
     pairs = clean_pairs(200)
     for pair in pairs:
@@ -116,7 +103,6 @@ def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
     [finding] = of_rule(report, "length_bias")
     assert "the one with more characters is chosen in 100 %" in finding.text
     assert not of_rule(report, "label_leak")
-    assert not of_rule(report, "style_bias")
 
 
 def test_with_a_tokenizer_length_is_the_number_of_tokens_that_the_loss_counts(tmp_path: Path) -> None:
@@ -133,8 +119,9 @@ def test_few_pairs_are_enough_for_a_form_on_one_side_of_all_of_them(tmp_path: Pa
     pairs = clean_pairs(40)
     for pair in pairs[:18]:
         pair["chosen"] = " " + pair["chosen"]
-    [finding] = of_rule(examined(tmp_path, pairs), "one_sided_form")
-    assert "leading space (the chosen side has more in 100 % of the 18 pairs" in finding.text
+    [finding] = of_rule(examined(tmp_path, pairs), "label_leak")
+    assert "leading space (the chosen side has more; it guesses 72 % of all pairs" in finding.text
+    assert "and differs in 18 of 40" in finding.text
     assert "leading space" in of_rule(examined(tmp_path, pairs[:10]), "label_leak")[0].text
     assert not of_rule(examined(tmp_path, pairs[:9]), "label_leak")
 
@@ -147,13 +134,21 @@ def test_repeated_prompts_do_not_narrow_the_interval(tmp_path: Path) -> None:
     assert examined(tmp_path, pairs).sources[0]["leaks"] == []
 
 
-def test_folds_share_no_prompt_and_intervals_count_prompts() -> None:
-    """Else what tells a prompt's pairs apart is learnt from its other pairs, and each of them is a proof."""
-    prompts = np.repeat(np.arange(60, dtype=np.uint64), 6)
-    words = [{f"first word 'w{prompt}'": 1.0 - 2 * (prompt % 2)} for prompt in prompts.tolist()]
-    [of_words] = [test for test in leak_tests(words, prompts) if test.feature == "first words"]
-    assert of_words.accuracy == 0.5
-    spaces = [{"leading space": 1.0 if at % 10 < 7 else -1.0} for at in range(len(prompts))]
-    [of_space] = leak_tests(spaces, prompts)
-    assert (round(of_space.accuracy, 2), of_space.pairs) == (0.7, 360)
-    assert (of_space.low, of_space.high) == wilson_interval(of_space.accuracy * 60, 60, 3.0)
+def test_intervals_count_prompts_not_pairs() -> None:
+    prompts = [number // 6 for number in range(360)]
+    [test] = leak_tests([{"leading space": 1.0 if at % 10 < 7 else -1.0} for at in range(360)], prompts)
+    assert (round(test.accuracy, 2), test.pairs) == (0.7, 360)
+    assert (test.low, test.high) == wilson_interval(test.accuracy * 60, 60, 3.0)
+
+
+def test_a_form_that_follows_the_length_is_no_leak_of_its_own() -> None:
+    gaps = [{"characters": 1.0, "share of capitals": -1.0} for _ in range(40)]
+    [finding] = leak_findings(leak_tests(gaps, range(40)), "a")
+    assert finding.rule == "length_bias"
+
+
+@pytest.mark.parametrize(("count", "is_leak"), [(12, False), (18, True)])
+def test_a_rare_form_on_one_side_may_be_chance(count: int, is_leak: bool) -> None:
+    gaps = [{"bold": 1.0}] * count + [{"tabs": 1.0}, {"tabs": -1.0}] * 140
+    found = list(leak_findings(leak_tests(gaps, range(len(gaps))), "a"))
+    assert [finding.rule for finding in found] == ["label_leak"] * is_leak
