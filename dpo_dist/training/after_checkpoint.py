@@ -15,9 +15,10 @@ from pathlib import Path
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.process import outside_of_launch
+from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import without_secrets
 
-_STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for the command
+_STOP_SECONDS = 20.0  # in which a run that was asked to stop waits for the command: most jobs get 30
 _KILL_SECONDS = 5.0  # between SIGTERM and SIGKILL
 _POLL_SECONDS = 0.2
 _LAST_BYTES = 4096
@@ -121,16 +122,19 @@ class AfterCheckpoint:
                 _end(process)
             if process.returncode == 0:
                 return ""
-            output.seek(max(0, output.seek(0, os.SEEK_END) - _LAST_BYTES))
+            begin = max(0, output.seek(0, os.SEEK_END) - _LAST_BYTES)
+            output.seek(begin)
             lines = output.read().decode(errors="replace").splitlines()
+            if begin:  # a cut line may have half of a secret, which is not recognized
+                del lines[0]
         status = f"exit status {process.returncode}"
         if process.returncode < 0:
             status = signal.Signals(-process.returncode).name
         if is_ended:
             status = f"still running {_STOP_SECONDS:g} s after the request to stop, and ended"
         said = [line.strip() for line in lines if line.strip()]
-        # Hidden before it is cut: a half of a secret is not recognized.
-        return ": ".join([status, *(without_secrets(line)[:_LAST_CHARACTERS] for line in said[-1:])])
+        shown = (printable(without_secrets(line)[:_LAST_CHARACTERS]) for line in said[-1:])
+        return ": ".join([status, *shown])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

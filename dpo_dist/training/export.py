@@ -243,9 +243,7 @@ def _check_description(config: RunConfig, recorded: Mapping[str, Any]) -> None:
     base = description_folder(model.path, model.revision, needs_weights=False)
     current = description_digest(model, base, start_folder(model))
     if current != recorded["description"]:
-        what = (
-            "tokenizer, chat template, config.json, generation_config.json, processor or adapter of the model"
-        )
+        what = "tokenizer, chat template, config.json, generation_config.json, processor or adapter"
         raise _changed(config, f"{what} of the model", current, recorded["description"])
 
 

@@ -603,12 +603,13 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
     must_stop = run.stops.must_stop()
 
     def end() -> None:
-        if run.after_checkpoint is not None:  # it reads a checkpoint
-            run.after_checkpoint.finish(lambda: must_stop or run.stops.request.is_urgent)
-        if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
-            drop_checkpoints(run.folder.checkpoints)
         # The same command tries a diverged run again from its last checkpoint: keep the recorded step.
         former = read_state(run.folder) if state.outcome is RunOutcome.diverged else None
         write_state(run.folder, state if former is None else replace(state, step=former.step))
+        # Behind the outcome: a command that hangs may last longer than the grace of a job.
+        if run.after_checkpoint is not None:
+            run.after_checkpoint.finish(lambda: must_stop or run.stops.request.is_urgent)
+        if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
+            drop_checkpoints(run.folder.checkpoints)
 
     run.write(end)

@@ -5,12 +5,17 @@ comparison could find.
 """
 
 import functools
+import sys
 from collections.abc import Iterable
 from importlib import metadata
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_modules
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dpo_dist.model.library_internals import attention_name
 
 _LIBRARIES = {"accelerate", "deepspeed", "dpo_dist", "peft", "torch", "transformers", "trl"}
 """Packages whose forwards and hooks of layers compute what transformers does."""
@@ -28,10 +33,18 @@ def foreign_code(model: nn.Module) -> str:
 def others_layers(model: nn.Module) -> list[str]:
     """Return the packages of layers and of their forwards, but those that compute as transformers does."""
     kinds = {type(layer) for layer in model.modules()}
-    replaced = [vars(layer)["forward"] for layer in model.modules() if "forward" in vars(layer)]
     of_kinds = {_top_level(kind.__module__) for kind in kinds}
-    of_forwards = _packages([*(kind.forward for kind in kinds), *replaced])
-    return sorted((of_kinds | of_forwards) - _LIBRARIES)
+    functions: list[Any] = [part for kind in kinds for part in (kind.forward, kind.__call__)]
+    functions.append(ALL_ATTENTION_FUNCTIONS.get(attention_name(model)))
+    # Also what a script has put on a layer, or in place of a function that the layers' modules call.
+    holders = [*model.modules(), *(sys.modules[kind.__module__] for kind in kinds)]
+    functions += [value for holder in holders for value in vars(holder).values()]
+    of_functions = _packages(filter(_is_python, functions))
+    return sorted((of_kinds | of_functions) - _LIBRARIES - sys.stdlib_module_names)
+
+
+def _is_python(value: Any) -> bool:
+    return isinstance(value, FunctionType | MethodType | functools.partial)
 
 
 def others_hooks(model: nn.Module) -> list[str]:

@@ -50,7 +50,7 @@ _ALONE = {
 """Environment for a world of one process that no launcher started."""
 _STARTS = itertools.count()
 """Numbers the process groups that this process makes in a world of several."""
-_LEAST_PATIENCE = timedelta(minutes=1)
+_LEAST_PATIENCE = timedelta(seconds=90)
 _TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 """torch's variables for the groups that DeepSpeed and torch create without a timeout."""
 

@@ -70,7 +70,13 @@ def find_damage(folder: Path, memo: Path | None, *, with_weights: bool = True) -
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         changed = list(filter(None, pool.map(damage, expected)))
-    return changed + [f"{name} was added" for name in _compared_files(folder) if name not in expected]
+    return changed + [f"{name} was added" for name in added_files(folder)]
+
+
+def added_files(folder: Path) -> list[str]:
+    """Return the files that are not in the manifest of `folder`; [] without one."""
+    expected = _read(folder).files
+    return [] if expected is None else [name for name in _compared_files(folder) if name not in expected]
 
 
 def check_undamaged(folder: Path, memo: Path | None, *, with_weights: bool = True) -> None:

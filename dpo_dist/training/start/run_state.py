@@ -23,7 +23,7 @@ from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, f
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import MEMO_FOLDER, write_json
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.files.manifest import MODEL_MANIFEST, find_damage
+from dpo_dist.model.files.manifest import MODEL_MANIFEST, added_files, find_damage
 
 Identity = dict[str, str | None]
 _DIGESTS = {
@@ -143,11 +143,23 @@ def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int
 
 
 def model_damage(identity: RunIdentity, folder: RunFolder) -> list[str]:
-    """Return what is missing of the model of a run, or is not as it was written; [] if nothing is."""
+    """Return what is missing of the model of a run, or is not as it was written; [] if nothing is.
+
+    Raises CheckpointError for added files: what is written again would lose them.
+    """
     if not any(folder.model.glob("*.safetensors")):
         return ["it has no weights"]
     if not (folder.model / MODEL_MANIFEST).is_file():
         return [f"{MODEL_MANIFEST} is missing"]
+    added = added_files(folder.model)
+    if added and not folder.model.is_symlink():  # what a link names stays
+        raise CheckpointError(
+            "the model of this run has files that were added",
+            where=str(folder.model),
+            got=first_few(added, "other file"),
+            expected=f"the files of its {MODEL_MANIFEST}, pages, pictures and generation_config.json",
+            remedy="move them elsewhere, and run the same command again",
+        )
     return find_damage(folder.model, Path(identity.config.reference.store) / MEMO_FOLDER)
 
 

@@ -16,6 +16,9 @@ from dpo_dist.training.after_checkpoint import AfterCheckpoint
 from tests.support.alone import ALONE
 from tests.support.one_weight import Weights
 
+UNTIL_GO = "for i in $(seq 1200); do [ -e go ] && break; sleep 0.05; done"
+"""Waits a minute at most: a test that fails leaves no loop behind."""
+
 
 class Commands:
     """The commands of a run in `folder`, and the lines of its console."""
@@ -65,7 +68,7 @@ def test_checkpoints_wait_for_a_command_and_the_newest_of_them_is_next(tmp_path:
     name = 'basename "$DPO_DIST_CHECKPOINT"'
     commands = Commands(
         tmp_path,
-        f"cd $DPO_DIST_RUN_DIR; {name} >> begun; while [ ! -e go ]; do sleep 0.05; done; {name} >> done",
+        f"cd $DPO_DIST_RUN_DIR; {name} >> begun; {UNTIL_GO}; {name} >> done",
     )
     began = time.monotonic()
     commands.start(1)
@@ -153,7 +156,7 @@ def test_a_short_command_is_waited_for_when_the_run_is_stopped(tmp_path: Path) -
 
 
 def test_the_checkpoint_of_a_running_command_is_not_deleted(tmp_path: Path) -> None:
-    commands = Commands(tmp_path, "cd $DPO_DIST_RUN_DIR; while [ ! -e go ]; do sleep 0.05; done")
+    commands = Commands(tmp_path, f"cd $DPO_DIST_RUN_DIR; {UNTIL_GO}")
     folder = RunFolder(tmp_path)
     weights = Weights()
     saver = CheckpointSaver(

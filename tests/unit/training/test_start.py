@@ -34,9 +34,8 @@ from dpo_dist.data.config import DataConfig
 from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
-from dpo_dist.foundation.files import staged_file, temporary_name, write_text
+from dpo_dist.foundation.files import staged_file, temporary_name
 from dpo_dist.model.files.manifest import MODEL_MANIFEST, write_manifest
-from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.recorder import reporting
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
@@ -169,7 +168,6 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
         (lambda model: save_file({"weight": torch.zeros(2)}, model / "model.safetensors"), "another content"),
         (lambda model: (model / "config.json").write_text("{ }"), "config.json has another content"),
         (lambda model: (model / "config.json").unlink(), "config.json is missing"),
-        (lambda model: (model / "added_tokens.json").write_text("{}"), "added_tokens.json was added"),
         (lambda model: (model / "model.safetensors").unlink(), "it has no weights"),
     ],
 )
@@ -190,6 +188,20 @@ def test_a_complete_run_whose_model_is_not_as_it_was_written_writes_it_again(
     with pytest.raises(CheckpointError, match="checkpoints are missing") as refused:
         find_start(run_in(folder.path))
     assert said in refused.value.got
+
+
+def test_a_file_that_was_added_to_a_model_is_not_lost(folder: RunFolder) -> None:
+    write_state(folder, state_of(RunOutcome.completed))
+    save_checkpoint(folder, 4)
+    write_result(folder)
+    added = folder.model / "gguf" / "model.gguf"
+    added.parent.mkdir()
+    added.write_text("{}")
+    with pytest.raises(CheckpointError, match="files that were added") as refused:
+        find_start(run_in(folder.path))
+    assert refused.value.got == "gguf/model.gguf"
+    added.unlink()
+    assert find_start(run_in(folder.path)) == state_of(RunOutcome.completed)
 
 
 def test_a_dry_run_counts_checkpoints_as_a_start_does(folder: RunFolder) -> None:
@@ -279,7 +291,10 @@ def loop_of(run: Run) -> Any:
         train=lambda _position: True,
         policy=SimpleNamespace(loss_scale=None),
         inputs=SimpleNamespace(
-            sampler=SimpleNamespace(steps=4), eval_set="examples", tokenizer="tokens", counts={}
+            sampler=SimpleNamespace(steps=4, global_batch_pairs=2),
+            eval_set="examples",
+            tokenizer="tokens",
+            counts={},
         ),
         reference_report={},
     )
@@ -334,17 +349,6 @@ def test_the_card_tells_of_the_step_whose_weights_are_the_model(
     assert [row["step"] for row in rows] == steps
     assert (summary["steps"], summary["pairs_seen"]) == (steps[-1], pairs)
     assert options == {"is_evaluated": is_evaluated}
-
-
-def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
-    texts = {"text": "", "source": None, "remedy": "", "examples": []}
-    finding = {"rule": "doubled_bos", "level": "error", **texts}
-    write_text(DoctorFolder(folder.path).doctor_report, json.dumps({"findings": [finding]}))
-    run = run_in(folder.path)
-    finish(run, state_of(RunOutcome.completed), recorder_of(run), SUMMARY)
-    sentence = "faults in the data"
-    assert json.loads(folder.summary.read_text())["verdict"]["sentence"].startswith(sentence)
-    assert any(line.startswith(f"verdict: {sentence}") for line in lines_of(run))
 
 
 def test_the_source_of_a_loss_function_is_recorded(folder: RunFolder) -> None:
