@@ -8,13 +8,13 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
-from dpo_dist.config.advice import advice
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import (
     Key,
@@ -31,19 +31,17 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
-from dpo_dist.config.named_code import NAMED_CODE, code_options, code_warnings
+from dpo_dist.config.mistakes import assigned, did_you_mean, instead_of_key, unknown_key
+from dpo_dist.config.named_code import code_warnings
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data import SourceConfig
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
-from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
-from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write
+from dpo_dist.foundation.remedies import COMMAND_LINE, Typed
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import CheckReport
@@ -125,25 +123,20 @@ def _is_value_of(option: str, word: str) -> bool:
 
 
 def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
-    name, equals, value = word.partition("=")
-    where = Typed(word, *values)
-    if equals:
-        values = [value]
+    """Return the error for an option that a verb does not have; other programs write keys as options."""
+    name, _, value = word.partition("=")
+    text = value or ",".join(values)
     key = name.lstrip("-").replace("-", "_")
-    value = "".join(values[:1])
-    if len(values) > 1:
-        value = f"[{','.join(values)}]"
-    is_theirs = advice().is_foreign(key) or len(key) == 1
-    is_ours = "." in key or not is_theirs  # `--optim adamw_torch` is foreign
-    if key in run_keys() and is_ours:
-        remedy = to_assign(key, value or "true")
+    overrides, _ = parse_overrides([f"{key}=[{text}]" if len(values) > 1 else f"{key}={text or 'true'}"])
+    typed = overrides[0].value() if overrides else text
+    near = get_close_matches(name, re.findall(r"--[\w-]+", _parser().format_help()), 1, 0.8)
+    if near:
+        remedy = did_you_mean(near)
+    elif key in run_keys():
+        remedy = did_you_mean([assigned(key, typed)])
     else:
-        options = re.findall(r"--[\w-]+", _parser().format_help())
-        guess = None if is_theirs else likely_name(name, options)
-        if f"-{name}" in options:  # `-check`
-            guess = f"-{name}"
-        remedy = f"did you mean {guess}?" if guess else unknown_key(key, value or "true").remedy
-    return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
+        remedy = instead_of_key(key, typed)
+    return ConfigError(f"there is no option {name}", where=Typed(word, *values), remedy=remedy)
 
 
 def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
@@ -157,7 +150,7 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     if _is_whole(options, overrides, {"model", needed}):
         return None
     if "run.dir" not in overrides:
-        raise_all([unknown_key(key, str(overrides[key])) for key in overrides if key not in run_keys()])
+        raise_all([unknown_key(key, value=overrides[key]) for key in overrides if key not in run_keys()])
         raise ConfigError(
             "no run is named",
             where="run.dir",
@@ -167,9 +160,7 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     file = existing_run(Path(str(overrides["run.dir"])).expanduser()).config
     if not file.is_file():
         return None
-    values = read_saved(file)
-    _check_code_allowed(values, overrides, file)
-    return values
+    return read_saved(file)
 
 
 def _overrides_in(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,38 +173,6 @@ def _is_whole(options: argparse.Namespace, keys: Collection[str], needed: Collec
     """Return whether a command says more than the name of a run: a file, an experiment, one of some keys."""
     has_file = options.config_dir is not None or any("=" not in word for word in options.words)
     return has_file or not {"experiment", *needed}.isdisjoint(keys)
-
-
-def _check_code_allowed(values: Mapping[str, Any], overrides: Collection[str], file: Path) -> None:
-    """Raise ConfigError if a config.yaml runs code by keys that the command itself (`overrides`) lacks."""
-    options = {key: option for key, option in code_options(values).items() if key not in overrides}
-    if options:
-        words = [
-            f"{key}={as_written(_without_defaults(reduce(getitem, key.split('.'), values)))}"
-            for key in options
-        ]
-        raise ConfigError(
-            "the configuration of this run asks to run code: "
-            + ", ".join(dict.fromkeys(NAMED_CODE[key] for key in options)),
-            where=str(file),
-            got="; ".join(options.values()),
-            expected="a run directory without code, or the option on the command line",
-            remedy=to_write(*words, verb="if you trust this code, add"),
-        )
-
-
-def _without_defaults(value: Any) -> Any:
-    """Return the value of a config.yaml's key as `plain` returns one: entries of data lack their defaults."""
-    if not isinstance(value, list):
-        return value
-    defaults = asdict(SourceConfig(path="-")).items()
-    entries = []
-    for entry in value:
-        if isinstance(entry, dict):
-            entries.append(dict(item for item in entry.items() if item not in defaults))
-        else:
-            entries.append(entry)
-    return entries
 
 
 def _check_more_than_run(options: argparse.Namespace) -> None:
@@ -464,5 +423,5 @@ def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> 
 
     The file is experiment/round.yaml, for a point of a sweep as for a round of `pairs`.
     """
-    write_text(folder / "experiment" / "round.yaml", to_yaml(config))
+    write_text(folder / "experiment" / "round.yaml", f"# @package _global_\n{to_yaml(config)}")
     return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"

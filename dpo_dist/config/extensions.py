@@ -65,11 +65,18 @@ def rule_modules() -> list[Any]:
     return [importlib.import_module(extension.rules) for extension in extensions() if extension.rules]
 
 
+def equivalents(name: str, table: str) -> tuple[str, ...]:
+    """Return what another program's name means here, in a table such as `keys`, `values`, `verbs`."""
+    of_tables = hook("equivalents")
+    return of_tables(name, table) if of_tables else ()
+
+
 def hook(name: str) -> Callable[..., Any] | None:
     """Return the function of an extension; None without such a one.
 
     `reporting`: returns the `Reporting` of a run. `plan_in_brief`: lines of `--check`. `run_card`: the text
-    of a model card. `advice`: what other programs call our keys, as `advice.Advice`.
+    of a model card. Of other programs: `equivalents`: our names for theirs; `advice`: what to do about an
+    option that has none; `foreign_file`: the error for a file of theirs.
     """
     for extension in extensions():
         if name in extension.hooks:

@@ -12,17 +12,16 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from dpo_dist.config.compose import FAILURES, Composition, set_by
+from dpo_dist.config.compose import Composition, set_by
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
-from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
-from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
+from dpo_dist.config.mistakes import FAILURES, explained, wrong_values
+from dpo_dist.config.named_code import check_code_allowed
+from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
-from dpo_dist.foundation.fields import plain_values
-from dpo_dist.foundation.remedies import InFile, to_write
-from dpo_dist.foundation.remote import check_url, is_url, name_in_address, with_slashes
+from dpo_dist.foundation.fields import plain_values, validated
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.user_code import find_function
 
@@ -52,25 +51,26 @@ def load_run_config(
 
 def load_command(composition: Composition, verb: str) -> RunConfig:
     """Return the checked configuration of a parsed command. Raises ConfigError, as `load_run_config`."""
+    mistakes = composition.mistakes
     try:
         values = composition.compose()
         if verb:
             trains = verb == "pairs" and bool((values.get("pairs") or {}).get("rounds"))
-            composition.mistakes += composition.unread_keys(verb, trains=trains)
-        config = SCHEMA.validate_python(values)
+            mistakes += composition.unread_keys(verb, trains=trains)
+        config = validated(SCHEMA, values)
     except ValidationError as error:
-        composition.mistakes += wrong_values(error, values, composition.origin)
-        keep_terms(composition.mistakes, values)
-        raise_all(composition.mistakes)
+        raise_all([*mistakes, *wrong_values(error, composition.origin)])
         raise
     except FAILURES as error:
-        raise_all([*composition.mistakes, composition_error(error, composition.folders)])
+        place = composition.origin(getattr(error, "full_key", None) or "the configuration")
+        raise_all([*mistakes, *explained(error, place, composition.folders)])
         raise
-    keep_terms(composition.mistakes, values)
-    raise_all(composition.mistakes)
+    raise_all(mistakes)
     set_keys: list[str] = []
     for override in composition.overrides:
         set_keys += set_by(override)
+    if composition.is_saved:
+        check_code_allowed(config, set_keys)
     return complete_config(config, set_keys, verb, composition.set_by_presets)
 
 
@@ -88,44 +88,8 @@ def complete_config(
     check_rules(config, rules)
     if config.loss.of_scores and (not verb or VERBS[verb].takes_training):
         config = config.with_scores()
-    if config.run.mirror is not None and is_url(config.run.mirror):
-        check_url(config.run.mirror, "run.mirror")
-    paths = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for source in filter(lambda source: is_url(source.path), sources):
-            check_url(source.path, key)
-        paths += [(key, source.path) for source in sources]
-    mistakes = []
-    for key, path in [*paths, ("run.mirror", config.run.mirror)]:
-        url = with_slashes(path) if path and key != "model.path" else ""
-        if url:
-            remedy = f"did you mean {url}?"
-            mistakes.append(ConfigError("a URL has two slashes", where=key, got=path, remedy=remedy))
-    for key, path in paths:
-        name, branch = name_in_address(path or "")
-        if path and name:
-            mistake = ConfigError(
-                "this is the address of a page for browsers",
-                where=key,
-                got=path,
-                expected="the name on the hub, ORG/NAME",
-                remedy=_instead_of_page(key, name, branch),
-            )
-            mistakes.append(mistake)
-    raise_all(mistakes)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
-
-
-def _instead_of_page(key: str, name: str, branch: str) -> str:
-    """Return the remedy that writes name and branch of a model or dataset in place of its page's address."""
-    if branch in ("", "main"):
-        return f"did you mean {name}?"
-    if key == "model.path":
-        return to_write(f"{key}={name}", f"model.revision={branch}", verb="did you mean") + "?"
-    if key.startswith("data."):
-        return f"write the entry {{path: {name}, revision: {branch}}}"
-    return f"download the branch {branch} of {name}, and name its folder"
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -163,9 +127,9 @@ def saved_config(file: Path) -> RunConfig:
     """Return the configuration in a run's config.yaml, perhaps a stranger's."""
     values = read_saved(file)
     try:
-        return complete_config(SCHEMA.validate_python(values))
+        return complete_config(validated(SCHEMA, values))
     except ValidationError as error:
-        raise_all(wrong_values(error, values, lambda key: InFile(key, file)))
+        raise_all(wrong_values(error, lambda key: f"{key} in {file}"))
         raise
 
 

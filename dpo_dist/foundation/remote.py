@@ -33,10 +33,31 @@ def is_url(path: str) -> bool:
 _ONE_SLASH = re.compile(r"(https?|s3a?|gs|gcs|hf|file):/?(?=[^/])")
 
 
-def with_slashes(path: str) -> str:
-    """Return the URL that a path is without its two slashes, `s3:/bucket/a`; "" for any other path."""
-    protocol = _ONE_SLASH.match(path)
-    return f"{protocol[1]}://{path[protocol.end() :]}" if protocol else ""
+def check_place(text: str) -> str:
+    """Return a path, a name on the hub or a URL, as a configuration has it.
+
+    Raises:
+        ValueError: a URL cannot be used, or the text is a page's address; its argument is the `ConfigError`.
+    """
+    protocol = _ONE_SLASH.match(text)
+    page = _HUB_PAGE.fullmatch(text)
+    if protocol:
+        remedy = f"did you mean {protocol[1]}://{text[protocol.end() :]}?"
+        raise ValueError(ConfigError("a URL has two slashes", got=text, remedy=remedy))
+    if page:
+        name, branch = page.groups()
+        remedy = f"did you mean {name}?"
+        if branch not in (None, "", "main"):
+            remedy += f" Its branch {branch} is the key revision beside it; without one, download the branch"
+        message = "this is the address of a page for browsers"
+        expected = "the name on the hub, ORG/NAME"
+        raise ValueError(ConfigError(message, got=text, expected=expected, remedy=remedy))
+    try:
+        if is_url(text):
+            check_url(text, "")
+    except ConfigError as error:
+        raise ValueError(error) from None
+    return text
 
 
 def check_url(url: str, where: str) -> None:
@@ -66,12 +87,6 @@ def check_url(url: str, where: str) -> None:
             expected="for example s3://bucket/folder or https://host/file.jsonl",
             remedy="write the whole URL",
         )
-
-
-def name_in_address(address: str) -> tuple[str, str]:
-    """Return model or dataset, and branch, of the page on the hub with this address; "" for what it lacks."""
-    match = _HUB_PAGE.fullmatch(address)
-    return (match[1], match[2] or "") if match else ("", "")
 
 
 def open_file_system(url: str, where: str = "") -> tuple[Any, str]:

@@ -41,7 +41,7 @@ from dpo_dist.config.mistakes import as_tree
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import as_written
+from dpo_dist.foundation.fields import as_written, validated
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.kit import LossKind, fits, kinds_using, parse_overrides, run_keys
@@ -829,7 +829,7 @@ def _give_options(run: Translation) -> None:
 def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out keys whose combination a rule of `train` refuses; a comment gives the rule's reason."""
     while True:
-        config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
+        config = resolve_reference(validated(SCHEMA, as_tree(run.values)))
         reasons = dict[str, str]()
         for rule in rules_of("train"):
             if rule.is_broken(config):

@@ -81,10 +81,9 @@ def load_points(
         ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
-    cache = dict[str, Any]()
     all_mistakes = list[DpoDistError](mistakes)
     folders = group_folders(own_folder)
-    command = partial(Composition, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
+    command = partial(Composition, folders=folders, verb="sweep")
     fixed = list[str]()
     keys = set[str]()
     for word in words:
