@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
+from dpo_dist.config.extensions import ask
 from dpo_dist.config.keys import (
     Key,
     group_folders,
@@ -31,7 +31,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import assigned, did_you_mean, instead_of_key, unknown_key
+from dpo_dist.config.mistakes import assigned, did_you_mean, instead_of_key, nearest, unknown_key
 from dpo_dist.config.named_code import code_warnings
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
@@ -93,10 +93,7 @@ def _folder(text: str) -> Path:
 
 def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
-    # argparse reads `-check` as `-c heck`.
-    single = [word for word in arguments if f"-{word}" in ("--check", "--help", "--version")]
-    options, rest = _parser().parse_known_args([word for word in arguments if word not in single])
-    rest += single
+    options, rest = _parser().parse_known_args(arguments)
     options.words = []
     options.mistakes = []
     while rest:
@@ -129,13 +126,10 @@ def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
     key = name.lstrip("-").replace("-", "_")
     overrides, _ = parse_overrides([f"{key}=[{text}]" if len(values) > 1 else f"{key}={text or 'true'}"])
     typed = overrides[0].value() if overrides else text
-    near = get_close_matches(name, re.findall(r"--[\w-]+", _parser().format_help()), 1, 0.8)
-    if near:
-        remedy = did_you_mean(near)
-    elif key in run_keys():
-        remedy = did_you_mean([assigned(key, typed)])
-    else:
-        remedy = instead_of_key(key, typed)
+    near = nearest(name, re.findall(r"--[\w-]+", _parser().format_help()))
+    if key in run_keys():
+        near = [assigned(key, typed)]
+    remedy = did_you_mean(near) if near and not ask("advice", key, text) else instead_of_key(key, typed)
     return ConfigError(f"there is no option {name}", where=Typed(word, *values), remedy=remedy)
 
 
@@ -409,9 +403,12 @@ def _accept_computed(value: dict[str, Any]) -> None:
     kind = value.get("type")
     text = {"type": "string", "pattern": _COMPUTED}
     if "anyOf" in value:
-        value["anyOf"].append(text)
+        is_list = any(each.get("type") == "array" for each in value["anyOf"])
+        value["anyOf"] += [{"type": "string"} if is_list else text, {"enum": ["none", "None"]}]
     elif "$ref" in value:
         value["anyOf"] = [{"$ref": value.pop("$ref")}, text]
+    elif kind == "array":  # a text is a list of one
+        value["type"] = ["array", "string"]
     elif kind == "string":
         value["type"] = ["string", "number"]
     elif kind in ("number", "integer", "boolean"):

@@ -15,7 +15,7 @@ Mistakes in words, files and values are collected, and said at once.
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_dist.config.extensions import hook
+from dpo_dist.config.extensions import ask
 from dpo_dist.config.keys import is_within, preset_names, readers, run_keys, verb_keys
 from dpo_dist.config.mistakes import FAILURES, explained, not_a_word, unknown_key, unknown_preset
 from dpo_dist.config.schema import RunConfig
@@ -96,16 +96,11 @@ def set_by(override: Override) -> list[str]:
 
 
 class _Layer(NamedTuple):
-    """A file, or the words of the command: presets and experiments, and keys that win over them."""
+    """A file, or the words of the command: presets by section, keys that win over them, and their places."""
 
-    choices: list[tuple[str, str]]
+    presets: dict[str, str]
     keys: list[tuple[str, Any]]
     places: dict[str, str]
-
-    @property
-    def presets(self) -> dict[str, str]:
-        """The preset of each section."""
-        return {group: name for group, name in self.choices if group in run_keys()}
 
 
 def read_keys(file: Path) -> dict[str, Any]:
@@ -135,83 +130,31 @@ def _places(file: Path, name: str, package: str = "") -> dict[str, str]:
     return places
 
 
-def _read_layer(name: str, folders: Sequence[Path]) -> tuple[_Layer, list[ConfigError]]:
-    """Return the keys and choices of a user's file, and its mistakes."""
-    layer = _Layer([], [], {})
-    file = Path(name)
-    try:
-        content = read_keys(file)
-        layer.places.update(_places(file, name))
-    except FAILURES as error:
-        return layer, explained(error, name)
-    foreign_file = hook("foreign_file")
-    foreign = foreign_file and foreign_file(content, file)
-    if foreign:
-        return layer, [foreign]
-    choices = list[tuple[str, Any]]()
-    listed = content.pop("defaults", [])
-    for entry in [listed] if isinstance(listed, str) else listed:
-        named = {"experiment": entry} if isinstance(entry, str) else entry
-        choices += [(group.split()[-1].lstrip("/"), preset) for group, preset in named.items()]
-    for key, value in content.items():
-        is_section = is_dataclass(run_keys().get(key))
-        if isinstance(value, str | bool) and preset_names(key, folders):
-            choices.append((key, value))
-        elif value is not None or not is_section:  # an empty section has no keys
-            layer.keys.append((str(key), value))
-    mistakes = list[ConfigError]()
-    for group, value in choices:
-        preset = "off" if value is False else str(value)  # YAML reads a bare `off` as false
-        if preset in preset_names(group, folders):
-            layer.choices.append((group, preset))
-        elif preset != "_self_":
-            mistakes.append(unknown_preset(group, preset, folders, layer.places.get(group, name)))
-    for key, times in Counter(key for key, _ in dotted_items(content)).items():
-        if times > 1:  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
-            remedy = "remove one of them"
-            mistakes.append(ConfigError(f"{key} is given twice", where=layer.places[key], remedy=remedy))
-    return layer, mistakes
+_Stamps: TypeAlias = tuple[tuple[Path, int], ...]
+_Composed: TypeAlias = tuple[DictConfig, tuple[Places, ...]]
 
 
-@contextlib.contextmanager
-def _hydra(folders: Sequence[Path]) -> Iterator[None]:
-    """Let Hydra have these folders of presets, in place of those of a program that calls this one."""
+@cache
+def _composed(root: str, words: tuple[str, ...], folders: tuple[Path, ...], _: _Stamps) -> _Composed:
+    """Return what Hydra composes of a file of its store with these words, and the places of its keys."""
     search = {"hydra": {"searchpath": [f"file://{folder}" for folder in folders[1:]]}}
     with _ONE_HYDRA:
         ConfigStore.instance().store(_PRESET, search)
         ConfigStore.instance().store(_RUN, {"defaults": ["config", "_self_"], **search})
-        callers = GlobalHydra.instance().hydra
+        callers = GlobalHydra.instance().hydra  # of a program that calls this one
         GlobalHydra.instance().clear()
         try:
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folders[0])):
-                yield
+                config = hydra.compose(root, list(words))
+                loader = GlobalHydra.instance().config_loader()
+                entries = loader.compute_defaults_list(root, list(words), RunMode.RUN).defaults
         finally:
             GlobalHydra.instance().hydra = callers
-
-
-def _by_hydra(
-    root: str, words: Iterable[str], folders: Sequence[Path]
-) -> tuple[DictConfig, tuple[Places, ...]]:
-    """Return what Hydra composes of a file of its store with these words, and the places of its keys."""
-    files = sorted(file for folder in folders for file in folder.rglob("*.yaml"))
-    stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
-    return _composed(root, tuple(words), tuple(folders), stamps)
-
-
-@cache
-def _composed(
-    root: str, words: tuple[str, ...], folders: tuple[Path, ...], _: tuple[tuple[Path, int], ...]
-) -> tuple[DictConfig, tuple[Places, ...]]:
-    with _hydra(folders):
-        config = hydra.compose(root, list(words))
-        loader = GlobalHydra.instance().config_loader()
-        entries = loader.compute_defaults_list(root, list(words), RunMode.RUN).defaults
     every = list[Places]()
     for entry in entries:
         name = f"{entry.config_path}.yaml"
         file = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if file is not None:
-            read_keys(file)
             places = _places(file, name, entry.package or "")
             for key, place in places.items():
                 if is_within(key, "hydra"):  # Hydra's compose ignores it without a word
@@ -235,62 +178,112 @@ class Composition:
         self.is_saved = saved is not None
         self.mistakes = list(mistakes)
         self.overrides = list[Override]()
+        self.set_by_presets = list[str]()
+        """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
+        self._further = dict[str, list[str]]()  # experiments, and files of other groups without a section
         self._layers = list[_Layer]()
         self._places = list[Places]()
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         for file in files:
-            layer, wrong = _read_layer(file, folders)
-            self._layers.append(layer)
-            self.mistakes += wrong
-        self._layers.append(_Layer([], list((saved or {}).items()), {}))
-        command = _Layer([], [], {})
+            try:
+                self._layers.append(self._file(file))
+            except (*FAILURES, AttributeError, TypeError) as error:  # `defaults: 5`
+                self.mistakes += explained(error, file)
+        self._layers.append(_Layer({}, list((saved or {}).items()), {}))
         overrides, unread = parse_overrides(word for word in words if word not in files)
         if unread:
             self.mistakes.append(not_a_word(unread, verb))
+        command = _Layer({}, [], {})
         for override in overrides:
-            mistake = self._mistake(override)
-            if mistake is not None:
-                self.mistakes.append(mistake)
-                continue
-            self.overrides.append(override)
-            key = override.key_or_group
-            if self._is_choice(override):
-                command.choices.extend((key, name) for name in names_chosen(override))
-            else:
-                command.keys.append((key, override.value()))
-                command.places.update(dict.fromkeys(set_by(override), Typed(str(override.input_line))))
+            self._set(command, override)
         self._layers.append(command)
 
-    @property
-    def set_by_presets(self) -> list[str]:
-        """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
-        keys = list[str]()
-        for group, name in self._layers[-1].presets.items():
-            preset, _ = _by_hydra(_PRESET, [f"+{group}={name}"], self.folders)
-            keys += [f"{group}.{key}" for key in preset.get(group) or ()]
-        return keys
+    def _file(self, name: str) -> _Layer:
+        """Return the layer of a user's file, which is written like a command; raise one of `FAILURES`."""
+        file = Path(name)
+        content = read_keys(file)
+        foreign = ask("foreign_file", content, file)
+        if foreign:
+            raise foreign
+        layer = _Layer({}, [], _places(file, name))
+        listed = content.pop("defaults", [])
+        for entry in [listed] if isinstance(listed, str) else listed:
+            named = {"experiment": entry} if isinstance(entry, str) else entry
+            for group, choice in named.items():
+                for each in choice if isinstance(choice, list) else [choice]:
+                    if each != "_self_":
+                        self._choose(layer, group.split()[-1].lstrip("/"), each, layer.places["defaults"])
+        for key, value in content.items():
+            if isinstance(value, str | bool) and preset_names(key, self.folders):
+                self._choose(layer, key, value, layer.places[key])
+            elif value is not None or not is_dataclass(run_keys().get(key)):  # an empty section has no keys
+                layer.keys.append((str(key), value))
+        for key, times in Counter(key for key, _ in dotted_items(content)).items():
+            if times > 1:  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
+                where = layer.places[key]
+                mistake = ConfigError(f"{key} is given twice", where=where, remedy="remove one of them")
+                self.mistakes.append(mistake)
+        return layer
+
+    def _choose(self, layer: _Layer, group: str, choice: Any, where: str) -> None:
+        """Add a preset of a section to a layer, or an experiment to Hydra's."""
+        name = {False: "off", None: "null"}.get(choice, choice)  # YAML reads a bare `off` as false
+        if name not in preset_names(group, self.folders):
+            self.mistakes.append(unknown_preset(group, str(name), self.folders, where))
+        elif group in run_keys():
+            layer.presets[group] = name
+        else:
+            self._further.setdefault(group, []).append(name)
+
+    def _set(self, layer: _Layer, override: Override) -> None:
+        """Add a word of the command, or a mistake if its key, preset or form does not exist."""
+        key = override.key_or_group
+        value = override.value()
+        where = Typed(str(override.input_line))
+        is_group = any((folder / key).is_dir() for folder in self.folders)
+        message = ""
+        if override.is_delete() or override.is_sweep_override():
+            message = f"{key} takes one value"
+            remedy = (
+                "write one value (a list has brackets: [a,b]); the verb sweep runs each of several values"
+            )
+        elif is_group and isinstance(value, list) and key in run_keys():
+            message = f"{key} takes one preset"
+            remedy = f"write {key}=NAME" + "; loss.terms has the kinds of a sum" * (key == "loss")
+        if message:
+            self.mistakes.append(ConfigError(message, where=where, remedy=remedy))
+            return
+        if is_group and not isinstance(value, dict):
+            for name in names_chosen(override):
+                self._choose(layer, key, name, where)
+        # The kind of loss decides which options exist: pydantic checks them.
+        elif key not in run_keys() and not key.startswith("loss.options."):
+            self.mistakes.append(unknown_key(key, where, value))
+            return
+        else:
+            layer.keys.append((key, value))
+            layer.places.update(dict.fromkeys(set_by(override), where))
+        self.overrides.append(override)
 
     def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out words and files with mistakes."""
         defaults = OmegaConf.create(plain_values(RunConfig()))
         chosen = dict[str, str]()
-        further = dict[str, list[str]]()
         for layer in self._layers:
             chosen |= layer.presets
-            for group, name in layer.choices:
-                if group not in run_keys():
-                    further.setdefault(group, []).append(name)
-        words = [f"+{group}=[{','.join(names)}]" for group, names in further.items()]
+        words = [f"+{group}=[{','.join(names)}]" for group, names in self._further.items()]
         words += [f"{group}={name}" for group, name in chosen.items()]
-        config = OmegaConf.merge(defaults, self._composed(_RUN, words))
+        config = cast(DictConfig, OmegaConf.merge(defaults, self._composed(_RUN, words)))
         for layer in self._layers:
             for group, name in layer.presets.items():
                 if name != chosen[group]:
                     continue
                 preset = self._composed(_PRESET, [f"+{group}={name}"])
+                if layer is self._layers[-1]:
+                    self.set_by_presets += [f"{group}.{key}" for key in preset.get(group) or ()]
                 if group == "loss" or not preset.get(group):
                     config[group] = defaults[group]
-                config = OmegaConf.merge(config, preset)
+                config = cast(DictConfig, OmegaConf.merge(config, preset))
             self._places.append(layer.places)
             for key, value in layer.keys:
                 # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
@@ -300,8 +293,10 @@ class Composition:
 
     def _composed(self, root: str, words: Iterable[str]) -> DictConfig:
         """Return what Hydra composes; nothing if a file has a mistake, so that others are found, too."""
+        files = sorted(file for folder in self.folders for file in folder.rglob("*.yaml"))
+        stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
         try:
-            config, places = _by_hydra(root, words, self.folders)
+            config, places = _composed(root, tuple(words), tuple(self.folders), stamps)
         except FAILURES as error:
             self.mistakes += explained(error, "config.yaml, a preset or an experiment", self.folders)
             return OmegaConf.create()
@@ -318,32 +313,6 @@ class Composition:
                     return places[name]
             name = name[: max(name.rfind("."), name.rfind("["), 0)]
         return key
-
-    def _is_choice(self, override: Override) -> bool:
-        is_group = any((folder / override.key_or_group).is_dir() for folder in self.folders)
-        return is_group and not isinstance(override.value(), dict)
-
-    def _mistake(self, override: Override) -> ConfigError | None:
-        """Return the error of an override whose key, preset or form does not exist."""
-        key = override.key_or_group
-        where = Typed(str(override.input_line))
-        if override.is_delete() or override.is_sweep_override():
-            remedy = (
-                "write one value (a list has brackets: [a,b]); the verb sweep runs each of several values"
-            )
-            return ConfigError(f"{key} takes one value", where=where, remedy=remedy)
-        if self._is_choice(override):
-            names = names_chosen(override)
-            for name in names:
-                if name not in preset_names(key, self.folders):
-                    return unknown_preset(key, name, self.folders, where)
-            if key in run_keys() and len(names) != 1:
-                remedy = f"write {key}=NAME" + "; loss.terms has the kinds of a sum" * (key == "loss")
-                return ConfigError(f"{key} takes one preset", where=where, remedy=remedy)
-        # The kind of loss decides which options exist: pydantic checks them.
-        elif key not in run_keys() and not key.startswith("loss.options."):
-            return unknown_key(key, where, override.value())
-        return None
 
     def unread_keys(self, verb: str, *, trains: bool) -> list[ConfigError]:
         """Return an error for each override whose key a verb does not read; files may have such keys."""

@@ -65,12 +65,6 @@ def rule_modules() -> list[Any]:
     return [importlib.import_module(extension.rules) for extension in extensions() if extension.rules]
 
 
-def equivalents(name: str, table: str) -> tuple[str, ...]:
-    """Return what another program's name means here, in a table such as `keys`, `values`, `verbs`."""
-    of_tables = hook("equivalents")
-    return of_tables(name, table) if of_tables else ()
-
-
 def hook(name: str) -> Callable[..., Any] | None:
     """Return the function of an extension; None without such a one.
 
@@ -84,3 +78,14 @@ def hook(name: str) -> Callable[..., Any] | None:
             function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
             return function
     return None
+
+
+def ask(name: str, *arguments: Any) -> Any:
+    """Return what the function of an extension returns; None without such a one."""
+    function = hook(name)
+    return None if function is None else function(*arguments)
+
+
+def equivalents(name: str, table: str) -> tuple[str, ...]:
+    """Return what another program's name means here, in a table such as `keys`, `values`, `verbs`."""
+    return ask("equivalents", name, table) or ()

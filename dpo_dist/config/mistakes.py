@@ -4,9 +4,8 @@ Similarity only names what may be meant: no word is repaired and read.
 """
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.extensions import equivalents, hook
+from dpo_dist.config.extensions import ask, equivalents
 from dpo_dist.config.keys import (
     all_keys,
     group_folders,
@@ -33,6 +32,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, choices, describe_type, nested, validated
 from dpo_dist.foundation.files import similar_path
 from dpo_dist.foundation.remedies import Typed
+from dpo_dist.foundation.types import as_tree
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -45,24 +45,24 @@ _PATHS = {"model": "model.path", "data": "data.train", "reference": "reference.p
 """The key for a path that is written in place of a preset, by group."""
 
 
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def nearest(name: str, names: Iterable[str], table: str = "keys") -> list[str]:
     """Return the names that may be meant by one that does not exist: `loss.beta` by `loss.betta` or `beta`.
 
     First by the last part, in the same section before others. `table`: other programs' names that count.
     """
     names = list(names)
-    section, _, last = name.rpartition(".")
-    theirs = equivalents(name, table)
-    if not set(theirs).isdisjoint(names):
-        return [each for each in theirs if each in names]
-    inside = [each for each in names if section and each.rpartition(".")[0] == section]
+    theirs = [each for each in names if each in equivalents(name, table)]
+    section = name.rpartition(".")[0]
+    inside = [each for each in names if each.rpartition(".")[0] == section]
     for candidates in (inside, names):
-        lasts = [each.rpartition(".")[2] for each in candidates]
-        near = get_close_matches(last.lower(), lasts, 1, _SIMILAR)
-        if near:
-            same = [each for each, part in zip(candidates, lasts, strict=True) if part == near[0]]
-            return get_close_matches(name, same, 3 if not section else 1, 0)
-    return get_close_matches(name, names, 1, _SIMILAR)
+        near = get_close_matches(_last(name).lower(), map(_last, candidates), 1, _SIMILAR)
+        same = [each for each in candidates if [_last(each)] == near]
+        theirs = theirs or get_close_matches(name, same, 1 if section else 3, 0)
+    return theirs or get_close_matches(name, names, 1, _SIMILAR)
 
 
 def did_you_mean(words: Iterable[str]) -> str:
@@ -93,42 +93,29 @@ def not_a_word(words: Sequence[str], verb: str = "") -> ConfigError:
     return ConfigError("these words are not KEY=VALUE", where=Typed(*words), expected=expected, remedy=remedy)
 
 
-def _advice(key: str, value: Any) -> str:
-    """Return what to do about another program's option; "" if it is none."""
-    advice = hook("advice")
-    return advice(key, "" if value is None else as_written(value)) if advice else ""
-
-
 def instead_of_key(key: str, value: Any = None) -> str:
     """Return what to write in place of a key that does not exist."""
     section, _, name = strip_indices(key).rpartition(".")
     is_entry = section.endswith("]")
-    near = nearest(strip_indices(key), all_keys() if is_entry else ["experiment", *run_keys()])
-    beside = [each for each in run_keys() if section and each.rpartition(".")[0] == section]
+    beside = [_last(each) for each in all_keys() if each.rpartition(".")[0] == section]
+    near = nearest(name, beside, "sources") if is_entry else nearest(key, ["experiment", *run_keys()])
     if key == "experiment":
         return "begin the file of an experiment with the line '# @package _global_'"
     if key in run_keys():
         return f"write {key} as keys inside of keys, '{key.partition('.')[0]}: {{...}}', as Hydra reads them"
     if f"{section}[].{name}" in all_keys():
         return f"write it inside an entry of the list: {section}=[{{{name}: ..., ...}}]"
-    if is_entry:
-        theirs = [each for each in equivalents(name, "sources") if f"{section}.{each}" in all_keys()]
-        near = theirs or [each.rpartition(".")[2] for each in near if each.startswith(f"{section}.")]
-        beside = [each for each in all_keys() if each.rpartition(".")[0] == section]
-        value = None
-    advice = _advice(key, value)
-    if near and not advice:
+    remedy: str = ask("advice", key, as_written(value))
+    if remedy:
+        return remedy
+    if near:
         kinds = [kind for each in near for kind in kinds_using(each.removeprefix("loss."))]
         of_loss = f" It is an option of {', '.join(kinds)}" * near[0].startswith("loss.options.")
         return did_you_mean(near if is_entry else (assigned(each, value) for each in near)) + of_loss
-    names = [each.rpartition(".")[2] for each in beside]
-    if not names:
-        names = [each for each in run_keys() if "." not in each]
-    return (
-        advice
-        or f"the keys of {section} are {', '.join(names)}" * bool(beside)
-        or (f"a key has a section, such as loss.beta; the sections are {', '.join(names)}")
-    )
+    if beside:
+        return f"the keys of {section} are {', '.join(beside)}"
+    sections = [each for each in run_keys() if "." not in each]
+    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
 def unknown_key(key: str, where: str = "", value: Any = None) -> ConfigError:
@@ -140,7 +127,7 @@ def unknown_preset(group: str, name: str, folders: Sequence[Path], where: str = 
     """Return the error for a preset that does not exist."""
     presets = preset_names(group, folders)
     near = nearest(name, presets, "values")
-    remedy = _advice(group, name) if group in run_keys() else ""
+    remedy = ask("advice", group, name) if group in run_keys() else ""
     if near and not remedy:
         remedy = did_you_mean(to_choose(group, each) for each in near)
     elif group in _PATHS and not remedy:
@@ -166,8 +153,8 @@ def explained(error: Exception, place: str, folders: Sequence[Path] = ()) -> lis
             group, _, name = str(error.missing_cfg_file).rpartition("/")
             return [unknown_preset(group, name, folders)]
         case yaml.MarkedYAMLError():
-            mark = error.problem_mark
-            place = f"{mark.name}:{mark.line + 1}" if mark else place
+            if error.problem_mark:
+                place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
             got = str(error.problem)
         case OmegaConfBaseException():
             got = str(error.msg or got).partition("full_key:")[0]
@@ -203,7 +190,8 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
         above, _, name = key.rpartition(".")
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
-                mistakes[f"{key}.{option}"] = _no_option(f"{key}.{option}", detail, origin)
+                inside = f"{key}.{option}"
+                mistakes[inside] = _no_option(inside, detail, origin(inside))
         elif is_unknown:
             mistakes[key] = unknown_key(key, origin(key), detail["input"])
         elif detail["type"] != "missing":
@@ -232,52 +220,38 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         hint = nested(hint) or get_args(hint)[0]
         expected = row.facts.accepts.partition("a list of ")[2] or describe_type(hint)
     value = error["input"]
-    if error["type"] == "string_pattern_mismatch" and not value.strip():
-        expected = "text that is not empty"
+    if value == "":
+        expected += ", not empty"
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"
     near = nearest(str(value), choices(hint), "values")
-    remedy = _advice(key, value) or f"set {key} to {expected}"
-    if key in run_keys() and isinstance(value, str) and value in preset_names(key, group_folders()):
+    remedy = ask("advice", key, as_written(value)) or f"set {key} to {expected}"
+    if key in run_keys() and value in preset_names(key, group_folders()):
         remedy = f"write 'override /{key}: {value}' into the list of defaults"
-    elif near and "[" in key:
-        remedy = did_you_mean(near)
     elif near:
-        remedy = did_you_mean(f"{key}={each}" for each in near)
-    got = repr(value) if isinstance(value, float | str) else as_written(value)  # '5' is no whole number
-    return ConfigError(
-        f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
-    )
+        remedy = did_you_mean(near if "[" in key else (f"{key}={each}" for each in near))
+    got = repr(value) if isinstance(value, str) else as_written(value)  # '5' is no whole number
+    message = f"{key} cannot have this value"
+    return ConfigError(message, where=where, got=got, expected=expected, remedy=remedy)
 
 
-def _no_option(key: str, error: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
+def _no_option(key: str, error: ErrorDetails, where: str) -> ConfigError:
     """Return the error for an option that a kind of loss does not have."""
     place, _, name = key.rpartition(".")
     kind = error["ctx"]["kind"]
     options = error["ctx"]["known"]
-    users = sorted(kinds_using(f"options.{name}"))
-    near = [each for each in options if f"loss.options.{each}" in equivalents(name, "keys")] or nearest(
-        name, options
-    )
+    users = ", ".join(sorted(kinds_using(f"options.{name}")))
+    near = nearest(key, [f"{place}.{each}" for each in options])
     remedy = "remove it; loss=NAME replaces all options of the loss"
     if near:
-        remedy = did_you_mean(f"{place}.{each}" for each in near)
+        remedy = did_you_mean(near)
     elif users and kind:
-        remedy = f"remove it, or choose a loss that has it: {', '.join(users)}"
+        remedy = f"remove it, or choose a loss that has it: {users}"
     message = f"{kind} has no option {name!r}" if kind else "each entry of loss.terms has its own options"
-    expected = f"an option of {kind}: {', '.join(options)}" if options else ""
+    expected = f"one of {', '.join(options)}" if options else "no option"
     return ConfigError(
-        message, where=origin(key), got=as_written(error["input"][name]), expected=expected, remedy=remedy
+        message, where=where, got=as_written(error["input"][name]), expected=expected, remedy=remedy
     )
-
-
-def as_tree(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of keys as mappings in mappings: `{loss: {beta: 0.2}}`."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        reduce(lambda at, section: at.setdefault(section, {}), sections, tree)[name] = value
-    return tree
 
 
 def fits(key: str, value: Any) -> bool:

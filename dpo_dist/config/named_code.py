@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from dpo_dist.config.keys import key_rows
@@ -22,9 +23,9 @@ def _named(values: Mapping[str, Any]) -> dict[str, list[Any]]:
     for name in _ROWS:
         found: list[Any] = [values]
         for part in name.split("."):
-            found = [each.get(part.removesuffix("[]")) for each in found if isinstance(each, Mapping)]
+            found = [each[part.removesuffix("[]")] for each in found if each]
             if part.endswith("[]"):
-                found = [entry for entries in found if isinstance(entries, list) for entry in entries]
+                found = list(chain(*found))
         found = list(dict.fromkeys(filter(None, found)))
         if found:
             named[name] = found

@@ -37,13 +37,13 @@ from dpo_dist.compat.other_trainers import (
     names_of,
 )
 from dpo_dist.config.keys import verb_keys
-from dpo_dist.config.mistakes import as_tree
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, validated
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.types import as_tree
 from dpo_dist.kit import LossKind, fits, kinds_using, parse_overrides, run_keys
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
