@@ -128,8 +128,8 @@ def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
     typed = overrides[0].value() if overrides else text
     near = nearest(name, re.findall(r"--[\w-]+", _parser().format_help()))
     if key in run_keys():
-        near = [assigned(key, typed)]
-    remedy = did_you_mean(near) if near and not ask("advice", key, text) else instead_of_key(key, typed)
+        near = assigned([key], typed)
+    remedy = ask("advice", key, text) or (did_you_mean(near) if near else instead_of_key(key, typed))
     return ConfigError(f"there is no option {name}", where=Typed(word, *values), remedy=remedy)
 
 

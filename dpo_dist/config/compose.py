@@ -286,6 +286,11 @@ class Composition:
                 config = cast(DictConfig, OmegaConf.merge(config, preset))
             self._places.append(layer.places)
             for key, value in layer.keys:
+                if is_dataclass(run_keys().get(key)) and not isinstance(value, dict):
+                    where = layer.places.get(key, key)
+                    remedy = f"write {key}.KEY=VALUE; --help {key} lists its keys"
+                    self.mistakes.append(ConfigError(f"{key} is a section", where=where, remedy=remedy))
+                    continue
                 # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)

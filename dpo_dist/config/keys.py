@@ -183,8 +183,8 @@ def verb_keys(verb: str, *, trains: bool = False) -> list[str]:
 
 
 def strip_indices(where: str) -> str:
-    """Return a key without the numbers of entries: `data.train[].path` for `data.train[0].path`."""
-    return re.sub(r"\[\d*\]", "[]", where)
+    """Return a key without numbers of entries: `data.train[].path` for `data.train[0].path`."""
+    return re.sub(r"\[\d*\]|\.\d+(?=\.|$)", "[]", where)
 
 
 def presets_of(keys: Collection[str], folders: Sequence[Path]) -> dict[str, list[str]]:

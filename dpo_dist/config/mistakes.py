@@ -55,14 +55,17 @@ def nearest(name: str, names: Iterable[str], table: str = "keys") -> list[str]:
     First by the last part, in the same section before others. `table`: other programs' names that count.
     """
     names = list(names)
-    theirs = [each for each in names if each in equivalents(name, table)]
     section = name.rpartition(".")[0]
-    inside = [each for each in names if each.rpartition(".")[0] == section]
-    for candidates in (inside, names):
-        near = get_close_matches(_last(name).lower(), map(_last, candidates), 1, _SIMILAR)
+    found = [each for each in names if each in equivalents(name, table)]
+    for candidates, least in (
+        ([each for each in names if each.startswith(section)], 1),
+        ([each for each in names if each.rpartition(".")[0] == section], _SIMILAR),
+        (names, _SIMILAR),
+    ):
+        near = get_close_matches(_last(name).lower(), map(_last, candidates), 1, least)
         same = [each for each in candidates if [_last(each)] == near]
-        theirs = theirs or get_close_matches(name, same, 1 if section else 3, 0)
-    return theirs or get_close_matches(name, names, 1, _SIMILAR)
+        found = found or get_close_matches(name, same, 1 if section else 3, 0)
+    return found or get_close_matches(name, names, 1, _SIMILAR)
 
 
 def did_you_mean(words: Iterable[str]) -> str:
@@ -70,14 +73,25 @@ def did_you_mean(words: Iterable[str]) -> str:
     return f"did you mean {' or '.join(words)}?"
 
 
-def assigned(key: str, value: Any = None) -> str:
-    """Return KEY=VALUE, with another program's value as ours; the key and its type, if it refuses both."""
-    for meaning in (value, *equivalents(as_written(value), "values")):
-        is_preset = as_written(meaning) in preset_names(key, group_folders())
-        if value is not None and (is_preset or fits(key, meaning)):
-            return shlex.quote(f"{key}={as_written(meaning)}")
-    row = all_keys().get(key)
-    return f"{key}, {row.type_words}" if row else key
+def assigned(keys: Iterable[str], value: Any) -> list[str]:
+    """Return KEY=VALUE for keys that take the value, or what may be meant by it; else the keys' types."""
+    words = []
+    types = []
+    for each in keys:
+        presets = preset_names(each, group_folders())
+        names = [*choices(run_keys().get(each)), *presets]
+        key = each if not presets or as_written(value) in presets else _PATHS.get(each, each)
+        meanings = [value]
+        if not isinstance(value, list):
+            meanings += nearest(as_written(value), names, "values")
+        word = next((f"{key}={as_written(it)}" for it in meanings if it in presets or fits(key, it)), "")
+        words += [shlex.quote(word)] * bool(word)
+        types.append(
+            f"{key}, {all_keys()[key].type_words}"
+            if key in all_keys()
+            else f"{key}{'=NAME' if presets else '.KEY=VALUE'}"
+        )
+    return words or types
 
 
 def not_a_word(words: Sequence[str], verb: str = "") -> ConfigError:
@@ -96,26 +110,27 @@ def not_a_word(words: Sequence[str], verb: str = "") -> ConfigError:
 def instead_of_key(key: str, value: Any = None) -> str:
     """Return what to write in place of a key that does not exist."""
     section, _, name = strip_indices(key).rpartition(".")
-    is_entry = section.endswith("]")
+    of_list = section.removesuffix("[]")
     beside = [_last(each) for each in all_keys() if each.rpartition(".")[0] == section]
-    near = nearest(name, beside, "sources") if is_entry else nearest(key, ["experiment", *run_keys()])
     if key == "experiment":
         return "begin the file of an experiment with the line '# @package _global_'"
     if key in run_keys():
-        return f"write {key} as keys inside of keys, '{key.partition('.')[0]}: {{...}}', as Hydra reads them"
-    if f"{section}[].{name}" in all_keys():
-        return f"write it inside an entry of the list: {section}=[{{{name}: ..., ...}}]"
+        return f"write {key} as keys inside of keys, '{of_list}: {{{name}: ...}}', as Hydra reads them"
+    if f"{of_list}[].{name}" in all_keys():
+        return f"write it inside an entry: '{of_list}=[{{{name}: ...}}]'"
+    if of_list != section:
+        near = nearest(name, beside, "sources")
+    else:
+        near = nearest(key, ["experiment", *run_keys()])
     remedy: str = ask("advice", key, as_written(value))
-    if remedy:
-        return remedy
-    if near:
+    if near and not remedy:
         kinds = [kind for each in near for kind in kinds_using(each.removeprefix("loss."))]
         of_loss = f" It is an option of {', '.join(kinds)}" * near[0].startswith("loss.options.")
-        return did_you_mean(near if is_entry else (assigned(each, value) for each in near)) + of_loss
-    if beside:
-        return f"the keys of {section} are {', '.join(beside)}"
+        remedy = did_you_mean(near if of_list != section else assigned(near, value)) + of_loss
+    if not remedy and beside:
+        remedy = f"the keys of {section} are {', '.join(beside)}"
     sections = [each for each in run_keys() if "." not in each]
-    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
+    return remedy or f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
 def unknown_key(key: str, where: str = "", value: Any = None) -> ConfigError:
@@ -126,16 +141,17 @@ def unknown_key(key: str, where: str = "", value: Any = None) -> ConfigError:
 def unknown_preset(group: str, name: str, folders: Sequence[Path], where: str = "") -> ConfigError:
     """Return the error for a preset that does not exist."""
     presets = preset_names(group, folders)
-    near = nearest(name, presets, "values")
+    near = [to_choose(group, each) for each in nearest(name, presets, "values")]
+    if not near and group in _PATHS:
+        near = assigned([group], name)
     remedy = ask("advice", group, name) if group in run_keys() else ""
     if near and not remedy:
-        remedy = did_you_mean(to_choose(group, each) for each in near)
-    elif group in _PATHS and not remedy:
-        remedy = f"a path is no preset: write {assigned(_PATHS[group], name)}"
-    remedy = remedy or f"choose one with {to_choose(group, 'NAME')}, or name a file of your own: my.yaml"
-    expected = f"one of {', '.join(presets)}"
+        remedy = did_you_mean(near)
     return ConfigError(
-        f"there is no {group} named {name!r}", where=where or group, expected=expected, remedy=remedy
+        f"there is no {group} named {name!r}",
+        where=where or group,
+        expected=f"one of {', '.join(presets)}",
+        remedy=remedy or f"choose one with {to_choose(group, 'NAME')}, or name a file of your own: my.yaml",
     )
 
 
@@ -144,7 +160,7 @@ def explained(error: Exception, place: str, folders: Sequence[Path] = ()) -> lis
 
     `place`: the file that was read, the word or key.
     """
-    got = str(error)
+    got = str(error).partition("\n")[0]
     remedy = "correct the file"
     match error:
         case ConfigError():
@@ -152,19 +168,16 @@ def explained(error: Exception, place: str, folders: Sequence[Path] = ()) -> lis
         case MissingConfigException() if error.missing_cfg_file:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
             return [unknown_preset(group, name, folders)]
-        case yaml.MarkedYAMLError():
-            if error.problem_mark:
-                place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
+        case yaml.MarkedYAMLError() if error.problem_mark:
+            place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
             got = str(error.problem)
-        case OmegaConfBaseException():
-            got = str(error.msg or got).partition("full_key:")[0]
         case OSError():
             got = error.strerror or got
             similar = similar_path(Path(place))
             remedy = "check the path, which is relative to the working directory"
             if similar is not None and similar.suffix in (".yaml", ".yml"):
                 remedy = did_you_mean([str(similar)])
-    return [ConfigError("this cannot be read", where=place, got=" ".join(got.split()), remedy=remedy)]
+    return [ConfigError("this cannot be read", where=place, got=got, remedy=remedy)]
 
 
 def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
@@ -190,8 +203,8 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
         above, _, name = key.rpartition(".")
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
-                inside = f"{key}.{option}"
-                mistakes[inside] = _no_option(inside, detail, origin(inside))
+                place = f"{key}.{option}"
+                mistakes[place] = _no_option(key, option, detail, origin(place))
         elif is_unknown:
             mistakes[key] = unknown_key(key, origin(key), detail["input"])
         elif detail["type"] != "missing":
@@ -225,33 +238,27 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"
     near = nearest(str(value), choices(hint), "values")
-    remedy = ask("advice", key, as_written(value)) or f"set {key} to {expected}"
-    if key in run_keys() and value in preset_names(key, group_folders()):
-        remedy = f"write 'override /{key}: {value}' into the list of defaults"
-    elif near:
+    remedy = ask("advice", key, as_written(value))
+    if near and not remedy:
         remedy = did_you_mean(near if "[" in key else (f"{key}={each}" for each in near))
     got = repr(value) if isinstance(value, str) else as_written(value)  # '5' is no whole number
     message = f"{key} cannot have this value"
+    remedy = remedy or f"set {key} to {expected}, or remove it"
     return ConfigError(message, where=where, got=got, expected=expected, remedy=remedy)
 
 
-def _no_option(key: str, error: ErrorDetails, where: str) -> ConfigError:
-    """Return the error for an option that a kind of loss does not have."""
-    place, _, name = key.rpartition(".")
+def _no_option(place: str, name: str, error: ErrorDetails, where: str) -> ConfigError:
+    """Return the error for an option in the mapping `place` that a kind of loss does not have."""
     kind = error["ctx"]["kind"]
     options = error["ctx"]["known"]
-    users = ", ".join(sorted(kinds_using(f"options.{name}")))
-    near = nearest(key, [f"{place}.{each}" for each in options])
-    remedy = "remove it; loss=NAME replaces all options of the loss"
-    if near:
-        remedy = did_you_mean(near)
-    elif users and kind:
-        remedy = f"remove it, or choose a loss that has it: {users}"
+    users = ", ".join(sorted(kinds_using(f"options.{name}"))) * bool(kind)
+    near = nearest(f"{place}.{name}", [f"{place}.{each}" for each in options])
+    remedy = f"remove it{', or choose a loss that has it: ' * bool(users)}{users}"
+    remedy = did_you_mean(near) if near else f"{remedy}; loss=NAME replaces all options of the loss"
     message = f"{kind} has no option {name!r}" if kind else "each entry of loss.terms has its own options"
     expected = f"one of {', '.join(options)}" if options else "no option"
-    return ConfigError(
-        message, where=where, got=as_written(error["input"][name]), expected=expected, remedy=remedy
-    )
+    got = as_written(error["input"][name])
+    return ConfigError(message, where=where, got=got, expected=expected, remedy=remedy)
 
 
 def fits(key: str, value: Any) -> bool:
