@@ -163,6 +163,6 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
 def advice_on(key: str, value: str) -> str:
     """Return what to do about another trainer's option without a key of the same meaning; "" for others."""
     answer = find_answer(key, value)
-    if answer is None and key not in run_keys() and not equivalents(key, "keys"):
+    if answer is None and key not in (*run_keys(), "experiment") and not equivalents(key, "keys"):
         answer = answer_on(key, value)
     return answer.text if answer else ""

@@ -37,7 +37,7 @@ from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
-from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
+from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
@@ -102,21 +102,14 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
             options.words.append(word)
             continue
         values = []
-        while "=" not in word and rest and _is_value_of(word, rest[0]):
+        # A switch, as of another trainer, does not take the file that follows.
+        while "=" not in word and rest and not re.search(r"^-|=|\.ya?ml$", rest[0]):
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
     if options.help and "=" in options.help:
         options.words = [options.help, *options.words]
         options.help = ""
     return options
-
-
-def _is_value_of(option: str, word: str) -> bool:
-    """Return whether a word that follows an unknown option is its value."""
-    if word.startswith("-") or "=" in word:
-        return False
-    # A switch, as of another trainer, does not take the file that follows; `--config` does.
-    return "config" in option or not word.endswith((".yaml", ".yml"))
 
 
 def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
@@ -139,51 +132,31 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     None if the command sets `model.path` (for the doctor: `data.train`), has a model preset, an experiment, a
     file or `--config-dir`, or if the run has no config.yaml.
     """
-    overrides = _overrides_in(options)
-    needed = VERBS[verb].needs[0]
-    if _is_whole(options, overrides, {"model", needed}):
-        return None
-    if "run.dir" not in overrides:
-        raise_all([unknown_key(key, value=overrides[key]) for key in overrides if key not in run_keys()])
-        raise ConfigError(
-            "no run is named",
-            where="run.dir",
-            expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-            remedy=f"set run.dir, or write the run's whole command: {needed}=... and its other keys",
-        )
-    file = existing_run(Path(str(overrides["run.dir"])).expanduser()).config
-    if not file.is_file():
-        return None
-    return read_saved(file)
+    folder = _named_run(options, {"model", VERBS[verb].needs[0]})
+    file = None if folder is None else existing_run(folder).config
+    return read_saved(file) if file is not None and file.is_file() else None
 
 
-def _overrides_in(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of a command's overrides by their keys."""
+def _named_run(options: argparse.Namespace, needed: Collection[str]) -> Path | None:
+    """Return `run.dir` of a command without a file, an experiment and the keys `needed`; None for others."""
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
-    return {override.key_or_group: override.value() for override in overrides}
-
-
-def _is_whole(options: argparse.Namespace, keys: Collection[str], needed: Collection[str]) -> bool:
-    """Return whether a command says more than the name of a run: a file, an experiment, one of some keys."""
+    values = {override.key_or_group: override.value() for override in overrides}
     has_file = options.config_dir is not None or any("=" not in word for word in options.words)
-    return has_file or not {"experiment", *needed}.isdisjoint(keys)
+    is_whole = has_file or not {"experiment", *needed}.isdisjoint(values)
+    return None if is_whole or "run.dir" not in values else Path(str(values["run.dir"])).expanduser()
 
 
 def _check_more_than_run(options: argparse.Namespace) -> None:
     """Raise ConfigError for a command that names an existing run in place of what it trains."""
-    overrides = _overrides_in(options)
-    if "run.dir" not in overrides or _is_whole(
-        options, overrides, {"model", "model.path", "data", "data.train"}
-    ):
-        return
-    words = shlex.join(options.words)
-    file = RunFolder(Path(str(overrides["run.dir"])).expanduser()).config
-    if file.is_file():
+    folder = _named_run(options, {"model", "model.path", "data", "data.train"})
+    if folder is not None and RunFolder(folder).config.is_file():
+        file = shlex.quote(str(RunFolder(folder).config))
+        words = shlex.join(options.words)
         raise ConfigError(
             "this command names a run, and not what it trains",
             where="run.dir",
-            got=str(overrides["run.dir"]),
-            remedy=f"begin with the run's configuration: dpo-dist train {shlex.quote(str(file))} {words}",
+            got=str(folder),
+            remedy=f"begin with the run's configuration: dpo-dist train {file} {words}",
         )
 
 

@@ -25,8 +25,6 @@ from dpo_dist.foundation.fields import plain_values, validated
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.user_code import find_function
 
-_CODE_OF_HYDRA = ("defaults", "hydra")
-
 
 def load_run_config(
     words: Sequence[str],
@@ -101,8 +99,7 @@ def read_saved(file: Path) -> dict[str, Any]:
     """Return the values of a run's config.yaml, perhaps a stranger's; nothing in the file is evaluated.
 
     Raises:
-        ConfigError: the file cannot be read, has no keys, or has an alias, an interpolation or a key of
-            Hydra's.
+        ConfigError: the file cannot be read, has no keys, or has an alias or an interpolation.
     """
     try:
         text = file.read_bytes()
@@ -111,8 +108,8 @@ def read_saved(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
             raise ValueError("it has no keys")
-        if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
-            raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
+        if "${" in str(content):
+            raise ValueError("it has an interpolation (${...}), which no run writes")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             "the configuration of this run cannot be read",

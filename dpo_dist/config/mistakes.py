@@ -20,7 +20,6 @@ from dpo_dist.config.keys import (
     all_keys,
     group_folders,
     preset_names,
-    presets_of,
     run_keys,
     strip_indices,
     to_choose,
@@ -65,7 +64,7 @@ def nearest(name: str, names: Iterable[str], table: str = "keys") -> list[str]:
         near = get_close_matches(_last(name).lower(), map(_last, candidates), 1, least)
         same = [each for each in candidates if [_last(each)] == near]
         found = found or get_close_matches(name, same, 1 if section else 3, 0)
-    return found or get_close_matches(name, names, 1, _SIMILAR)
+    return found
 
 
 def did_you_mean(words: Iterable[str]) -> str:
@@ -78,33 +77,28 @@ def assigned(keys: Iterable[str], value: Any) -> list[str]:
     words = []
     types = []
     for each in keys:
+        text = as_written(value)
         presets = preset_names(each, group_folders())
-        names = [*choices(run_keys().get(each)), *presets]
-        key = each if not presets or as_written(value) in presets else _PATHS.get(each, each)
+        key = each if not presets or text in presets else _PATHS.get(each, each)
         meanings = [value]
         if not isinstance(value, list):
-            meanings += nearest(as_written(value), names, "values")
+            meanings += nearest(text, [*choices(run_keys().get(each)), *presets], "values")
         word = next((f"{key}={as_written(it)}" for it in meanings if it in presets or fits(key, it)), "")
         words += [shlex.quote(word)] * bool(word)
-        types.append(
-            f"{key}, {all_keys()[key].type_words}"
-            if key in all_keys()
-            else f"{key}{'=NAME' if presets else '.KEY=VALUE'}"
-        )
+        row = all_keys().get(key)
+        types.append(f"{key}, {row.type_words}" if row else f"{key}=...")
     return words or types
 
 
 def not_a_word(words: Sequence[str], verb: str = "") -> ConfigError:
     """Return the error for words of a verb's command that are not KEY=VALUE."""
-    text = " ".join(words)
-    remedy = "write no space around =, and quotes around a value with spaces or brackets: 'KEY=[a, b]'"
-    presets = presets_of(run_keys(), group_folders()).items()
-    named = [to_choose(group, text) for group, names in presets if text in names]
-    if len(words) == 1 and "=" not in text:
-        keys = named or [f"{key}=..." for key in VERBS[verb or "train"].takes_words]
-        remedy = f"write {' or '.join(keys)}"
-    expected = "KEY=VALUE, for example loss.beta=0.2"
-    return ConfigError("these words are not KEY=VALUE", where=Typed(*words), expected=expected, remedy=remedy)
+    keys = [f"{key}=..." for key in VERBS[verb or "train"].takes_words]
+    return ConfigError(
+        "these words are not KEY=VALUE",
+        where=Typed(*words),
+        expected=f"KEY=VALUE, such as {' or '.join(keys)}",
+        remedy="write the key too, no space around =, and quotes around spaces and brackets: 'KEY=[a, b]'",
+    )
 
 
 def instead_of_key(key: str, value: Any = None) -> str:
@@ -144,7 +138,7 @@ def unknown_preset(group: str, name: str, folders: Sequence[Path], where: str = 
     near = [to_choose(group, each) for each in nearest(name, presets, "values")]
     if not near and group in _PATHS:
         near = assigned([group], name)
-    remedy = ask("advice", group, name) if group in run_keys() else ""
+    remedy = ask("advice", group, name)
     if near and not remedy:
         remedy = did_you_mean(near)
     return ConfigError(
@@ -220,9 +214,9 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
 
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     """Return the error for a value that a key cannot have."""
-    refused = error.get("ctx", {}).get("error")
-    if isinstance(refused, ValueError) and isinstance(refused.args[0], ConfigError):  # of a path or URL
-        mistake = refused.args[0]
+    context = error.get("ctx", {})
+    mistake: ConfigError | None = context.get("mistake")
+    if mistake is not None:  # of a path or URL
         mistake.where = key if isinstance(where, Typed) else where  # a word may have a password
         return mistake
     plain = strip_indices(key)
@@ -235,8 +229,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     value = error["input"]
     if value == "":
         expected += ", not empty"
-    if error["type"] == "less_than_equal" and "<=" not in expected:
-        expected += f", <= {error['ctx']['le']:,}"
+    expected += context.get("allowed", "")
     near = nearest(str(value), choices(hint), "values")
     remedy = ask("advice", key, as_written(value))
     if near and not remedy:

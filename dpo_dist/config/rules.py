@@ -587,7 +587,10 @@ def rules_of(verb: str) -> list[Rule]:
 
 def needs_of(verb: str) -> list[Rule]:
     """Return the rules about the keys that a verb needs, for a configuration that is made in Python, too."""
-    return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
+    rules = [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
+    if verb and VERBS[verb].reuses_config:
+        rules[0] = replace(rules[0], remedy=f"{rules[0].remedy}, or name a run: run.dir=RUN")
+    return rules
 
 
 def resolve_reference(config: RunConfig) -> RunConfig:

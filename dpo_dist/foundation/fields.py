@@ -122,7 +122,7 @@ def _read(value: Any, hint: Any) -> Any:
         return str(value)
     if is_number and int in kinds and float not in kinds:
         if abs(value) > LARGEST_INTEGER:
-            raise PydanticCustomError("less_than_equal", "too large", {"le": LARGEST_INTEGER})
+            raise PydanticCustomError("too_large", "too large", {"allowed": f", <= {LARGEST_INTEGER:,}"})
         return int(value) if float(value).is_integer() else value
     if isinstance(value, list) and lists:
         return [_read(entry, get_args(lists[0])[0]) for entry in value]

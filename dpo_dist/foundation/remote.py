@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic_core import PydanticCustomError
+
 from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, Lack, in_one_line
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
@@ -37,26 +39,26 @@ def check_place(text: str) -> str:
     """Return a path, a name on the hub or a URL, as a configuration has it.
 
     Raises:
-        ValueError: a URL cannot be used, or the text is a page's address; its argument is the `ConfigError`.
+        PydanticCustomError: a URL cannot be used, or the text is a page's address; its context has the
+            `ConfigError` as `mistake`.
     """
     protocol = _ONE_SLASH.match(text)
     page = _HUB_PAGE.fullmatch(text)
-    if protocol:
-        remedy = f"did you mean {protocol[1]}://{text[protocol.end() :]}?"
-        raise ValueError(ConfigError("a URL has two slashes", got=text, remedy=remedy))
-    if page:
-        name, branch = page.groups()
-        remedy = f"did you mean {name}?"
-        if branch not in (None, "", "main"):
-            remedy += f" Its branch {branch} is the key revision beside it; without one, download the branch"
-        message = "this is the address of a page for browsers"
-        expected = "the name on the hub, ORG/NAME"
-        raise ValueError(ConfigError(message, got=text, expected=expected, remedy=remedy))
     try:
+        if protocol:
+            remedy = f"did you mean {protocol[1]}://{text[protocol.end() :]}?"
+            raise ConfigError("a URL has two slashes", got=text, remedy=remedy)
+        if page:
+            name, branch = page.groups()
+            remedy = f"did you mean {name}?"
+            if branch not in (None, "", "main"):
+                remedy += f" Its branch {branch} is the key revision beside it, or a folder to download"
+            message = "this is the address of a page for browsers"
+            raise ConfigError(message, got=text, expected="the name on the hub, ORG/NAME", remedy=remedy)
         if is_url(text):
             check_url(text, "")
     except ConfigError as error:
-        raise ValueError(error) from None
+        raise PydanticCustomError("place", "no place", {"mistake": error}) from None
     return text
 
 

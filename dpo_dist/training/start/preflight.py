@@ -138,7 +138,7 @@ def _packages(start: _Start) -> None:
     """Check the packages that values need: each with its key, and a value that does not need it."""
     config = start.config
     model = config.model
-    needed = [
+    needed: list[tuple[str, str, str | None, str]] = [
         ("bitsandbytes", "model.quantization", model.quantization, "null"),
         ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
     ]
