@@ -102,8 +102,9 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
             options.words.append(word)
             continue
         values = []
-        # A switch, as of another trainer, does not take the file that follows.
-        while "=" not in word and rest and not re.search(r"^-|=|\.ya?ml$", rest[0]):
+        # A switch, as of another trainer, does not take the file that follows; `--config` does.
+        others = "^-|=" if "config" in word else r"^-|=|\.ya?ml$"
+        while "=" not in word and rest and not re.search(others, rest[0]):
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
     if options.help and "=" in options.help:

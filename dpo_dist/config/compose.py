@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_dist.config.extensions import ask
 from dpo_dist.config.keys import is_within, preset_names, readers, run_keys, verb_keys
-from dpo_dist.config.mistakes import FAILURES, explained, not_a_word, unknown_key, unknown_preset
+from dpo_dist.config.mistakes import FAILURES, explained, not_a_word, unknown_key
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, plain_values
@@ -178,9 +178,12 @@ class Composition:
         self.is_saved = saved is not None
         self.mistakes = list(mistakes)
         self.overrides = list[Override]()
+        self.set_keys = list[str]()
+        """The keys that words of the command set."""
         self.set_by_presets = list[str]()
         """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
         self._further = dict[str, list[str]]()  # experiments, and files of other groups without a section
+        self._unknown = dict[str, Any]()  # keys with their values, groups with names, for pydantic to refuse
         self._layers = list[_Layer]()
         self._places = list[Places]()
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
@@ -226,44 +229,39 @@ class Composition:
         return layer
 
     def _choose(self, layer: _Layer, group: str, choice: Any, where: str) -> None:
-        """Add a preset of a section to a layer, or an experiment to Hydra's."""
+        """Add a preset of a section to a layer, an experiment to Hydra's, one without file to the unknown."""
         name = {False: "off", None: "null"}.get(choice, choice)  # YAML reads a bare `off` as false
         if name not in preset_names(group, self.folders):
-            self.mistakes.append(unknown_preset(group, str(name), self.folders, where))
+            self._unknown.setdefault(group, []).append(name)
+            layer.places[group] = where
         elif group in run_keys():
             layer.presets[group] = name
         else:
             self._further.setdefault(group, []).append(name)
 
     def _set(self, layer: _Layer, override: Override) -> None:
-        """Add a word of the command, or a mistake if its key, preset or form does not exist."""
+        """Add a word of the command to a layer, or a mistake if it is not one value."""
         key = override.key_or_group
         value = override.value()
         where = Typed(str(override.input_line))
         is_group = any((folder / key).is_dir() for folder in self.folders)
-        message = ""
         if override.is_delete() or override.is_sweep_override():
-            message = f"{key} takes one value"
             remedy = (
                 "write one value (a list has brackets: [a,b]); the verb sweep runs each of several values"
             )
+            self.mistakes.append(ConfigError(f"{key} takes one value", where=where, remedy=remedy))
         elif is_group and isinstance(value, list) and key in run_keys():
-            message = f"{key} takes one preset"
             remedy = f"write {key}=NAME" + "; loss.terms has the kinds of a sum" * (key == "loss")
-        if message:
-            self.mistakes.append(ConfigError(message, where=where, remedy=remedy))
-            return
-        if is_group and not isinstance(value, dict):
-            for name in names_chosen(override):
-                self._choose(layer, key, name, where)
-        # The kind of loss decides which options exist: pydantic checks them.
-        elif key not in run_keys() and not key.startswith("loss.options."):
-            self.mistakes.append(unknown_key(key, where, value))
-            return
+            self.mistakes.append(ConfigError(f"{key} takes one preset", where=where, remedy=remedy))
         else:
-            layer.keys.append((key, value))
-            layer.places.update(dict.fromkeys(set_by(override), where))
-        self.overrides.append(override)
+            self.overrides.append(override)
+            self.set_keys += set_by(override)
+            if is_group and not isinstance(value, dict):
+                for name in names_chosen(override):
+                    self._choose(layer, key, name, where)
+            else:
+                layer.keys.append((key, value))
+                layer.places.update(dict.fromkeys(set_by(override), where))
 
     def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out words and files with mistakes."""
@@ -286,15 +284,16 @@ class Composition:
                 config = cast(DictConfig, OmegaConf.merge(config, preset))
             self._places.append(layer.places)
             for key, value in layer.keys:
-                if is_dataclass(run_keys().get(key)) and not isinstance(value, dict):
-                    where = layer.places.get(key, key)
-                    remedy = f"write {key}.KEY=VALUE; --help {key} lists its keys"
-                    self.mistakes.append(ConfigError(f"{key} is a section", where=where, remedy=remedy))
+                is_section = is_dataclass(run_keys().get(key))
+                # The kind of loss decides which options exist: pydantic checks them.
+                is_known = key in run_keys() or key.startswith("loss.options.")
+                if not is_known or (is_section and "." not in key and not isinstance(value, dict)):
+                    self._unknown[key] = value
                     continue
                 # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
-        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)) | self._unknown
 
     def _composed(self, root: str, words: Iterable[str]) -> DictConfig:
         """Return what Hydra composes; nothing if a file has a mistake, so that others are found, too."""
@@ -303,7 +302,7 @@ class Composition:
         try:
             config, places = _composed(root, tuple(words), tuple(self.folders), stamps)
         except FAILURES as error:
-            self.mistakes += explained(error, "config.yaml, a preset or an experiment", self.folders)
+            self.mistakes += explained(error, "config.yaml, a preset or an experiment")
             return OmegaConf.create()
         self._places += places
         return config

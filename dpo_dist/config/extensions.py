@@ -31,8 +31,8 @@ class Verb(NamedTuple):
     """Whether the verb reads config.yaml in `run.dir` for a command that only names this run."""
     is_one_process: bool = False
     """Whether rank 0 alone works if a launcher starts several processes."""
-    takes_words: tuple[str, ...] = ("model.path", "data.train")
-    """The keys to suggest for a word without a key."""
+    takes_word: str = "data.train"
+    """The key in the example for a word without a key."""
 
 
 class Extension(NamedTuple):

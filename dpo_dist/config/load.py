@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from dpo_dist.config.compose import Composition, set_by
+from dpo_dist.config.compose import Composition
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
 from dpo_dist.config.mistakes import FAILURES, explained, wrong_values
@@ -50,6 +50,7 @@ def load_run_config(
 def load_command(composition: Composition, verb: str) -> RunConfig:
     """Return the checked configuration of a parsed command. Raises ConfigError, as `load_run_config`."""
     mistakes = composition.mistakes
+    config = None
     try:
         values = composition.compose()
         if verb:
@@ -57,19 +58,14 @@ def load_command(composition: Composition, verb: str) -> RunConfig:
             mistakes += composition.unread_keys(verb, trains=trains)
         config = validated(SCHEMA, values)
     except ValidationError as error:
-        raise_all([*mistakes, *wrong_values(error, composition.origin)])
-        raise
+        mistakes += wrong_values(error, composition.origin, composition.folders)
     except FAILURES as error:
-        place = composition.origin(getattr(error, "full_key", None) or "the configuration")
-        raise_all([*mistakes, *explained(error, place, composition.folders)])
-        raise
+        mistakes += explained(error, composition.origin(getattr(error, "full_key", None) or "a file"))
     raise_all(mistakes)
-    set_keys: list[str] = []
-    for override in composition.overrides:
-        set_keys += set_by(override)
+    assert config is not None, "without mistakes"
     if composition.is_saved:
-        check_code_allowed(config, set_keys)
-    return complete_config(config, set_keys, verb, composition.set_by_presets)
+        check_code_allowed(config, composition.set_keys)
+    return complete_config(config, composition.set_keys, verb, composition.set_by_presets)
 
 
 def complete_config(

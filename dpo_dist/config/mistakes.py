@@ -92,11 +92,10 @@ def assigned(keys: Iterable[str], value: Any) -> list[str]:
 
 def not_a_word(words: Sequence[str], verb: str = "") -> ConfigError:
     """Return the error for words of a verb's command that are not KEY=VALUE."""
-    keys = [f"{key}=..." for key in VERBS[verb or "train"].takes_words]
     return ConfigError(
         "these words are not KEY=VALUE",
         where=Typed(*words),
-        expected=f"KEY=VALUE, such as {' or '.join(keys)}",
+        expected=f"KEY=VALUE, such as {VERBS[verb or 'train'].takes_word}=...",
         remedy="write the key too, no space around =, and quotes around spaces and brackets: 'KEY=[a, b]'",
     )
 
@@ -132,12 +131,11 @@ def unknown_key(key: str, where: str = "", value: Any = None) -> ConfigError:
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=instead_of_key(key, value))
 
 
-def unknown_preset(group: str, name: str, folders: Sequence[Path], where: str = "") -> ConfigError:
+def unknown_preset(group: str, name: str, presets: Sequence[str], where: str = "") -> ConfigError:
     """Return the error for a preset that does not exist."""
-    presets = preset_names(group, folders)
     near = [to_choose(group, each) for each in nearest(name, presets, "values")]
     if not near and group in _PATHS:
-        near = assigned([group], name)
+        near = [shlex.quote(f"{_PATHS[group]}={name}")]
     remedy = ask("advice", group, name)
     if near and not remedy:
         remedy = did_you_mean(near)
@@ -145,11 +143,11 @@ def unknown_preset(group: str, name: str, folders: Sequence[Path], where: str = 
         f"there is no {group} named {name!r}",
         where=where or group,
         expected=f"one of {', '.join(presets)}",
-        remedy=remedy or f"choose one with {to_choose(group, 'NAME')}, or name a file of your own: my.yaml",
+        remedy=remedy or f"choose one with {to_choose(group, 'NAME')}, or name a file of your own",
     )
 
 
-def explained(error: Exception, place: str, folders: Sequence[Path] = ()) -> list[ConfigError]:
+def explained(error: Exception, place: str) -> list[ConfigError]:
     """Return the mistake behind an exception of Hydra, OmegaConf, the YAML parser or the file system.
 
     `place`: the file that was read, the word or key.
@@ -161,7 +159,7 @@ def explained(error: Exception, place: str, folders: Sequence[Path] = ()) -> lis
             return [error]
         case MissingConfigException() if error.missing_cfg_file:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
-            return [unknown_preset(group, name, folders)]
+            return [unknown_preset(group, name, error.options or ())]
         case yaml.MarkedYAMLError() if error.problem_mark:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
             got = str(error.problem)
@@ -174,31 +172,43 @@ def explained(error: Exception, place: str, folders: Sequence[Path] = ()) -> lis
     return [ConfigError("this cannot be read", where=place, got=got, remedy=remedy)]
 
 
-def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
+def _key_at(place: Sequence[int | str]) -> str:
     """Return the key at a place in pydantic's error, `data.train[0].path`, without types at its end."""
     key = ""
-    for index, part in enumerate(place):
+    for part in place:
         longer = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip(".")
         option = strip_indices(longer)
-        is_key = option in run_keys() or option in all_keys() or isinstance(part, int)
-        if not is_key and not (is_unknown and index == len(place) - 1):
+        if option not in run_keys() and option not in all_keys() and not isinstance(part, int):
             break
         key = longer
     return key
 
 
-def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[ConfigError]:
-    """Return an error for each key whose value does not fit; `origin` returns what sets a key."""
+def wrong_values(
+    error: ValidationError, origin: Callable[[str], str], folders: Sequence[Path] = ()
+) -> list[ConfigError]:
+    """Return an error for each key whose value does not fit.
+
+    `origin` returns what sets a key; `folders` have the presets of groups.
+    """
     mistakes = dict[str, ConfigError]()
     # Unknown keys first: one of them may be the missing key, mistyped.
     for detail in sorted(error.errors(), key=lambda detail: detail["type"] == "missing"):
         is_unknown = detail["type"] == "unexpected_keyword_argument"
-        key = _key_at(detail["loc"], is_unknown=is_unknown)
+        key = _key_at(detail["loc"])
+        if is_unknown:
+            key = f"{key}.{detail['loc'][-1]}".lstrip(".")
         above, _, name = key.rpartition(".")
+        presets = preset_names(key, folders)
+        listed = detail["input"] if presets and isinstance(detail["input"], list) else []
+        names = [str(name) for name in listed if name not in presets]
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
                 place = f"{key}.{option}"
                 mistakes[place] = _no_option(key, option, detail, origin(place))
+        elif names:
+            for each in names:
+                mistakes[f"{key}={each}"] = unknown_preset(key, each, presets, origin(key))
         elif is_unknown:
             mistakes[key] = unknown_key(key, origin(key), detail["input"])
         elif detail["type"] != "missing":
@@ -227,8 +237,6 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         hint = nested(hint) or get_args(hint)[0]
         expected = row.facts.accepts.partition("a list of ")[2] or describe_type(hint)
     value = error["input"]
-    if value == "":
-        expected += ", not empty"
     expected += context.get("allowed", "")
     near = nearest(str(value), choices(hint), "values")
     remedy = ask("advice", key, as_written(value))

@@ -161,8 +161,6 @@ TeacherMode = StrEnum("TeacherMode", ["cached", "live"])
 Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
-KIND_OF_STAGE = {stage: kind for kind, stage in ZERO_STAGES.items()} | {0: ParallelismKind.ddp}
-"""The kind for a stage of another trainer; here replicated weights are ZeRO-1, which computes what 0 does."""
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
 Every = Annotated[int, Field(ge=2)]

@@ -38,7 +38,7 @@ from dpo_dist.compat.other_trainers import (
 )
 from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.rules import resolve_reference, rules_of
-from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
+from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, validated
 from dpo_dist.foundation.files import own_table
@@ -46,6 +46,8 @@ from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import as_tree
 from dpo_dist.kit import LossKind, fits, kinds_using, parse_overrides, run_keys
 
+_KINDS = ("ddp", "ddp", "zero2", "zero3")
+"""The kind for each stage of ZeRO; here replicated weights are stage 1, which computes what 0 does."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
 _KEYS |= {"optim": "optim.kind", "tracking": "tracking.to"}
@@ -674,7 +676,7 @@ def _machine(run: Translation) -> None:
         if match is None:
             continue
         number = int(match[1])
-        run.set("parallelism.kind", KIND_OF_STAGE[number].value, key, run.left.pop(key))
+        run.set("parallelism.kind", _KINDS[number], key, run.left.pop(key))
         if "offload" in text and number >= 2:
             run.set("parallelism.offload_optimizer", "cpu", key, value)
         if "offload" in text and number == 3:
