@@ -237,15 +237,19 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         hint = nested(hint) or get_args(hint)[0]
         expected = row.facts.accepts.partition("a list of ")[2] or describe_type(hint)
     value = error["input"]
+    text = as_written(value)
     expected += context.get("allowed", "")
-    near = nearest(str(value), choices(hint), "values")
-    remedy = ask("advice", key, as_written(value))
+    near = nearest(text, choices(hint), "values")
+    remedy = ask("advice", key, text)
     if near and not remedy:
         remedy = did_you_mean(near if "[" in key else (f"{key}={each}" for each in near))
-    got = repr(value) if isinstance(value, str) else as_written(value)  # '5' is no whole number
-    message = f"{key} cannot have this value"
-    remedy = remedy or f"set {key} to {expected}, or remove it"
-    return ConfigError(message, where=where, got=got, expected=expected, remedy=remedy)
+    return ConfigError(
+        f"{key} cannot have this value",
+        where=where,
+        got=repr(value) if isinstance(value, str) else text,  # '5' is no whole number
+        expected=expected,
+        remedy=remedy or f"set {key} to {expected}, or remove it",
+    )
 
 
 def _no_option(place: str, name: str, error: ErrorDetails, where: str) -> ConfigError:
@@ -257,9 +261,13 @@ def _no_option(place: str, name: str, error: ErrorDetails, where: str) -> Config
     remedy = f"remove it{', or choose a loss that has it: ' * bool(users)}{users}"
     remedy = did_you_mean(near) if near else f"{remedy}; loss=NAME replaces all options of the loss"
     message = f"{kind} has no option {name!r}" if kind else "each entry of loss.terms has its own options"
-    expected = f"one of {', '.join(options)}" if options else "no option"
-    got = as_written(error["input"][name])
-    return ConfigError(message, where=where, got=got, expected=expected, remedy=remedy)
+    return ConfigError(
+        message,
+        where=where,
+        got=as_written(error["input"][name]),
+        expected=f"one of {', '.join(options)}" if options else "no option",
+        remedy=remedy,
+    )
 
 
 def fits(key: str, value: Any) -> bool:
