@@ -183,7 +183,9 @@ class Composition:
         self.set_by_presets = list[str]()
         """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
         self._further = dict[str, list[str]]()  # experiments, and files of other groups without a section
-        self._unknown = dict[str, Any]()  # keys with their values, groups with names, for pydantic to refuse
+        self._unknown = dict[str, Any]()  # keys with their values, for pydantic to refuse
+        self.unknown_presets = list[tuple[str, str, list[str], str]]()
+        """Group, name, the names that there are, and the place."""
         self._layers = list[_Layer]()
         self._places = list[Places]()
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
@@ -229,11 +231,11 @@ class Composition:
         return layer
 
     def _choose(self, layer: _Layer, group: str, choice: Any, where: str) -> None:
-        """Add a preset of a section to a layer, an experiment to Hydra's, one without file to the unknown."""
+        """Add a preset of a section to a layer, or an experiment to Hydra's."""
         name = {False: "off", None: "null"}.get(choice, choice)  # YAML reads a bare `off` as false
-        if name not in preset_names(group, self.folders):
-            self._unknown.setdefault(group, []).append(name)
-            layer.places[group] = where
+        presets = preset_names(group, self.folders)
+        if name not in presets:
+            self.unknown_presets.append((group, str(name), presets, where))
         elif group in run_keys():
             layer.presets[group] = name
         else:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from dpo_dist.config.compose import Composition
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
-from dpo_dist.config.mistakes import FAILURES, explained, wrong_values
+from dpo_dist.config.mistakes import FAILURES, explained, unknown_preset, wrong_values
 from dpo_dist.config.named_code import check_code_allowed
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
@@ -58,10 +58,10 @@ def load_command(composition: Composition, verb: str) -> RunConfig:
             mistakes += composition.unread_keys(verb, trains=trains)
         config = validated(SCHEMA, values)
     except ValidationError as error:
-        mistakes += wrong_values(error, composition.origin, composition.folders)
+        mistakes += wrong_values(error, composition.origin)
     except FAILURES as error:
         mistakes += explained(error, composition.origin(getattr(error, "full_key", None) or "a file"))
-    raise_all(mistakes)
+    raise_all([*mistakes, *(unknown_preset(*each) for each in composition.unknown_presets)])
     assert config is not None, "without mistakes"
     if composition.is_saved:
         check_code_allowed(config, composition.set_keys)

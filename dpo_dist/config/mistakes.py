@@ -184,31 +184,20 @@ def _key_at(place: Sequence[int | str]) -> str:
     return key
 
 
-def wrong_values(
-    error: ValidationError, origin: Callable[[str], str], folders: Sequence[Path] = ()
-) -> list[ConfigError]:
-    """Return an error for each key whose value does not fit.
-
-    `origin` returns what sets a key; `folders` have the presets of groups.
-    """
+def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[ConfigError]:
+    """Return an error for each key whose value does not fit; `origin` returns what sets a key."""
     mistakes = dict[str, ConfigError]()
     # Unknown keys first: one of them may be the missing key, mistyped.
     for detail in sorted(error.errors(), key=lambda detail: detail["type"] == "missing"):
         is_unknown = detail["type"] == "unexpected_keyword_argument"
         key = _key_at(detail["loc"])
         if is_unknown:
-            key = f"{key}.{detail['loc'][-1]}".lstrip(".")
+            key = f"{_key_at(detail['loc'][:-1])}.{detail['loc'][-1]}".lstrip(".")
         above, _, name = key.rpartition(".")
-        presets = preset_names(key, folders)
-        listed = detail["input"] if presets and isinstance(detail["input"], list) else []
-        names = [str(name) for name in listed if name not in presets]
         if detail["type"] == NO_OPTION:
             for option in detail["ctx"]["names"]:
                 place = f"{key}.{option}"
                 mistakes[place] = _no_option(key, option, detail, origin(place))
-        elif names:
-            for each in names:
-                mistakes[f"{key}={each}"] = unknown_preset(key, each, presets, origin(key))
         elif is_unknown:
             mistakes[key] = unknown_key(key, origin(key), detail["input"])
         elif detail["type"] != "missing":
@@ -238,10 +227,12 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected = row.facts.accepts.partition("a list of ")[2] or describe_type(hint)
     value = error["input"]
     text = as_written(value)
-    expected += context.get("allowed", "")
+    expected += context.get("allowed", ", not empty" * (error["input"] == ""))
     near = nearest(text, choices(hint), "values")
     remedy = ask("advice", key, text)
-    if near and not remedy:
+    if value in preset_names(key, group_folders()):  # of an experiment; a file of the command may have it
+        remedy = f"write 'override /{key}: {value}' into the list of defaults"
+    elif near and not remedy:
         remedy = did_you_mean(near if "[" in key else (f"{key}={each}" for each in near))
     return ConfigError(
         f"{key} cannot have this value",

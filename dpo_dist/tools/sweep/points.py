@@ -279,8 +279,9 @@ def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Poin
         mistake = next(iter(broken.values()))
         others = [words for words in (*points, *refused) if words not in broken]
         words_of_others = set(chain.from_iterable(others))
-        if words_of_others and not isinstance(where, Typed):
-            words_of_broken = dict.fromkeys(chain.from_iterable(broken))
+        words_of_broken = dict.fromkeys(chain.from_iterable(broken))
+        names_value = any(where == Typed(word) for word in words_of_broken)
+        if words_of_others and not names_value:
             alone = [word for word in words_of_broken if word not in words_of_others]
             values = first_few(alone or [" ".join(words) for words in broken])
             what = values if alone else "one of these values"

@@ -293,7 +293,7 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
         (HEADER + "defaults: [/loss@loss: ipo]\n", "use 'override loss: ipo'"),
         (HEADER + "defaults: [override /loss: '${pick}']\npick: ipo\n", "interpolation '${pick}'"),
         (HEADER + "defaults: [mine]\n", "this cannot be read"),
-        (HEADER + "loss: ipo\n", "experiment/mine.yaml:2\n  got:      'ipo'"),
+        (HEADER + "loss: ipo\n", "write 'override /loss: ipo' into the list of defaults"),
         (HEADER + "loss.beta: 0.3\n", "write loss.beta as keys inside of keys, 'loss: {beta: ...}'"),
         ("trainer: {seed: 5}\n", "experiment/mine.yaml:1\n  to do:    begin the file of an experiment with"),
     ],
@@ -311,10 +311,17 @@ def test_a_package_of_an_experiment_is_hydras() -> None:
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("other", "ipo", 0.7)
 
 
-@pytest.mark.parametrize(("root", "text"), [("- a\n", "config.yaml"), ("hydra: {}\n", "no key 'hydra'")])
-def test_an_own_root_that_cannot_be_composed_is_an_error_also_beside_a_preset(root: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("root", "typed", "text"),
+    [
+        ("- a\n", "", "config.yaml"),
+        ("hydra: {}\n", "", "there is no key 'hydra'\n  where:    config.yaml:1"),
+        ("trainer: {seed: 5}\n", "loss=ipo", "Could not override 'loss'. No match in the defaults list."),
+    ],
+)
+def test_an_own_root_that_cannot_be_composed_is_an_error(root: str, typed: str, text: str) -> None:
     write(config=root)
-    assert text in error_of("--config-dir conf loss=ipo").block()
+    assert text in error_of(f"--config-dir conf {typed}").block()
 
 
 def test_threads_load_their_own_configurations() -> None:
@@ -366,8 +373,8 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         ("experiment: gone", "there is no experiment named 'gone'\n  where:    mine.yaml:1"),
         ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
         ("defaults: [gone]", "there is no experiment named 'gone'"),
-        ("data: {train: [{path: a, limt: 3}]}", "did you mean limit?"),
-        ("data.train: [{weight: 3}]", "data.train[0].path is not set\n  where:    mine.yaml:1"),
+        ("data: {eval: [{path: a, limt: 3}]}", "mine.yaml:1\n  to do:    did you mean limit?"),
+        ("data.eval: [{limit: 3}]", "data.eval[0].path is not set\n  where:    mine.yaml:1"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_block(content: str, text: str) -> None:

@@ -174,7 +174,7 @@ def test_refused(typed: str, key: str) -> None:
         assert error.where.startswith("command line: ")
         assert error.message.split()[0] == key
     else:
-        assert error.where.replace("=", ",").split(",")[0] == key
+        assert error.where.removeprefix("command line: ").replace("=", ",").split(",")[0] == key
 
 
 def test_quantization_without_an_adapter_is_one_mistake() -> None:
