@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, Lack, in_one_line
@@ -35,13 +36,15 @@ def is_url(path: str) -> bool:
 _ONE_SLASH = re.compile(r"(https?|s3a?|gs|gcs|hf|file):/?(?=[^/])")
 
 
-def check_place(text: str) -> str:
-    """Return a path, a name on the hub or a URL, as a configuration has it.
+def check_place(text: str, info: ValidationInfo) -> str:
+    """Return a path, a name on the hub or a URL of a configuration; one from Python is checked later.
 
     Raises:
         PydanticCustomError: a URL cannot be used, or the text is a page's address; its context has the
             `ConfigError` as `mistake`.
     """
+    if info.mode != "json":
+        return text
     protocol = _ONE_SLASH.match(text)
     page = _HUB_PAGE.fullmatch(text)
     try:

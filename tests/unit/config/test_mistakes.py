@@ -162,7 +162,7 @@ def test_a_mistake_gets_a_correction(typed: str, text: str) -> None:
     assert "\n" not in error.message + error.where + error.got + error.expected + error.remedy
 
 
-_NO_ANSWER = ("there is no", "cannot have this value", "not KEY=VALUE", "cannot be composed")
+_NO_ANSWER = ("there is no", "cannot have this value", "not KEY=VALUE", "cannot be read")
 _ONLY_THE_USER_KNOWS = re.compile(r"\.\.\.|=[A-Z_/]+$|<|^KEY=|[{ ][a-z]+: [A-Z_]+[,}]|=\[?[A-Z]+\]?$")
 
 
