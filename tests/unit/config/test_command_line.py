@@ -342,6 +342,15 @@ def test_help_about_a_key_or_a_verb_may_come_first(
     assert programs == [[sys.executable, "-m", VERBS[verb].module, *rest]]
 
 
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_train_with_the_option_of_hydra_is_the_sweep(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", "train", "loss.beta=0.1,0.2", option, "my.yaml"])
+    programs = []
+    monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
+    dpo_dist.__main__.main()
+    assert programs == [[sys.executable, "-m", VERBS["sweep"].module, "loss.beta=0.1,0.2", "my.yaml"]]
+
+
 @pytest.mark.parametrize(
     ("before", "kept"),
     [
