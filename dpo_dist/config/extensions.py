@@ -86,6 +86,6 @@ def ask(name: str, *arguments: Any) -> Any:
     return None if function is None else function(*arguments)
 
 
-def equivalents(name: str, table: str) -> tuple[str, ...]:
+def meanings_of(name: str, table: str) -> tuple[str, ...]:
     """Return what another program's name means here, in a table such as `keys`, `values`, `verbs`."""
     return ask("equivalents", name, table) or ()

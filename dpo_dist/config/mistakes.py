@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.extensions import ask, equivalents
+from dpo_dist.config.extensions import ask, meanings_of
 from dpo_dist.config.keys import (
     all_keys,
     group_folders,
@@ -55,7 +55,7 @@ def nearest(name: str, names: Iterable[str], table: str = "keys") -> list[str]:
     """
     names = list(names)
     section = name.rpartition(".")[0]
-    found = [each for each in names if each in equivalents(name, table)]
+    found = [each for each in names if each in meanings_of(name, table)]
     for candidates, least in (
         ([each for each in names if each.startswith(section)], 1),
         ([each for each in names if each.rpartition(".")[0] == section], _SIMILAR),

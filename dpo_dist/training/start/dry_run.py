@@ -56,7 +56,6 @@ from dpo_dist.model.files.load import Encoder, check_contents_at_hand, check_sam
 from dpo_dist.model.numerics import has_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, custom_metrics
-from dpo_dist.training.start import preflight
 from dpo_dist.training.start.footprint import quantization_notes
 from dpo_dist.training.start.inputs import (
     NO_IMAGE,
@@ -68,7 +67,7 @@ from dpo_dist.training.start.inputs import (
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.preflight import Check, Stage, make_all, make_checks
+from dpo_dist.training.start.preflight import FILE_CHECKS, Stage, StartCheck, make_all, make_checks
 from dpo_dist.training.start.run_state import RunState, expected_start
 from dpo_dist.training.steps.schedule import check_schedule
 
@@ -448,17 +447,17 @@ def _first_records(
 
 
 CHECKS = (
-    *preflight.CHECKS,
-    Check("run.dir", _run_dir, Stage.policy),
-    Check("model.path", _policy, Stage.policy),
-    Check("data.chat_template", _template, Stage.models),
-    Check("evaluation.model", _evaluated, Stage.models),
-    Check("loss", _loss, Stage.models),
-    Check("metrics.function", _metrics, Stage.models),
-    Check("reference", _reference, Stage.models),
-    Check("teacher", _teacher, Stage.models),
-    Check("data.train, data.eval", _records, Stage.data),
-    Check("trainer", _steps, Stage.run),
+    *FILE_CHECKS,
+    StartCheck("run.dir", _run_dir, Stage.policy),
+    StartCheck("model.path", _policy, Stage.policy),
+    StartCheck("data.chat_template", _template, Stage.models),
+    StartCheck("evaluation.model", _evaluated, Stage.models),
+    StartCheck("loss", _loss, Stage.models),
+    StartCheck("metrics.function", _metrics, Stage.models),
+    StartCheck("reference", _reference, Stage.models),
+    StartCheck("teacher", _teacher, Stage.models),
+    StartCheck("data.train, data.eval", _records, Stage.data),
+    StartCheck("trainer", _steps, Stage.run),
 )
 """The checks of `--check` in their order. A start makes those without torch alike, and the others with all
 records, on all processes."""

@@ -1,6 +1,6 @@
 """The checks at a start: packages, files and folders, before torch is imported and processes join.
 
-`CHECKS` has them in order, for a start as for `--check`, which adds those of `dry_run`.
+`FILE_CHECKS` has them in order, for a start as for `--check`, which adds those of `dry_run`.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ Stage = StrEnum("Stage", ["files", "policy", "models", "data", "run"])
 other models, with the first records, with all of these. A stage needs what those before it have loaded."""
 
 
-class Check(NamedTuple):
+class StartCheck(NamedTuple):
     """A check of a start: what it is about, the function that raises an error, and the stage."""
 
     about: str
@@ -105,10 +105,10 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     a launcher that is called later. Raises one error with all faults.
     """
     if os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0"):
-        make_checks(CHECKS, Stage.files, _Start(config, trains, starts or "WORLD_SIZE" in os.environ))
+        make_checks(FILE_CHECKS, Stage.files, _Start(config, trains, starts or "WORLD_SIZE" in os.environ))
 
 
-def make_checks(checks: Iterable[Check], stage: Stage, start: Any) -> None:
+def make_checks(checks: Iterable[StartCheck], stage: Stage, start: Any) -> None:
     """Make the checks of a stage in order, each with `start`. Raises one error with all faults."""
     make_all(partial(row.check, start) for row in checks if row.stage is stage)
 
@@ -298,19 +298,19 @@ def _folders(start: _Start) -> None:
     make_all(partial(check_writable, folder, key) for key, folder in folders.items())
 
 
-CHECKS = (
-    Check("the newest checkpoint", _checkpoint, Stage.files),
-    Check("loss.function", _loss_function, Stage.files),
-    Check("packages", _packages, Stage.files),
-    Check("tracking.to", _trackers, Stage.files),
-    Check("model.fused", _compiled_shards, Stage.files),
-    Check("parallelism", _groups, Stage.files),
-    Check("model.path, model.adapter.path", _policy, Stage.files),
-    Check("reference.path", _reference, Stage.files),
-    Check("teacher.path", _teacher, Stage.files),
-    Check("data.train, data.eval", _sources, Stage.files),
-    Check("data.chat_template", _template, Stage.files),
-    Check("what is in run.dir", _run_folder, Stage.files),
-    Check("folders to write", _folders, Stage.files),
+FILE_CHECKS = (
+    StartCheck("the newest checkpoint", _checkpoint, Stage.files),
+    StartCheck("loss.function", _loss_function, Stage.files),
+    StartCheck("packages", _packages, Stage.files),
+    StartCheck("tracking.to", _trackers, Stage.files),
+    StartCheck("model.fused", _compiled_shards, Stage.files),
+    StartCheck("parallelism", _groups, Stage.files),
+    StartCheck("model.path, model.adapter.path", _policy, Stage.files),
+    StartCheck("reference.path", _reference, Stage.files),
+    StartCheck("teacher.path", _teacher, Stage.files),
+    StartCheck("data.train, data.eval", _sources, Stage.files),
+    StartCheck("data.chat_template", _template, Stage.files),
+    StartCheck("what is in run.dir", _run_folder, Stage.files),
+    StartCheck("folders to write", _folders, Stage.files),
 )
 """The checks that need no torch, in their order."""

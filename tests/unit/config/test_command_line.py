@@ -192,7 +192,7 @@ def test_help_and_version(verb: Verb) -> None:
     for text in ("dpo-dist [launch] train", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
-    assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
+    assert "did you mean loss.beta, a number, > 0?" in verb("-h", "loss.betta").err
     assert "did you mean weight?" in verb("-h", "data.train[0].wieght").err
     of_compare = usage("", "", verb_keys("compare"), group_folders())
     listed = set(re.findall(r"^  (\w+):? ", of_compare, re.MULTILINE))
