@@ -67,7 +67,7 @@ from dpo_dist.training.start.inputs import (
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.preflight import FILE_CHECKS, Stage, StartCheck, make_all, make_checks
+from dpo_dist.training.start.preflight import FILE_CHECKS, CheckRow, Stage, make_all, make_checks
 from dpo_dist.training.start.run_state import RunState, expected_start
 from dpo_dist.training.steps.schedule import check_schedule
 
@@ -448,16 +448,16 @@ def _first_records(
 
 CHECKS = (
     *FILE_CHECKS,
-    StartCheck("run.dir", _run_dir, Stage.policy),
-    StartCheck("model.path", _policy, Stage.policy),
-    StartCheck("data.chat_template", _template, Stage.models),
-    StartCheck("evaluation.model", _evaluated, Stage.models),
-    StartCheck("loss", _loss, Stage.models),
-    StartCheck("metrics.function", _metrics, Stage.models),
-    StartCheck("reference", _reference, Stage.models),
-    StartCheck("teacher", _teacher, Stage.models),
-    StartCheck("data.train, data.eval", _records, Stage.data),
-    StartCheck("trainer", _steps, Stage.run),
+    CheckRow("run.dir", _run_dir, Stage.policy),
+    CheckRow("model.path", _policy, Stage.policy),
+    CheckRow("data.chat_template", _template, Stage.models),
+    CheckRow("evaluation.model", _evaluated, Stage.models),
+    CheckRow("loss", _loss, Stage.models),
+    CheckRow("metrics.function", _metrics, Stage.models),
+    CheckRow("reference", _reference, Stage.models),
+    CheckRow("teacher", _teacher, Stage.models),
+    CheckRow("data.train, data.eval", _records, Stage.data),
+    CheckRow("trainer", _steps, Stage.run),
 )
 """The checks of `--check` in their order. A start makes those without torch alike, and the others with all
 records, on all processes."""

@@ -61,7 +61,7 @@ Stage = StrEnum("Stage", ["files", "policy", "models", "data", "run"])
 other models, with the first records, with all of these. A stage needs what those before it have loaded."""
 
 
-class StartCheck(NamedTuple):
+class CheckRow(NamedTuple):
     """A check of a start: what it is about, the function that raises an error, and the stage."""
 
     about: str
@@ -108,7 +108,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         make_checks(FILE_CHECKS, Stage.files, _Start(config, trains, starts or "WORLD_SIZE" in os.environ))
 
 
-def make_checks(checks: Iterable[StartCheck], stage: Stage, start: Any) -> None:
+def make_checks(checks: Iterable[CheckRow], stage: Stage, start: Any) -> None:
     """Make the checks of a stage in order, each with `start`. Raises one error with all faults."""
     make_all(partial(row.check, start) for row in checks if row.stage is stage)
 
@@ -299,18 +299,18 @@ def _folders(start: _Start) -> None:
 
 
 FILE_CHECKS = (
-    StartCheck("the newest checkpoint", _checkpoint, Stage.files),
-    StartCheck("loss.function", _loss_function, Stage.files),
-    StartCheck("packages", _packages, Stage.files),
-    StartCheck("tracking.to", _trackers, Stage.files),
-    StartCheck("model.fused", _compiled_shards, Stage.files),
-    StartCheck("parallelism", _groups, Stage.files),
-    StartCheck("model.path, model.adapter.path", _policy, Stage.files),
-    StartCheck("reference.path", _reference, Stage.files),
-    StartCheck("teacher.path", _teacher, Stage.files),
-    StartCheck("data.train, data.eval", _sources, Stage.files),
-    StartCheck("data.chat_template", _template, Stage.files),
-    StartCheck("what is in run.dir", _run_folder, Stage.files),
-    StartCheck("folders to write", _folders, Stage.files),
+    CheckRow("the newest checkpoint", _checkpoint, Stage.files),
+    CheckRow("loss.function", _loss_function, Stage.files),
+    CheckRow("packages", _packages, Stage.files),
+    CheckRow("tracking.to", _trackers, Stage.files),
+    CheckRow("model.fused", _compiled_shards, Stage.files),
+    CheckRow("parallelism", _groups, Stage.files),
+    CheckRow("model.path, model.adapter.path", _policy, Stage.files),
+    CheckRow("reference.path", _reference, Stage.files),
+    CheckRow("teacher.path", _teacher, Stage.files),
+    CheckRow("data.train, data.eval", _sources, Stage.files),
+    CheckRow("data.chat_template", _template, Stage.files),
+    CheckRow("what is in run.dir", _run_folder, Stage.files),
+    CheckRow("folders to write", _folders, Stage.files),
 )
 """The checks that need no torch, in their order."""
