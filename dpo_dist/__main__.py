@@ -26,6 +26,9 @@ def main() -> int:
         verb, *arguments = (
             [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
         )
+    if verb == "train" and not {"-m", "--multirun"}.isdisjoint(arguments):  # as a program with Hydra sweeps
+        verb = "sweep"
+        arguments = [word for word in arguments if word not in ("-m", "--multirun")]
     if verb in VERBS:
         # RANK is not enough to know that a launcher started this process: some pods set RANK for all
         # programs.
@@ -60,12 +63,12 @@ def _refuse(verb: str) -> NoReturn:
 
 def _suggest(verb: str) -> str:
     """Return what to write for a verb that does not exist."""
-    from dpo_dist.config.advice import advice  # noqa: PLC0415  (slow)
+    from dpo_dist.config.extensions import meanings_of  # noqa: PLC0415  (slow)
     from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.config.verbs import VERBS  # noqa: PLC0415  (slow)
     from dpo_dist.foundation.fields import choices  # noqa: PLC0415  (slow)
 
-    answers = advice().equivalents(verb, "methods")
+    answers = meanings_of(verb, "methods")
     if answers:
         return str(answers[0])
     if verb.startswith("-"):
@@ -77,7 +80,7 @@ def _suggest(verb: str) -> str:
     if "=" in verb or verb.endswith((".yaml", ".yml")):
         return f"write dpo-dist train {shlex.quote(verb)}"
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
-    commands = [*advice().equivalents(verb, "verbs"), *losses]
+    commands = [*meanings_of(verb, "verbs"), *losses]
     if commands:
         return f"write dpo-dist {commands[0]}"
     guesses = get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)

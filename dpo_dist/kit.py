@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_dist.config.command_line import run_verb, write_command
-    from dpo_dist.config.compose import FAILURES, parse_overrides
+    from dpo_dist.config.compose import parse_overrides
     from dpo_dist.config.extensions import Extension, Verb
     from dpo_dist.config.identity import loss_kinds
     from dpo_dist.config.keys import run_keys, to_unset
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
         find_metric,
         results_name,
     )
-    from dpo_dist.config.mistakes import fits
+    from dpo_dist.config.mistakes import FAILURES, fits
     from dpo_dist.config.rules import (
         LOSS,
         Rule,
@@ -148,7 +148,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config.command_line": "run_verb write_command",
-    "config.compose": "FAILURES parse_overrides",
+    "config.compose": "parse_overrides",
     "config.extensions": "Extension Verb",
     "config.identity": "loss_kinds",
     "config.keys": "run_keys to_unset",
@@ -157,7 +157,7 @@ _NAMES = {
     "config.metrics": """
         ACCURACIES ALL AUC CUSTOM LOSS_METRICS MAIN METRICS PREFIX TERMS find_metric results_name
     """,
-    "config.mistakes": "fits",
+    "config.mistakes": "FAILURES fits",
     "config.rules": """
         LOSS Rule check_rules needs_of unused unused_beside value_at
     """,

@@ -8,12 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_dist.config.advice import OFF, Advice
 from dpo_dist.config.keys import strip_indices
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import first_few
 from dpo_dist.kit import run_keys
+
+_OFF = ("false", "no", "off", "0")
+"""Words for a switch that is off."""
 
 
 @cache
@@ -74,7 +76,7 @@ def answer_on(name: str, value: str) -> Answer | None:
         return None
     row = rows[0]
     written = row.get("write", "")
-    if value.lower() in OFF and "=" not in name and written and "{value}" not in written:
+    if value.lower() in _OFF and "=" not in name and written and "{value}" not in written:
         return Answer("not needed: it is off")
     text = row.get("text", f"write {written}")
     return Answer(filled(text), tuple(map(filled, shlex.split(written))))
@@ -158,20 +160,9 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     )
 
 
-class OtherTrainers(Advice):
-    """What this room knows, for mistakes in a command or a file."""
-
-    equivalents = staticmethod(equivalents)
-    is_foreign = staticmethod(is_foreign)
-    foreign_file = staticmethod(foreign_file)
-    as_sources = staticmethod(as_sources)
-
-    def advice_on(self, name: str, value: str) -> str:
-        """Return what to advise on another program's option `name`, or `name=value`; "" if nothing."""
-        answer = answer_on(name, value)
-        return answer.text if answer else ""
-
-    def find_advice(self, key: str, value: str) -> str:
-        """Return the advice on a key with this value, or on a key of the same meaning; "" if none."""
-        answer = find_answer(key, value)
-        return answer.text if answer else ""
+def advice_on(key: str, value: str) -> str:
+    """Return what to do about another trainer's option without a key of the same meaning; "" for others."""
+    answer = find_answer(key, value)
+    if answer is None and key not in (*run_keys(), "experiment") and not equivalents(key, "keys"):
+        answer = answer_on(key, value)
+    return answer.text if answer else ""

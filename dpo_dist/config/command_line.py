@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
-from dpo_dist.config.advice import advice
 from dpo_dist.config.compose import parse_overrides
+from dpo_dist.config.extensions import ask
 from dpo_dist.config.keys import (
     Key,
     group_folders,
@@ -31,19 +31,17 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
-from dpo_dist.config.named_code import COMMAND, NAMED_CODE, code_options, code_warnings
+from dpo_dist.config.mistakes import assigned, did_you_mean, instead_of_key, nearest, unknown_key
+from dpo_dist.config.named_code import COMMAND, code_warnings
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data import SourceConfig
 from dpo_dist.foundation.console import console_on, warnings_off
-from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
-from dpo_dist.foundation.fields import as_written
+from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
-from dpo_dist.foundation.remedies import COMMAND_LINE, Typed, to_write
+from dpo_dist.foundation.remedies import COMMAND_LINE, Typed
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import CheckReport
@@ -95,10 +93,7 @@ def _folder(text: str) -> Path:
 
 def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
-    # argparse reads `-check` as `-c heck`.
-    single = [word for word in arguments if f"-{word}" in ("--check", "--help", "--version")]
-    options, rest = _parser().parse_known_args([word for word in arguments if word not in single])
-    rest += single
+    options, rest = _parser().parse_known_args(arguments)
     options.words = []
     options.mistakes = []
     while rest:
@@ -107,7 +102,9 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
             options.words.append(word)
             continue
         values = []
-        while "=" not in word and rest and _is_value_of(word, rest[0]):
+        # A switch, as of another trainer, does not take the file that follows; `--config` does.
+        others = "^-|=" if "config" in word else r"^-|=|\.ya?ml$"
+        while "=" not in word and rest and not re.search(others, rest[0]):
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
     if options.help and "=" in options.help:
@@ -116,34 +113,18 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _is_value_of(option: str, word: str) -> bool:
-    """Return whether a word that follows an unknown option is its value."""
-    if word.startswith("-") or "=" in word:
-        return False
-    # A switch, as of another trainer, does not take the file that follows; `--config` does.
-    return "config" in option or not word.endswith((".yaml", ".yml"))
-
-
 def _unknown_option(word: str, values: Sequence[str]) -> ConfigError:
-    name, equals, value = word.partition("=")
-    where = Typed(word, *values)
-    if equals:
-        values = [value]
+    """Return the error for an option that a verb does not have; other programs write keys as options."""
+    name, _, value = word.partition("=")
+    text = value or ",".join(values)
     key = name.lstrip("-").replace("-", "_")
-    value = "".join(values[:1])
-    if len(values) > 1:
-        value = f"[{','.join(values)}]"
-    is_theirs = advice().is_foreign(key) or len(key) == 1
-    is_ours = "." in key or not is_theirs  # `--optim adamw_torch` is foreign
-    if key in run_keys() and is_ours:
-        remedy = to_assign(key, value or "true")
-    else:
-        options = re.findall(r"--[\w-]+", _parser().format_help())
-        guess = None if is_theirs else likely_name(name, options)
-        if f"-{name}" in options:  # `-check`
-            guess = f"-{name}"
-        remedy = f"did you mean {guess}?" if guess else unknown_key(key, value or "true").remedy
-    return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
+    overrides, _ = parse_overrides([f"{key}=[{text}]" if len(values) > 1 else f"{key}={text or 'true'}"])
+    typed = overrides[0].value() if overrides else text
+    near = nearest(name, re.findall(r"--[\w-]+", _parser().format_help()))
+    if key in run_keys():
+        near = assigned([key], typed)
+    remedy = ask("advice", key, text) or (did_you_mean(near) if near else instead_of_key(key, typed))
+    return ConfigError(f"there is no option {name}", where=Typed(word, *values), remedy=remedy)
 
 
 def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
@@ -152,88 +133,37 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     None if the command sets `model.path` (for the doctor: `data.train`), has a model preset, an experiment, a
     file or `--config-dir`, or if the run has no config.yaml.
     """
-    overrides = _overrides_in(options)
-    needed = VERBS[verb].needs[0]
-    if _is_whole(options, overrides, {"model", needed}):
-        return None
-    if "run.dir" not in overrides:
-        raise_all([unknown_key(key, str(overrides[key])) for key in overrides if key not in run_keys()])
-        raise ConfigError(
-            "no run is named",
-            where="run.dir",
-            expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-            remedy=f"set run.dir, or write the run's whole command: {needed}=... and its other keys",
-        )
-    file = existing_run(Path(str(overrides["run.dir"])).expanduser()).config
-    if not file.is_file():
+    folder = _named_run(options, {"model", VERBS[verb].needs[0]})
+    file = None if folder is None else existing_run(folder).config
+    if file is None or not file.is_file():
         return None
     values = read_saved(file)
     section, _, name = COMMAND.partition(".")
     if isinstance(values.get(section), dict):
         values[section].pop(name, None)  # of training alone: no verb that reads a saved configuration runs it
-    _check_code_allowed(values, overrides, file)
     return values
 
 
-def _overrides_in(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of a command's overrides by their keys."""
+def _named_run(options: argparse.Namespace, needed: Collection[str]) -> Path | None:
+    """Return `run.dir` of a command without a file, an experiment and the keys `needed`; None for others."""
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
-    return {override.key_or_group: override.value() for override in overrides}
-
-
-def _is_whole(options: argparse.Namespace, keys: Collection[str], needed: Collection[str]) -> bool:
-    """Return whether a command says more than the name of a run: a file, an experiment, one of some keys."""
+    values = {override.key_or_group: override.value() for override in overrides}
     has_file = options.config_dir is not None or any("=" not in word for word in options.words)
-    return has_file or not {"experiment", *needed}.isdisjoint(keys)
-
-
-def _check_code_allowed(values: Mapping[str, Any], overrides: Collection[str], file: Path) -> None:
-    """Raise ConfigError if a config.yaml runs code by keys that the command itself (`overrides`) lacks."""
-    options = {key: option for key, option in code_options(values).items() if key not in overrides}
-    if options:
-        words = [
-            f"{key}={as_written(_without_defaults(reduce(getitem, key.split('.'), values)))}"
-            for key in options
-        ]
-        raise ConfigError(
-            "the configuration of this run asks to run code: "
-            + ", ".join(dict.fromkeys(NAMED_CODE[key] for key in options)),
-            where=str(file),
-            got="; ".join(options.values()),
-            expected="a run directory without code, or the option on the command line",
-            remedy=to_write(*words, verb="if you trust this code, add"),
-        )
-
-
-def _without_defaults(value: Any) -> Any:
-    """Return the value of a config.yaml's key as `plain` returns one: entries of data lack their defaults."""
-    if not isinstance(value, list):
-        return value
-    defaults = asdict(SourceConfig(path="-")).items()
-    entries = []
-    for entry in value:
-        if isinstance(entry, dict):
-            entries.append(dict(item for item in entry.items() if item not in defaults))
-        else:
-            entries.append(entry)
-    return entries
+    is_whole = has_file or not {"experiment", *needed}.isdisjoint(values)
+    return None if is_whole or "run.dir" not in values else Path(str(values["run.dir"])).expanduser()
 
 
 def _check_more_than_run(options: argparse.Namespace) -> None:
     """Raise ConfigError for a command that names an existing run in place of what it trains."""
-    overrides = _overrides_in(options)
-    if "run.dir" not in overrides or _is_whole(
-        options, overrides, {"model", "model.path", "data", "data.train"}
-    ):
-        return
-    words = shlex.join(options.words)
-    file = RunFolder(Path(str(overrides["run.dir"])).expanduser()).config
-    if file.is_file():
+    folder = _named_run(options, {"model", "model.path", "data", "data.train"})
+    if folder is not None and RunFolder(folder).config.is_file():
+        file = shlex.quote(str(RunFolder(folder).config))
+        words = shlex.join(options.words)
         raise ConfigError(
             "this command names a run, and not what it trains",
             where="run.dir",
-            got=str(overrides["run.dir"]),
-            remedy=f"begin with the run's configuration: dpo-dist train {shlex.quote(str(file))} {words}",
+            got=str(folder),
+            remedy=f"begin with the run's configuration: dpo-dist train {file} {words}",
         )
 
 
@@ -453,9 +383,12 @@ def _accept_computed(value: dict[str, Any]) -> None:
     kind = value.get("type")
     text = {"type": "string", "pattern": _COMPUTED}
     if "anyOf" in value:
-        value["anyOf"].append(text)
+        is_list = any(each.get("type") == "array" for each in value["anyOf"])
+        value["anyOf"] += [{"type": "string"} if is_list else text, {"enum": ["none", "None"]}]
     elif "$ref" in value:
         value["anyOf"] = [{"$ref": value.pop("$ref")}, text]
+    elif kind == "array":  # a text is a list of one
+        value["type"] = ["array", "string"]
     elif kind == "string":
         value["type"] = ["string", "number"]
     elif kind in ("number", "integer", "boolean"):
@@ -467,5 +400,5 @@ def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> 
 
     The file is experiment/round.yaml, for a point of a sweep as for a round of `pairs`.
     """
-    write_text(folder / "experiment" / "round.yaml", to_yaml(config))
+    write_text(folder / "experiment" / "round.yaml", f"# @package _global_\n{to_yaml(config)}")
     return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"

@@ -31,8 +31,8 @@ class Verb(NamedTuple):
     """Whether the verb reads config.yaml in `run.dir` for a command that only names this run."""
     is_one_process: bool = False
     """Whether rank 0 alone works if a launcher starts several processes."""
-    takes_words: tuple[str, ...] = ("model.path", "data.train")
-    """The keys to suggest for a word without a key."""
+    takes_word: str = "data.train"
+    """The key in the example for a word without a key."""
 
 
 class Extension(NamedTuple):
@@ -69,7 +69,8 @@ def hook(name: str) -> Callable[..., Any] | None:
     """Return the function of an extension; None without such a one.
 
     `reporting`: returns the `Reporting` of a run. `plan_in_brief`: lines of `--check`. `run_card`: the text
-    of a model card. `advice`: what other programs call our keys, as `advice.Advice`.
+    of a model card. Of other programs: `equivalents`: our names for theirs; `advice`: what to do about an
+    option that has none; `foreign_file`: the error for a file of theirs.
     """
     for extension in extensions():
         if name in extension.hooks:
@@ -77,3 +78,14 @@ def hook(name: str) -> Callable[..., Any] | None:
             function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
             return function
     return None
+
+
+def ask(name: str, *arguments: Any) -> Any:
+    """Return what the function of an extension returns; None without such a one."""
+    function = hook(name)
+    return None if function is None else function(*arguments)
+
+
+def meanings_of(name: str, table: str) -> tuple[str, ...]:
+    """Return what another program's name means here, in a table such as `keys`, `values`, `verbs`."""
+    return ask("equivalents", name, table) or ()

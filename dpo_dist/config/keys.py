@@ -16,7 +16,6 @@ from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.fields import (
     EVERY_READER,
-    LARGEST_INTEGER,
     Facts,
     as_written,
     describe_type,
@@ -64,7 +63,7 @@ class Key:
         for limit in self.field.metadata:
             for attribute, sign in _SIGNS:
                 bound = getattr(limit, attribute, None)
-                if bound not in (None, LARGEST_INTEGER):
+                if bound is not None:
                     bounds.append(f"{sign} {bound:g}")
         return ", ".join(filter(None, [describe_type(self.type), " and ".join(bounds)]))
 
@@ -184,8 +183,8 @@ def verb_keys(verb: str, *, trains: bool = False) -> list[str]:
 
 
 def strip_indices(where: str) -> str:
-    """Return a key without the numbers of entries: `data.train[].path` for `data.train[0].path`."""
-    return re.sub(r"\[\d*\]", "[]", where)
+    """Return a key without numbers of entries: `data.train[].path` for `data.train[0].path`."""
+    return re.sub(r"\[\d*\]|\.\d+(?=\.|$)", "[]", where)
 
 
 def presets_of(keys: Collection[str], folders: Sequence[Path]) -> dict[str, list[str]]:

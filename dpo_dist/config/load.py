@@ -12,21 +12,18 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from dpo_dist.config.compose import FAILURES, Composition, set_by
+from dpo_dist.config.compose import Composition
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
-from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
-from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
+from dpo_dist.config.mistakes import FAILURES, explained, unknown_preset, wrong_values
+from dpo_dist.config.named_code import check_code_allowed
+from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
-from dpo_dist.foundation.fields import plain_values
-from dpo_dist.foundation.remedies import InFile, to_write
-from dpo_dist.foundation.remote import check_url, is_url, name_in_address, with_slashes
+from dpo_dist.foundation.fields import plain_values, validated
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.user_code import find_function
-
-_CODE_OF_HYDRA = ("defaults", "hydra")
 
 
 def load_run_config(
@@ -52,26 +49,23 @@ def load_run_config(
 
 def load_command(composition: Composition, verb: str) -> RunConfig:
     """Return the checked configuration of a parsed command. Raises ConfigError, as `load_run_config`."""
+    mistakes = composition.mistakes
+    config = None
     try:
         values = composition.compose()
         if verb:
             trains = verb == "pairs" and bool((values.get("pairs") or {}).get("rounds"))
-            composition.mistakes += composition.unread_keys(verb, trains=trains)
-        config = SCHEMA.validate_python(values)
+            mistakes += composition.unread_keys(verb, trains=trains)
+        config = validated(SCHEMA, values)
     except ValidationError as error:
-        composition.mistakes += wrong_values(error, values, composition.origin)
-        keep_terms(composition.mistakes, values)
-        raise_all(composition.mistakes)
-        raise
+        mistakes += wrong_values(error, composition.origin)
     except FAILURES as error:
-        raise_all([*composition.mistakes, composition_error(error, composition.folders)])
-        raise
-    keep_terms(composition.mistakes, values)
-    raise_all(composition.mistakes)
-    set_keys: list[str] = []
-    for override in composition.overrides:
-        set_keys += set_by(override)
-    return complete_config(config, set_keys, verb, composition.set_by_presets)
+        mistakes += explained(error, composition.origin(getattr(error, "full_key", None) or "a file"))
+    raise_all([*mistakes, *(unknown_preset(*each) for each in composition.unknown_presets)])
+    assert config is not None, "without mistakes"
+    if composition.is_saved:
+        check_code_allowed(config, composition.set_keys)
+    return complete_config(config, composition.set_keys, verb, composition.set_by_presets)
 
 
 def complete_config(
@@ -90,42 +84,8 @@ def complete_config(
         config = config.with_scores()
     if config.loss.is_unpaired:
         config = replace(config, data=replace(config.data, unpair=True))
-    paths = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for source in filter(lambda source: is_url(source.path), sources):
-            check_url(source.path, key)
-        paths += [(key, source.path) for source in sources]
-    mistakes = []
-    for key, path in paths:
-        url = with_slashes(path) if path and key != "model.path" else ""
-        if url:
-            remedy = f"did you mean {url}?"
-            mistakes.append(ConfigError("a URL has two slashes", where=key, got=path, remedy=remedy))
-    for key, path in paths:
-        name, branch = name_in_address(path or "")
-        if path and name:
-            mistake = ConfigError(
-                "this is the address of a page for browsers",
-                where=key,
-                got=path,
-                expected="the name on the hub, ORG/NAME",
-                remedy=_instead_of_page(key, name, branch),
-            )
-            mistakes.append(mistake)
-    raise_all(mistakes)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
-
-
-def _instead_of_page(key: str, name: str, branch: str) -> str:
-    """Return the remedy that writes name and branch of a model or dataset in place of its page's address."""
-    if branch in ("", "main"):
-        return f"did you mean {name}?"
-    if key == "model.path":
-        return to_write(f"{key}={name}", f"model.revision={branch}", verb="did you mean") + "?"
-    if key.startswith("data."):
-        return f"write the entry {{path: {name}, revision: {branch}}}"
-    return f"download the branch {branch} of {name}, and name its folder"
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -137,8 +97,7 @@ def read_saved(file: Path) -> dict[str, Any]:
     """Return the values of a run's config.yaml, perhaps a stranger's; nothing in the file is evaluated.
 
     Raises:
-        ConfigError: the file cannot be read, has no keys, or has an alias, an interpolation or a key of
-            Hydra's.
+        ConfigError: the file cannot be read, has no keys, or has an alias or an interpolation.
     """
     try:
         text = file.read_bytes()
@@ -147,8 +106,8 @@ def read_saved(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
             raise ValueError("it has no keys")
-        if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
-            raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
+        if "${" in str(content):
+            raise ValueError("it has an interpolation (${...}), which no run writes")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             "the configuration of this run cannot be read",
@@ -163,9 +122,9 @@ def saved_config(file: Path) -> RunConfig:
     """Return the configuration in a run's config.yaml, perhaps a stranger's."""
     values = read_saved(file)
     try:
-        return complete_config(SCHEMA.validate_python(values))
+        return complete_config(validated(SCHEMA, values))
     except ValidationError as error:
-        raise_all(wrong_values(error, values, lambda key: InFile(key, file)))
+        raise_all(wrong_values(error, lambda key: f"{key} in {file}"))
         raise
 
 

@@ -6,11 +6,11 @@ from enum import StrEnum
 from inspect import signature
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from dpo_dist.data import NUMBERS
-from dpo_dist.foundation.fields import as_entry, key, schema, schema_fields, section
+from dpo_dist.foundation.fields import as_entry, key, schema, schema_fields, section, validated
 from dpo_dist.foundation.user_code import user_function
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ MODEL_COEFFICIENT = "model"
 class RouterConfig:
     """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
 
-    aux_coefficient: Literal["model"] | Annotated[float, Field(strict=True, gt=0)] | None = key(
+    aux_coefficient: Literal["model"] | Annotated[float, Field(gt=0)] | None = key(
         None, accepts="model, a number above 0, or null"
     )
     """Weight of the load-balancing loss; `model`: `router_aux_loss_coef` of the model; null: none."""
@@ -414,7 +414,7 @@ def _options_of_kind(given: Any, info: ValidationInfo) -> Any:
     if names:
         facts = {"kind": "" if is_sum else str(kind), "known": valid, "names": names}
         raise PydanticCustomError(NO_OPTION, "no options of {kind}: {names}; it has {known}", facts)
-    return options(**values) if valid and options is not None else None
+    return validated(TypeAdapter(options), values) if valid and options is not None else None
 
 
 KindOptions: TypeAlias = Annotated[

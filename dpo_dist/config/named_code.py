@@ -1,11 +1,19 @@
-"""The keys that name Python code to run."""
+"""The keys that name Python code to run, and the guard of strangers' configurations."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from dpo_dist.config.keys import key_rows
+from dpo_dist.config.rules import value_at
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written
+from dpo_dist.foundation.remedies import to_write
 
-NAMED_CODE = {row.name.partition("[]")[0]: row.facts.runs for row in key_rows() if row.facts.runs}
+_ROWS = {row.name: row.facts.runs for row in key_rows() if row.facts.runs}
+NAMED_CODE = {name.partition("[]")[0]: warning for name, warning in _ROWS.items()}
 """The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
 
 
@@ -13,34 +21,59 @@ COMMAND = "run.after_checkpoint"
 """The key whose code is a command of the shell; the others name functions or switch code on."""
 
 
+def _named(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what each key names, `data.train[].reader` in all entries; true is a model's code."""
+    named = dict[str, list[Any]]()
+    for name in _ROWS:
+        found: list[Any] = [values]
+        for part in name.split("."):
+            found = [each[part.removesuffix("[]")] for each in found if each]
+            if part.endswith("[]"):
+                found = list(chain(*found))
+        found = list(dict.fromkeys(filter(None, found)))
+        if found:
+            named[name] = found
+    return named
+
+
 def code_options(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the options in a configuration's plain values that run Python code, as text by key."""
     options = {}
-    for key in NAMED_CODE:
-        section, _, name = key.partition(".")
-        inner = values.get(section)
-        value = inner.get(name) if isinstance(inner, dict) else None
-        if isinstance(value, list):
-            readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
-            readers = list(dict.fromkeys(filter(None, readers)))
-            if readers:
-                options[key] = f"{key} with reader {', '.join(map(str, readers))}"
-        elif value:
-            options[key] = f"{key}={'true' if value is True else value}"
+    for name, found in _named(values).items():
+        key, is_listed, inside = name.partition("[].")
+        text = ", ".join(map(as_written, found))
+        options[key] = f"{key} with {inside} {text}" if is_listed else f"{key}={text}"
     return options
 
 
 def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the functions, `module:function`, in a configuration's plain values, each with its key."""
-    functions: dict[str, str] = {}
-    for key in NAMED_CODE.keys() - {COMMAND}:
-        section, _, name = key.partition(".")
-        value = values[section][name]
-        entries = [entry["reader"] for entry in value] if isinstance(value, list) else [value]
-        functions |= {function: key for function in entries if isinstance(function, str)}
-    return functions
+    named = [(name, found) for name, found in _named(values).items() if name != COMMAND]
+    return {each: name.partition("[]")[0] for name, found in named for each in found if isinstance(each, str)}
 
 
 def code_warnings(values: Mapping[str, Any]) -> list[str]:
     """Return a warning for each option, in a configuration's plain values, that runs Python code."""
     return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]
+
+
+def check_code_allowed(config: RunConfig, keys: Collection[str]) -> None:
+    """Check that a configuration with values of a run's config.yaml runs only code that the command names.
+
+    The values are read, so that every spelling of a key is the same. `keys`: those that the command sets.
+
+    Raises:
+        ConfigError: the run, perhaps a stranger's, asks to run code.
+    """
+    options = {key: option for key, option in code_options(asdict(config)).items() if key not in keys}
+    if not options:
+        return
+    words = [f"{key}={as_written(value_at(config, key))}" for key in options]
+    raise ConfigError(
+        "the configuration of this run asks to run code: "
+        + ", ".join(dict.fromkeys(NAMED_CODE[key] for key in options)),
+        where=f"config.yaml in {config.run.dir}",
+        got="; ".join(options.values()),
+        expected="a run directory without code, or the option on the command line",
+        remedy=to_write(*words, verb="if you trust this code, add"),
+    )

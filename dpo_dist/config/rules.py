@@ -15,12 +15,12 @@ from dpo_dist.config.extensions import rule_modules
 from dpo_dist.config.keys import all_keys, to_unset
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
-from dpo_dist.config.mistakes import likely_name
+from dpo_dist.config.mistakes import nearest
 from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig, TeacherMode
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
-from dpo_dist.foundation.fields import as_written, schema_fields
+from dpo_dist.foundation.fields import as_written, schema_fields, validated
 from dpo_dist.foundation.text import HIDDEN
 
 Condition = Callable[[RunConfig], bool]
@@ -111,7 +111,7 @@ def reset_unused(
             *sections, name = key.split(".")
             values = asdict(config)
             reduce(getitem, sections, values)[name] = all_keys()[key].default
-            config = SCHEMA.validate_python(values)
+            config = validated(SCHEMA, values)
             set_keys = {*set_keys, key}
     return config
 
@@ -202,7 +202,7 @@ _JUDGED_METRICS = [PREFIX + name for name in METRICS if METRICS[name].best]
 
 def likely_metric(name: str) -> str | None:
     """Return the evaluation metric with a known best direction that is probably meant."""
-    return likely_name(name, _JUDGED_METRICS)
+    return next(iter(nearest(name, _JUDGED_METRICS)), None)
 
 
 def _instead_of_metric(name: str) -> str:
@@ -592,7 +592,10 @@ def rules_of(verb: str) -> list[Rule]:
 
 def needs_of(verb: str) -> list[Rule]:
     """Return the rules about the keys that a verb needs, for a configuration that is made in Python, too."""
-    return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
+    rules = [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
+    if verb and VERBS[verb].reuses_config:
+        rules[0] = replace(rules[0], remedy=f"{rules[0].remedy}, or name a run: run.dir=RUN")
+    return rules
 
 
 def resolve_reference(config: RunConfig) -> RunConfig:

@@ -21,9 +21,9 @@ from dpo_dist.config.verbs import EVERY_VERB
 from dpo_dist.data import DataConfig, ScoredDataConfig, Source
 from dpo_dist.foundation.fields import (
     EVERY_READER,
-    LARGEST_INTEGER,
     Names,
     NonEmpty,
+    Place,
     as_entry,
     key,
     key_facts,
@@ -115,7 +115,7 @@ class AdapterConfig:
     variant: AdapterVariant | None = key(None, null_means=AdapterVariant.lora)
     """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or as in the
     continued adapter."""
-    path: NonEmpty | None = key(None)
+    path: Place | None = key(None)
     """Folder or hub name of a LoRA adapter on `model.path` to continue, such as one from supervised
     fine-tuning. Policy and reference both start from the model with this adapter."""
     modules_to_save: list[NonEmpty] | None = key(None, null_means=[])
@@ -161,12 +161,10 @@ TeacherMode = StrEnum("TeacherMode", ["cached", "live"])
 Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
-KIND_OF_STAGE = {stage: kind for kind, stage in ZERO_STAGES.items()} | {0: ParallelismKind.ddp}
-"""The kind for a stage of another trainer; here replicated weights are ZeRO-1, which computes what 0 does."""
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
-Every = Annotated[int, Field(strict=True, ge=2)]
-"""Every n-th of something. Strict by itself: `schema` makes only integers without an annotation strict."""
+Every = Annotated[int, Field(ge=2)]
+"""Every n-th of something."""
 UNSET = "-"
 """The default of a key that must be set; a verb that can work without a model gets it as `model.path`. It is
 a text, so that code that needs the path does not have to ask whether it is null."""
@@ -179,7 +177,7 @@ class ModelConfig:
     gives_scores: ClassVar[bool] = False
     """Whether the model is a reward model, which scores a text as a whole."""
 
-    path: NonEmpty = key(UNSET)
+    path: Place = key(UNSET)
     """Folder or hub name of the model to train."""
     revision: str | None = key(None)
     """Branch, tag or commit of a hub model."""
@@ -220,7 +218,7 @@ class ReferenceConfig:
     mode: ReferenceMode = key(ReferenceMode.auto)
     """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter off),
     `none`; `auto`: `none`, `adapter` or `cached`, by loss and model."""
-    path: NonEmpty | None = key(None, verbs="train precompute evaluate")
+    path: Place | None = key(None, verbs="train precompute evaluate")
     """Folder or hub name of the reference model; null: `model.path`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate")
     """Load the reference in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
@@ -234,7 +232,7 @@ class ReferenceConfig:
 class TeacherConfig:
     """The model from whose distributions `distill` learns."""
 
-    path: NonEmpty | None = key(None)
+    path: Place | None = key(None)
     """Folder or hub name of the teacher, a model with the token ids of `model.path`."""
     mode: TeacherMode = key(TeacherMode.cached, free=True)
     """`cached`: asked once, and its distributions stored in `reference.store`; `live`: computed beside the
@@ -311,7 +309,7 @@ class OptimConfig:
     """Share of all steps in the decay of `wsd`."""
     weight_decay: float = key(0.0, ge=0)
     """Decoupled weight decay; biases and norms have none."""
-    betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
     """Decay rates of the first and second moments of AdamW; the momentum of `muon` is always 0.95."""
@@ -329,7 +327,7 @@ class TrainerConfig:
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes. Where an epoch has fewer pairs than the default, a step
     has a power of two, eight steps or more an epoch if it can, and at least 2 pairs; the run says so."""
-    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] = key(
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = key(
         "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )
     """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on

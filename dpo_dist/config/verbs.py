@@ -22,14 +22,14 @@ OWN = {
         reads_data=False,
         reuses_config=True,
         is_one_process=True,
-        takes_words=("run.dir",),
+        takes_word="run.dir",
     ),
     "evaluate": Verb(
         "dpo_dist.verbs.evaluate",
         "score pairs with trained models and the reference",
         ("model.path",),
         reuses_config=True,
-        takes_words=("run.dir",),
+        takes_word="run.dir",
     ),
     "store": Verb(
         "dpo_dist.verbs.store",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, as_entry, key, schema
+from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, key, schema
 
 DataFormat = StrEnum(
     "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
@@ -30,7 +30,7 @@ Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*
 class SourceConfig:
     """One entry of `data.train`, `data.eval` or `evaluation.data`; a bare string is its `path`."""
 
-    path: NonEmpty = key(...)
+    path: Place = key(...)
     """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""
     format: DataFormat = key(DataFormat.auto)
     """Format of the records; `auto`: detected for each record."""

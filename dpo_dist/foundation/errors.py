@@ -209,8 +209,7 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
         where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
         remedy = mistake.remedy
-        is_said = mistake.expected in remedy or remedy.startswith("did you mean")
-        expected = "" if is_said else f", expected {mistake.expected}"
+        expected = "" if mistake.expected in remedy else f", expected {mistake.expected}"
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {remedy}")
     lines = list(dict.fromkeys(lines))
     if lines:

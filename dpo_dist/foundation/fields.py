@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
-from functools import reduce
-from operator import or_
-from types import UnionType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
@@ -27,16 +25,17 @@ from typing import (
 )
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field, Strict
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from dpo_dist.foundation.remote import check_place
 
 T = TypeVar("T")
 LARGEST_INTEGER = 2**53
 """Largest integer of any key: JSON keeps it exactly, and sums of several fit into 64 bits."""
-_CONFIG = ConfigDict(
-    extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True
-)
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 EVERY_READER = "*"
@@ -87,23 +86,47 @@ def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
 
 @dataclass_transform(frozen_default=True)
 def schema(cls: type[T]) -> type[T]:
-    """Make a class of keys a frozen dataclass that refuses unknown keys and values of other types."""
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        limits = getattr(vars(cls).get(name), "metadata", ())
-        # Integers get the bound LARGEST_INTEGER, which would win over an upper bound of the field's own.
-        cls.__annotations__[name] = _strict(hint, is_bounded=any(hasattr(limit, "le") for limit in limits))
+    """Make a class of keys a frozen dataclass that refuses unknown keys; `validated` refuses other types."""
+    hints = get_type_hints(cls)
+
+    def read(_: type[T], value: Any, info: ValidationInfo) -> Any:
+        return _read(value, hints[str(info.field_name)])
+
+    cls.__read_keys__ = field_validator("*", mode="before")(classmethod(read))  # type: ignore[attr-defined]
     return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls))
 
 
-def _strict(hint: Any, *, is_bounded: bool) -> Any:
-    """Return the strict type: true is not a number, 1.5 not an integer, "1" and "true" are only texts."""
-    if hint is int and not is_bounded:
-        return Annotated[int, Strict(), Field(le=LARGEST_INTEGER)]
-    if hint in (int, float, bool):
-        return Annotated[hint, Strict()]
-    if get_origin(hint) in (UnionType, Union):
-        return reduce(or_, (_strict(part, is_bounded=is_bounded) for part in get_args(hint)))
-    return hint
+def validated(kind: TypeAdapter[T], values: Any) -> T:
+    """Return values as JSON has them in the types of a schema.
+
+    true is no number, 1.5 no integer, "1" and "true" are texts.
+
+    Raises:
+        ValidationError: a key is unknown, or a value has another type or does not keep a limit.
+    """
+    return kind.validate_json(json.dumps(values, default=str), strict=True)
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """Return a value as the type of its key has it: `none` as null, 1e3 as 1000, a text as a list of one."""
+    kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    is_text = isinstance(value, str)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    takes_number = not {int, float}.isdisjoint(kinds)
+    if is_text and value.lower() == "none" and NoneType in kinds and "none" not in choices(hint):
+        return None
+    if is_text and lists and str not in kinds and value not in choices(hint):
+        value = [value]
+    if is_number and str in kinds and not takes_number:
+        return str(value)
+    if is_number and int in kinds and float not in kinds:
+        if abs(value) > LARGEST_INTEGER:
+            raise PydanticCustomError("too_large", "too large", {"allowed": f", <= {LARGEST_INTEGER:,}"})
+        return int(value) if float(value).is_integer() else value
+    if isinstance(value, list) and lists:
+        return [_read(entry, get_args(lists[0])[0]) for entry in value]
+    return value
 
 
 def as_entry(name: str) -> Callable[[Any], Any]:
@@ -125,6 +148,8 @@ def key_facts(field: FieldInfo) -> Facts:
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 """Text that is not empty: a path, a name."""
 Names = Annotated[list[NonEmpty], Field(min_length=1)]
+Place = Annotated[NonEmpty, AfterValidator(check_place)]
+"""A path, the name of a model or dataset on the hub, or a URL."""
 
 
 def nested(hint: Any) -> type | None:

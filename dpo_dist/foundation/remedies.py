@@ -1,7 +1,6 @@
 """Where an error is, and sentences that say what to write, with quotes for a shell where words need them."""
 
 import shlex
-from collections.abc import Sequence
 from typing import Self
 
 COMMAND_LINE = "command line"
@@ -13,14 +12,6 @@ class Typed(str):
     def __new__(cls, *words: str) -> Self:
         """Return the place of these words."""
         return super().__new__(cls, f"{COMMAND_LINE}: {' '.join(words)}")
-
-
-class InFile(str):
-    """The place of a key in a file: `loss.betta in run.yaml`."""
-
-    def __new__(cls, key: str, file: object) -> Self:
-        """Return the place of a key."""
-        return super().__new__(cls, f"{key} in {file}")
 
 
 class AtRecords(str):
@@ -38,8 +29,3 @@ class AtRecords(str):
 def to_write(*words: str, verb: str = "write") -> str:
     """Return the remedy `write KEY=VALUE`."""
     return f"{verb} {shlex.join(words)}"
-
-
-def to_write_one_of(words: Sequence[str], *, lead: str = "write") -> str:
-    """Return the remedy `write KEY=VALUE or OTHER=VALUE`."""
-    return f"{lead} {' or '.join(map(shlex.quote, words))}"

@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationInfo
+from pydantic_core import PydanticCustomError
+
 from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DataError, DpoDistError, Lack, in_one_line
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
@@ -32,10 +35,33 @@ def is_url(path: str) -> bool:
 _ONE_SLASH = re.compile(r"(https?|s3a?|gs|gcs|hf|file):/?(?=[^/])")
 
 
-def with_slashes(path: str) -> str:
-    """Return the URL that a path is without its two slashes, `s3:/bucket/a`; "" for any other path."""
-    protocol = _ONE_SLASH.match(path)
-    return f"{protocol[1]}://{path[protocol.end() :]}" if protocol else ""
+def check_place(text: str, info: ValidationInfo) -> str:
+    """Return a path, a name on the hub or a URL of a configuration; one from Python is checked later.
+
+    Raises:
+        PydanticCustomError: a URL cannot be used, or the text is a page's address; its context has the
+            `ConfigError` as `mistake`.
+    """
+    if info.mode != "json":
+        return text
+    protocol = _ONE_SLASH.match(text)
+    page = _HUB_PAGE.fullmatch(text)
+    try:
+        if protocol:
+            remedy = f"did you mean {protocol[1]}://{text[protocol.end() :]}?"
+            raise ConfigError("a URL has two slashes", got=text, remedy=remedy)
+        if page:
+            name, branch = page.groups()
+            remedy = f"did you mean {name}?"
+            if branch not in (None, "", "main"):
+                remedy += f" Its branch {branch} is the key revision beside it, or a folder to download"
+            message = "this is the address of a page for browsers"
+            raise ConfigError(message, got=text, expected="the name on the hub, ORG/NAME", remedy=remedy)
+        if is_url(text):
+            check_url(text, "")
+    except ConfigError as error:
+        raise PydanticCustomError("place", "no place", {"mistake": error}) from None
+    return text
 
 
 def check_url(url: str, where: str) -> None:
@@ -65,12 +91,6 @@ def check_url(url: str, where: str) -> None:
             expected="for example s3://bucket/folder or https://host/file.jsonl",
             remedy="write the whole URL",
         )
-
-
-def name_in_address(address: str) -> tuple[str, str]:
-    """Return model or dataset, and branch, of the page on the hub with this address; "" for what it lacks."""
-    match = _HUB_PAGE.fullmatch(address)
-    return (match[1], match[2] or "") if match else ("", "")
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

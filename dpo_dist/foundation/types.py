@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -32,15 +33,6 @@ class CheckReport(NamedTuple):
         return "\n".join([self.verdict, *(f"  {line}" for line in [*lines, self.hint] if line)]) + "\n"
 
 
-def with_text_keys(value: Any) -> Any:
-    """Return a value whose mappings, at any depth, have texts as keys: YAML also has numbers and null."""
-    if isinstance(value, list):
-        return list(map(with_text_keys, value))
-    if isinstance(value, Mapping):
-        return {str(name): with_text_keys(inner) for name, inner in value.items()}
-    return value
-
-
 def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of mappings inside of mappings, with their keys joined by dots."""
     for key, value in fields.items():
@@ -48,3 +40,12 @@ def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
             yield from dotted_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def as_tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of keys as mappings in mappings: `{loss: {beta: 0.2}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        reduce(lambda at, section: at.setdefault(section, {}), sections, tree)[name] = value
+    return tree

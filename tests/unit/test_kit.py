@@ -31,18 +31,17 @@ NAMES = """
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
-    "config.advice": "OFF Advice",
     "config.compose": "Composition names_chosen read_keys",
     "config.identity": "settings",
     "config.keys": "group_folders preset_names strip_indices verb_keys",
     "config.load": "changed_keys load_command saved_config",
     "config.losses": "KINDS",
     "config.metrics": "ENTROPIES EXCESS GROUP_METRICS MARGIN_PERCENTILES MISMATCH PAIR_METRICS is_evaluation",
-    "config.mistakes": "as_tree composition_error",
+    "config.mistakes": "explained",
     "config.rules": "resolve_reference rules_of without_evaluations",
     "config.run_folder": "checkpoint_step",
     "config.schema": """
-        KIND_OF_STAGE SCHEMA ConsoleStyle ExportedWeights ImagesConfig
+        SCHEMA ConsoleStyle ExportedWeights ImagesConfig
         OptimConfig TrackerName
     """,
     "config.verbs": "VERBS",

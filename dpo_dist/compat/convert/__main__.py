@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_dist.compat.convert.reading import read
 from dpo_dist.compat.convert.translate import translate_run
-from dpo_dist.config.mistakes import composition_error
+from dpo_dist.config.mistakes import explained
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         foreign = read(options.run)
     except FAILURES as error:
-        raise composition_error(error, []) from error
+        [mistake] = explained(error, options.run)
+        raise mistake from error
     text = translate_run(foreign).as_file()
     output = options.output
     if output is None:

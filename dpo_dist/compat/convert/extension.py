@@ -12,5 +12,9 @@ EXTENSION = Extension(
             reads_data=False,
         ),
     },
-    hooks={"advice": "dpo_dist.compat.other_trainers:OtherTrainers"},
+    hooks={
+        "advice": "dpo_dist.compat.other_trainers:advice_on",
+        "equivalents": "dpo_dist.compat.other_trainers:equivalents",
+        "foreign_file": "dpo_dist.compat.other_trainers:foreign_file",
+    },
 )

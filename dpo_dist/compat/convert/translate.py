@@ -37,15 +37,17 @@ from dpo_dist.compat.other_trainers import (
     names_of,
 )
 from dpo_dist.config.keys import verb_keys
-from dpo_dist.config.mistakes import as_tree
 from dpo_dist.config.rules import resolve_reference, rules_of
-from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
+from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import as_written
+from dpo_dist.foundation.fields import as_written, validated
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.types import as_tree
 from dpo_dist.kit import LossKind, fits, kinds_using, parse_overrides, run_keys
 
+_KINDS = ("ddp", "ddp", "zero2", "zero3")
+"""The kind for each stage of ZeRO; here replicated weights are stage 1, which computes what 0 does."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
 _KEYS |= {"optim": "optim.kind", "tracking": "tracking.to"}
@@ -674,7 +676,7 @@ def _machine(run: Translation) -> None:
         if match is None:
             continue
         number = int(match[1])
-        run.set("parallelism.kind", KIND_OF_STAGE[number].value, key, run.left.pop(key))
+        run.set("parallelism.kind", _KINDS[number], key, run.left.pop(key))
         if "offload" in text and number >= 2:
             run.set("parallelism.offload_optimizer", "cpu", key, value)
         if "offload" in text and number == 3:
@@ -829,7 +831,7 @@ def _give_options(run: Translation) -> None:
 def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out keys whose combination a rule of `train` refuses; a comment gives the rule's reason."""
     while True:
-        config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
+        config = resolve_reference(validated(SCHEMA, as_tree(run.values)))
         reasons = dict[str, str]()
         for rule in rules_of("train"):
             if rule.is_broken(config):

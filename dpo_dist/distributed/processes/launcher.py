@@ -22,7 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.config.advice import advice
+from dpo_dist.config.extensions import meanings_of
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.remedies import COMMAND_LINE
@@ -105,7 +105,7 @@ def _instead_of_options(arguments: Sequence[str], options: Sequence[str]) -> str
         return "name the verb to start: dpo-dist launch train KEY=VALUE ..."
     names = [word.partition("=")[0] for word in arguments if word.startswith("-")]
     wrong = next((name for name in names if name not in (*options, "-m")), "")
-    theirs = advice().equivalents(wrong.lstrip("-"), "launcher")
+    theirs = meanings_of(wrong.lstrip("-"), "launcher")
     if theirs:
         remedy = f"did you mean --{theirs[0]}?"
         return remedy + " It counts all nodes" if theirs[0] == "num_processes" else remedy

@@ -10,7 +10,7 @@ EXTENSION = Extension(
             "dpo_dist.tools.compare",
             "ask several models the same prompts, side by side",
             takes_training=False,
-            takes_words=("compare.models",),
+            takes_word="compare.models",
             reads=(
                 "data.eval",
                 "data.eval_share",

@@ -35,7 +35,7 @@ EXTENSION = Extension(
             "compute memory and hours of a run on GPUs that one does not have yet",
             ("model.path",),
             is_one_process=True,
-            takes_words=("model.path",),
+            takes_word="model.path",
         ),
     },
     sections={"plan": section(PlanConfig, free=True, verbs="train plan")},

@@ -67,10 +67,9 @@ def load_points(
         ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
-    cache = dict[str, Any]()
     all_mistakes = list[DpoDistError](mistakes)
     folders = group_folders(own_folder)
-    command = partial(Composition, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
+    command = partial(Composition, folders=folders, verb="sweep")
     fixed = list[str]()
     keys = set[str]()
     for word in words:
@@ -218,8 +217,9 @@ def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Poin
         mistake = next(iter(broken.values()))
         others = [words for words in (*points, *refused) if words not in broken]
         words_of_others = set(chain.from_iterable(others))
-        if words_of_others and not isinstance(where, Typed):
-            words_of_broken = dict.fromkeys(chain.from_iterable(broken))
+        words_of_broken = dict.fromkeys(chain.from_iterable(broken))
+        names_value = any(where == Typed(word) for word in words_of_broken)
+        if words_of_others and not names_value:
             alone = [word for word in words_of_broken if word not in words_of_others]
             values = first_few(alone or [" ".join(words) for words in broken])
             what = values if alone else "one of these values"

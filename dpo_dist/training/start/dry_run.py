@@ -4,6 +4,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -65,6 +67,7 @@ from dpo_dist.training.start.inputs import (
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
+from dpo_dist.training.start.preflight import FILE_CHECKS, CheckRow, Stage, make_all, make_checks
 from dpo_dist.training.start.run_state import RunState, expected_start
 from dpo_dist.training.steps.schedule import check_schedule
 
@@ -85,6 +88,21 @@ class _FirstRecords(NamedTuple):
     images: int  # records with images
 
 
+@dataclass
+class _DryRun:
+    """What the checks have loaded so far, and the lines of the report."""
+
+    config: RunConfig
+    models: Sequence[EvaluatedModel]
+    is_training: bool
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    encoder: Encoder = field(init=False)
+    policy: Policy = field(init=False)
+    custom: CustomMetrics = field(init=False)
+    train: list[_FirstRecords] = field(init=False)
+    evaluation: list[_FirstRecords] = field(init=False)
+
+
 def dry_run(
     config: RunConfig,
     models: Sequence[EvaluatedModel] = (),
@@ -92,99 +110,146 @@ def dry_run(
     trains: bool = True,
     plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
 ) -> CheckReport:
-    """Load a run's inputs except weights, and encode the first records of each source; return the findings.
+    """Make the `CHECKS` after those of `check_start`, and return what they found.
 
-    Weights are neither read nor downloaded from the hub.
+    They load a run's inputs except weights, which are neither read nor downloaded from the hub, and encode
+    the first records of each source. Raises one error with all faults of a stage.
 
     Args:
         models: models to evaluate; empty for training.
         trains: whether the run starts from the content of its directory.
         plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
-    run = RunFolder(config.run.path)
-    is_training = trains and not models
-    place = f"{run} ({start_in_words(config)})" if is_training else str(run)
-    folder = description_folder(config.model.path, config.model.revision, "model.path")
-    start = start_folder(config.model)
-    own_tokenizer = folder_of_own_tokenizer(config) if models else None
-    encoder = load_encoder(folder, own_tokenizer or start, config.model)
-    tokenizer = encoder.tokenizer
-    model_config, causal_lm = checked_model(
-        config.model, folder, start, config.data.longest, config.parallelism
-    )
-    router_loss(config.loss.router, causal_lm)
-    template = ChatTemplate(tokenizer, config.data.chat_template)
-    template.check_arguments(config.data.template_arguments or ())
-    described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
-    lines = [("run.dir", place), ("model.path", described)]
-    policy = Policy(folder, start, tokenizer, model_config, causal_lm)
-    routers = None if models else config.loss.router
-    for note in model_notes(policy, config.model, routers, config.data, trains=not models):
-        lines.append((note.about, "warning: " * note.is_warning + note.text))
-    notes = quantization_notes(config.model, config.reference, causal_lm)
-    lines += (("experts", note) for note in notes)
-    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_products(Dtype.fp16)):
-        lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
-    for evaluated in models:
-        _check_evaluated(evaluated, config.model, encoder)
-        lines.append(("evaluation", evaluated.path))
-    if not models:
-        lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
-        warning = rate_warning(config.model.adapter, config.optim)
-        if warning:
-            lines.append(("optim.lr", f"warning: {warning}"))
-    custom = custom_metrics(config.metrics.function, config.loss)
-    if custom.names:
-        lines.append(("metrics", ", ".join(custom.names)))
-    lines += _other_models(config, encoder)
-    # The first records of each source.
-    looked_at = dict[str, list[_FirstRecords]]()
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        looked_at[key] = []
-        for index, source in enumerate(sources):
-            name = f"{key}[{index}]"
-            first = _first_records(DataSource(source).pinned(), name, config.data, config.loss, encoder)
-            check_ids_in_vocabulary(first.dataset, tokenizer, model_config.get_text_config().vocab_size)
-            lines += [(name, first.text), *first.notes]
-            looked_at[key].append(first)
-        if encoder.processor is not None and sources and not any(first.images for first in looked_at[key]):
-            lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
-    if is_training:
-        lines += _check_steps(config, custom, looked_at["data.train"], looked_at["data.eval"])
-    faults = _faults(looked_at["data.train"], looked_at["data.eval"], config.data, trains=is_training)
-    lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
+    look = _DryRun(config, models, trains and not models)
+    for stage in (Stage.policy, Stage.models, Stage.data, Stage.run):
+        make_checks(CHECKS, stage, look)
+    faults = _faults(look.train, look.evaluation, config.data, trains=look.is_training)
+    look.lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
         # As an epoch has them.
-        train = zip(looked_at["data.train"], config.data.train, strict=True)
+        train = zip(look.train, config.data.train, strict=True)
         drawn = [(first.tokens, first.pairs * source.weight) for first, source in train]
-        lines += plan(config, fmean(*zip(*drawn, strict=True)))
+        look.lines += plan(config, fmean(*zip(*drawn, strict=True)))
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
-    report = CheckReport(lines, hint="" if models else doctor)
+    report = CheckReport(look.lines, hint="" if models else doctor)
     if not faults:
         return report
     fault_names = " and ".join(fault for fault, _ in faults)
     return report._replace(verdict=f"check passed: the run can start, but {fault_names} (below)")
 
 
-def _other_models(config: RunConfig, encoder: Encoder) -> list[tuple[str, str]]:
-    """Return lines about the reference and the teacher, whose files are checked."""
+def _run_dir(look: _DryRun) -> None:
+    run = str(RunFolder(look.config.run.path))
+    place = f"{run} ({start_in_words(look.config)})" if look.is_training else run
+    look.lines.append(("run.dir", place))
 
-    def checked(path: str, key: str) -> str:
-        folder = description_folder(path, None, key)
-        check_same_vocabulary(folder, encoder.tokenizer, config.model, encoder.processor, key)
-        check_contents_at_hand(folder, config.model, key)
-        return f"model {folder}"
 
-    reference = config.reference
+def _policy(look: _DryRun) -> None:
+    config = look.config
+    folder = description_folder(config.model.path, config.model.revision, "model.path")
+    start = start_folder(config.model)
+    own_tokenizer = folder_of_own_tokenizer(config) if look.models else None
+    look.encoder = load_encoder(folder, own_tokenizer or start, config.model)
+    tokenizer = look.encoder.tokenizer
+    model_config, causal_lm = checked_model(
+        config.model, folder, start, config.data.longest, config.parallelism
+    )
+    router_loss(config.loss.router, causal_lm)
+    look.policy = Policy(folder, start, tokenizer, model_config, causal_lm)
+    described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
+    look.lines.append(("model.path", described))
+    routers = None if look.models else config.loss.router
+    for note in model_notes(look.policy, config.model, routers, config.data, trains=not look.models):
+        look.lines.append((note.about, "warning: " * note.is_warning + note.text))
+    notes = quantization_notes(config.model, config.reference, causal_lm)
+    look.lines += (("experts", note) for note in notes)
+    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_products(Dtype.fp16)):
+        look.lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
+
+
+def _template(look: _DryRun) -> None:
+    data = look.config.data
+    ChatTemplate(look.encoder.tokenizer, data.chat_template).check_arguments(data.template_arguments or ())
+
+
+def _evaluated(look: _DryRun) -> None:
+    for evaluated in look.models:
+        _check_evaluated(evaluated, look.config.model, look.encoder)
+        look.lines.append(("evaluation", evaluated.path))
+
+
+def _loss(look: _DryRun) -> None:
+    config = look.config
+    if not look.models:
+        look.lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+        warning = rate_warning(config.model.adapter, config.optim)
+        if warning:
+            look.lines.append(("optim.lr", f"warning: {warning}"))
+
+
+def _metrics(look: _DryRun) -> None:
+    look.custom = custom_metrics(look.config.metrics.function, look.config.loss)
+    if look.custom.names:
+        look.lines.append(("metrics", ", ".join(look.custom.names)))
+
+
+def _reference(look: _DryRun) -> None:
+    reference = look.config.reference
     parts = [reference.mode.value]
     if reference.path is not None:
-        parts.append(checked(reference.path, "reference.path"))
+        parts.append(_checked_model(look, reference.path, "reference.path"))
     if reference.mode is ReferenceMode.cached:
         parts.append(f"store {reference.store}")
-    lines = [("reference", ", ".join(parts))]
-    if config.teacher.path is not None:
-        lines.append(("teacher", f"{config.teacher.mode}, {checked(config.teacher.path, 'teacher.path')}"))
-    return lines
+    look.lines.append(("reference", ", ".join(parts)))
+
+
+def _teacher(look: _DryRun) -> None:
+    teacher = look.config.teacher
+    if teacher.path is not None:
+        checked = _checked_model(look, teacher.path, "teacher.path")
+        look.lines.append(("teacher", f"{teacher.mode}, {checked}"))
+
+
+def _checked_model(look: _DryRun, path: str, key: str) -> str:
+    """Return the description of a model that only scores, whose files are checked."""
+    folder = description_folder(path, None, key)
+    check_same_vocabulary(folder, look.encoder.tokenizer, look.config.model, look.encoder.processor, key)
+    check_contents_at_hand(folder, look.config.model, key)
+    return f"model {folder}"
+
+
+def _records(look: _DryRun) -> None:
+    """Look at the first records of each source."""
+    data = look.config.data
+    looks = list[Callable[[], None]]()
+    look.train = []
+    look.evaluation = []
+    for key, sources, found in (
+        ("data.train", data.train, look.train),
+        ("data.eval", data.eval, look.evaluation),
+    ):
+        for index, source in enumerate(sources):
+            looks.append(partial(_source, look, DataSource(source), f"{key}[{index}]", found))
+        looks.append(partial(_images, look, found))
+    make_all(looks)
+
+
+def _source(look: _DryRun, source: DataSource, name: str, found: list[_FirstRecords]) -> None:
+    first = _first_records(source.pinned(), name, look.config.data, look.config.loss, look.encoder)
+    vocabulary = look.policy.model_config.get_text_config().vocab_size
+    check_ids_in_vocabulary(first.dataset, look.encoder.tokenizer, vocabulary)
+    look.lines += [(name, first.text), *first.notes]
+    found.append(first)
+
+
+def _images(look: _DryRun, found: Sequence[_FirstRecords]) -> None:
+    if look.encoder.processor is not None and found and not any(first.images for first in found):
+        look.lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
+
+
+def _steps(look: _DryRun) -> None:
+    if look.is_training:
+        look.lines += _check_steps(look.config, look.custom, look.train, look.evaluation)
 
 
 def _check_evaluated(evaluated: EvaluatedModel, model: ModelConfig, encoder: Encoder) -> None:
@@ -365,3 +430,20 @@ def _first_records(
     return _FirstRecords(
         text, notes, tokens, counts, not has_more, pairs, has_more and expected > 0, dataset, images
     )
+
+
+CHECKS = (
+    *FILE_CHECKS,
+    CheckRow("run.dir", _run_dir, Stage.policy),
+    CheckRow("model.path", _policy, Stage.policy),
+    CheckRow("data.chat_template", _template, Stage.models),
+    CheckRow("evaluation.model", _evaluated, Stage.models),
+    CheckRow("loss", _loss, Stage.models),
+    CheckRow("metrics.function", _metrics, Stage.models),
+    CheckRow("reference", _reference, Stage.models),
+    CheckRow("teacher", _teacher, Stage.models),
+    CheckRow("data.train, data.eval", _records, Stage.data),
+    CheckRow("trainer", _steps, Stage.run),
+)
+"""The checks of `--check` in their order. A start makes those without torch alike, and the others with all
+records, on all processes."""

@@ -1,20 +1,25 @@
-"""The checks at a start: packages, files and folders, before torch is imported and processes join."""
+"""The checks at a start: packages, files and folders, before torch is imported and processes join.
+
+`FILE_CHECKS` has them in order, for a start as for `--check`, which adds those of `dry_run`.
+"""
 
 import contextlib
 import importlib.util
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import LOSS_FUNCTION, LossKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     FLASH_ATTN,
     FusedLayers,
-    ModelConfig,
     OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
@@ -25,7 +30,15 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import Console, open_console
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, Lack, ReferenceModelError
+from dpo_dist.foundation.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DpoDistError,
+    Lack,
+    ReferenceModelError,
+    raise_all,
+)
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.installed import install_extra, is_installed
 from dpo_dist.foundation.text import first_few, pluralize
@@ -42,6 +55,31 @@ from dpo_dist.model.files.folder import (
 from dpo_dist.training.start.run_state import check_newest_checkpoint
 
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger", "flash-attn": "flash-attn"}
+
+
+Stage = StrEnum("Stage", ["files", "policy", "models", "data", "run"])
+"""When a check is made: before torch is imported, and for `--check` with the policy except its weights, with
+other models, with the first records, with all of these. A stage needs what those before it have loaded."""
+
+
+class CheckRow(NamedTuple):
+    """A check of a start: what it is about, the function that raises an error, and the stage."""
+
+    about: str
+    check: Callable[[Any], None]
+    stage: Stage
+
+
+class _Start(NamedTuple):
+    """What is checked: a run, whether it trains, and whether this process runs it, not a later launcher."""
+
+    config: RunConfig
+    trains: bool
+    is_here: bool
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.config.run.path)
 
 
 @contextlib.contextmanager
@@ -65,31 +103,66 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     """Check everything that needs no torch, network or other processes; only on the first node.
 
     `trains`: whether the run has an optimizer and may be resumed. `starts`: whether this process runs it, not
-    a launcher that is called later.
+    a launcher that is called later. Raises one error with all faults.
     """
-    if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
-        return
-    # The run, if it has a checkpoint, and the user's own loss.
-    run = RunFolder(config.run.path)
-    if trains and config.run.resume is not Resume.never:
-        check_newest_checkpoint(config.identity, run)
-    if LossKind.custom in config.loss.kinds:
-        find_function(config.loss.function, LOSS_FUNCTION)
-    # Packages.
+    if os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0"):
+        make_checks(FILE_CHECKS, Stage.files, _Start(config, trains, starts or "WORLD_SIZE" in os.environ))
+
+
+def make_checks(checks: Iterable[CheckRow], stage: Stage, start: Any) -> None:
+    """Make the checks of a stage in order, each with `start`. Raises one error with all faults."""
+    make_all(partial(row.check, start) for row in checks if row.stage is stage)
+
+
+def make_all(checks: Iterable[Callable[[], Any]]) -> None:
+    """Make several checks. Raises one error with all faults."""
+    faults = list[DpoDistError]()
+    for check in checks:
+        try:
+            check()
+        except DpoDistError as fault:
+            faults.append(fault)
+    raise_all(faults)
+
+
+def _checkpoint(start: _Start) -> None:
+    if start.trains and start.config.run.resume is not Resume.never:
+        check_newest_checkpoint(start.config.identity, start.run)
+
+
+def _loss_function(start: _Start) -> None:
+    if LossKind.custom in start.config.loss.kinds:
+        find_function(start.config.loss.function, LOSS_FUNCTION)
+
+
+def _packages(start: _Start) -> None:
+    """Check the packages that values need: each with its key, and a value that does not need it."""
+    config = start.config
     model = config.model
-    for package, key, value, instead in _needed_packages(config, trains=trains):
-        if not is_installed(package):
+    needed: list[tuple[str, str, str | None, str]] = [
+        ("bitsandbytes", "model.quantization", model.quantization, "null"),
+        ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
+    ]
+    if start.trains and config.optim.kind is OptimizerKind.adamw_8bit:
+        needed.append(("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw))
+    if model.fused is FusedLayers.liger:
+        needed.append(("liger-kernel", "model.fused", model.fused, "none"))
+    if model.attention in FLASH_ATTN:
+        needed.append((FLASH_ATTN[model.attention], "model.attention", model.attention, "auto"))
+    faults = []
+    for package, key, value, instead in needed:
+        if value is not None and not is_installed(package):
             install = "build it, the folder hopper of FlashAttention's repository"
             if package in _EXTRAS:
                 install = install_extra(_EXTRAS[package])
-            raise ConfigError(
-                f"{package} is not installed",
-                where=key,
-                got=value,
-                remedy=f"{install}, or set {key}={instead}",
-                lacks=Lack.package,
-            )
-    trackers = config.tracking.to if trains else []
+            message = f"{package} is not installed"
+            remedy = f"{install}, or set {key}={instead}"
+            faults.append(ConfigError(message, where=key, got=value, remedy=remedy, lacks=Lack.package))
+    raise_all(faults)
+
+
+def _trackers(start: _Start) -> None:
+    trackers = start.config.tracking.to if start.trains else []
     # By their modules, which several packages may have: mlflow and mlflow-skinny.
     absent = [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]
     if absent:
@@ -101,10 +174,14 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             remedy=f"pip install {' '.join(absent)}, or set {shlex.quote(f'tracking.to=[{others}]')}",
             lacks=Lack.package,
         )
+
+
+def _compiled_shards(start: _Start) -> None:
+    is_sharded = start.config.parallelism.kind is ParallelismKind.zero3
+    is_compiled = start.trains and start.config.model.fused is FusedLayers.compile
     torch_version = version("torch")
-    is_sharded = config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
-    if trains and model.fused is FusedLayers.compile and is_sharded and is_old:
+    if is_compiled and is_sharded and is_old:
         raise ConfigError(
             "compiled layers lose gradients of sharded weights in torch before 2.12",
             where="model.fused",
@@ -112,42 +189,71 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             remedy="update torch, or set model.fused=none or parallelism=zero2",
             lacks=Lack.package,
         )
-    if starts or "WORLD_SIZE" in os.environ:
-        check_groups(config.parallelism, int(os.environ.get("WORLD_SIZE", "1")), trains=trains)
-    _check_local_models(model, {"reference.path": config.reference.path, "teacher.path": config.teacher.path})
-    # Data.
-    for source in [*config.data.train, *config.data.eval]:
-        DataSource(source).check(config.data)
-    ChatTemplate.check_file(config.data.chat_template)
-    # Folders to write.
-    if trains:
-        _check_run_folder(run)
-    folders = {"run.dir": run.path}
-    cache = Path(config.data.cache)
-    store = Path(config.reference.store)
-    if not any(cache.glob("*.arrow")):
-        folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
-    stores = config.reference.mode is ReferenceMode.cached
-    stores |= config.loss.needs_teacher and config.teacher.mode is TeacherMode.cached
-    if stores and not store.is_dir():
-        folders["reference.store"] = store  # the same
-    for key, folder in folders.items():
-        check_writable(folder, key)
 
 
-def _needed_packages(config: RunConfig, *, trains: bool) -> Iterator[tuple[str, str, str, str]]:
-    """Yield a package that is needed, the key, its value that needs it, and a value that does not."""
-    model = config.model
-    if model.quantization is not None:
-        yield "bitsandbytes", "model.quantization", model.quantization, "null"
-    if config.reference.quantization is not None:
-        yield "bitsandbytes", "reference.quantization", config.reference.quantization, "null"
-    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        yield "bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw
-    if model.fused is FusedLayers.liger:
-        yield "liger-kernel", "model.fused", model.fused, "none"
-    if model.attention in FLASH_ATTN:
-        yield FLASH_ATTN[model.attention], "model.attention", model.attention, "auto"
+def check_groups(parallelism: ParallelismConfig, processes: int, *, trains: bool) -> None:
+    """Raise ConfigError if so many processes cannot be divided into groups."""
+    faults = []
+    for key in ("sequence_parallel", *["experts", "shard_size"] * trains):
+        ranks = getattr(parallelism, key) or processes
+        if processes % ranks:
+            fault = ConfigError(
+                "the processes cannot be divided into groups of this size",
+                where=f"parallelism.{key}",
+                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
+                expected=f"a divisor of {processes}",
+                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
+            )
+            faults.append(fault)
+    raise_all(faults)
+
+
+def _groups(start: _Start) -> None:
+    """Check that the processes of this launch can be divided into groups."""
+    if start.is_here:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        check_groups(start.config.parallelism, processes, trains=start.trains)
+
+
+def _policy(start: _Start) -> None:
+    """Check the policy in a local folder; one on the hub is checked when it is loaded."""
+    model = start.config.model
+    begin = None
+    if model.adapter is not None and model.adapter.path is not None:
+        adapter = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
+        begin = None if adapter is None else start_folder(model)
+    policy = local_model_folder(model.path, model.revision)
+    if policy is not None:
+        check_weights(weight_files(policy), "model.path")
+        check_tokenizer_files(tokenizer_folder(policy, begin))
+
+
+def _reference(start: _Start) -> None:
+    _scoring_model(start.config.reference.path, "reference.path")
+
+
+def _teacher(start: _Start) -> None:
+    _scoring_model(start.config.teacher.path, "teacher.path")
+
+
+def _scoring_model(path: str | None, key: str) -> None:
+    folder = None if path is None else local_model_folder(path, None, key)
+    if folder is not None:
+        check_weights(weight_files(folder), key)
+
+
+def _sources(start: _Start) -> None:
+    data = start.config.data
+    make_all(partial(DataSource(source).check, data) for source in [*data.train, *data.eval])
+
+
+def _template(start: _Start) -> None:
+    ChatTemplate.check_file(start.config.data.chat_template)
+
+
+def _run_folder(start: _Start) -> None:
+    if start.trains:
+        _check_run_folder(start.run)
 
 
 def _check_run_folder(run: RunFolder) -> None:
@@ -182,34 +288,34 @@ def _check_run_folder(run: RunFolder) -> None:
     )
 
 
-def check_groups(parallelism: ParallelismConfig, processes: int, *, trains: bool) -> None:
-    """Raise ConfigError if so many processes cannot be divided into groups."""
-    for key in ("sequence_parallel", *["experts", "shard_size"] * trains):
-        ranks = getattr(parallelism, key) or processes
-        if processes % ranks:
-            raise ConfigError(
-                "the processes cannot be divided into groups of this size",
-                where=f"parallelism.{key}",
-                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
-                expected=f"a divisor of {processes}",
-                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
-            )
+def _folders(start: _Start) -> None:
+    """Check the folders to write."""
+    config = start.config
+    folders = {"run.dir": start.run.path}
+    cache = Path(config.data.cache)
+    if not any(cache.glob("*.arrow")):
+        folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
+    store = Path(config.reference.store)
+    stores = config.reference.mode is ReferenceMode.cached
+    stores |= config.loss.needs_teacher and config.teacher.mode is TeacherMode.cached
+    if stores and not store.is_dir():
+        folders["reference.store"] = store  # the same
+    make_all(partial(check_writable, folder, key) for key, folder in folders.items())
 
 
-def _check_local_models(model: ModelConfig, others: Mapping[str, str | None]) -> None:
-    """Check models in local folders; those on the hub are checked when they are loaded.
-
-    `others`: the paths of models that only score, by key.
-    """
-    start = None
-    if model.adapter is not None and model.adapter.path is not None:
-        adapter = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
-        start = None if adapter is None else start_folder(model)
-    policy = local_model_folder(model.path, model.revision)
-    if policy is not None:
-        check_weights(weight_files(policy), "model.path")
-        check_tokenizer_files(tokenizer_folder(policy, start))
-    for key, path in others.items():
-        other = None if path is None else local_model_folder(path, None, key)
-        if other is not None:
-            check_weights(weight_files(other), key)
+FILE_CHECKS = (
+    CheckRow("the newest checkpoint", _checkpoint, Stage.files),
+    CheckRow("loss.function", _loss_function, Stage.files),
+    CheckRow("packages", _packages, Stage.files),
+    CheckRow("tracking.to", _trackers, Stage.files),
+    CheckRow("model.fused", _compiled_shards, Stage.files),
+    CheckRow("parallelism", _groups, Stage.files),
+    CheckRow("model.path, model.adapter.path", _policy, Stage.files),
+    CheckRow("reference.path", _reference, Stage.files),
+    CheckRow("teacher.path", _teacher, Stage.files),
+    CheckRow("data.train, data.eval", _sources, Stage.files),
+    CheckRow("data.chat_template", _template, Stage.files),
+    CheckRow("what is in run.dir", _run_folder, Stage.files),
+    CheckRow("folders to write", _folders, Stage.files),
+)
+"""The checks that need no torch, in their order."""

@@ -68,7 +68,7 @@ def verb(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_an_error_has_escapes_in_place_of_the_control_characters_of_a_name(verb: Verb) -> None:
-    ended = verb("model.path=m", "data.train='a\x1b[31m\x07.jsonl'")
+    ended = verb("model.path=m", "loss.beta='a\x1b[31m\x07.jsonl'")
     assert ended.code == 2
     assert "\\x1b[31m\\x07" in ended.err
     assert not set("\x1b\x07") & set(ended.err)
@@ -106,7 +106,7 @@ def test_a_document_has_every_mistake_and_the_words_of_all(verb: Verb) -> None:
     error = json.loads(ended.out)["error"]
     assert (error["code"], len(error["mistakes"])) == (ended.code, 3) == (2, 3)
     remedies = [mistake["remedy"] for mistake in error["mistakes"]]
-    assert remedies[0] == "did you mean loss.beta?"
+    assert "did you mean loss.beta=1?" in remedies
     assert all(remedy in error["remedy"] for remedy in remedies)
     assert "this command has 3 mistakes" in ended.err, "people read standard error"
     assert list(json.loads(verb("--help", "loss.beta", "--json").out)) == ["kind", "text"]
@@ -192,8 +192,8 @@ def test_help_and_version(verb: Verb) -> None:
     for text in ("dpo-dist [launch] train", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
-    assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
-    assert "did you mean data.train.weight?" in verb("-h", "data.train.wieght").err
+    assert "did you mean loss.beta, a number, > 0?" in verb("-h", "loss.betta").err
+    assert "did you mean weight?" in verb("-h", "data.train[0].wieght").err
     of_compare = usage("", "", verb_keys("compare"), group_folders())
     listed = set(re.findall(r"^  (\w+):? ", of_compare, re.MULTILINE))
     assert {"compare", "data", "parallelism", "experiment"} <= listed
@@ -340,6 +340,15 @@ def test_help_about_a_key_or_a_verb_may_come_first(
     dpo_dist.__main__.main()
     verb, *rest = becomes
     assert programs == [[sys.executable, "-m", VERBS[verb].module, *rest]]
+
+
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_train_with_the_option_of_hydra_is_the_sweep(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", "train", "loss.beta=0.1,0.2", option, "my.yaml"])
+    programs = []
+    monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
+    dpo_dist.__main__.main()
+    assert programs == [[sys.executable, "-m", VERBS["sweep"].module, "loss.beta=0.1,0.2", "my.yaml"]]
 
 
 @pytest.mark.parametrize(

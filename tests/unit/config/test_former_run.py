@@ -1,5 +1,6 @@
 """The config.yaml of a run stands in for its command; it evaluates nothing and opens no door."""
 
+import contextlib
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +10,11 @@ import yaml
 
 from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.load import load_run_config, saved_config, to_yaml
-from dpo_dist.config.named_code import code_warnings
+from dpo_dist.config.named_code import COMMAND, NAMED_CODE, code_warnings
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import as_tree
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
 
@@ -53,9 +55,9 @@ def test_the_doctor_takes_a_run_or_data_alone(tmp_path: Path) -> None:
     assert examined(f"run.dir={tmp_path}/run").data == config.data
     alone = examined("data.train=[b.jsonl]", f"run.dir={tmp_path}/new")
     assert [source.path for source in alone.data.train] == ["b.jsonl"]
-    with pytest.raises(ConfigError, match="no run is named") as refused:
+    with pytest.raises(ConfigError, match="no training data is given") as refused:
         examined("doctor.fail_on=warning")
-    assert "data.train=..." in refused.value.remedy
+    assert refused.value.remedy.endswith("or name a run: run.dir=RUN")
 
 
 def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Path) -> None:
@@ -114,26 +116,64 @@ def test_a_config_that_cannot_be_read_is_named_by_its_path(text: str, tmp_path: 
 
 
 TRUST = "if you trust this code, add "
+CODE = {
+    "data.train": [{"path": "a", "reader": "my_reader:read"}],
+    "data.eval": [{"path": "b"}, {"path": "a", "reader": "my_reader:read"}],
+    "evaluation.data": [{"path": "a", "reader": "my_reader:read"}],
+}
+
+
+@pytest.mark.parametrize("key", sorted({*NAMED_CODE} - {COMMAND}))
+@pytest.mark.parametrize("is_dotted", [False, True])
+def test_a_config_of_a_run_opens_no_door(key: str, is_dotted: bool, tmp_path: Path) -> None:
+    """Every key that is declared to name code, in both spellings; the word of the remedy opens it."""
+    value = CODE.get(key, key == "model.trust_remote_code" or "tests.support.own_loss:hinge")
+    values = {"model.path": "m", "data.train": ["a.jsonl"], key: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values if is_dotted else as_tree(values)))
+    for words in ((), ("loss={beta: 0.3}", "data={max_length: 64}"), (f"~{key}",)):
+        with pytest.raises(ConfigError) as raised:
+            evaluated(f"run.dir={tmp_path}", *words)
+        if not any(word.startswith("~") for word in words):
+            assert "asks to run code" in raised.value.message
+            [word] = shlex.split(raised.value.remedy.removeprefix(TRUST))
+            assert word.startswith(f"{key}=")
+    with contextlib.suppress(ConfigError):  # a rule between keys
+        assert evaluated(f"run.dir={tmp_path}", word)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "typed",
     [
-        ("model.trust_remote_code", "true"),
-        ("loss.function", "tests.support.own_loss:hinge"),
-        ("pairs.function", "tests.support.own_judge:judge"),
-        ("data.train", "[{path: a, reader: 'my_reader:read'}]"),
+        "model.trust_remote_code=true",
+        "+model.trust_remote_code=true",
+        "++model.trust_remote_code=true",
+        "model={trust_remote_code: true}",
+        "+model={trust_remote_code: true}",
     ],
 )
-def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -> None:
-    section, name = key.split(".")
-    values: dict[str, dict[str, object]] = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
-    values.setdefault(section, {})[name] = yaml.safe_load(value)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError, match="asks to run code") as raised:
-        evaluated(f"run.dir={tmp_path}")
-    [word] = shlex.split(raised.value.remedy.removeprefix(TRUST))
-    assert word.startswith(f"{key}=")
+def test_code_is_named_in_every_spelling_of_a_command(typed: str, tmp_path: Path) -> None:
+    """A command may trust the code of a run, and code that it trusts is warned of."""
+    write_run(tmp_path / "run", "model.trust_remote_code=true")
+    config = evaluated(f"run.dir={tmp_path}/run", typed)
+    alone = load_run_config([*RUN, typed])
+    for found in (config, alone):
+        assert code_warnings(asdict(found))[0].startswith("warning: model.trust_remote_code=true")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# @package _global_\nmodel: {trust_remote_code: true}\n",
+        "# @package model\ntrust_remote_code: true\n",
+        "# @package _global_\ndefaults: [override /model: mine]\n",
+    ],
+)
+def test_code_of_experiments_and_presets_is_warned_of(text: str, tmp_path: Path) -> None:
+    for name, content in (("experiment", text), ("model", "trust_remote_code: true\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(content)
+    config = load_run_config([*RUN, "+experiment=mine"], tmp_path)
+    assert len(code_warnings(asdict(config))) == 1
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.reuses_config])

@@ -7,9 +7,8 @@ from typing import Any
 
 import hydra
 import pytest
-from hydra.core.config_store import ConfigStore
 
-from dpo_dist.config import compose, keys
+from dpo_dist.config import keys
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import UNSET, AdapterConfig, Offload, TrainerConfig
@@ -20,6 +19,7 @@ from tests.unit.config.support import RUN, configured, error_of, written_and_rea
 PRESETS = sorted(config_dir().glob("*/*.yaml"))
 EXPERIMENTS = [file.stem for file in PRESETS if file.parent.name == "experiment"]
 GROUPS = [(file.parent.name, file.stem) for file in PRESETS if file.parent.name != "experiment"]
+HEADER = "# @package _global_\n"
 MINE = """
 model: {path: m}
 data: {train: [a.jsonl, {path: b, limit: 3}]}
@@ -71,11 +71,6 @@ def test_keys_in_a_mapping_are_texts() -> None:
     config = configured("'data.template_arguments={a: [{1: x, b: y}]}'")
     assert config.data.template_arguments == {"a": [{"1": "x", "b": "y"}]}
     assert written_and_read(config) == config
-
-
-def test_an_own_root_without_keys_is_named() -> None:
-    write(config="[a]")
-    assert error_of("--config-dir conf").where.endswith("/conf/config.yaml")
 
 
 def test_a_value_to_be_filled_in_changes_nothing() -> None:
@@ -205,7 +200,7 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
 @pytest.mark.parametrize(
     ("files", "kind", "beta"),
     [
-        (["# @package _global_\nloss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
+        (["loss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
         (["loss.beta: 3\nloss: simpo\n"], "simpo", 3.0),
         (["loss: {kind: simpo, options: {gamma: 1.5}}\n", "loss: ipo\n"], "ipo", 0.1),
         (["loss: {beta: 0.3}\n", "loss: simpo\n"], "simpo", 2.0),
@@ -220,9 +215,6 @@ def test_a_preset_of_a_file_is_below_its_own_keys_and_replaces_earlier_ones(
         Path(f"{number}.yaml").write_text(text)
     loss = configured(" ".join(f"{number}.yaml" for number in range(len(files)))).loss
     assert (loss.kind, loss.beta) == (kind, beta)
-    write(experiment__mine=files[0])
-    rest = " ".join(f"{number}.yaml" for number in range(1, len(files)))
-    assert configured(f"--config-dir conf +experiment=mine {rest}").loss == loss
 
 
 def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> None:
@@ -231,11 +223,11 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         loss__slow="# @package _global_\nloss: {kind: hinge}\noptim: {lr: 1e-8}\n",
         experiment__base="# @package _global_\noptim: {lr: 3e-6}\ntrainer: {seed: 1, epochs: 3}\n",
         experiment__mine="# @package _global_\ndefaults: [base, override /loss: softer]\ntrainer: {seed: 2}",
-        experiment__plain="defaults: [base, _self_]\nloss: softer\ntrainer.seed: 4\n",
-        experiment__above="defaults: [plain]\ntrainer: {seed: 6}\n",
-        experiment__below="defaults: [_self_, base]\ntrainer: {seed: 7, max_steps: 8}\n",
+        experiment__plain=HEADER + "defaults: [base, override /loss: softer, _self_]\ntrainer: {seed: 4}\n",
+        experiment__above="# @package _global_\ndefaults: [plain, _self_]\ntrainer: {seed: 6}\n",
+        experiment__below="# @package _global_\ndefaults: [_self_, base]\ntrainer: {seed: 7, max_steps: 8}\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
-        cluster__b="# @package _global_\nreference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
+        cluster__b=HEADER + "reference: {offload: cpu}\ndefaults: [{override /tracking: 'off'}]\n",
         samples__many="prompts: 64\n",
     )
     config = configured(
@@ -276,39 +268,60 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
         experiment__mine="# @package _global_\ndefaults: [base, override /loss: mine]\nrunn: {name: x}\n",
     )
     text = error_of("--config-dir conf +experiment=mine").block()
-    for place in ("loss.betta in loss/mine", "trainer.sede in experiment/base", "runn in experiment/mine"):
-        assert f"{place}.yaml" in text
+    for place in ("loss/mine.yaml:1", "experiment/base.yaml:2", "experiment/mine.yaml:3"):
+        assert f"{place}: there is no key" in text
     write(experiment__mine="defaults: [gone]\n")
-    assert "there is no experiment named 'gone'" in error_of("--config-dir conf +experiment=mine").block()
+    text = error_of("--config-dir conf +experiment=mine optim.lr=0 loss.betta=1").block()
+    assert "there is no experiment named 'gone'" in text
+    assert "optim.lr=0" in text, "mistakes of words are found, too"
+    assert "loss.betta=1" in text
     write(trainer__mine="max_steps: [1\n")
-    assert 'trainer/mine.yaml", line 2' in error_of("--config-dir conf trainer=mine").block()
+    assert "trainer/mine.yaml:2" in error_of("--config-dir conf trainer=mine").block()
     write(loss__mine="betta: 1\n")
-    assert error_of("--config-dir conf loss=mine").where == "loss.betta in loss/mine.yaml"
+    assert error_of("--config-dir conf loss=mine").where == "loss/mine.yaml:1"
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("hydra: {run: {dir: x}}\n", "there is no key 'hydra'"),
-        ("defaults: [base, {loss: gone}]\n", "there is no experiment named 'base'"),
-        ("defaults: [mine]\n", "cannot be composed"),
+        (HEADER + "hydra: {run: {dir: x}}\n", "there is no key 'hydra'"),
+        ("# @package hydra.run\ndir: x\n", "there is no key 'hydra'"),
+        (HEADER + "defaults: [base, override /loss: ipo]\n", "there is no experiment named 'base'"),
+        (HEADER + "defaults: [override /loss: ipoo]\n", "did you mean loss=ipo?"),
+        (HEADER + "defaults: [optional override /model: gone]\n", "there is no model named 'gone'"),
+        (HEADER + "defaults: [/loss: ipo]\n", "use 'override loss: ipo'"),
+        (HEADER + "defaults: [/loss@loss: ipo]\n", "use 'override loss: ipo'"),
+        (HEADER + "defaults: [override /loss: '${pick}']\npick: ipo\n", "interpolation '${pick}'"),
+        (HEADER + "defaults: [mine]\n", "this cannot be read"),
+        (HEADER + "loss: ipo\n", "write 'override /loss: ipo' into the list of defaults"),
+        (HEADER + "loss.beta: 0.3\n", "write loss.beta as keys inside of keys, 'loss: {beta: ...}'"),
+        ("trainer: {seed: 5}\n", "experiment/mine.yaml:1\n  to do:    begin the file of an experiment with"),
     ],
 )
-def test_an_experiment_that_cannot_be_composed_is_an_error(content: str, text: str) -> None:
+def test_an_experiment_that_hydra_reads_otherwise_is_an_error(content: str, text: str) -> None:
     write(experiment__mine=content)
     assert text in error_of("--config-dir conf +experiment=mine").block()
 
 
-@pytest.mark.parametrize(("root", "text"), [("- a\n", "no keys"), ("hydra: {}\n", "no key 'hydra'")])
-def test_an_own_root_that_cannot_be_composed_is_named_also_beside_a_preset(root: str, text: str) -> None:
+def test_a_package_of_an_experiment_is_hydras() -> None:
+    write(
+        experiment__mine="# @package model\npath: other\n", loss__mine="defaults: [ipo, _self_]\nbeta: 0.7\n"
+    )
+    config = configured("--config-dir conf +experiment=mine loss=mine", run=RUN[1:])
+    assert (config.model.path, config.loss.kind, config.loss.beta) == ("other", "ipo", 0.7)
+
+
+@pytest.mark.parametrize(
+    ("root", "typed", "text"),
+    [
+        ("- a\n", "", "config.yaml"),
+        ("hydra: {}\n", "", "there is no key 'hydra'\n  where:    config.yaml:1"),
+        ("trainer: {seed: 5}\n", "loss=ipo", "Could not override 'loss'. No match in the defaults list."),
+    ],
+)
+def test_an_own_root_that_cannot_be_composed_is_an_error(root: str, typed: str, text: str) -> None:
     write(config=root)
-    assert text in error_of("--config-dir conf loss=ipo").block()
-
-
-def test_a_preset_of_a_preset_that_is_no_file_is_an_error() -> None:
-    write(loss__own="defaults: [mine, _self_]\n")
-    ConfigStore.instance().store("mine", {"kind": "ipo"}, "loss")
-    assert "mine" in error_of("--config-dir conf loss=own").block()
+    assert text in error_of(f"--config-dir conf {typed}").block()
 
 
 def test_threads_load_their_own_configurations() -> None:
@@ -331,12 +344,12 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
     text = error_of("bad.yaml gone.yaml epochs=2").block()
     for line in (
         "this command has 6 mistakes",
-        "learning_rate in bad.yaml: there is no key 'learning_rate'; write optim.lr=1e-05",
-        "loss.betta in bad.yaml: there is no key 'loss.betta'; did you mean loss.beta?",
-        "lora_rank in bad.yaml: there is no key 'lora_rank'; write model.adapter.r=8",
-        "trainer.seed in bad.yaml (x): trainer.seed cannot have this value",
-        "gone.yaml (No such file or directory): this file cannot be read",
-        "epochs=2: there is no key 'epochs'; write trainer.epochs=2",
+        "bad.yaml:1: there is no key 'learning_rate'; did you mean optim.lr=1e-05?",
+        "bad.yaml:2: there is no key 'loss.betta'; did you mean loss.beta=1?",
+        "bad.yaml:3: there is no key 'lora_rank'; did you mean model.adapter.r=8?",
+        "bad.yaml:4 ('x'): trainer.seed cannot have this value",
+        "gone.yaml (No such file or directory): this cannot be read",
+        "epochs=2: there is no key 'epochs'; did you mean trainer.epochs=2?",
     ):
         assert line in text
 
@@ -344,33 +357,44 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("tracking: {wandb: off}", "put the word in quotes"),
-        ("loss: {beta: [1", 'mine.yaml", line 2'),
-        ("loss.beta: 1\nloss: {beta: 2}", "loss.beta is given twice\n  where:    loss.beta in "),
-        ("optim: {lr: '1e-6'}", "write optim.lr=1e-6, without quotes"),
-        ("model: {trust_remote_code: 'false'}", "write model.trust_remote_code=false, without quotes"),
-        ("optim: {betas: ['0.9', 0.95]}", "write 0.9 without quotes"),
-        ("trainer: {max_steps: '0'}", "set trainer.max_steps to a whole number"),
+        (
+            "tracking: {wandb: off}",
+            "mine.yaml:1\n  got:      false\n  expected: one of auto, online",
+        ),
+        ("loss: {beta: [1", "mine.yaml:2"),
+        ("loss.beta: 1\nloss: {beta: 2}", "loss.beta is given twice\n  where:    mine.yaml:2"),
+        ("optim: {lr: '1e-6'}", "got:      '1e-6'\n  expected: a number"),
+        ("optim: {betas: ['0.9', 0.95]}", "optim.betas[0] cannot have this value"),
         ("- a", "this file has no keys"),
-        ("loss: ipoo", "did you mean loss=ipo?"),
-        ("experiment: qwen7b", "+experiment=NAME"),
-        ("# @package _global_\ndefaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
+        ("defaults: 5", "mine.yaml"),
+        ("run: 3", "run cannot have this value\n  where:    mine.yaml:1"),
+        ("loss: [sigmoid]", "loss cannot have this value\n  where:    mine.yaml:1"),
+        ("\nloss: ipoo", "there is no loss named 'ipoo'\n  where:    mine.yaml:2"),
+        ("experiment: gone", "there is no experiment named 'gone'\n  where:    mine.yaml:1"),
+        ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
+        ("defaults: [gone]", "there is no experiment named 'gone'"),
+        ("data: {eval: [{path: a, limt: 3}]}", "mine.yaml:1\n  to do:    did you mean limit?"),
+        ("data.eval: [{limit: 3}]", "data.eval[0].path is not set\n  where:    mine.yaml:1"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_block(content: str, text: str) -> None:
-    for file in ("mine.yaml", "conf/experiment/mine.yaml"):
-        Path(file).write_text(f"{content}\n")
-    for typed in ("mine.yaml", "--config-dir conf +experiment=mine"):
-        assert text in error_of(typed).block()
+    Path("mine.yaml").write_text(f"{content}\n")
+    assert text in error_of("mine.yaml").block()
+
+
+def test_a_file_may_name_an_experiment_as_a_command_does() -> None:
+    Path("mine.yaml").write_text("experiment: smoke\nloss: ipo\n")
+    assert configured("mine.yaml") == configured("+experiment=smoke loss=ipo")
+    Path("mine.yaml").write_text("defaults: [smoke, override /loss: ipo]\n")
+    assert configured("mine.yaml") == configured("+experiment=smoke loss=ipo")
 
 
 def test_a_preset_that_is_edited_counts_in_the_next_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Commands of one process share what Hydra has ranked."""
+    """Commands of one process share what Hydra has composed."""
     shutil.copytree(config_dir(), folder := tmp_path / "edited")
-    for module in (keys, compose):
-        monkeypatch.setattr(module, "config_dir", lambda: folder)
+    monkeypatch.setattr(keys, "config_dir", lambda: folder)
     assert [configured("loss=ipo").loss.beta, configured("loss=ipo").loss.beta] == [0.1, 0.1]
     (folder / "loss/ipo.yaml").write_text("kind: ipo\nbeta: 0.3\n")
     assert configured("loss=ipo").loss.beta == 0.3

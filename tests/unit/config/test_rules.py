@@ -163,8 +163,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("typed", "key"), REFUSED)
 def test_refused(typed: str, key: str) -> None:
-    where = error_of(typed).where.removeprefix("command line: ")
-    assert where.replace("=", ",").split(",")[0] == key
+    error = error_of(typed)
+    if error.message.endswith("cannot have this value"):
+        assert error.where.startswith("command line: ")
+        assert error.message.split()[0] == key
+    else:
+        assert error.where.removeprefix("command line: ").replace("=", ",").split(",")[0] == key
 
 
 def test_quantization_without_an_adapter_is_one_mistake() -> None:
@@ -278,7 +282,7 @@ def test_a_key_that_no_word_sets_is_written_with_its_default_in_place_of_removed
 def test_an_option_of_a_file_that_the_loss_of_the_command_lacks_can_be_taken_away(tmp_path: Path) -> None:
     (file := tmp_path / "my.yaml").write_text("loss: {kind: simpo, options: {gamma: 1}}")
     run = [*RUN, str(file)]
-    assert error_of("loss.kind=ipo", run=run).remedy.startswith("set loss.options=null, or ")
+    assert error_of("loss.kind=ipo", run=run).where == f"{file}:1"
     assert configured("loss.kind=ipo loss.options=null", run=run) == configured("loss.kind=ipo")
 
 

@@ -546,7 +546,7 @@ REFUSED = [
     ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys into a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by a method that is not translated"),
-    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file cannot be read"),
+    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "cannot be read"),
     (
         "new.yaml",
         "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
@@ -572,7 +572,7 @@ REFUSED = [
         "{model_name_or_path: m, use_peft: true, load_in_4bit: true, sync_ref_model: true, beta: 0.1}",
         "with an adapter there is no reference that follows the policy",
     ),
-    ("broken.yaml", "{stage: dpo", "cannot be composed"),
+    ("broken.yaml", "{stage: dpo", "cannot be read"),
 ]
 
 
@@ -649,7 +649,7 @@ def test_a_file_that_exists_or_cannot_be_read_is_an_error(
     (file := tmp_path / "foreign.yaml").write_text("{model_name_or_path: m, loss_type: ipo, beta: 0.3}")
     for words, text, where in (
         ([file, file], "this file exists", file),
-        ([tmp_path / "gone.sh"], "this file cannot be read", tmp_path / "gone.sh"),
+        ([tmp_path / "gone.sh"], "cannot be read", tmp_path / "gone.sh"),
         ([file, file / "ours.yaml"], "this file cannot be written", file / "ours.yaml"),
     ):
         with pytest.raises(ConfigError, match=text) as raised:

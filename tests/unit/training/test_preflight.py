@@ -21,10 +21,10 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start
-from dpo_dist.training.start.dry_run import dry_run
+from dpo_dist.training.start.dry_run import CHECKS, dry_run
 from dpo_dist.training.start.inputs import load_inputs
 from dpo_dist.training.start.open_run import Run, open_run
-from dpo_dist.training.start.preflight import check_start, checked_console
+from dpo_dist.training.start.preflight import Stage, check_start, checked_console
 from dpo_dist.training.start.run_state import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -90,7 +90,7 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
 
     monkeypatch.setattr("importlib.metadata.version", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else name)
-    error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides.split()))
+    error = refused(run_of(assets, tmp_path, *overrides.split()))
     assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
     if package not in ("mlflow", "flash-attn-3"):
@@ -98,6 +98,51 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     if package == "mlflow":
         assert error.remedy == "pip install mlflow, or set 'tracking.to=[wandb,aim]'"
     assert words_to_write(error.remedy) == [without]
+
+
+def test_all_faults_that_a_start_can_see_are_one_error(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "aim" else name)
+    (tmp_path / "file").touch()
+    words = [
+        "tracking.to=[aim]",
+        "data.chat_template=gone.jinja",
+        "reference.path=./gone",
+        "model.path=./gone",
+    ]
+    words += ["data.train=[one.jsonl,two.jsonl]", f"run.root={tmp_path}/file/out", "parallelism.shard_size=3"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = refused(run_of(assets, tmp_path, *words))
+    places = " ".join(part.where for part in error.parts)
+    for place in (
+        *("tracking.to", "parallelism.shard_size", "model.path", "reference.path", "data.chat_template"),
+        *("one.jsonl", "two.jsonl", "run.dir", "data.cache", "reference.store"),
+    ):
+        assert place in places
+    assert len(error.parts) == 10
+
+
+def test_the_checks_are_in_the_order_of_their_stages() -> None:
+    stages = [row.stage for row in CHECKS]
+    assert stages == sorted(stages, key=list(Stage).index)
+    assert {*stages} == {*Stage}
+    assert len({row.about for row in CHECKS if row.stage is Stage.files}) == stages.count(Stage.files)
+
+
+def test_all_faults_of_a_stage_of_a_check_are_one_error(assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n' * 20)
+    (tmp_path / "worse.jsonl").write_text('{"text": 2}\n' * 20)
+    sources = f"data.train=[{tmp_path}/bad.jsonl,{assets}/train.jsonl,{tmp_path}/worse.jsonl]"
+    with pytest.raises(DpoDistError) as caught:
+        dry_run(run_of(assets, tmp_path, sources))
+    assert len(caught.value.parts) == 2
+    others = ["metrics.function=gone:mean", "reference.path=./gone"]
+    with pytest.raises(DpoDistError) as caught:
+        dry_run(run_of(assets, tmp_path, sources, *others))
+    assert {part.where for part in caught.value.parts} == {"metrics.function", "reference.path"}, (
+        "not data yet"
+    )
 
 
 def test_all_missing_trackers_are_one_error(

@@ -32,15 +32,12 @@ MISTAKES = """
 lr=1e-4
 --lr 1e-4
 --learning_rate 1e-4 --beta 0.2
-optim.lr=1e-4,
-optim.lr=1,5e-4
 optim.lr=0
 learning_rate=1e-4 optim.lr=1e-5
 beta=0.2
 loss.betta=0.2
 loss=dpo
 loss=DPO
-loss=sigmoid,sft
 bf16=true
 fp16=true
 model.dtype=float32
