@@ -200,7 +200,7 @@ def explain(key: str, folders: Sequence[Path]) -> str:
             below.append(row)
     presets = preset_names(name, folders) if re.fullmatch(r"\w+", name) else []
     if not (here or below or presets):
-        raise unknown_key(name)
+        raise unknown_key(key)
     lines = [] if here else [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
     for row in here:
         lines += _facts(row)

@@ -104,6 +104,8 @@ def instead_of_key(key: str, value: Any = None) -> str:
     """Return what to write in place of a key that does not exist."""
     section, _, name = strip_indices(key).rpartition(".")
     of_list = section.removesuffix("[]")
+    if any(each.startswith(f"{of_list}[].") for each in all_keys()):
+        section = f"{of_list}[]"
     beside = [_last(each) for each in all_keys() if each.rpartition(".")[0] == section]
     if key == "experiment":
         return "begin the file of an experiment with the line '# @package _global_'"

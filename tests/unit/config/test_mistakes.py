@@ -49,6 +49,7 @@ MISTYPED = [
     ("'data.train=[{limit: 5}]'", "write path into the entry: {path: ..., ...}"),
     ("data.train.path=a", "write it inside an entry: 'data.train=[{path: ...}]'"),
     ("data.eval.0.path=a", "write it inside an entry: 'data.eval=[{path: ...}]'"),
+    ("data.train.wieght=2", "did you mean weight?"),
     ("data.train.weight=2", "write it inside an entry: 'data.train=[{weight: ...}]'"),
     # Values: what the key takes.
     ("trainer.epochs=two", "set trainer.epochs to a number, > 0 and <= 1e+09, or remove it"),

@@ -59,13 +59,10 @@ model.quantization=nf4 model.adapter.r=8 parallelism=zero3
 load_in_4bit=true model.adapter.r=8
 model=model
 model.path=modle
-data.train=train.jsonl
 data.train=[trian.jsonl]
 data.train=[other.csv]
 data.train=[nested.parquet]
-data.train.path=train.jsonl
 dataset_name=train.jsonl
-data.eval=held_out.jsonl
 data.eval=0.1
 data.eval=[held_out.jsonl] data.eval_share=0.1
 trainer.eval_every=5
