@@ -9,9 +9,6 @@ from pydantic import BeforeValidator, Field
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, as_entry, key, schema
 
-DataFormat = StrEnum(
-    "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
-)
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
@@ -32,8 +29,6 @@ class SourceConfig:
 
     path: NonEmpty = key(...)
     """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""
-    format: DataFormat = key(DataFormat.auto)
-    """Format of the records; `auto`: detected for each record."""
     split: str | None = key(None)
     """Split of a hub dataset or of a folder with several; null: `train`."""
     name: str | None = key(None)
@@ -46,12 +41,14 @@ class SourceConfig:
     """How often an epoch draws each pair: 2: twice; 0.5: a seeded half of the pairs."""
     limit: int | None = key(None, ge=1)
     """Read only this many records, from the first; null: all."""
-    columns: dict[str, str | None] | None = key(
-        None, accepts="a mapping, {prompt: question, chosen: answers.good}"
+    fields: dict[str, Any] | str | None = key(
+        None, accepts="a mapping, {prompt: question, chosen: answers.good}, or the name of a known shape"
     )
-    """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
+    """What the columns mean: an expression for each field; null: as the known shape with these columns."""
+    ignore: list[str] | None = key(None)
+    """Columns that are not read, keys of messages as `[].KEY`, or `*` for all others; null: none."""
     reader: str | None = key(None, runs="Python code of a reader of data is run")
-    """Your own function, as `module:function`, which turns a record's fields into those of a format."""
+    """Your own function, as `module:function`, which turns a record into one of a known shape."""
     images: NonEmpty | None = key(None, free=True)
     """Folder of the source's image files, if `data.images` is null; null: the folder of the records."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")

@@ -26,7 +26,6 @@ from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, accepts_facts
 from dpo_dist.data import (
     NUMBERS,
-    VOTES,
     DataConfig,
     DataCounts,
     Example,
@@ -522,10 +521,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         misfits = column != NUMBERS[name]
         if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
             kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
-            null = f"{name}: null"
-            if name == "soft_label":
-                null = ", ".join(f"{each}: null" for each in (name, *VOTES))
-            remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
+            remedy = f"set loss.kind to one of {kinds}; or ignore its column: ignore: [{name}]"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
@@ -543,7 +539,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             remedy = _without_neutral(sources[is_unclear], dataset.source_pairs)
             check(is_unclear, "labels of 0 and of -1 in one source", remedy)
         return
-    ignored = "; if the label does not judge the response, ignore it: columns: {label: null}"
+    ignored = "; if the label does not judge the response, ignore it: ignore: [label], with fields that do not name it"
     check(is_labelled, "one response with a label, good or bad", "set loss=kto" + ignored)
     if not loss.is_one_sided:
         check(counts < 2, "1 response", "set loss=sft, or use data with two responses")

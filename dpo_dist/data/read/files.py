@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.data.read.images import as_file
-from dpo_dist.data.read.values import ARGUMENTS, NOT_UTF8, parse_json, without_nulls
+from dpo_dist.data.read.messages import ARGUMENTS
+from dpo_dist.data.read.plain import NOT_UTF8, parse_json, without_nulls
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import staged_file, text_digest, write_text

@@ -131,19 +131,6 @@ def final_tokens(tokenizer: Tokenizer, data: DataConfig) -> set[str]:
     return tokens
 
 
-def unread_fields(record: PreferenceRecord, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, ...]:
-    """Return the fields of a record that nothing reads, also not the chat template, if there is one."""
-    if not record.unread:
-        return record.unread
-    facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
-    if facts.chat is None:
-        return record.unread
-    all_turns = (turns_of(record.prompt), *map(turns_of, record.responses))
-    keys = {name for turns in all_turns for turn in turns for name in turn.others}
-    read = {f"messages[].{shown_key(name)}" for name in keys & facts.chat.keys}
-    return tuple(name for name in record.unread if name not in read)
-
-
 def with_images(
     rendered: RenderedRecord,
     images: Sequence[ExpandedImage],

@@ -33,7 +33,6 @@ from dpo_dist.data import (
     PreferenceRecord,
     named_in_one_line,
     source_labels,
-    unread_fields,
 )
 from dpo_dist.encoded.build import encode_records
 from dpo_dist.encoded.dataset import (
@@ -364,12 +363,7 @@ def _first_records(
     parts.append(f"{tokens:.0f} tokens per example")
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")
-    fields: list[str] = []
-    for record in records:
-        if isinstance(record, PreferenceRecord):
-            fields += unread_fields(record, encoder.tokenizer, data)
-    unread = named_in_one_line(fields)
-    notes = [("  not read", unread)] if unread else []
+    notes = [("  not read", named_in_one_line(counts.unread))] if counts.unread else []
     notes += [("  warning", warning) for warning in counts.two_forms()]
     pairs = float(counts.pairs)
     expected = source.expected_number()

@@ -23,7 +23,6 @@ from dpo_dist.data import (
     UnusableRecordError,
     encode_record,
     prompt_hash,
-    unread_fields,
 )
 from dpo_dist.data.images import decode_image
 from dpo_dist.data.text.escape import any_of
@@ -189,9 +188,6 @@ class Observer:
         pair = None
         if side is not None or len(responses) > 1:
             pair = _pair_facts(record, texts, prompt_key, record_key)
-        unread = record.unread
-        if self._tokenizer is not None:
-            unread = unread_fields(record, self._tokenizer, self._config)
         overlap = None
         if self._benchmark is not None:
             overlap = self._benchmark.item_in(prompt, *responses)
@@ -201,7 +197,7 @@ class Observer:
             is_held_out=self._is_held_out(hash_of_prompt),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
-            unread=unread,
+            unread=record.unread,
             images=tuple(images),
             prompt=prompt_key,
             record=record_key,

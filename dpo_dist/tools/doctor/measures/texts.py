@@ -6,6 +6,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from datasketch import MinHash
 
 from dpo_dist.data import Message, PreferenceRecord, Response, turns_of
-from dpo_dist.data.read.values import from_json
+from dpo_dist.data.read.plain import parse_json
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.types import Fields
@@ -185,9 +186,11 @@ def calls_in(response: Response) -> list[Fields]:
     for message in turns_of(response):
         if message.role == "assistant":
             calls += (call["function"] for call in message.fields.get("tool_calls", ()))
-            for call in map(from_json, _WRITTEN_CALL.findall(message.content)):
-                if isinstance(call, Mapping) and "name" in call:
-                    calls.append(call)
+            for written in _WRITTEN_CALL.findall(message.content):
+                with suppress(ValueError):  # the model wrote no JSON
+                    call = parse_json(written)
+                    if isinstance(call, Mapping) and "name" in call:
+                        calls.append(call)
     return calls
 
 
