@@ -16,7 +16,7 @@ from jinja2 import Environment, TemplateError, nodes
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
-from dpo_dist.data.read.plain import from_json, to_number
+from dpo_dist.data.read.plain import from_json, is_given, to_number
 from dpo_dist.data.records import UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -195,12 +195,15 @@ def _filtered(node: nodes.Filter, record: Fields) -> Any:
     return value if found is None else found
 
 
-def _join(texts: list[Any], between: str = "") -> str:
-    """Return texts and numbers in one text; a value of another type is an error."""
-    parts = [text if isinstance(text, str) else str(_number(text)) for text in texts]
-    if len(between) * len(parts) > 2**20:
+def _join(texts: list[str], between: str = "") -> str:
+    """Return texts in one text; a value of another type is an error."""
+    if len(between) * len(texts) > 2**20:
         raise ExpressionError("too much between the texts")
-    return between.join(parts)
+    return between.join(texts)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else str(_number(value))
 
 
 def _map(items: list[Any], name: str = "", *, attribute: str = "") -> list[Any]:
@@ -241,7 +244,7 @@ _FILTERS = _OF_ITEMS | {
     "join": _join,
     "split": str.split,
     "map": _map,
-    "select": lambda items: [*filter(None, items)],
+    "select": lambda items: [item for item in items if is_given(item)],
     "selectattr": _select_by,
     _DEFAULT: None,
 }
@@ -267,7 +270,7 @@ _MEANINGS: dict[type[nodes.Node], Callable[[Any, Fields], Any]] = {
     nodes.Compare: _compare,
     nodes.Test: lambda node, record: isinstance(_value(node.node, record), _TYPES[node.name]),
     nodes.Filter: _filtered,
-    nodes.Concat: lambda node, record: _join([_value(part, record) for part in node.nodes]),
+    nodes.Concat: lambda node, record: "".join(_as_text(_value(part, record)) for part in node.nodes),
     nodes.Add: _arithmetic,
     nodes.Sub: _arithmetic,
     nodes.Div: _arithmetic,

@@ -182,18 +182,16 @@ def _tool_calls(value: Any) -> list[Fields]:
 
 def _tool_call(call: Fields) -> Fields:
     function = call.get("function", call)
-    given = {key: value for key, value in {**call, **function}.items() if is_given(value)}
-    unknown = given.keys() - {*_TABLE["of_calls"], *ARGUMENTS}
-    if unknown:
-        raise UnusableRecordError("invalid_tool_call", f"a call has {', '.join(map(shown_key, unknown))}")
-    arguments = [from_json(given[name]) for name in ARGUMENTS if name in given]
+    parts = {**call, **function}
+    arguments = [from_json(parts[key]) for key in ARGUMENTS if parts.get(key) not in (None, "", {})]
+    unknown = [key for key in parts if key not in (*_TABLE["of_calls"], *ARGUMENTS) and is_given(parts[key])]
+    name = function["name"]
+    if not isinstance(name, str) or (unknown and not arguments):
+        raise TypeError("no name, or no arguments")
     if any(not isinstance(each, Mapping) or each != arguments[0] for each in arguments):
         raise TypeError("two objects of arguments, or none")
-    name = function["name"]
-    if not isinstance(name, str):
-        raise TypeError("the name is no text")
-    plain = {"id": call["id"]} if is_given(call.get("id")) else {}
-    return {**plain, "type": "function", "function": {"name": name, "arguments": [*arguments, {}][0]}}
+    identity = {"id": call["id"]} if is_given(call.get("id")) else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": [*arguments, {}][0]}}
 
 
 def _is_trained(given: Fields) -> bool | None:
@@ -216,12 +214,18 @@ def read_history(history: Any, keys: Keys) -> Messages:
 def read_tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
     read: list[Fields] = []
-    for tool in without_nulls(value if isinstance(value, list) else [value]):
+    try:
+        tools = [without_nulls(from_json(tool)) for tool in (value if isinstance(value, list) else [value])]
+    except ValueError as fault:
+        raise UnusableRecordError("invalid_tools", "a tool is no JSON") from fault
+    for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
             raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-        schemas = [name for name in _TABLE["schemas"] if name in function and "parameters" not in function]
-        function = {"parameters" if name in schemas[:1] else name: each for name, each in function.items()}
+        schema = next((name for name in _TABLE["schemas"] if function.get(name)), None)
+        if schema and not function.get("parameters"):
+            others = {name: each for name, each in function.items() if name not in (schema, "parameters")}
+            function = {**others, "parameters": function[schema]}
         if "function" in tool:
             read.append({**tool, "function": function})
         else:

@@ -237,8 +237,10 @@ def _fits(shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str
     beside = _columns_of(*(text for _, text in _beside()))
     if shape.get("alone") and columns.keys() - beside > set(shape["columns"]):
         return False  # one of the others may be the prompt
+    # A record without a value in one of the columns is a bad one of any shape.
+    whole = [row for row in rows if all(is_given(row.get(column)) for column in shape["columns"])] or rows
     try:
-        return all(expression(shape.get("when", "true"))(row) is True for row in rows)
+        return all(expression(shape.get("when", "true"))(row) is True for row in whole)
     except UnusableRecordError:
         return False
 
