@@ -118,15 +118,28 @@ def as_sources(value: Any) -> Any:
         source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
         kind = entry.get("type")
         fields = {**entry, **kind} if isinstance(kind, dict) else entry
-        columns = {}
+        columns = dict[str, Any]()
         for key, column in fields.items():
             name = key.removeprefix("field_")
             if name not in (key, column):
                 columns[name] = column
         if columns:
-            source["columns"] = columns
+            source["fields"] = _fields(columns, is_pair=str(kind).endswith(".default"))
         sources.append(source)
     return sources
+
+
+def _fields(columns: dict[str, Any], *, is_pair: bool) -> dict[str, Any]:
+    """Return the `fields` of a source for the columns that axolotl's `field_NAME` name."""
+    if is_pair or not {"chosen", "rejected"}.isdisjoint(columns):
+        columns = {
+            "prompt": columns.pop("messages", "prompt"),
+            "chosen": "chosen",
+            "rejected": "rejected",
+        } | columns
+    elif "messages" in columns:
+        columns = {"completion": columns.pop("messages")} | columns
+    return columns
 
 
 _FOREIGN_KEYS = 5

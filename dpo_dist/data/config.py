@@ -1,5 +1,6 @@
 """The keys of preference data: sources, and the limits within which their records are encoded."""
 
+import re
 from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -7,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, as_entry, key, schema
+from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, as_entry, as_written, key, schema
 
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
@@ -55,9 +56,35 @@ class SourceConfig:
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
 
-Source = Annotated[
-    SourceConfig, BeforeValidator(as_entry("path"), json_schema_input_type=SourceConfig | NonEmpty)
-]
+_SHAPES = {"hh": "hh", "text": "text", "implicit_prompt": "implicit_prompt", "labelled_text": "labelled_text"}
+_SHAPES |= {"ranked": "best_first", "completion": "chosen_only"}
+
+
+def _as_source(entry: Any) -> Any:
+    """Return an entry as a mapping. Raises ConfigError: one with `columns` or `format`, which are `fields`."""
+    entry = as_entry("path")(entry)
+    if not isinstance(entry, dict) or not {"columns", "format"} & entry.keys():
+        return entry
+    columns = dict(entry.get("columns") or {})
+    paths = {name: re.sub(r"\.(-?\d+)(?![^.])", r"[\1]", path) for name, path in columns.items() if path}
+    new = {name: value for name, value in entry.items() if name not in ("columns", "format")}
+    ignored = [name for name, path in columns.items() if not path]
+    if paths:
+        new["fields"] = {name: name for name in ("prompt", "chosen", "rejected")} | paths
+    elif entry.get("format") in _SHAPES:
+        new["fields"] = _SHAPES[entry["format"]]
+    if ignored:
+        new["ignore"] = ignored
+    raise ConfigError(
+        "columns and format of a source are now fields, an expression for each, and ignore",
+        where=f"source {entry.get('path')}",
+        got=as_written(entry),
+        expected=as_written(new),
+        remedy="write the source so; docs/data.md has the names of fields",
+    )
+
+
+Source = Annotated[SourceConfig, BeforeValidator(_as_source, json_schema_input_type=SourceConfig | NonEmpty)]
 
 
 @schema
@@ -88,8 +115,8 @@ class DataConfig:
     """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=EVERY_READER)
     """Largest share of records that may be dropped; more is an error."""
-    text_as_messages: bool = key(False, verbs=EVERY_READER)
-    """Render plain-text prompts by the chat template, as a user turn."""
+    text_as_messages: Literal["auto"] | bool = key("auto", verbs=EVERY_READER)
+    """Render plain-text prompts by the chat template, as a user turn; `auto`: if the tokenizer has one."""
     template: TextTemplate = key(TextTemplate.auto, verbs=EVERY_READER)
     """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
     (`literal`); `auto`: as text, with an error if most records have them."""

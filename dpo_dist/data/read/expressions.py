@@ -64,7 +64,7 @@ class Expression:
             return _value(self._node, record)
         except ExpressionError as fault:
             why = str(fault)
-        except Exception as fault:  # noqa: BLE001  (a value can be of any type, and its error may quote it)
+        except Exception as fault:
             why = type(fault).__name__
         raise UnusableRecordError("expression_failed", f"{self.text}: {why}")
 

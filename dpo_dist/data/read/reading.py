@@ -14,7 +14,6 @@ from dpo_dist.data.read.messages import (
     given_images,
     is_messages,
     is_spelled,
-    parse_messages,
     read_history,
     read_messages,
     read_tools,

@@ -463,7 +463,7 @@ def _data_faults(facts: RunFacts) -> Iterator[str]:
     training = DataCounts.from_numbers(facts.counts("train"))
     if training.is_mostly_plain:
         plain = training.plain_in_words("training records")
-        yield f"{plain}: data.text_as_messages=true makes each prompt a user's turn"
+        yield f"{plain}: data.text_as_messages=auto makes each prompt a user's turn"
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         counts = facts.counts(name)
         count = counts.get("response_truncated", 0)

@@ -30,7 +30,6 @@ from dpo_dist.data import (
     DataCounts,
     DataSource,
     Part,
-    PreferenceRecord,
     named_in_one_line,
     source_labels,
 )
