@@ -5,8 +5,8 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 `BadRecord`. docs/data_alone.md begins with five lines.
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
-  model; `SourceConfig` has one source (`Source`: also as a path); `OnBadRecord` and `TextTemplate` are values of
-  keys.
+  model; `SourceConfig` has one source (`Source`: also as a path); `OnBadRecord` and `TextTemplate` are values
+  of keys.
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.
@@ -114,26 +114,23 @@ __all__ = [
 ]
 
 _NAMES = {
-    "config": (*("DataConfig", "OnBadRecord", "ScoredDataConfig", "Source", "SourceConfig", "TextTemplate"),),
-    "counts": ("DataCounts", "Outcome", "describe_counts", "named_in_one_line"),
-    "encode": ("EncodedExample", "EncodedRecord", "encode_record"),
-    "example": ("Example", "ImageInput", "Mask", "TokenIds"),
-    "formats": ("read_records",),
-    "images": ("ExpandedImage", "ImageProcessor"),
-    "read.files": ("write_records",),
-    "read.plain": ("NUMBERS",),
-    "read.sources": ("DataSource", "full_name", "source_labels"),
-    "records": (
-        *("IMAGE", "BadRecord", "Dialogue", "ImageFile", "Message", "Origin", "Part", "PreferenceRecord"),
-        *("Prompt", "RawRecord", "Record", "Response", "UnusableRecordError", "prompt_hash"),
-        "turns_of",
-    ),
-    "text.lengths": ("SourceLengths",),
-    "text.render": ("final_tokens", "trained_stops"),
-    "text.template": ("ChatTemplate",),
+    "config": "DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate",
+    "counts": "DataCounts Outcome describe_counts named_in_one_line",
+    "encode": "EncodedExample EncodedRecord encode_record",
+    "example": "Example ImageInput Mask TokenIds",
+    "formats": "read_records",
+    "images": "ExpandedImage ImageProcessor",
+    "read.files": "write_records",
+    "read.plain": "NUMBERS",
+    "read.sources": "DataSource full_name source_labels",
+    "records": "IMAGE BadRecord Dialogue ImageFile Message Origin Part PreferenceRecord Prompt RawRecord "
+    "Record Response UnusableRecordError prompt_hash turns_of",
+    "text.lengths": "SourceLengths",
+    "text.render": "final_tokens trained_stops",
+    "text.template": "ChatTemplate",
 }
 """The same names by the module that has them; a test compares them with the imports above."""
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

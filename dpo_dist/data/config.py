@@ -56,25 +56,21 @@ class SourceConfig:
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
 
-_SHAPES = {"hh": "hh", "text": "text", "implicit_prompt": "implicit_prompt", "labelled_text": "labelled_text"}
-_SHAPES |= {"ranked": "best_first", "completion": "chosen_only"}
-
-
 def _as_source(entry: Any) -> Any:
-    """Return an entry as a mapping. Raises ConfigError: one with `columns` or `format`, which are `fields`."""
+    """Return an entry as a mapping. Raises ConfigError: `columns` and `format` are now `fields`."""
     entry = as_entry("path")(entry)
-    if not isinstance(entry, dict) or not {"columns", "format"} & entry.keys():
+    if not isinstance(entry, dict) or {"columns", "format"}.isdisjoint(entry):
         return entry
-    columns = dict(entry.get("columns") or {})
-    paths = {name: re.sub(r"\.(-?\d+)(?![^.])", r"[\1]", path) for name, path in columns.items() if path}
-    new = {name: value for name, value in entry.items() if name not in ("columns", "format")}
-    ignored = [name for name, path in columns.items() if not path]
+    new = dict(entry)
+    columns = new.pop("columns", None) or {}
+    shape = new.pop("format", None)
+    paths = {name: re.sub(r"\.(-?\d+)\b", r"[\1]", path) for name, path in columns.items() if path}
     if paths:
         new["fields"] = {name: name for name in ("prompt", "chosen", "rejected")} | paths
-    elif entry.get("format") in _SHAPES:
-        new["fields"] = _SHAPES[entry["format"]]
-    if ignored:
-        new["ignore"] = ignored
+    elif shape not in (None, "auto", "messages"):
+        new["fields"] = shape
+    if None in columns.values():
+        new["ignore"] = [name for name in columns if name not in paths]
     raise ConfigError(
         "columns and format of a source are now fields, an expression for each, and ignore",
         where=f"source {entry.get('path')}",

@@ -46,7 +46,7 @@ class Message:
     """One turn of a conversation.
 
     `fields` are what a chat template renders besides the content: `tool_calls` (arguments as objects),
-    `tool_call_id`, `name`, `reasoning_content`, `thinking`, and the keys that the source gives to the template.
+    `tool_call_id`, `name`, `reasoning_content`, `thinking`, and keys that the source gives to the template.
     `is_trained`: whether the data say that the loss counts this turn of a response; None: by its role.
     """
 
@@ -131,8 +131,8 @@ class PreferenceRecord:
     Responses are messages only if the prompt is. `scores` are in the order of the responses; in a ranking
     they never rise, and equal scores are ties. The chat template renders the `tools` and gets the
     `template_arguments`. `numbers`: the `NUMBERS` with an effect. `is_exchanged`: the record's rejected side
-    is the first response. `unread`: the columns with a value that nothing reads, in words. `images`: of the prompt, in the
-    order of the `IMAGE` characters in its contents; a prompt with images is messages.
+    is the first response. `unread`: columns with a value that nothing reads, in words. `images`: of the
+    prompt, in the order of the `IMAGE` characters in its contents; a prompt with images is messages.
     """
 
     prompt: Prompt
@@ -215,7 +215,7 @@ class BadRecord:
         return self
 
     def check_may_be_dropped(self, config: DataConfig) -> None:
-        """Raise DataError if `data.on_bad_record` is `error`; a record that the source leaves out is not bad."""
+        """Raise DataError if `data.on_bad_record` is `error`; a record that `keep` leaves out is not bad."""
         if config.on_bad_record is OnBadRecord.error and self.reason != NOT_KEPT:
             raise DataError(
                 f"a record cannot be used: {self.reason}",

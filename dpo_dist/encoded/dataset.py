@@ -539,7 +539,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             remedy = _without_neutral(sources[is_unclear], dataset.source_pairs)
             check(is_unclear, "labels of 0 and of -1 in one source", remedy)
         return
-    ignored = "; if the label does not judge the response, ignore it: ignore: [label], with fields that do not name it"
+    ignored = "; if the label does not judge the response, write fields without it, and ignore: [label]"
     check(is_labelled, "one response with a label, good or bad", "set loss=kto" + ignored)
     if not loss.is_one_sided:
         check(counts < 2, "1 response", "set loss=sft, or use data with two responses")

@@ -1,9 +1,8 @@
 """LLaMA-Factory's `dataset_info.json`: an entry as a source with `fields`."""
 
-from collections.abc import Mapping
+import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.read.messages import ROLES
@@ -14,7 +13,6 @@ from dpo_dist.foundation.types import Fields
 
 _FILE = "dataset_info.json"
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
-_FORMATTINGS: dict[str, dict[str, str | None]] = _TABLE["formattings"]
 
 
 def is_saved(folder: Path) -> bool:
@@ -65,13 +63,12 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
     """Return the source that an entry describes, with the weight and limit of `source`."""
     entry = {key: value for key, value in entry.items() if value is not None}
     formatting = entry.get("formatting", "alpaca")
-    usual = _FORMATTINGS.get(formatting, {})
+    usual = _TABLE["columns"].get(formatting, {})
     named = {name: column for name, column in dict(entry.get("columns", {})).items() if column}
     faults = [
         f"{key} of the source" for key in ("fields", "split", "data_dir", "revision") if getattr(source, key)
     ]
-    if not usual:
-        faults.append(f"formatting {formatting}")
+    faults += [] if usual else [f"formatting {formatting}"]
     faults += [key for key in entry if key not in _TABLE["keys"]]
     faults += [f"column {name}" for name in named if name not in usual]
     for tag, name in dict(entry.get("tags", {})).items():
@@ -83,44 +80,22 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
         faults.append("no file_name or hf_hub_url")
     if faults:
         raise ValueError(", ".join(faults))
-    columns = {name: column for name, column in {**usual, **named}.items() if column}
-    described = replace(
-        source,
-        name=None,
-        fields=_fields(columns, named, is_ranking=bool(entry.get("ranking"))),
-        ignore=["*"],  # as in LLaMA-Factory, no other column is read
-        limit=min(
-            (limit for limit in (source.limit, entry.get("num_samples")) if limit is not None), default=None
-        ),
-        split=entry.get("split"),
-    )
+    kind = "conversation" if "messages" in usual else "completion"
+    if entry.get("ranking"):
+        kind = "ranking" if "response" in named else "pair"
+    columns = {name: f"row[{column!r}]" for name, column in {**usual, **named}.items() if column}
+    fields = {}
+    for field, text in [*_TABLE["fields"]["all"].items(), *_TABLE["fields"][kind].items()]:
+        with contextlib.suppress(KeyError):  # a column that the entry does not name
+            fields[field] = text.format_map(columns)
+    limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
+    # As in LLaMA-Factory, no other column is read.
+    described = replace(source, name=None, fields=fields, ignore=["*"], limit=min(limits, default=None))
     hub = entry.get("hf_hub_url")
     if hub:
-        subset, data_dir, revision = map(entry.get, ("subset", "folder", "revision"))
-        return replace(described, path=hub, name=subset, data_dir=data_dir, revision=revision)
+        subset, data_dir, revision, split = map(entry.get, ("subset", "folder", "revision", "split"))
+        return replace(described, path=hub, name=subset, data_dir=data_dir, revision=revision, split=split)
     # LLaMA-Factory gives every local file the split train. Names of images are relative to the file's folder.
-    split = None if described.split == "train" else described.split
+    split = None if entry.get("split") == "train" else entry.get("split")
     images = described.images or str(folder)
     return replace(described, path=str(folder / entry["file_name"]), split=split, images=images)
-
-
-def _fields(columns: Mapping[str, str], named: Mapping[str, str], *, is_ranking: bool) -> dict[str, Any]:
-    """Return the `fields` for the columns of an entry; a file may lack those that the entry does not name."""
-    at = {name: f"row[{column!r}]" for name, column in columns.items()}
-    fields = {name: at[name] for name in ("system", "history", "images") if name in at}
-    if "tools" in at:
-        fields["tools"] = f"{at['tools']}|fromjson"
-    if "kto_tag" in at:
-        fields["label"] = at["kto_tag"]
-    is_list = is_ranking and "response" in named  # best first
-    if "messages" in at:
-        fields["prompt" if is_ranking else "completion"] = at["messages"]
-    else:
-        fields["prompt"] = f"[{at['prompt']}, {at['query']}|default(none)]|select|join('\\n')|turn"
-    if is_list:
-        fields |= {"responses": at["response"], "best_first": "true"}
-    elif is_ranking:
-        fields |= {side: at[side] for side in ("chosen", "rejected")}
-    elif "response" in at:
-        fields["completion"] = at["response"]
-    return fields

@@ -1,4 +1,4 @@
-"""Prompts and responses as messages, strictly: a key is in messages.yaml, declared by the source, or an error."""
+"""Prompts and responses as messages, strictly: a key is known, declared by the source, or an error."""
 
 import itertools
 import json
@@ -57,14 +57,21 @@ def is_messages(value: Any) -> bool:
     return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
 
 
-def is_spelled(value: Any) -> bool:
-    """Return whether a text spells messages, in JSON or as Python prints them: it is no text to train."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[{", "{")):
-        return False
-    start = value[:200]
-    return any(
-        f"{q}{role}{q}" in start and f"{q}{text}{q}" in start for role, text in _SAID_BY for q in "'\""
-    )
+def spelled_as(value: Any) -> str:
+    """Return the filter that reads the messages that a text spells, in JSON or as Python; "": none."""
+    start = value.lstrip()[:200] if isinstance(value, str) else ""
+    for quote, way in (('"', "|fromjson"), ("'", "|frompython")):
+        keys = [{f"{quote}{key}{quote}" in start for key in said_by} for said_by in _SAID_BY]
+        if start.startswith(("[{", "{")) and {True} in keys:
+            return way
+    return ""
+
+
+def unknown_keys(value: Any, keys: Keys) -> set[str]:
+    """Return the keys of messages that nothing reads, as a source names them."""
+    messages = value if isinstance(value, list) else [value]
+    given = (key for each in filter(is_message, messages) for key in each if is_given(each[key]))
+    return {f"{OF_KEYS}{shown_key(key)}" for key in given if key not in _KNOWN.union(*keys)}
 
 
 def given_images(value: Any) -> list[Any]:
@@ -88,9 +95,9 @@ def _read_message(fields: Fields, keys: Keys) -> Message:
     if isinstance(content, str) and len(fields) == 2 and role in ROLES:
         return Message(ROLES[role], content)  # fast path: most messages
     given = {key: value for key, value in fields.items() if is_given(value)}
-    unknown = tuple(f"{OF_KEYS}{shown_key(key)}" for key in given if key not in _KNOWN.union(*keys))
+    unknown = sorted(unknown_keys(fields, keys))
     if unknown:
-        raise UnusableRecordError("unknown_key", ", ".join(unknown), unknown)
+        raise UnusableRecordError("unknown_key", ", ".join(unknown), tuple(unknown))
     if not isinstance(role, str) or ("from" in said_by and role not in (*ROLES, *CALLING)):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
     calls = [call for name in _TABLE["calls"] if name in given for call in _tool_calls(given[name])]

@@ -13,10 +13,10 @@ from dpo_dist.data.read.messages import (
     Keys,
     given_images,
     is_messages,
-    is_spelled,
     read_history,
     read_messages,
     read_tools,
+    spelled_as,
 )
 from dpo_dist.data.read.plain import NUMBERS, finite_numbers, is_given, record_numbers, without_nulls
 from dpo_dist.data.records import (
@@ -40,14 +40,29 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.foundation.types import Fields
 
-CONTEXT = ("system", "history", "tools", "template_arguments")
+CONTEXT = {"system", "history", "tools", "template_arguments"}
 """Fields of chats: a source that declares one has turns as prompts, also in records without a value."""
 KINDS = (("pair",), ("chosen", "rejected"), ("responses",), ("completion",))
 """How responses are declared: [chosen, rejected], both by name, a list, or one."""
 FIELDS = (
-    *("prompt", *CONTEXT, "chosen", "rejected", "pair", "responses", "scores", "ranks", "best_first"),
+    *(
+        "prompt",
+        "system",
+        "history",
+        "tools",
+        "template_arguments",
+        "chosen",
+        "rejected",
+        "pair",
+        "responses",
+        "scores",
+        "ranks",
+        "best_first",
+    ),
     *("completion", "label", "images", *NUMBERS, "keep"),
 )
+FORMS = ("", "text", "dialogue", "implicit")
+"""How texts are read: by what they are, always as texts, as dialogues (HH-RLHF), without a prompt (TRL)."""
 _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
@@ -55,11 +70,9 @@ _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0
 class Reading:
     """How the records of a source are read.
 
-    `fields`: an expression for each. `form`: `text` (texts are texts, whatever they look like), `dialogue`
-    (HH-RLHF), `implicit` (the prompt is the start that both sides share, as in TRL), or "": texts or messages,
-    by their types. `when`: an expression that is true of each record. `ignored`: columns, or `*` for all
-    others. `is_chat`: whether every prompt is turns; None: not known yet. `notes`: columns that are not read,
-    in words. `reserved`: columns that must not be among these.
+    `fields`: an expression for each. `form`: one of `FORMS`. `when`: an expression, true of each record.
+    `ignored`: columns, or `*` for all others. `is_chat`: whether every prompt is turns; None: not known yet.
+    `notes`: columns that are not read, in words. `reserved`: columns that must not be among these.
     """
 
     fields: Mapping[str, str]
@@ -210,7 +223,7 @@ def _check_texts(record: Fields, texts: Fields, reading: Reading) -> None:
         if isinstance(value, str) and name != "prompt" and value in record:
             detail = f"{name} is the name of a column, {shown_key(value)}, not a text"
             raise UnusableRecordError("expression_failed", detail)
-        if reading.form != "text" and is_spelled(value):
+        if reading.form != "text" and spelled_as(value):
             raise UnusableRecordError("spelled_messages", name)
 
 

@@ -1,7 +1,7 @@
 """How a source is read: by its own `fields`, or by the known shape that its columns have."""
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, islice
@@ -10,9 +10,9 @@ from typing import Any
 
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.read.expressions import ExpressionError, expression
-from dpo_dist.data.read.messages import OF_KEYS, Keys, is_messages, is_spelled
+from dpo_dist.data.read.messages import OF_KEYS, Keys, is_messages, spelled_as, unknown_keys
 from dpo_dist.data.read.plain import is_given
-from dpo_dist.data.read.reading import CONTEXT, FIELDS, KINDS, Reading, parse_record
+from dpo_dist.data.read.reading import CONTEXT, FIELDS, FORMS, KINDS, Reading, parse_record
 from dpo_dist.data.records import (
     NOT_KEPT,
     BadRecord,
@@ -30,15 +30,14 @@ from dpo_dist.foundation.types import Fields
 FIRST_RECORDS = 20
 _MOST_BAD = 10_000
 _MAX_SHOWN = 30
-_FEW = 4
+_FEW_VALUES = 4
 _SHORT = 20
-_FORMS = ("text", "dialogue", "implicit")
 # Faults of a record that are those of its source, if all of the first records have one.
-_OF_SOURCE = ("unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column")
-_OF_SOURCE += ("unknown_label", "missing_field", NOT_KEPT)
+_OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column"}
+_OF_SOURCE |= {"unknown_label", "missing_field", NOT_KEPT}
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 _SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]
-_HELP: str = _TABLE["help"]
+_BESIDE = [(field, text) for field, texts in _TABLE["beside"].items() for text in texts]
 
 
 def declared(
@@ -58,89 +57,42 @@ def declared(
         if len(rows) == FIRST_RECORDS:
             break
     columns = dict.fromkeys(chain.from_iterable(rows))
-    if isinstance(source.fields, dict):
-        reading = _own(source, columns)
-    elif source.fields is not None:
-        reading = _named(source, source.fields, columns)
-    else:
+    if source.fields is None:
         reading = _recognised(source, rows, columns, of_prompts=of_prompts)
+    else:
+        reading = _declared(source, columns)
     notes = {name: _note(rows, name) for name in columns if name not in reading.columns | reading.ignored}
     reading = replace(reading, notes=notes, reserved=_reserved())
     parsed = [parse_record(row, reading, Origin(source.path, 0)) for row in rows]
     faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
     if rows and len(faults) == len(rows):
-        raise _of_first(source, reading, rows, faults)
+        raise _of_first(source, reading, rows, faults[0])
     prompts = [record.prompt for record in parsed if not isinstance(record, BadRecord)]
-    if prompts:
-        is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
-        reading = replace(reading, is_chat=is_chat)
-    return reading, chain(first, records)
+    is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
+    return replace(reading, is_chat=is_chat if prompts else None), chain(first, records)
 
 
 @cache
 def _reserved() -> frozenset[str]:
     """Return names of columns that must be read or ignored: they may change what is trained."""
     of_trainers = [shape["columns"] for shape in _SHAPES.values() if not shape.get("public")]
-    return frozenset(FIELDS).union(
-        _TABLE["reserved"], *of_trainers, *(_columns_of(text) for _, text in _beside())
-    )
+    return _columns_of(text for _, text in _BESIDE).union(FIELDS, _TABLE["reserved"], *of_trainers)
 
 
-def _beside() -> Iterator[tuple[str, str]]:
-    for field, texts in _TABLE["beside"].items():
-        yield from ((field, text) for text in texts)
-
-
-def _columns_of(*texts: str) -> frozenset[str]:
+def _columns_of(texts: Iterable[str]) -> frozenset[str]:
     return frozenset().union(*(expression(text).columns for text in texts))
 
 
-def _ignored(names: Collection[str], given: Collection[str] = ()) -> dict[str, Any]:
-    """Return the columns to ignore, and the keys of messages to ignore or to give to the chat template."""
-    of_keys = (name.removeprefix(OF_KEYS) for name in names if name.startswith(OF_KEYS))
-    return {"ignored": frozenset(names), "keys": Keys(frozenset(given), frozenset(of_keys))}
-
-
-# A source's own fields.
-
-
-def _own(source: SourceConfig, columns: Collection[str]) -> Reading:
-    """Return the reading that a source declares."""
-    assert isinstance(source.fields, dict), "else it names a shape"
-    given = dict(source.fields)
-    form = given.pop("form", "")
-    keys = given.pop("keys", ())
-    fields = {name: str(text) for name, text in given.items()}
-    kinds = [kind for kind in KINDS if not fields.keys().isdisjoint(kind)]
-    is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
-    unknown = fields.keys() - set(FIELDS)
-    if unknown or not is_one or form not in ("", *_FORMS) or not isinstance(keys, list | tuple):
-        raise ConfigError(
-            "fields has a name that nothing reads" if unknown else "fields do not say what the responses are",
-            where=f"fields of {source.path}",
-            got=as_written(source.fields),
-            expected=f"one of {' | '.join(map(' and '.join, KINDS))}; {', '.join(FIELDS)}; keys: [KEY]; "
-            f"form: {' | '.join(_FORMS)}",
-            remedy="write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
-        )
-    reading = Reading(fields, form, **_ignored(source.ignore or (), keys))
-    for name, text in fields.items():
-        try:
-            expression(text)
-        except ExpressionError as fault:
-            raise ConfigError(
-                "an expression of fields cannot be read",
-                where=f"fields.{name} of {source.path}",
-                got=f"{text}: {fault}",
-                expected="an expression over the columns, such as answers[0].text",
-                remedy="correct it; docs/data.md has the language",
-            ) from fault
-    optional = frozenset().union(*(expression(text).optional for text in fields.values()))
-    missing = reading.columns - optional - {*columns}
+def _declared(source: SourceConfig, columns: Mapping[str, None]) -> Reading:
+    """Return the reading by a source's own fields, or by the shape that they name."""
+    where = f"fields of {source.path}"
+    reading = _own(source, where) if isinstance(source.fields, dict) else _named(source, where, columns)
+    optional = [expression(text).optional for text in reading.fields.values()]
+    missing = reading.columns.difference(columns, *optional)
     if missing and columns:
         raise DataError(
             f"none of the first {FIRST_RECORDS} records has a column of fields",
-            where=f"fields of {source.path}",
+            where=where,
             got=", ".join(sorted(missing)),
             expected=", ".join(map(shown_key, islice(columns, _MAX_SHOWN))),
             remedy="correct the column; one that records may lack is COLUMN|default(none)",
@@ -148,105 +100,129 @@ def _own(source: SourceConfig, columns: Collection[str]) -> Reading:
     return reading
 
 
+def _own(source: SourceConfig, where: str) -> Reading:
+    assert isinstance(source.fields, dict), "else it names a shape"
+    given = dict(source.fields)
+    form = given.pop("form", "")
+    keys = given.pop("keys", [])
+    fields = {name: str(text) for name, text in given.items()}
+    kinds = [kind for kind in KINDS if not fields.keys().isdisjoint(kind)]
+    is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
+    if not is_one or not fields.keys() <= set(FIELDS) or form not in FORMS or not isinstance(keys, list):
+        raise ConfigError(
+            "fields do not say what the responses are, or have a name that nothing reads",
+            where=where,
+            got=as_written(source.fields),
+            expected=f"one of {' | '.join(map(' and '.join, KINDS))}; {', '.join(FIELDS)}; keys: [KEY]; "
+            f"form: {' | '.join(filter(None, FORMS))}",
+            remedy="write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
+        )
+    for name, text in fields.items():
+        try:
+            expression(text)
+        except ExpressionError as fault:
+            raise ConfigError(
+                "an expression of fields cannot be read",
+                where=where,
+                got=f"{name}: {text}: {fault}",
+                expected="an expression over the columns, such as answers[0].text",
+                remedy="correct it; docs/data.md has the language",
+            ) from fault
+    return _with_ignored(Reading(fields, form), source, {"keys": keys})
+
+
+def _with_ignored(reading: Reading, source: SourceConfig, shape: Mapping[str, Any]) -> Reading:
+    """Return the reading with what the source and its shape ignore, and the keys for the chat template."""
+    ignored = frozenset([*(source.ignore or ()), *shape.get("ignore", ())])
+    of_keys = frozenset(name.removeprefix(OF_KEYS) for name in ignored if name.startswith(OF_KEYS))
+    return replace(reading, ignored=ignored, keys=Keys(frozenset(shape.get("keys", ())), of_keys))
+
+
 # Known shapes.
 
 
-def _named(source: SourceConfig, name: str, columns: Mapping[str, None]) -> Reading:
-    shape = _SHAPES.get(name, {"columns": ()})
-    lacks = [column for column in shape["columns"] if columns and column not in columns]
-    if lacks or name not in _SHAPES:
-        raise ConfigError(
-            "fields names no known shape" if name not in _SHAPES else "the source lacks columns of its shape",
-            where=f"fields of {source.path}",
-            got=f"{name}; no {', '.join(lacks)}" if lacks else name,
-            expected=", ".join(shape["columns"] or _SHAPES),
-            remedy="write fields as a mapping: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
-        )
-    return _reading(name, source, columns)
+def _named(source: SourceConfig, where: str, columns: Mapping[str, None]) -> Reading:
+    name = str(source.fields)
+    if name in _SHAPES:
+        return _reading(name, source, columns)
+    raise ConfigError(
+        "fields names no known shape",
+        where=where,
+        got=name,
+        expected=", ".join(_SHAPES),
+        remedy="name one of these, or write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
+    )
 
 
 def _reading(name: str, source: SourceConfig, columns: Mapping[str, None]) -> Reading:
     """Return the reading of a known shape, with the fields beside it that the source has."""
     shape = _SHAPES[name]
     fields = dict(shape["fields"])
-    ignored = _ignored([*(source.ignore or ()), *shape.get("ignore", ())], shape.get("keys", ()))
-    taken = _columns_of(*fields.values()) | ignored["ignored"]
-    is_pair = not fields.keys().isdisjoint(("chosen", "pair"))
-    for field, text in _beside():
-        used = _columns_of(text)
-        if not used <= columns.keys() or used & taken or (field == "scores" and not is_pair):
-            continue
-        if field in fields:
-            raise DataError(
-                f"two columns of the source are {field}",
-                where=source.path,
-                got=f"{fields[field]} and {text}",
-                remedy=f"ignore one: {_line(source, ignore=[*(source.ignore or ()), *sorted(used)])}",
-            )
-        fields[field] = text
-    form = shape.get("form", "")
-    context = [field for field in CONTEXT if field in fields]
-    if form and context:
-        raise DataError(
-            f"the shape {name} has texts, beside which nothing else is rendered",
-            where=source.path,
-            got=", ".join(context),
-            remedy=f"ignore them: {_line(source, fields=name, ignore=context)}; or write fields with prompt: COLUMN|turn",
-        )
-    return Reading(fields, form, shape.get("when", "true"), **ignored, shape=name)
+    reading = Reading(fields, shape.get("form", ""), shape.get("when", "true"), shape=name)
+    reading = _with_ignored(reading, source, shape)
+    taken = _columns_of(fields.values()) | reading.ignored
+    # A second column for a field, or turns beside texts, are left unread: an error, by their reserved names.
+    others = fields.keys() | (CONTEXT if reading.form else set())
+    if fields.keys().isdisjoint(("chosen", "pair")):
+        others |= {"scores"}
+    for field, text in _BESIDE:
+        used = _columns_of([text])
+        if field not in others and used <= columns.keys() and used.isdisjoint(taken):
+            fields.setdefault(field, text)
+    return reading
 
 
 def _recognised(
     source: SourceConfig, rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
 ) -> Reading:
     """Return the reading of the one known shape that fits."""
-    tried = [name for name, shape in _SHAPES.items() if not shape.get("by_name") and not shape.get("prompts")]
-    fits = _fitting(tried, rows, columns)
+    fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=False)]
     if not fits and of_prompts:
-        fits = _fitting([name for name in _SHAPES if _SHAPES[name].get("prompts")], rows, columns)
+        fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=True)]
+    sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
+    fits = [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
+    readings = [_reading(name, source, columns) for name in fits]
     # Those that leave no column with a reserved name, if there are any.
-    unread = {name: _unread(_reading(name, source, columns), rows) & _reserved() for name in fits}
-    fits = [name for name in fits if not unread[name]] or fits
-    if len(fits) == 1:
-        return _reading(fits[0], source, columns)
+    whole = [reading for reading in readings if not _unread(reading, rows)]
+    readings = whole or readings
+    if len(readings) == 1:
+        return readings[0]
     if not rows:
         return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
-    if not fits:
+    if not readings:
         raise _unlike(source, rows, "the columns are none of the known shapes: say what they mean")
-    used = {name: _columns_of(*_SHAPES[name]["fields"].values()) for name in fits}
-    others = {name: sorted(frozenset().union(*used.values()) - used[name]) for name in fits}
-    ways = [_line(source, fields=name, ignore=[*(source.ignore or ()), *others[name]]) for name in fits]
+    every = frozenset().union(*(reading.columns for reading in readings))
+    ways = []
+    for reading in readings:
+        ignore = [*(source.ignore or ()), *sorted(every - reading.columns)]
+        ways.append(_line(source, fields=reading.shape, ignore=ignore))
     raise DataError(
-        f"the columns have {len(fits)} known meanings",
+        f"the columns have {len(ways)} known meanings",
         where=source.path,
-        got=", ".join(fits),
+        got=", ".join(reading.shape for reading in readings),
         remedy="\n    ".join(["write the source as one of these", *ways]),
     )
 
 
-def _fitting(names: Sequence[str], rows: Sequence[Fields], columns: Mapping[str, None]) -> list[str]:
-    """Return the shapes that fit, without those whose columns are a part of another's."""
-    fits = [name for name in names if _fits(_SHAPES[name], rows, columns)]
-    sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
-    return [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
-
-
-def _fits(shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str, None]) -> bool:
-    if not columns.keys() >= set(shape["columns"]):
+def _fits(
+    shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
+) -> bool:
+    own = set(shape["columns"])
+    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or not own <= columns.keys():
         return False
-    beside = _columns_of(*(text for _, text in _beside()))
-    if shape.get("alone") and columns.keys() - beside > set(shape["columns"]):
+    if shape.get("alone") and columns.keys() - own - _columns_of(text for _, text in _BESIDE):
         return False  # one of the others may be the prompt
     # A record without a value in one of the columns is a bad one of any shape.
-    whole = [row for row in rows if all(is_given(row.get(column)) for column in shape["columns"])] or rows
+    whole = [row for row in rows if all(is_given(row.get(column)) for column in own)] or rows
     try:
         return all(expression(shape.get("when", "true"))(row) is True for row in whole)
     except UnusableRecordError:
         return False
 
 
-def _unread(reading: Reading, rows: Sequence[Fields]) -> set[str]:
-    return set().union(*(reading.unread(row) for row in rows))
+def _unread(reading: Reading, rows: Sequence[Fields]) -> frozenset[str]:
+    """Return the columns of the first records with reserved names that are neither read nor ignored."""
+    return _reserved().intersection(chain.from_iterable(map(reading.unread, rows)))
 
 
 # What to do about a source that cannot be read.
@@ -266,82 +242,49 @@ def _unlike(source: SourceConfig, rows: Sequence[Fields], message: str, remedy: 
         message,
         where=source.path,
         got="\n    ".join(["columns", *listed]),
-        remedy=f"{remedy or f'replace each COLUMN by one of them: {example}'}\n{_HELP}".rstrip(),
+        remedy=f"{remedy or f'replace each COLUMN by one of them: {example}'}\n{_TABLE['help']}".rstrip(),
     )
 
 
-def _of_first(
-    source: SourceConfig, reading: Reading, rows: Sequence[Fields], faults: Sequence[BadRecord]
-) -> DataError:
+def _of_first(source: SourceConfig, reading: Reading, rows: Sequence[Fields], fault: BadRecord) -> DataError:
     """Return the error of a source whose first records all fail, with the line that reads them."""
     fields: dict[str, Any] = dict(reading.fields)
     ignore = [*(source.ignore or ())]
-    remedy = f"correct the expressions: {_line(source, fields=fields)}"
-    match faults[0].reason:
+    match fault.reason:
         case "spelled_messages":
-            for name in fields:
-                texts = [text for text in (expression(fields[name])(row) for row in rows) if is_spelled(text)]
-                if texts:
-                    fields[name] += (
-                        "|fromjson"
-                        if all('"role"' in text or '"from"' in text for text in texts)
-                        else "|frompython"
-                    )
+            # Each text that one of the records spells in JSON, or as Python prints it.
+            for name, text in reading.fields.items():
+                ways = [spelled_as(expression(text)(row)) for row in rows]
+                fields[name] += next(filter(None, ways), "")
             remedy = f"read them: {_line(source, fields=fields)}; or add form: text to train the JSON itself"
         case "unknown_label":
             fields["label"] += ' == "GOOD"'
             remedy = f"name the good label in place of GOOD: {_line(source, fields=fields)}"
         case "unread_column":
-            names = sorted(_unread(reading, rows) & reading.reserved)
-            read = {name: name for name in names if name in FIELDS}
-            remedy = (
-                f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}; or read "
-                f"them: {_line(source, fields={**fields, **read})}"
-            )
+            names = sorted(_unread(reading, rows))
+            fields |= {name: name for name in names if name in FIELDS}
+            remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}; "
+            remedy += f"or read them: {_line(source, fields=fields)}"
         case "unknown_key":
-            keys = sorted(_unknown_keys(reading, rows))
-            given = [key.removeprefix(OF_KEYS) for key in keys]
-            remedy = (
-                f"ignore them, if nothing depends on them: {_line(source, ignore=ignore + keys)}; or, if the chat "
-                f"template reads them: {_line(source, fields={**fields, 'keys': given})}"
-            )
-    return _unlike(
-        source, rows, f"none of the first {len(rows)} records can be read: {faults[0].why}", remedy
-    )
+            values = [expression(text)(row) for text in fields.values() for row in rows]
+            keys = sorted(set().union(*(unknown_keys(value, reading.keys) for value in values)))
+            given = _line(source, fields={**fields, "keys": [key.removeprefix(OF_KEYS) for key in keys]})
+            remedy = f"ignore them, if nothing depends on them: {_line(source, ignore=ignore + keys)}; or, "
+            remedy += f"if the chat template reads them: {given}"
+        case _:
+            remedy = f"correct the expressions: {_line(source, fields=fields)}"
+    return _unlike(source, rows, f"none of the first {len(rows)} records can be read: {fault.why}", remedy)
 
 
-def _unknown_keys(reading: Reading, rows: Sequence[Fields]) -> set[str]:
-    """Return all keys of messages in the first records that nothing reads: a record names those of one."""
-    found = set[str]()
-    while True:
-        keys = reading.keys._replace(
-            ignored=reading.keys.ignored.union(key.removeprefix(OF_KEYS) for key in found)
-        )
-        parsed = [parse_record(row, replace(reading, keys=keys), Origin("", 0)) for row in rows]
-        more = {
-            key
-            for bad in parsed
-            if isinstance(bad, BadRecord) and bad.reason == "unknown_key"
-            for key in bad.unread
-        }
-        if not more:
-            return found
-        found |= more
-
-
-def _few_values(rows: Sequence[Fields], name: str) -> list[str]:
-    """Return the values of a column, if they are few and short; a column of texts has none."""
-    values = {
-        str(row[name]) for row in rows if is_given(row.get(name)) and isinstance(row[name], str | int | float)
-    }
-    is_few = len(values) <= _FEW < len(rows) and all(len(value) <= _SHORT for value in values)
-    return sorted(map(shown_key, values)) if is_few else []
+def _few_values(rows: Sequence[Fields], name: str) -> str:
+    """Return the values of a column in parentheses, if they are few and short; else nothing."""
+    values = {str(row[name]) for row in rows if is_given(row.get(name))}
+    is_few = 0 < len(values) <= _FEW_VALUES < len(rows) and all(len(value) <= _SHORT for value in values)
+    return f" ({', '.join(sorted(map(shown_key, values)))})" if is_few else ""
 
 
 def _note(rows: Sequence[Fields], name: str) -> str:
-    """Return the name of a column, with its values if they are few and short."""
-    values = _few_values(rows, name)
-    return f"{shown_key(name)} ({', '.join(values)})" if values else shown_key(name)
+    return shown_key(name) + _few_values(rows, name)
 
 
 def _type(rows: Sequence[Fields], name: str) -> str:
@@ -352,10 +295,9 @@ def _type(rows: Sequence[Fields], name: str) -> str:
     if isinstance(value, Mapping):
         return f"object with {', '.join(map(shown_key, value))}"
     if isinstance(value, list):
-        return f"list of {len(value)}: {_type([{name: value[0]}], name)}" if value else "empty list"
+        return f"list of {len(value)}: {_type([{name: item} for item in value[:1]], name)}"
     kinds = {str: "text", bool: "true or false", int: "number", float: "number"}
     kind = kinds.get(type(value), "null")
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         kind = "text that looks like JSON"
-    values = _few_values(rows, name)
-    return f"{kind}, one of {', '.join(values)}" if values else kind
+    return kind + _few_values(rows, name)
