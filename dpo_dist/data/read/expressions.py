@@ -183,7 +183,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 def _filtered(node: nodes.Filter, record: Fields) -> Any:
     arguments = [_value(argument, record) for argument in node.args]
-    options = {option.key: _value(option.value, record) for option in node.kwargs}
+    options = {str(option.key): _value(option.value, record) for option in node.kwargs}
     assert node.node is not None, "a filter of an expression has a value"
     if node.name != _DEFAULT:
         return _FILTERS[node.name](_value(node.node, record), *arguments, **options)
@@ -239,16 +239,16 @@ _OF_ITEMS: dict[str, Callable[..., Any]] = {
     "length": len,
 }
 """Filters without arguments, whose result is no larger than their value."""
-_FILTERS = _OF_ITEMS | {
+_FILTERS: dict[str, Callable[..., Any]] = _OF_ITEMS | {
     "turn": _turn,
     "join": _join,
     "split": str.split,
     "map": _map,
     "select": lambda items: [item for item in items if is_given(item)],
     "selectattr": _select_by,
-    _DEFAULT: None,
+    _DEFAULT: lambda value, _instead: value,  # also for a part without a value: see `_filtered`
 }
-_TYPES = {"none": type(None), "string": str, "mapping": Mapping, "list": list}
+_TYPES: dict[str, Any] = {"none": type(None), "string": str, "mapping": Mapping, "list": list}
 _PARTS = (nodes.Pair, nodes.Operand, nodes.Keyword, nodes.Slice)
 
 

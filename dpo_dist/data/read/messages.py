@@ -26,9 +26,8 @@ ROLES: dict[str, str] = _TABLE["roles"] | {role: role for role in _TABLE["plain_
 CALLING: list[str] = _TABLE["calling_roles"]
 ARGUMENTS: list[str] = _TABLE["arguments"]
 _SAID_BY = ("role", "content"), ("from", "value")
-_KNOWN = {*itertools.chain(*_SAID_BY)}.union(
-    *map(_TABLE.get, ("calls", "thoughts", "weights", "images", "kept"))
-)
+_KEYS = ("calls", "thoughts", "weights", "images", "kept")
+_KNOWN = frozenset().union(*_SAID_BY, *(_TABLE[name] for name in _KEYS))
 OF_KEYS = "[]."
 """Begins the name of a key of messages among the columns of a source."""
 PLACED = "images"
@@ -106,39 +105,36 @@ def _read_message(fields: Fields, keys: Keys) -> Message:
         calls = _tool_calls(content)
         content = ""
     extra = {name: without_nulls(given[name]) for name in (*_TABLE["kept"], *keys.given) if name in given}
-    for name, field in _TABLE["thoughts"].items():
-        thought = fields.get(name)
-        if isinstance(thought, str):
-            extra[field] = thought
-        elif name in given:
-            raise UnusableRecordError("unread_content", f"{name} of a message is no text", (name,))
+    extra |= _thoughts(fields)
     images = [image for name in _TABLE["images"] for image in given_images(given.get(name))]
-    # The content has an `IMAGE` where it has an image.
-    text = IMAGE * len(images)
     if content is None and (calls or extra):
         content = ""
     role = ROLES.get(role, role)
     if role == "tool":
         content = _result_text(content)
-    thoughts = ""
+    # The content has an `IMAGE` where it has an image.
+    parts = {"text": [IMAGE] * len(images), "image": images, "call": calls, "thought": list[Any]()}
     for kind, value in _parts(content):
-        match kind:
-            case "image":
-                text += IMAGE
-                images.append(value)
-            case "call":
-                calls += _tool_calls(value)
-            case "thought":
-                thoughts += value
-            case _:
-                text += value
+        parts[kind].append(value)
+        if kind == "image":
+            parts["text"].append(IMAGE)
     if images:
         extra[PLACED] = images
-    if thoughts:
-        extra.setdefault("reasoning_content", thoughts)
+    if parts["thought"]:
+        extra.setdefault("reasoning_content", "".join(parts["thought"]))
     if calls:
         extra["tool_calls"] = calls
-    return Message(role, text, extra, _is_trained(given))
+    return Message(role, "".join(parts["text"]), extra, _is_trained(given))
+
+
+def _thoughts(fields: Fields) -> dict[str, str]:
+    thoughts = dict[str, str]()
+    for name, field in _TABLE["thoughts"].items():
+        if isinstance(fields.get(name), str):
+            thoughts[field] = fields[name]
+        elif is_given(fields.get(name)):
+            raise UnusableRecordError("unread_content", f"{name} of a message is no text", (name,))
+    return thoughts
 
 
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
@@ -159,10 +155,12 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             if key not in (name, *_TABLE["of_parts"]) and is_given(fields[key])
         ]
         value = next((fields[key] for key in (name, "text", "value") if key in fields), None)
+        if kind == "call":
+            yield from ((kind, call) for call in _tool_calls(value))
+            continue
         if kind == "thought" and isinstance(value, list):
             value = "".join(text for _, text in _parts(value))  # Mistral's thoughts are parts, too
-        is_read = kind == "call" or (kind is not None and isinstance(value, str))
-        if unknown or not is_read:
+        if unknown or kind is None or not isinstance(value, str):
             what = ", ".join(unknown) or f"the type {shown_key(name)!r}, and no text"
             raise UnusableRecordError("unread_content", f"a part of a message has {what}", ("content",))
         yield kind, value
