@@ -9,6 +9,7 @@ in a text, 0 for a word, a text that no number equals), here is an error.
 import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -182,17 +183,17 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _filtered(node: nodes.Filter, record: Fields) -> Any:
+    assert node.node is not None, "a filter of an expression has a value"
+    if node.name == _DEFAULT:
+        with suppress(ExpressionError):
+            value = _value(node.node, record)
+            if value is not None:
+                return value
+        [instead] = node.args
+        return _value(instead, record)
     arguments = [_value(argument, record) for argument in node.args]
     options = {str(option.key): _value(option.value, record) for option in node.kwargs}
-    assert node.node is not None, "a filter of an expression has a value"
-    if node.name != _DEFAULT:
-        return _FILTERS[node.name](_value(node.node, record), *arguments, **options)
-    [value] = arguments
-    try:
-        found = _value(node.node, record)
-    except ExpressionError:
-        return value
-    return value if found is None else found
+    return _FILTERS[node.name](_value(node.node, record), *arguments, **options)
 
 
 def _join(texts: list[str], between: str = "") -> str:

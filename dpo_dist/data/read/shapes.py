@@ -12,7 +12,7 @@ from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.read.expressions import ExpressionError, expression
 from dpo_dist.data.read.messages import OF_KEYS, Keys, is_messages, spelled_as, unknown_keys
 from dpo_dist.data.read.plain import is_given
-from dpo_dist.data.read.reading import CONTEXT, FIELDS, FORMS, KINDS, Reading, parse_record
+from dpo_dist.data.read.reading import CONTEXT, FIELDS, FORMS, KINDS, Reading, parse_prompt, parse_record
 from dpo_dist.data.records import (
     NOT_KEPT,
     BadRecord,
@@ -63,7 +63,8 @@ def declared(
         reading = _declared(source, columns)
     notes = {name: _note(rows, name) for name in columns if name not in reading.columns | reading.ignored}
     reading = replace(reading, notes=notes, reserved=_reserved())
-    parsed = [parse_record(row, reading, Origin(source.path, 0)) for row in rows]
+    parse = parse_prompt if of_prompts else parse_record
+    parsed = [parse(row, reading, Origin(source.path, 0)) for row in rows]
     faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
     if rows and len(faults) == len(rows):
         raise _of_first(source, reading, rows, faults[0])
