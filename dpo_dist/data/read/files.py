@@ -31,8 +31,7 @@ _OTHER_KINDS = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save a table as .csv (Excel: CSV UTF-8)"),
     **dict.fromkeys(
         (".png", ".jpg", ".jpeg", ".webp"),
-        "name the file that describes the images, and its column: {path: FOLDER/metadata.jsonl, columns: "
-        "{images: file_name}}",
+        "name the file that describes the images: FOLDER/metadata.jsonl, with fields: images: file_name",
     ),
 }
 """How to read other kinds of files."""

@@ -14,7 +14,7 @@ from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import (
@@ -352,7 +352,7 @@ def test_a_record_with_too_many_or_too_few_images_or_an_image_in_a_response_is_d
 
 
 def test_plain_text_has_no_place_for_images() -> None:
-    assert bad({"prompt": "q", **PAIR, **ONE}, DataFormat.text).reason == "image_count"
+    assert bad({"prompt": "q", **PAIR, **ONE}, fields="text").reason == "image_count"
 
 
 def test_records_that_differ_in_an_image_only_have_different_keys_and_no_image_changes_no_key() -> None:
@@ -518,6 +518,12 @@ def test_a_column_of_images_of_datasets_is_read_as_stored(tmp_path: Path) -> Non
     assert again == [first, second]
 
 
+SHOT = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "images": "shot.file"}
+RLHF_V = {
+    side: f"(text|fromjson).{column}"
+    for side, column in (("prompt", "question"), *zip(PAIR, PAIR, strict=True))
+}
+RLHF_V["images"] = "image"
 READER = """
 def ranked(record):
     rating = lambda each: float(each["annotations"]["Helpfulness"]["Rating"])
@@ -530,15 +536,15 @@ def test_columns_name_images_and_readers_return_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = jsonl(folder, {"prompt": "q", **PAIR, "shot": {"file": "inner.png"}, "images": ["no.png"]})
-    assert contents_read(SourceConfig(path, columns={"images": "shot.file"})) == [b"inside"]
-    assert contents_read(SourceConfig(path, columns={"images": None})) == []
+    assert contents_read(SourceConfig(path, fields=SHOT, ignore=["images"])) == [b"inside"]
+    assert contents_read(SourceConfig(path, ignore=["images"])) == []
     parts = jsonl(folder, {**Q, "prompt": [turn(PART, text("q"))], **ONE})
-    [dropped] = read_records(SourceConfig(parts, columns={"images": None}))
+    [dropped] = read_records(SourceConfig(parts, ignore=["images"]))
     assert isinstance(dropped, BadRecord)
     assert dropped.reason == "image_count"
     # RLHF-V has the texts in a column, as JSON.
     rlhf_v = jsonl(folder, {"text": json.dumps({"question": "q", **PAIR}), "image": {"path": "inner.png"}})
-    assert contents_read(SourceConfig(rlhf_v, columns={"record": "text"})) == [b"inside"]
+    assert contents_read(SourceConfig(rlhf_v, fields=RLHF_V)) == [b"inside"]
     # VLFeedback rates its responses inside of objects.
     (tmp_path / "own_readers.py").write_text(READER)
     monkeypatch.syspath_prepend(tmp_path)

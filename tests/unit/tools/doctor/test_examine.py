@@ -16,7 +16,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.records import Part, prompt_hash
 from dpo_dist.encoded import workers
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -423,6 +423,8 @@ def test_benchmark_files_of_several_kinds(name: str, content: str, line: int, tm
 
 
 # Findings with their records, each counted by a plain script too; then those above a note.
+RANKED = {"prompt": "instruction|turn", "history": "history", "responses": "output", "best_first": True}
+INNER = {side: f"record.{side}|default(none)" for side in ("prompt", "chosen", "rejected")}
 FINDINGS: dict[str, tuple[str, str]] = {
     "hh_rlhf_sample.jsonl": (
         "dropped 9, markup_in_text 45, response_starts_with_prompt 1",
@@ -453,8 +455,9 @@ FINDINGS: dict[str, tuple[str, str]] = {
 def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
     assert SHARED is not None
     file, counts = SHARED / name, Counter[str]()
-    format_ = DataFormat.ranked if name.startswith("ranked_") else DataFormat.auto
-    report = examine(DataConfig(train=[SourceConfig(path=str(file), format=format_)]), None)
+    fields = {"ranked_": RANKED, "bad_rec": INNER}.get(name[:7])
+    source = SourceConfig(path=str(file), fields=fields, ignore=["*"] if fields else None)
+    report = examine(DataConfig(train=[source]), None)
     for finding in report.findings:
         counts[finding.rule] += finding.count
     alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}
