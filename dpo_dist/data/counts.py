@@ -186,11 +186,6 @@ class DataCounts:
         """Return how many kept records are plain text beside a chat template, and what to do about them."""
         return f"{self.plain_in_words(records)}; {reason_remedy(_PLAIN)}"
 
-    def two_forms(self) -> list[str]:
-        """Return a warning if the chat template renders only a part of a source's records, else none."""
-        is_part = 0 < self.changed[_PLAIN] < self.kept
-        return [self.plain_warning("records of this source")] if is_part else []
-
     def unread_lines(self) -> list[str]:
         """Return a line with the columns that nothing reads, none if there are none."""
         return [f"  not read: {named_in_one_line(self.unread)}"] if self.unread else []
@@ -351,7 +346,6 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
         lines.append(f"  {records}: {source.forms_in_words}")
         lines += source.unread_lines()
-        lines += [f"  warning: {warning}" for warning in source.two_forms()]
     return lines
 
 

@@ -35,7 +35,7 @@ PLACED = "images"
 is in the record's own list."""
 
 
-class Keys(NamedTuple):
+class MessageKeys(NamedTuple):
     """What a source says of the other keys of its messages."""
 
     given: frozenset[str] = frozenset()
@@ -66,7 +66,7 @@ def spelled_as(value: Any) -> str:
     return ""
 
 
-def unknown_keys(value: Any, keys: Keys) -> set[str]:
+def unknown_keys(value: Any, keys: MessageKeys) -> set[str]:
     """Return the keys of messages that nothing reads, as a source names them."""
     messages = value if isinstance(value, list) else [value]
     given = (key for each in filter(is_message, messages) for key in each if is_given(each[key]))
@@ -78,7 +78,7 @@ def given_images(value: Any) -> list[Any]:
     return [*filter(is_given, value if isinstance(value, list | tuple) else [value])]
 
 
-def parse_messages(value: Any, role: str, keys: Keys) -> Messages:
+def parse_messages(value: Any, role: str, keys: MessageKeys) -> Messages:
     """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
         return (Message(role, value),)
@@ -88,7 +88,7 @@ def parse_messages(value: Any, role: str, keys: Keys) -> Messages:
     return tuple(_read_message(message, keys) for message in messages)
 
 
-def _read_message(fields: Fields, keys: Keys) -> Message:
+def _read_message(fields: Fields, keys: MessageKeys) -> Message:
     said_by = _SAID_BY["role" not in fields]
     role, content = map(fields.get, said_by)
     if isinstance(content, str) and len(fields) == 2 and role in ROLES:
@@ -208,7 +208,7 @@ def _is_trained(given: Fields) -> bool | None:
     return bool(next(iter(weights.values()))) if weights else None
 
 
-def read_history(history: Any, keys: Keys) -> Messages:
+def read_history(history: Any, keys: MessageKeys) -> Messages:
     """Return the turns before a question: pairs of a question and its answer, or messages."""
     if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
         turns = zip(itertools.cycle(("user", "assistant")), itertools.chain(*history), strict=False)
@@ -238,7 +238,7 @@ def read_tools(value: Any) -> tuple[Fields, ...]:
     return tuple(read)
 
 
-def read_messages(prompt: Any, responses: Fields, keys: Keys) -> tuple[Prompt, Sequence[Response]]:
+def read_messages(prompt: Any, responses: Fields, keys: MessageKeys) -> tuple[Prompt, Sequence[Response]]:
     """Return the messages that all sides share, and each side's messages from the first difference.
 
     The prompt is a separate field, or the start of every side, or both.
@@ -266,7 +266,7 @@ def _text_or_turns(turns: Messages) -> Response:
     return turns[0].content if len(turns) == 1 and not turns[0].fields else turns
 
 
-def _with_prompt(value: Any, sides: list[Messages], keys: Keys) -> tuple[list[Messages], int]:
+def _with_prompt(value: Any, sides: list[Messages], keys: MessageKeys) -> tuple[list[Messages], int]:
     """Return each side with the prompt before it, and the number of turns of a prompt that must be kept."""
     if value is None:
         return sides, 0

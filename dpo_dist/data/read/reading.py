@@ -10,7 +10,7 @@ from typing import Any
 from dpo_dist.data.read.expressions import expression
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.messages import (
-    Keys,
+    MessageKeys,
     given_images,
     is_messages,
     read_history,
@@ -42,7 +42,7 @@ from dpo_dist.foundation.types import Fields
 
 CONTEXT = {"system", "history", "tools", "template_arguments"}
 """Fields of chats: a source that declares one has turns as prompts, also in records without a value."""
-KINDS = (("pair",), ("chosen", "rejected"), ("responses",), ("completion",))
+RESPONSE_FIELDS = (("pair",), ("chosen", "rejected"), ("responses",), ("completion",))
 """How responses are declared: [chosen, rejected], both by name, a list, or one."""
 FIELDS = (
     *(
@@ -79,7 +79,7 @@ class Reading:
     form: str = ""
     when: str = "true"
     ignored: frozenset[str] = frozenset()
-    keys: Keys = field(default_factory=Keys)
+    keys: MessageKeys = field(default_factory=MessageKeys)
     shape: str = ""
     is_chat: bool | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -274,7 +274,7 @@ def _read_dialogue(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Res
     return Dialogue(histories[0]), texts
 
 
-def _before(values: Fields, turns: Messages, keys: Keys) -> list[Message]:
+def _before(values: Fields, turns: Messages, keys: MessageKeys) -> list[Message]:
     """Return the turns before a prompt's own: the system text and the history."""
     before: list[Message] = []
     system = values.get("system")

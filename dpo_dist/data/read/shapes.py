@@ -10,9 +10,17 @@ from typing import Any
 
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.read.expressions import ExpressionError, expression
-from dpo_dist.data.read.messages import OF_KEYS, Keys, is_messages, spelled_as, unknown_keys
+from dpo_dist.data.read.messages import OF_KEYS, MessageKeys, is_messages, spelled_as, unknown_keys
 from dpo_dist.data.read.plain import is_given
-from dpo_dist.data.read.reading import CONTEXT, FIELDS, FORMS, KINDS, Reading, parse_prompt, parse_record
+from dpo_dist.data.read.reading import (
+    CONTEXT,
+    FIELDS,
+    FORMS,
+    RESPONSE_FIELDS,
+    Reading,
+    parse_prompt,
+    parse_record,
+)
 from dpo_dist.data.records import (
     NOT_KEPT,
     BadRecord,
@@ -107,14 +115,15 @@ def _own(source: SourceConfig, where: str) -> Reading:
     form = given.pop("form", "")
     keys = given.pop("keys", [])
     fields = {name: str(text) for name, text in given.items()}
-    kinds = [kind for kind in KINDS if not fields.keys().isdisjoint(kind)]
+    kinds = [kind for kind in RESPONSE_FIELDS if not fields.keys().isdisjoint(kind)]
     is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
     if not is_one or not fields.keys() <= set(FIELDS) or form not in FORMS or not isinstance(keys, list):
         raise ConfigError(
             "fields do not say what the responses are, or have a name that nothing reads",
             where=where,
             got=as_written(source.fields),
-            expected=f"one of {' | '.join(map(' and '.join, KINDS))}; {', '.join(FIELDS)}; keys: [KEY]; "
+            expected=f"one of {' | '.join(map(' and '.join, RESPONSE_FIELDS))}; "
+            f"{', '.join(FIELDS)}; keys: [KEY]; "
             f"form: {' | '.join(filter(None, FORMS))}",
             remedy="write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
         )
@@ -136,7 +145,7 @@ def _with_ignored(reading: Reading, source: SourceConfig, shape: Mapping[str, An
     """Return the reading with what the source and its shape ignore, and the keys for the chat template."""
     ignored = frozenset([*(source.ignore or ()), *shape.get("ignore", ())])
     of_keys = frozenset(name.removeprefix(OF_KEYS) for name in ignored if name.startswith(OF_KEYS))
-    return replace(reading, ignored=ignored, keys=Keys(frozenset(shape.get("keys", ())), of_keys))
+    return replace(reading, ignored=ignored, keys=MessageKeys(frozenset(shape.get("keys", ())), of_keys))
 
 
 # Known shapes.

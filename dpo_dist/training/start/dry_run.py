@@ -363,7 +363,6 @@ def _first_records(
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")
     notes = [("  not read", named_in_one_line(counts.unread))] if counts.unread else []
-    notes += [("  warning", warning) for warning in counts.two_forms()]
     pairs = float(counts.pairs)
     expected = source.expected_number()
     if has_more:  # as many of each record as here

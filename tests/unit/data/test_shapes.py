@@ -38,8 +38,8 @@ SIDES = {"data": {"prompt": "q", "answer1": "bad", "answer2": "good"}}
 SELECTED = {"annotations": [{"result": [{"value": {"selected": "right"}}]}]}
 NONE: dict[str, Any] = {}
 
-# The record; what its prompt is: a text, a turn or a dialogue; and changes with which nothing reads it as this
-# pair (None: the column is not there).
+# The record; what its prompt is: a text, a turn or a dialogue; and changes with which nothing reads it as the
+# same pair (None: the column is not there).
 ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "pair": (TEXT, "text", {"winner": "rejected"}),
     "text": (TEXT, "text", {"chosen": [GOOD]}),

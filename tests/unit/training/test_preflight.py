@@ -446,16 +446,6 @@ def test_a_check_looks_for_partners_only_where_all_examples_are_trained(assets: 
     dry_run(run_of(assets, tmp_path, *words, "data.drop_eval_prompts=true"))
 
 
-def test_a_check_warns_of_a_source_in_two_forms(assets: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"q {n}", "chosen": "good", "rejected": "bad", "system": "kind" * n} for n in range(2)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "chat.jinja").write_text(tiny.LLAMA3)
-    words = [f"data.train=[{tmp_path}/data.jsonl]", f"data.chat_template={tmp_path}/chat.jinja"]
-    warned = "1 of 2 records of this source are plain text"
-    assert warned in str(dry_run(run_of(assets, tmp_path, *words)))
-    assert warned not in str(dry_run(run_of(assets, tmp_path, *words, "data.text_as_messages=true")))
-
-
 def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: Path, tmp_path: Path) -> None:
     others = {f"field_{n}": n for n in range(14)} | {"a text " * 9: 1}
     record = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 1, "votes_chosen": 3, **others}

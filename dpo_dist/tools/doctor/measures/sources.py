@@ -423,7 +423,5 @@ class ExaminedSource:
             if name == "columns_not_read":
                 detail = named_in_one_line(self._unread)
             rule = DOCTOR_RULES[name]
-            if name == "chat_template_not_applied" and records.count < self._kept:
-                rule = DOCTOR_RULES["two_forms"]
             yield from rule.count(records.count, self._readable, self.label, records.origins, detail)
         yield from leak_findings(self.leaks, self.label)

@@ -252,18 +252,6 @@ def test_fields_that_are_not_read_are_a_note(tmp_path: Path) -> None:
     assert (found["columns_not_read"].count, found["columns_not_read"].level) == (7, Level.note)
 
 
-def test_one_source_in_two_forms_is_a_warning_from_the_first_record_on(tmp_path: Path) -> None:
-    pairs = clean_pairs(60)
-    for with_system in (0, 1, 59):
-        records = [pair | {"system": "Be kind." * (n < with_system)} for n, pair in enumerate(pairs)]
-        found = of_rule(examined(tmp_path, records, tokenizer=tiny.qwen()), "two_forms")
-        expected = [(Level.warning, 60 - with_system)] if with_system else []
-        assert [(finding.level, finding.count) for finding in found] == expected
-    turns_only = {"text_as_messages": True}
-    report = examined(tmp_path, records, tokenizer=tiny.qwen(), config=turns_only)
-    assert not of_rule(report, "two_forms")
-
-
 def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
     pairs = clean_pairs(30)
     swapped = pairs[3] | {"chosen": pairs[3]["rejected"], "rejected": pairs[3]["chosen"].upper()}
