@@ -45,7 +45,7 @@ class Expression:
                 raise ExpressionError("words after its end")
             every = [*_all_nodes(self._node)]
         except (TemplateError, RecursionError) as fault:
-            raise ExpressionError(str(fault)) from fault
+            raise ExpressionError(str(fault).partition("\n")[0]) from fault
         for node in every:
             _check(node)
         self.columns = frozenset(node.name for node in every if isinstance(node, nodes.Name))

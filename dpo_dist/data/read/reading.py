@@ -127,7 +127,10 @@ def parse_prompt(record: Fields, reading: Reading, origin: Origin) -> Record:
 def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceRecord:
     # Whether it is read. A record that is left out may lack a value that others have.
     fields = dict(reading.fields)
-    if expression(fields.pop("keep", "true"))(record) is not True:
+    kept = expression(fields.pop("keep", "true"))(record)
+    if not isinstance(kept, bool):
+        raise UnusableRecordError("expression_failed", "keep is neither true nor false")
+    if not kept:
         raise UnusableRecordError(NOT_KEPT)
     if expression(reading.when)(record) is not True:
         raise UnusableRecordError("other_shape", f"not {reading.shape}: {reading.when}")

@@ -272,9 +272,10 @@ def _of_first(source: SourceConfig, reading: Reading, rows: Sequence[Fields], fa
             remedy = f"name the good label in place of GOOD: {_line(source, fields=fields)}"
         case "unread_column":
             names = sorted(_unread(reading, rows))
-            fields |= {name: name for name in names if name in FIELDS}
-            remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}; "
-            remedy += f"or read them: {_line(source, fields=fields)}"
+            remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}"
+            read = {name: name for name in names if name in FIELDS}
+            if read:
+                remedy += f"; or read them: {_line(source, fields=fields | read)}"
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in rows]
             keys = sorted(set().union(*(unknown_keys(value, reading.keys) for value in values)))

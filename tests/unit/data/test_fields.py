@@ -112,6 +112,7 @@ def test_a_record_that_is_not_kept_is_no_bad_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 of 31 records cannot be used") as raised:
         counts.check(source.path, DataConfig(max_bad_share=0.05))
     assert "left out" not in raised.value.remedy
+    assert "neither true nor false" in refusal(source.path, fields=VERDICT | {"keep": "w"}).message
     error = refusal(source.path, fields=VERDICT | {"keep": "w == 'C'"})
     assert "none of the first 20 records can be read: not_kept" in error.message
 
