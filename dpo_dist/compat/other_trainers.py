@@ -131,15 +131,11 @@ def as_sources(value: Any) -> Any:
 
 def _fields(columns: dict[str, Any], *, is_pair: bool) -> dict[str, Any]:
     """Return the `fields` of a source for the columns that axolotl's `field_NAME` name."""
-    if is_pair or not {"chosen", "rejected"}.isdisjoint(columns):
-        columns = {
-            "prompt": columns.pop("messages", "prompt"),
-            "chosen": "chosen",
-            "rejected": "rejected",
-        } | columns
-    elif "messages" in columns:
-        columns = {"completion": columns.pop("messages")} | columns
-    return columns
+    sides = {"chosen", "rejected"}
+    if "completion" in columns or ("messages" in columns and not is_pair and sides.isdisjoint(columns)):
+        return {"completion": columns.pop("messages", None)} | columns
+    prompt = columns.pop("messages", "prompt")
+    return {"prompt": prompt, "chosen": "chosen", "rejected": "rejected"} | columns
 
 
 _FOREIGN_KEYS = 5

@@ -520,7 +520,8 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         misfits = column != NUMBERS[name]
         if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
             kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
-            remedy = f"set loss.kind to one of {kinds}; or ignore its column: ignore: [{name}]"
+            columns = f"{name}, votes_chosen, votes_rejected" if name == "soft_label" else name
+            remedy = f"set loss.kind to one of {kinds}; or ignore it in the source: ignore: [{columns}]"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")

@@ -50,13 +50,8 @@ MISTYPED = [
     ("max_lenght=5", "did you mean data.max_length?"),
     ("loss.ldalpha=0.3", "did you mean loss.ld_alpha?"),
     ("prompts=3", "write samples.prompts=3 or compare.prompts=3"),
-    ("'data.train=[{path: a, format: sharegpt}]'", "did you mean 'data.train=[{path: a, format: auto}]'?"),
     ("tracking.to=[wandb,mlflo]", "did you mean 'tracking.to=[wandb, mlflow]'?"),
     ("'loss.terms=[{kind: sigmoid}, {kind: sfft, weight: 2}]'", "{kind: sft, weight: 2}]'?"),
-    (
-        "'data.train=[{path: \"a, b\", format: sharegpt}]'",
-        "did you mean 'data.train=[{path: \"a, b\", format: auto}]'?",
-    ),
     ("sweep.method=optuna", "write sweep.trials=20 sweep.by=eval_rewards/accuracies"),
     ("export.method=x", "the keys of export are checkpoint, "),
     ("export.method=delta", "did you mean pairs.method?"),
