@@ -192,7 +192,7 @@ class PreferenceRecord:
 class BadRecord:
     """A record that cannot be used, with a reason from counts.yaml.
 
-    The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
+    The `detail` has no text of the record. `unread` are columns, or keys of messages, that nothing reads.
     `lengths` are known if the record could be used with other limits.
     """
 

@@ -177,7 +177,8 @@ def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrid
         for n in range(1, 8)
     ]
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = 'prompt: prompt, chosen: chosen, rejected: rejected, loss_weight: w, soft_label: "ups / (ups + downs)"'
+    fields = "prompt: prompt, chosen: chosen, rejected: rejected, loss_weight: w, "
+    fields += 'soft_label: "ups / (ups + downs)"'
     data = f"data.train=[{{path: {tmp_path}/votes.jsonl, fields: {{{fields}}}}}]"
     ended = train(overrides(data, "trainer.max_steps=4", "optim.lr=1e-2"), processes=2)
     assert "7 sides_exchanged" in ended.output

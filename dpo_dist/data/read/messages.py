@@ -91,7 +91,7 @@ def parse_messages(value: Any, role: str, keys: MessageKeys) -> Messages:
 def _read_message(fields: Fields, keys: MessageKeys) -> Message:
     said_by = _SAID_BY["role" not in fields]
     role, content = map(fields.get, said_by)
-    if isinstance(content, str) and len(fields) == 2 and role in ROLES:
+    if isinstance(content, str) and len(fields) == 2 and isinstance(role, str) and role in ROLES:
         return Message(ROLES[role], content)  # fast path: most messages
     given = {key: value for key, value in fields.items() if is_given(value)}
     unknown = sorted(unknown_keys(fields, keys))

@@ -73,7 +73,7 @@ class _FirstRecords(NamedTuple):
     """What the first records of a source are."""
 
     text: str  # counts in words
-    notes: list[tuple[str, str]]  # lines about fields that no format reads, and about two forms
+    notes: list[tuple[str, str]]  # lines about columns that nothing reads
     tokens: float  # of an example, on average
     counts: DataCounts
     is_whole: bool  # whether the source has no more

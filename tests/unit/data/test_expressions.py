@@ -134,7 +134,6 @@ def test_a_part_without_a_value_is_an_error_that_quotes_no_text(text: str) -> No
 
 HOSTILE = [
     *(
-        "t.__class__",
         "t|attr('__class__')",
         "d.items()",
         "d.pop('x')",
