@@ -22,7 +22,6 @@ from dpo_dist.data.read.reading import (
     parse_record,
 )
 from dpo_dist.data.records import (
-    NOT_KEPT,
     BadRecord,
     Dialogue,
     Origin,
@@ -42,7 +41,7 @@ _FEW_VALUES = 4
 _SHORT = 20
 # Faults of a record that are those of its source, if all of the first records have one.
 _OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column"}
-_OF_SOURCE |= {"unknown_label", "missing_field", NOT_KEPT}
+_OF_SOURCE |= {"unknown_label"}
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 _SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]
 _BESIDE = [(field, text) for field, texts in _TABLE["beside"].items() for text in texts]

@@ -569,8 +569,8 @@ def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> No
     records = [
         {"prompt": "q", **PAIR, "images": [image, grey, image]},
         {"prompt": [turn({**PART, "image": image}, text("q"))], **PAIR},
-        {"prompt": "q", **PAIR, "image": {"bytes": picture(), "path": None}},
-        {"prompt": "q", **PAIR, "image": Image.new("CMYK", (2, 2))},
+        {"prompt": "q", **PAIR, "images": [{"bytes": picture(), "path": None}]},
+        {"prompt": "q", **PAIR, "images": Image.new("CMYK", (2, 2))},
     ]
     file = write_records(records, tmp_path, "data.train")
     written = {image: image.stat().st_mtime_ns for image in (tmp_path / "images").iterdir()}

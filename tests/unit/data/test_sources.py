@@ -443,7 +443,7 @@ NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected
         (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
         (NO_SIDE * 100, "100 of 100 records cannot be used", "drop"),
         (lines(*map(str, range(21))) + OTHER, None, "error"),
-        (OTHER + lines("q"), "unknown_format", "error"),
+        (OTHER + lines("q"), "missing_field", "error"),
     ],
 )
 def test_a_source_without_a_record_that_can_be_used_is_refused(
