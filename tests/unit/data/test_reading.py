@@ -106,6 +106,12 @@ def test_all_prompts_of_a_source_are_texts_or_turns(tmp_path: Path) -> None:
     assert last.reason == "other_shape"
 
 
+def test_a_later_record_of_another_shape_is_a_bad_one(tmp_path: Path) -> None:
+    *_, last = read_records(jsonl(tmp_path, *[TEXT] * 20, TEXT | {"prompt": H}))
+    assert isinstance(last, BadRecord)
+    assert last.reason == "other_shape"
+
+
 @pytest.mark.parametrize(
     ("record", "why"),
     [
