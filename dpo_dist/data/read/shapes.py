@@ -191,9 +191,6 @@ def _recognised(
     sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
     fits = [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
     readings = [_reading(name, source, columns) for name in fits]
-    # Those that leave no column with a reserved name, if there are any.
-    whole = [reading for reading in readings if not _unread(reading, rows)]
-    readings = whole or readings
     if len(readings) == 1:
         return readings[0]
     if not rows:
