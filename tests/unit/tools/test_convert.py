@@ -456,7 +456,7 @@ def test_data_of_other_trainers_are_sources(
     config, _ = converted(file)
     for sources, expected in ((config.data.train, train), (config.data.eval, evaluated)):
         options = [{key: value for key, value in asdict(one).items() if value is not None} for one in sources]
-        assert options == [{"format": "auto", "weight": 1.0} | want for want in expected]
+        assert options == [{"weight": 1.0} | want for want in expected]
 
 
 def test_formats_of_texts_are_named_unless_they_change_nothing(tmp_path: Path) -> None:
