@@ -28,6 +28,7 @@ ARGUMENTS: list[str] = _TABLE["arguments"]
 _SAID_BY = ("role", "content"), ("from", "value")
 _KEYS = ("calls", "thoughts", "weights", "images", "kept")
 _KNOWN = frozenset().union(*_SAID_BY, *(_TABLE[name] for name in _KEYS))
+_OF_CALLS = frozenset((*_TABLE["of_calls"], *ARGUMENTS))
 OF_KEYS = "[]."
 """Begins the name of a key of messages among the columns of a source."""
 PLACED = "images"
@@ -69,8 +70,9 @@ def spelled_as(value: Any) -> str:
 def unknown_keys(value: Any, keys: MessageKeys) -> set[str]:
     """Return the keys of messages that nothing reads, as a source names them."""
     messages = value if isinstance(value, list) else [value]
+    known = _KNOWN.union(*keys)
     given = (key for each in filter(is_message, messages) for key in each if is_given(each[key]))
-    return {f"{OF_KEYS}{shown_key(key)}" for key in given if key not in _KNOWN.union(*keys)}
+    return {f"{OF_KEYS}{shown_key(key)}" for key in given if key not in known}
 
 
 def given_images(value: Any) -> list[Any]:
@@ -189,7 +191,7 @@ def _tool_call(call: Fields) -> Fields:
     function = call.get("function", call)
     parts = {**call, **function}
     arguments = [from_json(parts[key]) for key in ARGUMENTS if parts.get(key) not in (None, "", {})]
-    unknown = [key for key in parts if key not in (*_TABLE["of_calls"], *ARGUMENTS) and is_given(parts[key])]
+    unknown = [key for key in parts if key not in _OF_CALLS and is_given(parts[key])]
     name = function["name"]
     if not isinstance(name, str) or (unknown and not arguments):
         raise TypeError("no name, or no arguments")
