@@ -120,15 +120,24 @@ def as_sources(value: Any) -> Any:
         source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
         kind = entry.get("type")
         fields = {**entry, **kind} if isinstance(kind, dict) else entry
-        columns = {}
+        columns = dict[str, Any]()
         for key, column in fields.items():
             name = key.removeprefix("field_")
             if name not in (key, column):
                 columns[name] = column
         if columns:
-            source["columns"] = columns
+            source["fields"] = _fields(columns, is_pair=str(kind).endswith(".default"))
         sources.append(source)
     return sources
+
+
+def _fields(columns: dict[str, Any], *, is_pair: bool) -> dict[str, Any]:
+    """Return the `fields` of a source for the columns that axolotl's `field_NAME` name."""
+    sides = {"chosen", "rejected"}
+    if "completion" in columns or ("messages" in columns and not is_pair and sides.isdisjoint(columns)):
+        return {"completion": columns.pop("messages", None)} | columns
+    prompt = columns.pop("messages", "prompt")
+    return {"prompt": prompt, "chosen": "chosen", "rejected": "rejected"} | columns
 
 
 _FOREIGN_KEYS = 5

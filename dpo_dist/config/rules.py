@@ -18,7 +18,6 @@ from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import nearest
 from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig, TeacherMode
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.fields import as_written, schema_fields, validated
 from dpo_dist.foundation.text import HIDDEN
@@ -314,14 +313,6 @@ RULES = (
     once("evaluation.data"),
     unweighted("evaluation.data"),
     without_images("evaluation.data"),
-    unused_beside(
-        "data.ranked",
-        "data.train",
-        "name a source of format ranked or auto",
-        lambda c: any(
-            source.format in (DataFormat.auto, DataFormat.ranked) for source in [*c.data.train, *c.data.eval]
-        ),
-    ),
     Rule(
         "data.max_prompt_length!=null data.max_length",
         "the longest prompt leaves no room for a response",

@@ -5,8 +5,8 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 `BadRecord`. docs/data_alone.md begins with five lines.
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
-  model; `SourceConfig` has one source (`Source`: also as a path), `DataFormat` the formats; `OnBadRecord` and
-  `TextTemplate` are values of keys.
+  model; `SourceConfig` has one source (`Source`: also as a path); `OnBadRecord` and `TextTemplate` are values
+  of keys.
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.
@@ -14,12 +14,11 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
   `Dialogue`; `ImageFile`s stand at the `IMAGE` characters of contents; `Origin` says whence a record is. A
   `Record` is also a `BadRecord`, which an `UnusableRecordError` becomes; a `RawRecord` is not parsed yet.
   `turns_of` returns a prompt or a response as messages, `prompt_hash` 64 bits by which prompts are compared.
-  `NUMBERS` change the loss of a record, `VOTES` may say one of them.
+  `NUMBERS` change the loss of a record.
 - **Encoding**: `encode_record` returns an `EncodedRecord`, whose `examples()` are `EncodedExample`s:
   `Example`s of `TokenIds` and a `Mask` for each response, with an `ImageInput` (`ExpandedImage`) for each
   image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
-  that end responses, `final_tokens` those at the end of whole texts, `unread_fields` what neither a format
-  nor the template reads.
+  that end responses, `final_tokens` those at the end of whole texts.
 - **Counts**: `DataCounts` counts kept, dropped and changed records by each record's `Outcome`, checks that
   enough is left, by `SourceLengths` too, and says so: `describe_counts`, `named_in_one_line`.
 
@@ -32,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_dist.data.config import (
         DataConfig,
-        DataFormat,
         OnBadRecord,
         ScoredDataConfig,
         Source,
@@ -44,8 +42,8 @@ if TYPE_CHECKING:
     from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
     from dpo_dist.data.formats import read_records
     from dpo_dist.data.images import ExpandedImage, ImageProcessor
-    from dpo_dist.data.read.fields import NUMBERS, VOTES
     from dpo_dist.data.read.files import write_records
+    from dpo_dist.data.read.plain import NUMBERS
     from dpo_dist.data.read.sources import DataSource, full_name, source_labels
     from dpo_dist.data.records import (
         IMAGE,
@@ -65,18 +63,16 @@ if TYPE_CHECKING:
         turns_of,
     )
     from dpo_dist.data.text.lengths import SourceLengths
-    from dpo_dist.data.text.render import final_tokens, trained_stops, unread_fields
+    from dpo_dist.data.text.render import final_tokens, trained_stops
     from dpo_dist.data.text.template import ChatTemplate
 
 __all__ = [
     "IMAGE",
     "NUMBERS",
-    "VOTES",
     "BadRecord",
     "ChatTemplate",
     "DataConfig",
     "DataCounts",
-    "DataFormat",
     "DataSource",
     "Dialogue",
     "EncodedExample",
@@ -114,34 +110,27 @@ __all__ = [
     "source_labels",
     "trained_stops",
     "turns_of",
-    "unread_fields",
     "write_records",
 ]
 
 _NAMES = {
-    "config": (
-        *("DataConfig", "DataFormat", "OnBadRecord", "ScoredDataConfig", "Source", "SourceConfig"),
-        "TextTemplate",
-    ),
-    "counts": ("DataCounts", "Outcome", "describe_counts", "named_in_one_line"),
-    "encode": ("EncodedExample", "EncodedRecord", "encode_record"),
-    "example": ("Example", "ImageInput", "Mask", "TokenIds"),
-    "formats": ("read_records",),
-    "images": ("ExpandedImage", "ImageProcessor"),
-    "read.fields": ("NUMBERS", "VOTES"),
-    "read.files": ("write_records",),
-    "read.sources": ("DataSource", "full_name", "source_labels"),
-    "records": (
-        *("IMAGE", "BadRecord", "Dialogue", "ImageFile", "Message", "Origin", "Part", "PreferenceRecord"),
-        *("Prompt", "RawRecord", "Record", "Response", "UnusableRecordError", "prompt_hash"),
-        "turns_of",
-    ),
-    "text.lengths": ("SourceLengths",),
-    "text.render": ("final_tokens", "trained_stops", "unread_fields"),
-    "text.template": ("ChatTemplate",),
+    "config": "DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate",
+    "counts": "DataCounts Outcome describe_counts named_in_one_line",
+    "encode": "EncodedExample EncodedRecord encode_record",
+    "example": "Example ImageInput Mask TokenIds",
+    "formats": "read_records",
+    "images": "ExpandedImage ImageProcessor",
+    "read.files": "write_records",
+    "read.plain": "NUMBERS",
+    "read.sources": "DataSource full_name source_labels",
+    "records": "IMAGE BadRecord Dialogue ImageFile Message Origin Part PreferenceRecord Prompt RawRecord "
+    "Record Response UnusableRecordError prompt_hash turns_of",
+    "text.lengths": "SourceLengths",
+    "text.render": "final_tokens trained_stops",
+    "text.template": "ChatTemplate",
 }
 """The same names by the module that has them; a test compares them with the imports above."""
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

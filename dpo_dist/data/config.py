@@ -1,5 +1,6 @@
 """The keys of preference data: sources, and the limits within which their records are encoded."""
 
+import re
 from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -7,11 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, key, schema
+from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, as_written, key, schema
 
-DataFormat = StrEnum(
-    "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
-)
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
@@ -32,8 +30,6 @@ class SourceConfig:
 
     path: Place = key(...)
     """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""
-    format: DataFormat = key(DataFormat.auto)
-    """Format of the records; `auto`: detected for each record."""
     split: str | None = key(None)
     """Split of a hub dataset or of a folder with several; null: `train`."""
     name: str | None = key(None)
@@ -46,21 +42,45 @@ class SourceConfig:
     """How often an epoch draws each pair: 2: twice; 0.5: a seeded half of the pairs."""
     limit: int | None = key(None, ge=1)
     """Read only this many records, from the first; null: all."""
-    columns: dict[str, str | None] | None = key(
-        None, accepts="a mapping, {prompt: question, chosen: answers.good}"
+    fields: dict[str, Any] | str | None = key(
+        None, accepts="a mapping, {prompt: question, chosen: answers.good}, or the name of a known shape"
     )
-    """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
+    """What the columns mean: an expression for each field; null: as the known shape with these columns."""
+    ignore: list[str] | None = key(None)
+    """Columns that are not read, keys of messages as `[].KEY`, or `*` for all others; null: none."""
     reader: str | None = key(None, runs="Python code of a reader of data is run")
-    """Your own function, as `module:function`, which turns a record's fields into those of a format."""
+    """Your own function, as `module:function`, which turns a record into one of a known shape."""
     images: NonEmpty | None = key(None, free=True)
     """Folder of the source's image files, if `data.images` is null; null: the folder of the records."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
 
-Source = Annotated[
-    SourceConfig, BeforeValidator(as_entry("path"), json_schema_input_type=SourceConfig | NonEmpty)
-]
+def _as_source(entry: Any) -> Any:
+    """Return an entry as a mapping. Raises ConfigError: `columns` and `format` are now `fields`."""
+    entry = as_entry("path")(entry)
+    if not isinstance(entry, dict) or {"columns", "format"}.isdisjoint(entry):
+        return entry
+    new = dict(entry)
+    columns = new.pop("columns", None) or {}
+    shape = new.pop("format", None)
+    paths = {name: re.sub(r"\.(-?\d+)\b", r"[\1]", path) for name, path in columns.items() if path}
+    if paths:
+        new["fields"] = {name: name for name in ("prompt", "chosen", "rejected")} | paths
+    elif shape not in (None, "auto", "messages"):
+        new["fields"] = shape
+    if None in columns.values():
+        new["ignore"] = [name for name in columns if name not in paths]
+    raise ConfigError(
+        "columns and format of a source are now fields, an expression for each, and ignore",
+        where=f"source {entry.get('path')}",
+        got=as_written(entry),
+        expected=as_written(new),
+        remedy="write the source so; docs/data.md has the names of fields",
+    )
+
+
+Source = Annotated[SourceConfig, BeforeValidator(_as_source, json_schema_input_type=SourceConfig | NonEmpty)]
 
 
 @schema
@@ -91,8 +111,8 @@ class DataConfig:
     """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=EVERY_READER)
     """Largest share of records that may be dropped; more is an error."""
-    text_as_messages: bool = key(False, verbs=EVERY_READER)
-    """Render plain-text prompts by the chat template, as a user turn."""
+    text_as_messages: Literal["auto"] | bool = key("auto", verbs=EVERY_READER)
+    """Render plain-text prompts by the chat template, as a user turn; `auto`: if the tokenizer has one."""
     template: TextTemplate = key(TextTemplate.auto, verbs=EVERY_READER)
     """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
     (`literal`); `auto`: as text, with an error if most records have them."""

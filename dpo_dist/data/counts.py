@@ -1,26 +1,21 @@
 """Counts of kept, dropped and changed records, and checks that enough of a source is left."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from dpo_dist.data.config import DataConfig, SourceConfig, TextTemplate
-from dpo_dist.data.read.fields import ASKED
-from dpo_dist.data.read.verdicts import are_judged, are_twins, is_verdict, reader_of
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
+from dpo_dist.data.config import DataConfig, TextTemplate
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, NOT_KEPT, BadRecord, Record
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.text import pluralize
 
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
-_UNREAD_VERDICT = "unread_verdict"
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 _PLAIN = "chat_template_not_applied"
@@ -33,8 +28,6 @@ def in_words(name: str) -> str:
     """Return the meaning of a count or reason; for an unknown name the name with spaces."""
     if name.startswith(DROPPED_PROMPT_PREFIX):
         return f"prompts that are left out: {in_words(name.removeprefix(DROPPED_PROMPT_PREFIX))}"
-    if name.startswith("unread_") and name not in _ROWS:
-        return f"the field {name.removeprefix('unread_')} is not read"
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
 
 
@@ -50,14 +43,15 @@ def reason_remedy(reason: str | None) -> str:
 class Outcome:
     """Result of one record: the reason why it was `dropped`, or its `pairs` (0: it is in another `Part`).
 
-    `changed`: number of changes of each kind; for a dropped record the fields that no format reads.
-    `read_as`: the prompt's form and rendering; empty for a record that was not kept.
+    `changed`: number of changes of each kind. `read_as`: the prompt's form and rendering; empty for a record
+    that was not kept. `unread`: the columns that nothing reads, in words.
     """
 
     dropped: str | None = None
     pairs: int = 0
     changed: tuple[tuple[str, int], ...] = ()
     read_as: str = ""
+    unread: tuple[str, ...] = ()
 
 
 class DroppedRecord(NamedTuple):
@@ -80,11 +74,10 @@ class DataCounts:
         kept: records with at least one example.
         pairs: examples made from the kept records: one each, or several from a ranking.
         dropped: dropped records by reason.
-        changed: changes and omitted ties of kept records, by kind; unread fields of dropped records.
+        changed: changes and omitted ties of kept records, by kind.
         read_as: kept records by `Outcome.read_as`.
+        unread: records by each column that nothing reads.
         examples: the first dropped records.
-        fields: `BadRecord.fields` of the first dropped record that has them, by its reason.
-        columns: the same for `BadRecord.source_columns`.
     """
 
     MAX_EXAMPLES: ClassVar[int] = 20
@@ -95,9 +88,8 @@ class DataCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     read_as: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TABLE["changed"], 0)))
+    unread: Counter[str] = field(default_factory=Counter)
     examples: list[DroppedRecord] = field(default_factory=list)
-    fields: dict[str, list[str]] = field(default_factory=dict)
-    columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
@@ -116,6 +108,8 @@ class DataCounts:
                 counts.read_as[outcome.read_as] += records
             for name, times in outcome.changed:
                 counts.changed[name] += records * times
+            for name in outcome.unread:
+                counts.unread[name] += records
         counts.read = counts.kept + counts.dropped.total()
         return counts
 
@@ -127,21 +121,15 @@ class DataCounts:
             total.read += part["read"]
             total.kept += part["kept"]
             total.pairs += part["pairs"]
-            for name in ("dropped", "read_as", "changed"):
+            for name in ("dropped", "read_as", "changed", "unread"):
                 getattr(total, name).update(part[name])
             room = cls.MAX_EXAMPLES - len(total.examples)
             total.examples += [DroppedRecord(*example) for example in part["examples"][:room]]
-            total.fields = part["fields"] | total.fields
-            total.columns = part["columns"] | total.columns
         return total
 
     def _show(self, record: BadRecord) -> None:
-        if len(self.examples) < self.MAX_EXAMPLES:
+        if len(self.examples) < self.MAX_EXAMPLES and record.reason != NOT_KEPT:
             self.examples.append(DroppedRecord(record.origin.source, record.origin.line, record.why))
-        if record.fields:
-            self.fields.setdefault(record.reason, [*record.fields])
-        if record.source_columns:
-            self.columns.setdefault(record.reason, dict(record.source_columns))
 
     def add(self, record: Record) -> None:
         """Count a record without encoding it."""
@@ -155,7 +143,7 @@ class DataCounts:
     def numbers(self) -> dict[str, Any]:
         """Return the counts without examples, for JSON."""
         numbers: dict[str, Any] = {"read": self.read, "kept": self.kept, "pairs": self.pairs}
-        numbers |= {"dropped": dict(self.dropped), "read_as": dict(self.read_as)}
+        numbers |= {"dropped": dict(self.dropped), "read_as": dict(self.read_as), "unread": dict(self.unread)}
         return numbers | dict(sorted(self.changed.items()))
 
     @classmethod
@@ -165,7 +153,7 @@ class DataCounts:
         for name, value in numbers.items():
             if name in ("read", "kept", "pairs"):
                 setattr(counts, name, value)
-            elif name in ("dropped", "read_as"):
+            elif name in ("dropped", "read_as", "unread"):
                 getattr(counts, name).update(value)
             elif isinstance(value, int):
                 counts.changed[name] = value
@@ -198,10 +186,9 @@ class DataCounts:
         """Return how many kept records are plain text beside a chat template, and what to do about them."""
         return f"{self.plain_in_words(records)}; {reason_remedy(_PLAIN)}"
 
-    def two_forms(self) -> list[str]:
-        """Return a warning if the chat template renders only a part of a source's records, else none."""
-        is_part = 0 < self.changed[_PLAIN] < self.kept
-        return [self.plain_warning("records of this source")] if is_part else []
+    def unread_lines(self) -> list[str]:
+        """Return a line with the columns that nothing reads, none if there are none."""
+        return [f"  not read: {named_in_one_line(self.unread)}"] if self.unread else []
 
     @property
     def forms_in_words(self) -> str:
@@ -266,26 +253,23 @@ class DataCounts:
         if not self.read:
             got = "an empty file, or only a header"
             raise DataError("the source has no records", where=where, got=got, remedy=reason_remedy(None))
-        dropped = self.dropped.total()
-        # A verdict that is not read in one record may be misread in the others.
-        is_unread = self.dropped[_UNREAD_VERDICT] > 0
-        if self.kept and dropped <= config.max_bad_share * self.read and not is_unread:
+        left_out = self.dropped[NOT_KEPT]
+        dropped = self.dropped.total() - left_out
+        if self.kept and dropped <= config.max_bad_share * (self.read - left_out):
             self._check_rendered(where, config, of_first=of_first)
             return
-        reason = _UNREAD_VERDICT if is_unread else max(self.dropped, key=lambda name: self.dropped[name])
+        reason = max(self.dropped, key=lambda name: (name != NOT_KEPT, self.dropped[name]))
         reasons = ", ".join(f"{name} {number}" for name, number in sorted(self.dropped.items()))
-        remedy = _remedy(reason, self, path, config, lengths)
-        if self.kept and not is_unread:
+        remedy = _remedy(reason, config, lengths)
+        if self.kept:
             remedy += "; or raise data.max_bad_share if dropping these records is intended"
         first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
         different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
         for example in self.examples:
             different.setdefault(example.why, example)
         expected = f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)"
-        if is_unread:
-            expected = "a verdict that is read in each record"
         raise DataError(
-            f"{dropped} of {first}{self.read} records cannot be used",
+            f"{dropped or self.read} of {first}{self.read} records cannot be used",
             where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
             got=f"{self.read} records{rest}; dropped: {reasons}",
             expected=expected,
@@ -339,7 +323,7 @@ def counts_in_one_line(counts: Mapping[str, int]) -> str:
 
 def named_in_one_line(names: Iterable[str]) -> str:
     """Return names of fields: "a, b and 3 more"; empty if there are none."""
-    distinct = list(dict.fromkeys(filter(None, map(shown_key, names))))  # "": the index that pandas writes
+    distinct = list(dict.fromkeys(filter(None, names)))  # "": the index that pandas writes
     more = f" and {len(distinct) - _NAMED_FIELDS} more" if len(distinct) > _NAMED_FIELDS else ""
     return ", ".join(distinct[:_NAMED_FIELDS]) + more
 
@@ -361,37 +345,12 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
             records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
         lines.append(f"  {records}: {source.forms_in_words}")
-        lines += [f"  warning: {warning}" for warning in source.two_forms()]
+        lines += source.unread_lines()
     return lines
 
 
-def _remedy(
-    reason: str,
-    counts: DataCounts,
-    path: str,
-    config: DataConfig,
-    lengths: Callable[[], Sequence[SourceLengths]] | None,
-) -> str:
-    """Return what to do about the most frequent reason, with the words for this source."""
-    if reason == "unknown_format":
-        return (
-            _with_columns(path, config, counts)
-            + "; correct the source's format, if one is set (docs/data.md)"
-        )
-    if reason == _UNREAD_VERDICT and reason in counts.columns:
-        return f"ignore all verdicts but one: {_source_with(counts.columns[reason], path, config)}"
-    if reason == _UNREAD_VERDICT:
-        return _with_reader(path, config, counts.fields.get(reason, ["COLUMN"] * 3))
-    if reason in ("unread_content", "ambiguous_format") and reason in counts.columns:
-        ignored = _source_with(counts.columns[reason], path, config)
-        words = (
-            "only if they say nothing about which response is better, and the prompt is whole without them"
-        )
-        return f"{reason_remedy(reason)}; or ignore these fields, {words}: {ignored}"
-    unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
-    images = _column("images", unread)
-    if reason == "image_count" and images is not None:
-        return _source_with({"images": images}, path, config)
+def _remedy(reason: str, config: DataConfig, lengths: Callable[[], Sequence[SourceLengths]] | None) -> str:
+    """Return what to do about the most frequent reason; for records that are too long with other limits."""
     remedy = reason_remedy(reason)
     if reason not in _TOO_LONG:
         return remedy
@@ -404,103 +363,3 @@ _TOO_LONG = (
     *("identical_after_truncation", "image_does_not_fit"),
 )
 """Reasons for which another limit helps."""
-_NAMES = {
-    "prompt": "prompt question query instruction input problem user post request context",
-    "chosen": "chosen good better best accepted preferred positive winner correct answer response",
-    "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong non not",
-    "completion": "completion answer response output reply text",
-    "label": "label thumb vote feedback is_good liked",
-    "images": "images image img imgs picture pictures pic pics photo photos screenshot",
-}
-"""Words in names of columns, by the field that they probably hold."""
-_SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}
-_ABOUT = {"id", "ids", "caption", "captions", "description", "width", "height", "size", "source", "count"}
-"""A name with such a word is about a field, but not the field itself."""
-
-
-def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> str:
-    """Return advice to set the source's `columns`: those known to be right, else guessed from the fields.
-
-    Other names of columns do not help a record with a score and no second response: it gets other advice.
-    """
-    columns = counts.columns.get("unknown_format", {})
-    if columns and "label" not in columns:
-        return _source_with(columns, path, config)
-    fields = counts.fields.get("unknown_format", [])
-    if are_judged(fields):
-        return _source_with({"prompt": _column("prompt", fields)}, path, config)
-    label = columns.get("label") or _column("label", fields)
-    best, other = ("completion", "label") if label else ("chosen", "rejected")
-    rejected = label or _column(other, fields)
-    if rejected is None and any(_SCORES & _words(name) for name in fields):
-        return reason_remedy("no_ranking")
-    # "non_preferred" has a word for the chosen side, too.
-    chosen = _column(best, [name for name in fields if name != rejected])
-    if other == "rejected" and rejected is None and chosen and is_verdict(chosen):
-        chosen = None  # a winner without a loser is a verdict
-    guessed = {"prompt": _column("prompt", fields), best: chosen, other: rejected}
-    if all(field == name for field, name in guessed.items()):
-        return (
-            f"the fields {', '.join(guessed)} have the right names, but their values are neither texts nor "
-            "messages (role and content): let a reader of the source return them"
-        )
-    images = _column("images", fields)
-    if images:
-        guessed["images"] = images
-    return _source_with(guessed, path, config)
-
-
-def _with_reader(path: str, config: DataConfig, fields: Sequence[str]) -> str:
-    """Return advice to read two answers and a verdict by a function, whose two values the user writes."""
-    verdict, first, second, *others = fields
-    code = reader_of(verdict, first, second)
-    prompt = {} if set(ASKED).intersection(others) else {"prompt": _column("prompt", others)}
-    source = _source_with(prompt, path, config, reader="verdicts:read", without=("chosen", "rejected"))
-    return (
-        f"save this as verdicts.py, with an entry for each value of {verdict} that says that {first} "
-        f"(VALUE_1) or {second} (VALUE_2) is better:\n{code}\nand {source}"
-    )
-
-
-def _source_with(
-    columns: Mapping[str, str | None],
-    path: str,
-    config: DataConfig,
-    *,
-    reader: str | None = None,
-    without: Sequence[str] = (),
-) -> str:
-    """Return advice to write a source with these columns, too; the user has to name one that is None.
-
-    With a `reader`, and `without` some of the columns that the source has.
-    """
-    usual = asdict(SourceConfig(path="-"))
-    fields: dict[str, Any] = {"path": path}
-    form = "write the source as {}"
-    for key, sources in (("data.eval", config.eval), ("data.train", config.train)):
-        if [each.path for each in sources] == [path]:
-            fields = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
-            form = f"write '{key}=[{{}}]'"
-    old_columns = fields.pop("columns", None) or {}
-    all_columns = {name: place for name, place in old_columns.items() if name not in without}
-    for column, name in columns.items():
-        all_columns[column] = None if name == "null" else name or "COLUMN"
-    if reader:
-        fields["reader"] = reader
-    if all_columns:
-        fields["columns"] = all_columns
-    return form.format(as_written(fields))
-
-
-def _column(field: str, columns: Iterable[str]) -> str | None:
-    """Return the first column whose name is, or contains, a word for the field and none of something else.
-
-    Of columns whose names differ in one word, such as answer_1 and answer_2, none is the better one.
-    """
-    names = [name for name in columns if not (_SCORES | _ABOUT) & _words(name)]
-    names = [name for name in names if not any(are_twins(name, other) for other in names)]
-    return next((name for word in _NAMES[field].split() for name in names if word in _words(name)), None)
-
-
-def _words(name: str) -> set[str]:
-    return {name.lower(), *re.split(r"[^a-z]+", name.lower())}

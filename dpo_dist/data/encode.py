@@ -11,8 +11,8 @@ from dpo_dist.data.config import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Trunca
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.example import Example, Mask
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
-from dpo_dist.data.read.fields import NUMBERS
 from dpo_dist.data.read.images import has_tag
+from dpo_dist.data.read.plain import NUMBERS
 from dpo_dist.data.records import (
     IMAGE,
     BadRecord,

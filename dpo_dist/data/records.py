@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -30,13 +29,14 @@ DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT = "held_out_for_eval"
 LEFT_IN_TRAIN = "left_in_train"
+NOT_KEPT = "not_kept"
+"""The reason of a record that the source's `keep` leaves out: it is no bad one."""
 COUNTS_OF_OTHERS = (HELD_OUT, LEFT_IN_TRAIN)
 """Names under which records of another `Part` are counted, which are not among those that are read."""
 MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
 IMAGE = "\ufdd1"
 """Stands for an image in the content of a message: a noncharacter, never part of interchanged text."""
-MAX_SHOWN_KEYS = 12
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -46,8 +46,7 @@ class Message:
     """One turn of a conversation.
 
     `fields` are what a chat template renders besides the content: `tool_calls` (arguments as objects),
-    `tool_call_id`, `name`, `reasoning_content`, `thinking`, and calls, tools and thoughts under other names,
-    without which the message must not be trained. A template that names one of the `others` gets it, too.
+    `tool_call_id`, `name`, `reasoning_content`, `thinking`, and keys that the source gives to the template.
     `is_trained`: whether the data say that the loss counts this turn of a response; None: by its role.
     """
 
@@ -55,7 +54,6 @@ class Message:
     content: str
     fields: Fields = field(default_factory=dict)
     is_trained: bool | None = field(default=None, compare=False)
-    others: Fields = field(default_factory=dict, compare=False)
 
 
 Messages: TypeAlias = tuple[Message, ...]
@@ -133,8 +131,8 @@ class PreferenceRecord:
     Responses are messages only if the prompt is. `scores` are in the order of the responses; in a ranking
     they never rise, and equal scores are ties. The chat template renders the `tools` and gets the
     `template_arguments`. `numbers`: the `NUMBERS` with an effect. `is_exchanged`: the record's rejected side
-    is the first response. `unread`: fields with a value that nothing reads. `images`: of the prompt, in the
-    order of the `IMAGE` characters in its contents; a prompt with images is messages.
+    is the first response. `unread`: columns with a value that nothing reads, in words. `images`: of the
+    prompt, in the order of the `IMAGE` characters in its contents; a prompt with images is messages.
     """
 
     prompt: Prompt
@@ -194,11 +192,8 @@ class PreferenceRecord:
 class BadRecord:
     """A record that cannot be used, with a reason from counts.yaml.
 
-    The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
-    `lengths` are known if the record could be used with other limits. Of a record of an unknown format also
-    the names of its `fields`; of an unread verdict first its name and those of the two answers. The
-    `source_columns` with which the record could be read: pairs of a format's field and its place in the
-    record, or of a field and null, which ignores it.
+    The `detail` has no text of the record. `unread` are columns, or keys of messages, that nothing reads.
+    `lengths` are known if the record could be used with other limits.
     """
 
     reason: str
@@ -206,20 +201,11 @@ class BadRecord:
     detail: str = ""
     unread: tuple[str, ...] = ()
     lengths: RecordLengths | None = None
-    fields: tuple[str, ...] = ()
-    source_columns: tuple[tuple[str, str], ...] = ()
 
     @property
     def why(self) -> str:
         """The reason with its details, which have no text of the record."""
-        details = [self.detail] if self.detail else []
-        if self.fields:
-            more = ", ..." if len(self.fields) > MAX_SHOWN_KEYS else ""
-            details.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
-        columns = [column for column in self.source_columns if column[1] != "null"]
-        if columns:
-            details.append(f"set columns: {{{', '.join(map(': '.join, columns))}}}")
-        return f"{self.reason} ({'; '.join(details)})" if details else self.reason
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
     def __str__(self) -> str:
         return f"{self.origin} {self.why}"
@@ -229,8 +215,8 @@ class BadRecord:
         return self
 
     def check_may_be_dropped(self, config: DataConfig) -> None:
-        """Raise DataError if `data.on_bad_record` is `error`."""
-        if config.on_bad_record is OnBadRecord.error:
+        """Raise DataError if `data.on_bad_record` is `error`; a record that `keep` leaves out is not bad."""
+        if config.on_bad_record is OnBadRecord.error and self.reason != NOT_KEPT:
             raise DataError(
                 f"a record cannot be used: {self.reason}",
                 where=str(self.origin),
@@ -242,26 +228,15 @@ class BadRecord:
 class UnusableRecordError(Exception):
     """Raised for a record that cannot be used; `as_bad_record` adds the record's position."""
 
-    def __init__(
-        self,
-        reason: str,
-        detail: str = "",
-        unread: tuple[str, ...] = (),
-        fields: Sequence[str] = (),
-        columns: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, reason: str, detail: str = "", unread: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
         self.unread = unread
-        self.fields = tuple(fields)
-        self.columns = tuple(columns.items())
 
     def as_bad_record(self, origin: Origin) -> BadRecord:
         """Return a `BadRecord` with this reason and the record's position."""
-        return BadRecord(
-            self.reason, origin, self.detail, self.unread, fields=self.fields, source_columns=self.columns
-        )
+        return BadRecord(self.reason, origin, self.detail, self.unread)
 
 
 Record: TypeAlias = PreferenceRecord | BadRecord
@@ -420,7 +395,7 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
 
 def _turn_fields(turn: Message) -> dict[str, Any]:
     content = parts_of(turn.content) if IMAGE in turn.content else turn.content
-    fields = {"role": turn.role, "content": content, **turn.others, **turn.fields}
+    fields = {"role": turn.role, "content": content, **turn.fields}
     if turn.is_trained is not None:
         fields["loss_weight"] = int(turn.is_trained)
     return fields

@@ -57,7 +57,7 @@ from dpo_dist.foundation.files import (
 from dpo_dist.foundation.types import Tokenizer
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 24
+_ENCODING_VERSION = 25
 _ALL_RECORDS = Part()
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
@@ -309,13 +309,12 @@ def encode_records(
                 encoded = encode_record(readable, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
             encoded.check_may_be_dropped(config)
-            outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
-            values = {"detail": encoded.detail, "lengths": encoded.lengths or (), "fields": encoded.fields}
-            values["columns"] = [*itertools.chain(*encoded.source_columns)]
+            outcome = Outcome(encoded.reason, unread=encoded.unread)
+            values = {"detail": encoded.detail, "lengths": encoded.lengths or ()}
         elif encoded is None:
             outcome = Outcome(changed=((part.count_of_others, 1),))
         else:
-            outcome = encoded.outcome
+            outcome = replace(encoded.outcome, unread=readable.unread)
             values = _row_values(encoded) | {"prompt": prompt}
             if images is not None:
                 images.update((image.digest, image) for image in encoded.example.images)

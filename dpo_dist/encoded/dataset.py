@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, accepts_facts
 from dpo_dist.data import (
     NUMBERS,
-    VOTES,
     DataConfig,
     DataCounts,
     Example,
@@ -522,10 +520,8 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         misfits = column != NUMBERS[name]
         if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
             kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
-            null = f"{name}: null"
-            if name == "soft_label":
-                null = ", ".join(f"{each}: null" for each in (name, *VOTES))
-            remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
+            columns = f"{name}, votes_chosen, votes_rejected" if name == "soft_label" else name
+            remedy = f"set loss.kind to one of {kinds}; or ignore it in the source: ignore: [{columns}]"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
@@ -535,14 +531,8 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     if loss.is_unpaired:
         labels = "give each response a label: true or false, 1 or 0"
         check(~is_labelled, "no single response with a label", labels)
-        # Read alone, 0 is bad; beside -1 it is perhaps neutral.
-        sources = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
-        is_unclear = (best == 0) & np.isin(sources, sources[best == -1])
-        if is_unclear.any():
-            remedy = _without_neutral(sources[is_unclear], dataset.source_pairs)
-            check(is_unclear, "labels of 0 and of -1 in one source", remedy)
         return
-    ignored = "; if the label does not judge the response, ignore it: columns: {label: null}"
+    ignored = "; if the label does not judge the response, write fields without it, and ignore: [label]"
     check(is_labelled, "one response with a label, good or bad", "set loss=kto" + ignored)
     if not loss.is_one_sided:
         check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
@@ -552,18 +542,3 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"
         check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")
-
-
-def _without_neutral(sources: Indices, pairs: Sequence[int]) -> str:
-    """Return advice for labels of 0 that may be neutral: their sources, and the examples of each source."""
-    # Beside them the usual share of other records may be bad.
-    share = max(np.count_nonzero(sources == source) / pairs[source] for source in np.unique(sources))
-    share = min(math.ceil(100 * share) / 100 + DataConfig().max_bad_share, 1)
-    value = "float(record['label'])"
-    read = f"def read(record): return {{**record, 'label': {value} > 0}}"
-    return (
-        "if 0 is bad, let a reader of the source say so (with the name that the field has in the file): "
-        f"reader: labels:read, with labels.py: `{read}`; "
-        f"if it is neutral, let it drop these records: `{read} if {value} else None`, and set "
-        f"data.max_bad_share={share:g}"
-    )

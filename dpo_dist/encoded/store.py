@@ -37,9 +37,6 @@ ROW_SCHEMA = pa.schema(
         # `Outcome` in JSON; the detail of a dropped record's reason.
         "outcome": pa.string(),
         "detail": pa.string(),
-        # `BadRecord.fields`, and its `source_columns` as field, place, field, place, ...
-        "fields": pa.list_(pa.string()),
-        "columns": pa.list_(pa.string()),
         # Kept records. Pieces are the prompt and the responses; examples share them.
         "prompt": pa.uint64(),
         "largest_id": pa.int32(),
@@ -317,21 +314,15 @@ def read_counts(table: pa.Table) -> DataCounts:
     """Return the counts of an encoded source's records; names of files are those of the column `file`."""
     coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
     outcomes = [
-        Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
-        for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
+        Outcome(drop, pairs, tuple(map(tuple, changed)), read_as, tuple(unread))
+        for drop, pairs, changed, read_as, unread in map(json.loads, coded.dictionary.to_pylist())
     ]
     codes = coded.indices.to_numpy()
     is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
     examples = np.flatnonzero(is_dropped[codes])[: DataCounts.MAX_EXAMPLES]
-    rows = table.select(["file", "line", "detail", "fields", "columns"]).take(examples).to_pylist()
+    rows = table.select(["file", "line", "detail"]).take(examples).to_pylist()
     bad_records = [
-        BadRecord(
-            str(outcomes[code].dropped),
-            Origin(row["file"], row["line"]),
-            row["detail"],
-            fields=tuple(row["fields"]),
-            source_columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
-        )
+        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
         for code, row in zip(codes[examples], rows, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()

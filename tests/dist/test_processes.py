@@ -15,7 +15,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Origin, RawRecord
 from dpo_dist.encoded import workers
@@ -64,7 +64,9 @@ def test_ranks_divide_the_cores_of_their_node(
     assert (workers.processes_for(10**6), workers.processes_for(1)) == (expected, 1)
 
 
-REAL = {"bad_records.jsonl": DataFormat.auto, "ranked_oasst_history_zh.json": DataFormat.ranked}
+INNER = {side: f"record.{side}|default(none)" for side in ("prompt", "chosen", "rejected")}
+RANKED = {"prompt": "instruction|turn", "history": "history", "responses": "output", "best_first": True}
+REAL = {"bad_records.jsonl": INNER, "ranked_oasst_history_zh.json": RANKED}
 
 
 def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
@@ -75,7 +77,8 @@ def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
         sources.append(source(tmp_path / str(count), BAD, *map(record, range(count)), "no object"))
     if (shared := shared_data_dir()) is not None:
         sources += [
-            SourceConfig(str(shared / name), format=format_, limit=200) for name, format_ in REAL.items()
+            SourceConfig(str(shared / name), fields=fields, ignore=["*"], limit=200)
+            for name, fields in REAL.items()
         ]
     options = {"max_length": 200, "ranked": Ranked.all_pairs}
     one = prepare(tmp_path, sources, 1, tiny.mistral(), **options)

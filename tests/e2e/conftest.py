@@ -36,6 +36,7 @@ def small_run(assets: Path, folder: Path) -> list[str]:
         "model.dtype=fp32",
         f"data.train=[{assets}/train.jsonl]",
         f"data.cache={assets}/encoded",
+        "data.text_as_messages=false",
         f"reference.store={folder}/store",
         f"run.dir={folder}/run",
         "trainer.global_batch_pairs=6",

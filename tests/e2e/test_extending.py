@@ -86,7 +86,7 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     names = (
         "objective/test_losses",
         "objective/test_metrics",
-        "data/test_formats",
+        "data/test_shapes",
         "model/test_architectures",
     )
     tests = [

@@ -82,7 +82,7 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
             "sigmoid",
             "set loss.kind=plackett_luce",
         ),
-        (RANKINGS, "plackett_luce", "format: ranked"),
+        (RANKINGS, "plackett_luce", "the columns are none of the known shapes"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
         (COMPLETIONS, "kto", "a label: true or false"),
         (LABELLED, "sigmoid", "set loss=kto"),
@@ -176,8 +176,9 @@ def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrid
         for n in range(1, 8)
     ]
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = "columns: {votes_chosen: ups, votes_rejected: downs, loss_weight: w}"
-    data = f"data.train=[{{path: {tmp_path}/votes.jsonl, {columns}}}]"
+    fields = "prompt: prompt, chosen: chosen, rejected: rejected, loss_weight: w, "
+    fields += 'soft_label: "ups / (ups + downs)"'
+    data = f"data.train=[{{path: {tmp_path}/votes.jsonl, fields: {{{fields}}}}}]"
     ended = train(overrides(data, "trainer.max_steps=4", "optim.lr=1e-2"), processes=2)
     assert "7 sides_exchanged" in ended.output
     steps = history(tmp_path / "run")
@@ -188,7 +189,7 @@ def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrid
     refused = run_verb("train", overrides(data, "loss=ipo", f"run.dir={tmp_path}/ipo"))
     assert refused.code == 2, refused.output
     assert "votes.jsonl:1" in refused.output
-    assert "votes_chosen: null" in refused.output
+    assert "ignore: [soft_label" in refused.output
 
 
 def test_labelled_responses_are_shown_as_records_with_an_auc(overrides: Overrides, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def overrides(folder: Path, name: str) -> list[str]:
         f"data.train=[{folder}/train.jsonl]",
         f"data.eval=[{folder}/eval.jsonl]",
         f"data.cache={folder}/encoded",
+        "data.text_as_messages=false",
         f"reference.store={folder}/store",
         "optim.lr=2e-4",
         "trainer.global_batch_pairs=9",

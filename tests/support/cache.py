@@ -9,11 +9,14 @@ from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support import tiny
 
+PLAIN: dict[str, object] = {"text_as_messages": False}
+"""Tests of encoded data have texts, which are not rendered unless a test says so."""
+
 
 def prepare_all(
     folder: Path, *sources: str | SourceConfig, tokenizer_digest: str = "qwen", **data: object
 ) -> tuple[EncodedSource, ...]:
-    config = DataConfig(cache=str(folder / "cache"), **data)
+    config = DataConfig(cache=str(folder / "cache"), **PLAIN | data)
     configs = [SourceConfig(source) if isinstance(source, str) else source for source in sources]
     return Preparation(configs, config, tiny.qwen(), tokenizer_digest).whole()
 
@@ -25,7 +28,7 @@ def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
 
 
 def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PreferenceDataset:
-    return open_dataset(prepare_all(folder, *sources, **data), DataConfig(**data))
+    return open_dataset(prepare_all(folder, *sources, **data), DataConfig(**PLAIN | data))
 
 
 def encoded_folders(folder: Path, cache: str = "cache") -> list[str]:

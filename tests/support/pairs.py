@@ -7,7 +7,7 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
 
 CHAT = (Message("user", "What is the capital?"),)
-WIDE = DataConfig(max_length=100_000)
+WIDE = DataConfig(max_length=100_000, text_as_messages=False)
 
 
 def record(prompt: str | Messages | Dialogue, *responses: str) -> PreferenceRecord:

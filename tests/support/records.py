@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.data.config import DataFormat
-from dpo_dist.data.formats import parse_record
+from dpo_dist.data.config import SourceConfig
+from dpo_dist.data.read.reading import parse_record
+from dpo_dist.data.read.shapes import declared
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
+from dpo_dist.foundation.errors import DataError
 
 TEXT = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 GOOD = [
@@ -38,13 +40,24 @@ def outcomes(records: Iterable[PreferenceRecord | BadRecord]) -> list[tuple[int,
     ]
 
 
-def good(fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    record = parse_record(fields, format_, Origin("here", 1))
+def parsed(record: Any, /, parse: Any = parse_record, *, of_prompts: bool = False, **source: Any) -> Any:
+    """Return the record of a source that has this one alone; for an error of the source its reason."""
+    here = Origin("here", 1)
+    try:
+        reading, _ = declared(iter([(record, here)]), SourceConfig("here", **source), of_prompts=of_prompts)
+    except DataError as error:
+        reason, _, detail = error.message.partition("can be read: ")[2].partition(" (")
+        return BadRecord(reason or "unknown_shape", here, detail.removesuffix(")"))
+    return parse(record, reading, here)
+
+
+def good(fields: Any, /, **source: Any) -> PreferenceRecord:
+    record = parsed(fields, **source)
     assert isinstance(record, PreferenceRecord), record
     return record
 
 
-def bad(fields: Any, format_: DataFormat = DataFormat.auto) -> BadRecord:
-    record = parse_record(fields, format_, Origin("here", 1))
+def bad(fields: Any, /, **source: Any) -> BadRecord:
+    record = parsed(fields, **source)
     assert isinstance(record, BadRecord), record
     return record

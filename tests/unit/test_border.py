@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 
 FACE = "dpo_dist.data"
 TRAINER = """
-    DataConfig DataFormat OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate
+    DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate
     DataSource Part full_name read_records source_labels write_records
-    BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record VOTES prompt_hash
+    BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
-    trained_stops unread_fields Example ImageInput Mask TokenIds
+    trained_stops Example ImageInput Mask TokenIds
     DataCounts Outcome SourceLengths describe_counts named_in_one_line
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
@@ -28,7 +28,7 @@ MODULES_FOR_TOOLS = {
     "encode": "encode_pair",
     "images": "decode_image",
     "read.files": "store_image",
-    "read.values": "from_json parse_json",
+    "read.plain": "parse_json",
     "records": "COUNTS_OF_OTHERS as_fields",
     "text.escape": "THOUGHT_FIELDS any_of",
     "text.tokenizer": "TokenizerFacts tokenizer_facts",

@@ -16,6 +16,7 @@ from dpo_dist.config.losses import LossKind
 from dpo_dist.config.metrics import AGREEMENT, ENTROPIES, PAIR_METRICS
 from dpo_dist.config.named_code import NAMED_CODE
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.data.records import NOT_KEPT
 from dpo_dist.foundation.errors import Arguments, ExitCode
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 from dpo_dist.tools.sweep.points import load_points
@@ -45,7 +46,7 @@ def first_column(page: str, heading: str) -> list[str]:
 def test_every_reason_for_a_bad_record_is_described() -> None:
     code = "".join(module.read_text() for module in (PACKAGE / "data").rglob("*.py"))
     reasons = set(re.findall(r'(?:BadRecord|UnusableRecordError)\(\s*"(\w+)"', code))
-    reasons |= {"identical_after_encoding", "identical_after_truncation"}  # composed there
+    reasons |= {"identical_after_encoding", "identical_after_truncation", NOT_KEPT}  # composed there
     assert sorted(first_column("data.md", "reason")) == sorted(reasons)
 
 

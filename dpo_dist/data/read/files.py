@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.data.read.images import as_file
-from dpo_dist.data.read.values import ARGUMENTS, NOT_UTF8, parse_json, without_nulls
+from dpo_dist.data.read.messages import ARGUMENTS
+from dpo_dist.data.read.plain import NOT_UTF8, parse_json, without_nulls
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
@@ -30,8 +31,7 @@ _OTHER_KINDS = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save a table as .csv (Excel: CSV UTF-8)"),
     **dict.fromkeys(
         (".png", ".jpg", ".jpeg", ".webp"),
-        "name the file that describes the images, and its column: {path: FOLDER/metadata.jsonl, columns: "
-        "{images: file_name}}",
+        "name the file that describes the images: FOLDER/metadata.jsonl, with fields: images: file_name",
     ),
 }
 """How to read other kinds of files."""

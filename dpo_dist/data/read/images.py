@@ -6,9 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_dist.data.read.fields import OBJECTS
 from dpo_dist.data.read.messages import PLACED
-from dpo_dist.data.read.values import given_images, ignoring, with_value
 from dpo_dist.data.records import (
     IMAGE,
     Dialogue,
@@ -20,7 +18,6 @@ from dpo_dist.data.records import (
     turns_of,
 )
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.foundation.types import Fields
 
 # The place of an image in the texts of LLaMA-Factory, ms-swift and LLaVA.
 _TAG = re.compile("<image>")
@@ -38,22 +35,27 @@ _OTHER_TAG = re.compile(
     r"|<\|?image[ _]?(?P<number>\d{1,2})\|?>"
     r"|<img>(?P<file>[^<>\n]+\.(?i:png|jpe?g|webp|gif|bmp|tiff?))</img>"
 )
+# Places in images, which each model writes in its own way.
 _OBJECT_TAGS = ("<bbox>", "<ref-object>")
 _WORDS_OF_TAGS = ("image", "img", "IMG", "media_pad")  # found in no time: most texts have none
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 def place_images(
-    prompt: Prompt, responses: Sequence[Response], record: Fields, folders: tuple[str, ...], *, is_plain: bool
+    prompt: Prompt,
+    responses: Sequence[Response],
+    beside: list[Any],
+    folders: tuple[str, ...],
+    *,
+    is_plain: bool,
 ) -> tuple[Prompt, tuple[ImageFile, ...]]:
-    """Return the prompt with an `IMAGE` for each of a record's images, and their files.
+    """Return the prompt with an `IMAGE` for each of its images, and their files; `beside`: of the record.
 
     The places are the image parts of messages; without any, the tags `<image>` of the texts, else those of
     other programs, which may name the files; without these too, the start of the first user's turn, as in TRL
     and ms-swift. Raises UnusableRecordError: `image_count`, `image_in_response`, or `image_unreadable` for a
     value that is not an image.
     """
-    beside = given_images(record)
     turns = turns_of(prompt, "user")
     parts = [image for turn in turns for image in turn.fields.get(PLACED, ())]
     if any(PLACED in turn.fields for response in responses for turn in turns_of(response)):
@@ -94,6 +96,9 @@ def place_images(
             raise UnusableRecordError("image_in_response", "a response has a tag <image>")
     if places != len(beside):
         raise UnusableRecordError("image_count", f"{pluralize(len(beside), 'image')}, {what}")
+    texts = [*contents, *(turn.content for response in responses for turn in turns_of(response))]
+    if any(tag in text and f"</{tag[1:]}" not in text for text in texts for tag in _OBJECT_TAGS):
+        raise UnusableRecordError("unread_content", "a text has a tag of a place in an image", ("objects",))
     next_beside = iter(beside)
     images = [next(next_beside) if image is None else image for image in parts] or beside
     return (
@@ -125,33 +130,6 @@ def _with_content(turn: Message, content: str) -> Message:
     """Return a turn with the content in which its images have their places."""
     fields = {name: value for name, value in turn.fields.items() if name != PLACED}
     return replace(turn, content=content, fields=fields)
-
-
-def check_objects(record: Fields, prompt: Prompt, responses: Sequence[Response], *, has_images: bool) -> None:
-    """Check that a record has no places in its images, nor tags for such places: every model writes its own.
-
-    Raises UnusableRecordError: `unread_content`.
-    """
-    objects = []
-    for name in with_value(record, OBJECTS):
-        value = record[name]
-        is_empty = isinstance(value, Mapping) and not with_value(value, value)
-        if not is_empty:
-            objects.append(name)
-    if not objects and not has_images:
-        return
-    texts = [turn.content for side in (prompt, *responses) for turn in turns_of(side)]
-    tags = [tag for tag in _OBJECT_TAGS if any(_has_place(text, tag) for text in texts)]
-    if objects and (has_images or tags):
-        detail = f"fields: {', '.join(objects)}"
-        raise UnusableRecordError("unread_content", detail, tuple(objects), columns=ignoring(objects))
-    if tags:
-        raise UnusableRecordError("unread_content", f"a text has a tag {tags[0]}", ("objects",))
-
-
-def _has_place(text: str, tag: str) -> bool:
-    """Return whether a text has a tag that stands for something, not one around a text."""
-    return tag in text and f"</{tag[1:]}" not in text
 
 
 def has_tag(text: str, tokens: Collection[str]) -> bool:

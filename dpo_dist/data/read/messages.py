@@ -1,404 +1,261 @@
-"""Read prompts and responses as messages: roles, tool calls, thoughts, ShareGPT's turns."""
+"""Prompts and responses as messages, strictly: a key is known, declared by the source, or an error."""
 
 import itertools
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from dpo_dist.data.read.fields import IMAGES, MEDIA
-from dpo_dist.data.read.values import (
-    ALL_ROLES,
-    ARGUMENTS,
-    CALLING,
-    PLAIN_ROLES,
-    ROLES,
-    first_value,
-    from_json,
-    given_images,
-    has_value,
-    is_given,
-    is_messages,
-    with_value,
-    without_nulls,
-)
+from dpo_dist.data.read.plain import from_json, is_given, without_nulls
 from dpo_dist.data.records import (
     IMAGE,
-    Dialogue,
     Message,
     Messages,
     Prompt,
     Response,
     UnusableRecordError,
     shown_key,
-    turns_of,
 )
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.types import Fields
 
-# Fields with the calls of a message; LangChain's may stand only in `additional_kwargs`.
-_CALL_FIELDS = ("tool_calls", "function_call")
-_SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
-# Keys of a call that are none of its arguments.
-_BESIDE_ARGUMENTS = ("name", "function", "id", "call_id", "tool_call_id", "type", "index", "status")
-# Other keys of a message or a part with calls, such as `functionCall`, but no identifiers.
-_CALLS = re.compile(r"((?i:(?<![a-z])call|tool_?use|(?:tool|function)call)|Call)(?!.*(?:_id|Id)s?\Z)")
-# Keys of a message with definitions of tools (OLMo 3, Phi 4), and such as `thought` (Apriel).
-_TOOLS = ("functions", "tools")
-# A text is a call under a name that ends with the word: `function_calls`, but no `call_to_action`.
-_CALLS_AS_TEXT = re.compile(r"(calls?|tool_?use)\Z", re.IGNORECASE)
-_OTHER_THOUGHTS = re.compile("reasoning|thinking|thought", re.IGNORECASE)
-_ABOUT_THOUGHTS = re.compile(r"_(budget|effort|level|mode|style|time|tokens|type)\Z", re.IGNORECASE)
-_WORD = re.compile(r"[\w.-]*", re.ASCII)
-# Lists of thoughts, of OpenRouter and of LiteLLM, and where their items have the texts.
-_THOUGHT_LISTS = ("reasoning_details", "thinking_blocks")
-_THOUGHT_TEXTS = {"reasoning.text": "text", "thinking": "thinking"}
-_THOUGHTS = {
-    "reasoning_content": "reasoning_content",
-    "reasoning": "reasoning_content",
-    "thinking": "thinking",
-}
-WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
-# Weights of parts of a turn, or with an unclear meaning.
-_UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
-# Thoughts and calls of gpt-oss; other channels do not split a turn.
-_UNREAD_CHANNELS = ("analysis", "commentary")
-# Kinds of the parts in a message's content, also those of OpenAI's Responses.
-_PARTS = {
-    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
-    **{kind: kind for kind in ("reasoning", "thinking", "tool_call")},
-}
-_IMAGE_PARTS = ("image", "image_url", "input_image")
-# The fields of such a part that can have its image.
-_SOURCES = ("image", "image_url", "url", "path", "base64")
-# The keys of a message that are read, or that drop its record, beside its role and its content.
-_READ = frozenset(
-    (
-        *_CALL_FIELDS,
-        *_THOUGHTS,
-        *WEIGHTS,
-        *_UNREAD_WEIGHTS,
-        *IMAGES,
-        *MEDIA,
-        "channel",
-        "name",
-        "tool_call_id",
-    )
-)
+_TABLE = own_table(Path(__file__).with_suffix(".yaml"))
+ROLES: dict[str, str] = _TABLE["roles"] | {role: role for role in _TABLE["plain_roles"]}
+"""Roles that are known, and what chat templates call them."""
+CALLING: list[str] = _TABLE["calling_roles"]
+ARGUMENTS: list[str] = _TABLE["arguments"]
+_SAID_BY = ("role", "content"), ("from", "value")
+_KEYS = ("calls", "thoughts", "weights", "images", "kept")
+_KNOWN = frozenset().union(*_SAID_BY, *(_TABLE[name] for name in _KEYS))
+_OF_CALLS = frozenset((*_TABLE["of_calls"], *ARGUMENTS))
+OF_KEYS = "[]."
+"""Begins the name of a key of messages among the columns of a source."""
 PLACED = "images"
 """A field of messages until `place_images` reads it: the values of the content's images, None for one that
 is in the record's own list."""
 
 
-def parse_messages(value: Any, role: str) -> Messages:
+class MessageKeys(NamedTuple):
+    """What a source says of the other keys of its messages."""
+
+    given: frozenset[str] = frozenset()
+    """Given to the chat template as they are."""
+    ignored: frozenset[str] = frozenset()
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is an object with a role and a content, also as `from` and `value`."""
+    if not isinstance(value, Mapping):
+        return False
+    has_role = "role" in value and not value.keys().isdisjoint(("content", *_TABLE["calls"]))
+    return has_role or {"from", "value"} <= value.keys()
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value is one message or a list of messages, perhaps an empty one."""
+    return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
+
+
+def spelled_as(value: Any) -> str:
+    """Return the filter that reads the messages that a text spells, in JSON or as Python; "": none."""
+    start = value.lstrip()[:200] if isinstance(value, str) else ""
+    for quote, way in (('"', "|fromjson"), ("'", "|frompython")):
+        keys = [{f"{quote}{key}{quote}" in start for key in said_by} for said_by in _SAID_BY]
+        if start.startswith(("[{", "{")) and {True} in keys:
+            return way
+    return ""
+
+
+def unknown_keys(value: Any, keys: MessageKeys) -> set[str]:
+    """Return the keys of messages that nothing reads, as a source names them."""
+    messages = value if isinstance(value, list) else [value]
+    known = _KNOWN.union(*keys)
+    given = (key for each in filter(is_message, messages) for key in each if is_given(each[key]))
+    return {f"{OF_KEYS}{shown_key(key)}" for key in given if key not in known}
+
+
+def given_images(value: Any) -> list[Any]:
+    """Return images, one or a list, without nulls."""
+    return [*filter(is_given, value if isinstance(value, list | tuple) else [value])]
+
+
+def parse_messages(value: Any, role: str, keys: MessageKeys) -> Messages:
     """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
         return (Message(role, value),)
     if not is_messages(value):
-        raise UnusableRecordError("unknown_format", "not a list of messages with role and content")
+        raise UnusableRecordError("unknown_format", "neither a text nor messages with role and content")
     messages = [value] if isinstance(value, Mapping) else value
-    return tuple(map(_read_message, messages))
+    return tuple(_read_message(message, keys) for message in messages)
 
 
-def has_more(fields: Fields) -> bool:
-    """Return whether a message has tool calls, tools or thoughts beside its content."""
-    return bool(with_value(fields, (*_CALL_FIELDS, *_THOUGHTS))) or bool(_own_keys(fields))
-
-
-def unread_error(
-    detail: str, unread: Sequence[str], columns: Mapping[str, str] = MappingProxyType({})
-) -> UnusableRecordError:
-    """Return the error for fields that no format reads; audio and video have their own reason."""
-    is_media = any(name.rpartition("_")[2] in MEDIA for name in unread)
-    reason = "media_not_read" if is_media else "unread_content"
-    return UnusableRecordError(reason, detail, tuple(unread), columns=columns)
-
-
-def check_no_media(messages: Sequence[Fields]) -> None:
-    """Check that no message has audio, video, or a thought that is not text."""
-    for message in messages:
-        # A flag is no thought, nor is a number that a table wrote for an empty cell.
-        names = with_value(message, _THOUGHTS)
-        thoughts = [name for name in names if isinstance(message[name], list | Mapping)]
-        unread = with_value(message, MEDIA) + thoughts
-        if unread:
-            raise unread_error(f"a message has {', '.join(unread)}", unread)
-
-
-def unread_keys(values: Iterable[Any]) -> tuple[str, ...]:
-    """Return the keys of messages in these values that have a value and that nothing reads."""
-    keys = dict[str, None]()
-    for value in values:
-        for fields in value if isinstance(value, list) else [value]:
-            if not isinstance(fields, Mapping) or len(fields) == 2:  # fast path: most messages
-                continue
-            read = _READ.union(_said_by(fields), _own_keys(fields))
-            others = {name: fields[name] for name in fields if name not in read}
-            inner = from_json(others.get("additional_kwargs"))
-            if isinstance(inner, Mapping):  # calls in it are read
-                inner = {name: inner[name] for name in inner if name not in _CALL_FIELDS}
-                others["additional_kwargs"] = inner
-            keys |= dict.fromkeys(with_value(without_nulls(others), others))
-    return tuple(f"messages[].{shown_key(name)}" for name in keys)
-
-
-def _said_by(fields: Fields) -> tuple[str, str]:
-    """Return the keys of a message's role and content."""
-    return ("role", "content") if "role" in fields else ("from", "value")
-
-
-def _read_message(fields: Fields) -> Message:
-    role, content = map(fields.get, _said_by(fields))
-    if isinstance(role, str) and role in PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
-        return Message(ROLES.get(role, role), content)  # fast path: most messages
-    check_no_media([fields])
-    inner = from_json(fields.get("additional_kwargs"))
-    if isinstance(inner, Mapping) and not with_value(fields, _CALL_FIELDS):
-        fields = {**fields, **{name: inner[name] for name in _CALL_FIELDS if name in inner}}
-    if not isinstance(role, str) or ("role" not in fields and role not in ALL_ROLES):
+def _read_message(fields: Fields, keys: MessageKeys) -> Message:
+    said_by = _SAID_BY["role" not in fields]
+    role, content = map(fields.get, said_by)
+    if isinstance(content, str) and len(fields) == 2 and isinstance(role, str) and role in ROLES:
+        return Message(ROLES[role], content)  # fast path: most messages
+    given = {key: value for key, value in fields.items() if is_given(value)}
+    unknown = sorted(unknown_keys(fields, keys))
+    if unknown:
+        raise UnusableRecordError("unknown_key", ", ".join(unknown), tuple(unknown))
+    if not isinstance(role, str) or ("from" in said_by and role not in (*ROLES, *CALLING)):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
-    if fields.get("channel") in _UNREAD_CHANNELS:
-        raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
-    calls: list[Fields] = []
+    calls = [call for name in _TABLE["calls"] if name in given for call in _tool_calls(given[name])]
     if role in CALLING:
-        role, content, calls = "assistant", "", _tool_calls(content)
-    if content is None and has_more(fields):
+        role = "assistant"
+        calls = _tool_calls(content)
         content = ""
-    for name in with_value(fields, _CALL_FIELDS):
-        calls += _tool_calls(fields[name])
-    # The content has an `IMAGE` where it has an image.
-    images = given_images(fields)
-    thoughts = list[str]()
-    text = IMAGE * len(images)
-    if ROLES.get(role, role) == "tool":
+    extra = {name: without_nulls(given[name]) for name in (*_TABLE["kept"], *keys.given) if name in given}
+    extra |= _thoughts(fields)
+    images = [image for name in _TABLE["images"] for image in given_images(given.get(name))]
+    if content is None and (calls or extra):
+        content = ""
+    role = ROLES.get(role, role)
+    if role == "tool":
         content = _result_text(content)
+    # The content has an `IMAGE` where it has an image.
+    parts = {"text": [IMAGE] * len(images), "image": images, "call": calls, "thought": list[Any]()}
     for kind, value in _parts(content):
+        parts[kind].append(value)
         if kind == "image":
-            text += IMAGE
-            images.append(value)
-        elif kind == "tool_call":
-            calls += _tool_calls(value)
-        elif kind == "text":
-            text += value
-        else:
-            thoughts.append(value)
-    extra: dict[str, Any] = {PLACED: images} if images else {}
-    if thoughts:
-        extra["reasoning_content"] = "".join(thoughts)
-    extra |= {field: fields[name] for name, field in _THOUGHTS.items() if isinstance(fields.get(name), str)}
-    extra |= {name: fields[name] for name in with_value(fields, ("tool_call_id", "name"))}
+            parts["text"].append(IMAGE)
+    if images:
+        extra[PLACED] = images
+    if parts["thought"]:
+        extra.setdefault("reasoning_content", "".join(parts["thought"]))
     if calls:
         extra["tool_calls"] = calls
-    of_templates = {name: without_nulls(fields[name]) for name in _own_keys(fields)}
-    of_templates = _listed_thoughts(of_templates, extra)
-    read = {*_said_by(fields), *of_templates, *_CALL_FIELDS, *_THOUGHTS, *_THOUGHT_LISTS, *WEIGHTS, *IMAGES}
-    others = {name: fields[name] for name in with_value(fields, fields) if name not in read}
-    return Message(ROLES.get(role, role), text, extra | of_templates, _is_trained(fields), others)
+    return Message(role, "".join(parts["text"]), extra, _is_trained(given))
 
 
-def _own_keys(fields: Fields) -> list[str]:
-    """Return the keys of a message with calls, tools or thoughts that only some templates read."""
-    names = [name for name in fields if isinstance(name, str) and name not in _READ]
-    return [name for name in names if _is_own(name, without_nulls(fields[name]))]
-
-
-def _is_own(name: str, value: Any) -> bool:
-    """Return whether a key has calls, tools or thoughts; a thought is no single word."""
-    if not isinstance(value, str | list | Mapping) or not has_value(value):
-        return False
-    if name in _TOOLS or _CALLS.search(name):
-        return not isinstance(value, str) or name in _TOOLS or _CALLS_AS_TEXT.search(name) is not None
-    is_word = isinstance(value, str) and _WORD.fullmatch(value.strip()) is not None
-    is_thought = _OTHER_THOUGHTS.search(name) is not None and _ABOUT_THOUGHTS.search(name) is None
-    return is_thought and not is_word
-
-
-def _listed_thoughts(fields: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields without lists of thoughts; `extra` gets their text, if it has no other thought."""
-    others = dict(fields)
-    for name in set(_THOUGHT_LISTS).intersection(fields):
-        items = fields[name] if isinstance(fields[name], list) else [fields[name]]
-        texts = list(map(_thought_text, items))
-        if None in texts:  # such as an encrypted one
-            continue
-        thought = "".join(map(str, texts))
-        thoughts = [extra[field] for field in ("reasoning_content", "thinking") if field in extra]
-        if not thoughts:
-            extra["reasoning_content"] = thought
-        if not thoughts or thought in thoughts:
-            del others[name]
-    return others
-
-
-def _thought_text(item: Any) -> str | None:
-    if not isinstance(item, Mapping) or item.get("type") not in _THOUGHT_TEXTS:
-        return None
-    text = item.get(_THOUGHT_TEXTS[item["type"]])
-    return text if isinstance(text, str) else None
-
-
-def _check_no_calls(part: Fields, keys: Sequence[str]) -> None:
-    """Check that a part of a content has no calls under other names than these `keys`."""
-    unread = list[str]()
-    for name in part:
-        if name in keys or _CALLS.search(str(name)) is None:
-            continue
-        value = without_nulls(part[name])
-        if isinstance(from_json(value), list | Mapping) and has_value(value):
-            unread.append(shown_key(name))
-    if unread:
-        raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", tuple(unread))
+def _thoughts(fields: Fields) -> dict[str, str]:
+    thoughts = dict[str, str]()
+    for name, field in _TABLE["thoughts"].items():
+        if isinstance(fields.get(name), str):
+            thoughts[field] = fields[name]
+        elif is_given(fields.get(name)):
+            raise UnusableRecordError("unread_content", f"{name} of a message is no text", (name,))
+    return thoughts
 
 
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the kind and the value of the parts of a content: text, a thought, a tool call or an image."""
-    for part in content if isinstance(content, list) and content else [{"text": content}]:
-        fields = part if isinstance(part, Mapping) else {"text": part}
-        kind = str(fields.get("type", "text"))
-        if kind in _IMAGE_PARTS:
-            # Without a value of its own it is the place of an image in the record's list.
-            source = next((name for name in _SOURCES if is_given(fields.get(name))), "")
-            image = fields.get(source)
-            if source == "base64":
-                image = f"data:;base64,{image}"
-            yield "image", image
+    """Yield the kind and the value of the parts of a content: text, a thought, a call or an image."""
+    for part in content if isinstance(content, list) and content else [content]:
+        fields = {"text": part}
+        if isinstance(part, Mapping):
+            fields = {key: value for key, value in part.items() if value is not None}
+        name = str(fields.get("type", "text"))
+        kind = _TABLE["parts"].get(name)
+        if kind == "image":
+            source = next((key for key in _TABLE["image_sources"] if is_given(fields.get(key))), "")
+            yield kind, f"data:;base64,{fields[source]}" if source == "base64" else fields.get(source)
             continue
-        names = (kind, "text", "value") if kind in _PARTS else ()
-        value = first_value(fields, names)
-        if _PARTS.get(kind) in ("reasoning", "thinking") and isinstance(value, list):
-            value = "".join(_texts(value))  # Mistral's thoughts are parts, too
-        _check_no_calls(fields, CALLING if kind == "tool_call" else ())
-        if kind != "tool_call" and not isinstance(value, str):
-            media = [name for name in MEDIA if name in kind.split("_")]
-            detail = f"a message has content of type {kind!r} that is not text"
-            raise unread_error(detail, media or ["content"])
-        yield _PARTS[kind], value
-
-
-def _texts(parts: list[Any]) -> list[str]:
-    """Return the texts of parts that are all text."""
-    read = list(_parts(parts))
-    others = [kind for kind, _ in read if kind != "text"]
-    if others:
-        raise unread_error(f"a thought has content of type {others[0]!r} that is not text", ["content"])
-    return [value for _, value in read]
+        unknown = [
+            shown_key(key)
+            for key in fields
+            if key not in (name, *_TABLE["of_parts"]) and is_given(fields[key])
+        ]
+        value = next((fields[key] for key in (name, "text", "value") if key in fields), None)
+        if kind == "call":
+            yield from ((kind, call) for call in _tool_calls(value))
+            continue
+        if kind == "thought" and isinstance(value, list):
+            value = "".join(text for _, text in _parts(value))  # Mistral's thoughts are parts, too
+        if unknown or kind is None or not isinstance(value, str):
+            what = ", ".join(unknown) or f"the type {shown_key(name)!r}, and no text"
+            raise UnusableRecordError("unread_content", f"a part of a message has {what}", ("content",))
+        yield kind, value
 
 
 def _result_text(content: Any) -> Any:
     """Return what a tool returned as text, in JSON if it is neither text nor parts of a message."""
-    is_part = isinstance(content, Mapping) and "type" in content
-    is_parts = isinstance(content, list) and any(
-        isinstance(item, str) or (isinstance(item, Mapping) and not item.keys().isdisjoint(("type", "text")))
-        for item in content
-    )
-    if content is None or isinstance(content, str) or is_parts:
-        return content
-    return [content] if is_part else json.dumps(content, ensure_ascii=False, default=str)
+    items = content if isinstance(content, list) else [content]
+    is_part = [isinstance(item, str) or (isinstance(item, Mapping) and "type" in item) for item in items]
+    if content is None or any(is_part):
+        return content if isinstance(content, list | str | None) else [content]
+    return json.dumps(content, ensure_ascii=False, default=str)
 
 
 def _tool_calls(value: Any) -> list[Fields]:
     """Return a call or a list of calls, perhaps in JSON, as chat templates read them."""
-    spelled = from_json(value)
-    calls = [spelled] if isinstance(spelled, Mapping) else spelled
-    if not isinstance(calls, list) or not calls:
-        raise UnusableRecordError("invalid_tool_call", "a tool call is neither a JSON object nor a list")
-    read: list[Fields] = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UnusableRecordError("invalid_tool_call", "a tool call does not name a function")
-        arguments = _arguments({**call, **function})
-        plain = {name: call[name] for name in with_value(call, ("id",))}
-        plain["type"] = "function"
-        plain["function"] = {"name": function["name"], "arguments": arguments}
-        read.append(plain)
-    return read
+    try:
+        calls = from_json(value)
+        return [_tool_call(call) for call in ([calls] if isinstance(calls, Mapping) else calls)]
+    except (TypeError, ValueError, AttributeError, KeyError) as fault:
+        detail = "a tool call is no JSON object with the name of a function and an object of arguments"
+        raise UnusableRecordError("invalid_tool_call", detail) from fault
 
 
-def _arguments(call: Fields) -> Fields:
-    """Return the arguments of a call; of one without arguments an empty object."""
-    values = [from_json(call[name]) for name in with_value(call, ARGUMENTS)]
-    if not all(isinstance(value, Mapping) and value == values[0] for value in values):
-        raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not one JSON object")
-    unread = with_value(call, [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS)])
-    if unread and all(call.get(name) is None for name in ARGUMENTS):
-        detail = f"a call has no arguments, but {', '.join(map(shown_key, unread))}"
-        raise UnusableRecordError("invalid_tool_call", detail)
-    return values[0] if values else {}
+def _tool_call(call: Fields) -> Fields:
+    function = call.get("function", call)
+    parts = {**call, **function}
+    arguments = [from_json(parts[key]) for key in ARGUMENTS if parts.get(key) not in (None, "", {})]
+    unknown = [key for key in parts if key not in _OF_CALLS and is_given(parts[key])]
+    name = function["name"]
+    if not isinstance(name, str) or (unknown and not arguments):
+        raise TypeError("no name, or no arguments")
+    if any(not isinstance(each, Mapping) or each != arguments[0] for each in arguments):
+        raise TypeError("two objects of arguments, or none")
+    identity = {"id": call["id"]} if is_given(call.get("id")) else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": [*arguments, {}][0]}}
 
 
-def _is_trained(fields: Fields) -> bool | None:
-    """Return the weight of a message in the loss, 0 or 1, as a bool; None without one."""
-    weights = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
-    unclear = [name for name in _UNREAD_WEIGHTS if fields.get(name) is not None]
-    unclear += [name for name, weight in weights.items() if weight not in (0, 1)]
-    if unclear or len(set(map(bool, weights.values()))) > 1:
-        unclear = unclear or list(weights)
-        detail = f"a message has {', '.join(unclear)}; write loss_weight, 0 or 1"
-        raise UnusableRecordError("unread_content", detail, tuple(unclear))
+def _is_trained(given: Fields) -> bool | None:
+    """Return the weight of a message in the loss, 0 or 1, as a flag; None without one."""
+    weights = {name: given[name] for name in _TABLE["weights"] if name in given}
+    if any(weight not in (0, 1) for weight in weights.values()) or len(set(map(bool, weights.values()))) > 1:
+        detail = f"a message has {', '.join(weights)}; write loss_weight, 0 or 1"
+        raise UnusableRecordError("unread_content", detail, tuple(weights))
     return bool(next(iter(weights.values()))) if weights else None
 
 
-def read_history(history: Any) -> list[Message] | None:
-    """Return the turns before a question: pairs of a question and its answer, or messages; None: neither."""
-    if isinstance(history, list) and all(
-        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
-    ):
-        roles = itertools.cycle(("user", "assistant"))
-        return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
-    return list(parse_messages(history, role="user")) if is_messages(history) else None
+def read_history(history: Any, keys: MessageKeys) -> Messages:
+    """Return the turns before a question: pairs of a question and its answer, or messages."""
+    if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
+        turns = zip(itertools.cycle(("user", "assistant")), itertools.chain(*history), strict=False)
+        history = [{"role": role, "content": text} for role, text in turns]
+    return parse_messages(history, "user", keys)
 
 
 def read_tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
     read: list[Fields] = []
-    for tool in value if isinstance(value, list) else [value]:
+    try:
+        tools = [without_nulls(from_json(tool)) for tool in (value if isinstance(value, list) else [value])]
+    except ValueError as fault:
+        raise UnusableRecordError("invalid_tools", "a tool is no JSON") from fault
+    for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
             raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-        # The schema of the arguments is in `parameters`.
-        schemas = with_value(function, _SCHEMAS)
-        if schemas and not with_value(function, ("parameters",)):
-            names = {schemas[0]: "parameters"}
-            function = {names.get(name, name): function[name] for name in function if name != "parameters"}
+        schema = next((name for name in _TABLE["schemas"] if function.get(name)), None)
+        if schema and not function.get("parameters"):
+            others = {name: each for name, each in function.items() if name not in (schema, "parameters")}
+            function = {**others, "parameters": function[schema]}
         if "function" in tool:
             read.append({**tool, "function": function})
-        elif "name" in tool:
-            read.append({"type": "function", "function": function})
         else:
-            read.append(tool)
+            read.append({"type": "function", "function": function} if "name" in tool else tool)
     return tuple(read)
 
 
-def is_outside(value: Any, prompt: Prompt) -> bool:
-    """Return whether a value is not part of the prompt."""
-    parts = [turn.content for turn in turns_of(prompt, "user")]
-    if isinstance(prompt, Dialogue):
-        parts.append(prompt.text)
-    texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
-    return not all(isinstance(text, str) and any(text.strip() in part for part in parts) for text in texts)
-
-
-def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+def read_messages(prompt: Any, responses: Fields, keys: MessageKeys) -> tuple[Prompt, Sequence[Response]]:
     """Return the messages that all sides share, and each side's messages from the first difference.
 
     The prompt is a separate field, or the start of every side, or both.
     """
     sides = []
     for name, value in responses.items():
-        side = parse_messages(value, role="assistant")
+        side = parse_messages(value, "assistant", keys)
         if not side or side[-1].role != "assistant":
             raise UnusableRecordError("not_one_answer", f"{name} does not end with an assistant message")
         sides.append(side)
-    sides, prompt_turns = _with_prompt(prompt, sides)
+    sides, prompt_turns = _with_prompt(prompt, sides, keys)
     start = max(_shared_turns(sides), prompt_turns)
     if any(side[start].role != "assistant" for side in sides):
         raise UnusableRecordError("history_differs", "the responses follow different messages")
-    shared = tuple(
-        replace(turns[0], is_trained=None, others=_shared_keys(turns))
-        for turns in zip(*(side[:start] for side in sides), strict=True)
-    )
+    shared = tuple(replace(turn, is_trained=None) for turn in sides[0][:start])
     after = [side[start:] for side in sides]
     for turns in after:
         if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
@@ -408,23 +265,14 @@ def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Resp
 
 def _text_or_turns(turns: Messages) -> Response:
     """Return a response; one assistant turn with nothing beside its content is a text."""
-    is_text = len(turns) == 1 and not turns[0].fields and not turns[0].others
-    return turns[0].content if is_text else turns
+    return turns[0].content if len(turns) == 1 and not turns[0].fields else turns
 
 
-def _shared_keys(turns: Sequence[Message]) -> Fields:
-    """Return the other keys of a turn that are equal in all sides."""
-    first = turns[0].others
-    return {
-        name: first[name] for name in first if all(turn.others.get(name) == first[name] for turn in turns)
-    }
-
-
-def _with_prompt(value: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
+def _with_prompt(value: Any, sides: list[Messages], keys: MessageKeys) -> tuple[list[Messages], int]:
     """Return each side with the prompt before it, and the number of turns of a prompt that must be kept."""
     if value is None:
         return sides, 0
-    prompt = parse_messages(value, role="user")
+    prompt = parse_messages(value, "user", keys)
     size = len(prompt)
     if all(len(side) > size and side[:size] == prompt for side in sides):
         return sides, size

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts
-from dpo_dist.data.formats import parse_prompt, parse_record
-from dpo_dist.data.read.columns import FIRST_RECORDS, READER, is_saved, resolve_source, with_columns
+from dpo_dist.data.read.dataset_info import is_saved, resolve_source
 from dpo_dist.data.read.files import (
     SUFFIXES,
     check_kind,
@@ -28,7 +27,9 @@ from dpo_dist.data.read.files import (
     numbered_records,
     read_file,
 )
-from dpo_dist.data.read.values import parse_json
+from dpo_dist.data.read.plain import parse_json
+from dpo_dist.data.read.reading import Reading, parse_prompt, parse_record
+from dpo_dist.data.read.shapes import FIRST_RECORDS, declared
 from dpo_dist.data.records import BadRecord, RawRecord, Record
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
 from dpo_dist.foundation.files import (
@@ -43,9 +44,10 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.foundation.user_code import find_function
+from dpo_dist.foundation.user_code import find_function, user_function
 
 T = TypeVar("T")
+READER = "reader"
 
 _GLOB = re.compile(r"[*?\[]")
 _DATA_NAME = re.compile(
@@ -74,6 +76,8 @@ class DataSource:
         self.config = resolve_source(source)
         # Of a pinned source at a URL: a digest of what its file system said of its files.
         self._listing = ""
+        # How its records are read: known when the first of them has been.
+        self._reading: Reading | None = None
 
     @property
     def path(self) -> str:
@@ -92,15 +96,15 @@ class DataSource:
 
     def prompts(self) -> Iterator[Record]:
         """Read the records for their prompts; a record without usable responses has none."""
-        return (self.parse(raw, parse_prompt) for raw in self.raw_records())
+        return (self.parse(raw, parse_prompt) for raw in self.raw_records(of_prompts=True))
 
     def parse(self, raw: RawRecord, parse: Callable[..., Record] = parse_record) -> Record:
         """Return the preference in one of the `raw_records`."""
         record, origin = raw
-        return record if isinstance(record, BadRecord) else parse(record, self.config.format, origin)
+        return record if isinstance(record, BadRecord) else parse(record, self._reading, origin)
 
-    def raw_records(self, copies: Path | None = None) -> Iterator[RawRecord]:
-        """Return the first `limit` records, after the source's `reader` and `columns`.
+    def raw_records(self, copies: Path | None = None, *, of_prompts: bool = False) -> Iterator[RawRecord]:
+        """Return the first `limit` records, after the source's `reader`.
 
         `copies`: a folder for the files of a URL, shared by the processes that read them; None: a temporary
         one.
@@ -127,7 +131,14 @@ class DataSource:
         else:
             read = partial(read_file, folders=folders)
             records = itertools.chain.from_iterable(map(read, files or (), names))
-        return with_columns(itertools.islice(records, config.limit), config)
+        records = itertools.islice(records, config.limit)
+        if config.reader is not None:
+            records = _by_reader(records, user_function(config.reader, READER))
+        return self._declared(records, of_prompts=of_prompts)
+
+    def _declared(self, records: Iterator[RawRecord], *, of_prompts: bool) -> Iterator[RawRecord]:
+        self._reading, records = declared(records, self.config, of_prompts=of_prompts)
+        yield from records
 
     def _snapshot(self) -> Path:
         """Return the folder of a dataset of the Hub; files that the Hub's cache has are not downloaded."""
@@ -183,7 +194,6 @@ class DataSource:
         """
         from huggingface_hub import constants  # noqa: PLC0415  # slow to import
 
-        with_columns(iter(()), self.config)
         if self.files() is None:
             if constants.HF_HUB_OFFLINE and not is_url(self.path):
                 self.pinned()  # raises if the Hub's cache lacks the dataset
@@ -283,7 +293,7 @@ class DataSource:
         return {
             "content": self.content_identity(memo),
             "kinds": list(map(file_kind, self.files() or [])),
-            **{name: getattr(self.config, name) for name in ("format", "split", "columns")},
+            **{name: getattr(self.config, name) for name in ("split", "fields", "ignore")},
             "reader": reader and find_function(reader, READER).digest,
         }
 
@@ -313,6 +323,20 @@ class DataSource:
             where=self.path,
             remedy="start again when no other program writes to the files",
         )
+
+
+def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterator[RawRecord]:
+    for record, origin in records:
+        if isinstance(record, BadRecord):
+            yield record, origin
+            continue
+        try:
+            fields = read(dict(record))  # a reader may change it
+        except Exception as fault:  # the user's code can raise anything
+            fields = BadRecord("reader_failed", origin, f"reader raised {type(fault).__name__}")
+        if not isinstance(fields, Mapping | BadRecord):
+            fields = BadRecord("reader_failed", origin, f"reader returned a {type(fields).__name__}")
+        yield fields, origin
 
 
 def _looks_local(path: str) -> bool:

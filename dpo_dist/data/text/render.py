@@ -17,7 +17,6 @@ from dpo_dist.data.records import (
     Origin,
     PreferenceRecord,
     UnusableRecordError,
-    shown_key,
     turns_of,
 )
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
@@ -85,8 +84,8 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
         if is_templated:
             return _all_counted(prompt, [bare + end for bare, end in splits], read_as, changes)
         texts = tuple(bare for bare, _ in splits)
-    if config.text_as_messages:
-        rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
+    if config.text_as_messages and (facts.chat is not None or config.text_as_messages is True):
+        rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text as a user's turn")
         return replace(rendered, changes=(rendered.changes - {"templated_content"}) | changes)
     if facts.tokenizer.chat_template and not is_applied:
         changes.add("chat_template_not_applied")
@@ -129,19 +128,6 @@ def final_tokens(tokenizer: Tokenizer, data: DataConfig) -> set[str]:
     if facts.chat is not None:
         tokens.update(facts.marks.in_text.findall(facts.chat.after_response))
     return tokens
-
-
-def unread_fields(record: PreferenceRecord, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, ...]:
-    """Return the fields of a record that nothing reads, also not the chat template, if there is one."""
-    if not record.unread:
-        return record.unread
-    facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
-    if facts.chat is None:
-        return record.unread
-    all_turns = (turns_of(record.prompt), *map(turns_of, record.responses))
-    keys = {name for turns in all_turns for turn in turns for name in turn.others}
-    read = {f"messages[].{shown_key(name)}" for name in keys & facts.chat.keys}
-    return tuple(name for name in record.unread if name not in read)
 
 
 def with_images(
@@ -192,7 +178,7 @@ def _by_template(
     assert isinstance(messages, tuple)
     if chat is None:
         instead = "convert them to plain text"
-        if config.text_as_messages:
+        if config.text_as_messages is True:
             instead = "set data.text_as_messages=false"
         raise ConfigError(
             "the data are conversations, but the tokenizer has no chat template",

@@ -232,8 +232,7 @@ class ChatRenderer:
         self._omitted: dict[str, frozenset[str]] = {}
 
     def _plain(self, message: Message) -> dict[str, Any]:
-        others = {name: value for name, value in message.others.items() if name in self.keys}
-        plain = {"role": message.role, "content": message.content, **others, **message.fields}
+        plain = {"role": message.role, "content": message.content, **message.fields}
         fields = in_form(plain, self._in_parts)
         calls = fields.get("tool_calls")
         if calls and not self._takes_objects:

@@ -21,7 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.data.read.values import parse_json
+from dpo_dist.data.read.plain import parse_json
 from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line

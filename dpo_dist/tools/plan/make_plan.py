@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
-from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
+from dpo_dist.data import DataConfig, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
@@ -309,7 +309,7 @@ def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
     """Return how many pairs an epoch takes from a hub dataset, and their mean tokens; None if not known."""
     name = "/".join(filter(None, (source.path, source.name, source.split or "train")))
     pairs, tokens = own_table(Path(__file__).with_name("data_sizes.yaml")).get(name, (0, 0.0))
-    if source.format is DataFormat.completion:  # a prompt with one response
+    if source.fields == "completion":  # a prompt with one response
         tokens *= (1 + PROMPT_SHARE) / 2
     return (min(pairs, source.limit or pairs) * source.weight, tokens) if pairs else None
 

@@ -50,7 +50,7 @@ _ORDER = ("rewards/chosen", "logps/chosen", "logps/rejected", "loss", "grad_norm
 _FAULTS = {
     "dropped": "are dropped",
     "chat_template_not_applied": "are plain text, although the tokenizer has a chat template: "
-    "data.text_as_messages=true makes each prompt a user's turn",
+    "data.text_as_messages=auto makes each prompt a user's turn",
     "response_truncated": "have a response whose end data.max_length cuts: raise it, or set "
     "data.truncation=keep_end or drop",
 }

@@ -297,7 +297,8 @@ def first_records(
 
 def as_user_message(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     """Return the record with the prompt that models get: under `data.text_as_messages` a user's message."""
-    return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
+    is_turn = data.text_as_messages is True  # `auto`: each model's own template decides
+    return replace(record, prompt=turns_of(record.prompt, "user")) if is_turn else record
 
 
 def check_model(

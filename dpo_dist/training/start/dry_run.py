@@ -33,10 +33,8 @@ from dpo_dist.data import (
     DataCounts,
     DataSource,
     Part,
-    PreferenceRecord,
     named_in_one_line,
     source_labels,
-    unread_fields,
 )
 from dpo_dist.encoded.build import encode_records
 from dpo_dist.encoded.dataset import (
@@ -78,7 +76,7 @@ class _FirstRecords(NamedTuple):
     """What the first records of a source are."""
 
     text: str  # counts in words
-    notes: list[tuple[str, str]]  # lines about fields that no format reads, and about two forms
+    notes: list[tuple[str, str]]  # lines about columns that nothing reads
     tokens: float  # of an example, on average
     counts: DataCounts
     is_whole: bool  # whether the source has no more
@@ -415,13 +413,7 @@ def _first_records(
     parts.append(f"{tokens:.0f} tokens per example")
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")
-    fields: list[str] = []
-    for record in records:
-        if isinstance(record, PreferenceRecord):
-            fields += unread_fields(record, encoder.tokenizer, data)
-    unread = named_in_one_line(fields)
-    notes = [("  not read", unread)] if unread else []
-    notes += [("  warning", warning) for warning in counts.two_forms()]
+    notes = [("  not read", named_in_one_line(counts.unread))] if counts.unread else []
     pairs = float(counts.pairs)
     expected = source.expected_number()
     if has_more:  # as many of each record as here

@@ -74,7 +74,7 @@ _NO_END = (
     "of a turn, and the trained model stops nowhere else; set eos_token in tokenizer_config.json"
 )
 
-NO_IMAGE = "name the column of images (columns: {images: COLUMN}), or set model.images=null to train on text"
+NO_IMAGE = "name the column of images (images: COLUMN in fields), or set model.images=null to train on text"
 
 
 @dataclass(frozen=True)

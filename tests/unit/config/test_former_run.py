@@ -201,7 +201,7 @@ def test_a_command_is_announced_before_it_runs() -> None:
 def test_data_with_readers_are_trusted_by_the_whole_list_and_stay_as_they_are(tmp_path: Path) -> None:
     """The words of the remedy give the run's own data; every reader is named before it runs."""
     sources = (
-        "{path: a.jsonl, reader: one:f}, {path: 'b é.jsonl', split: 'train[:9%]', columns: {prompt: q}, "
+        "{path: a.jsonl, reader: one:f}, {path: 'b é.jsonl', split: 'train[:9%]', fields: {pair: x}, "
         "reader: two:g, label: '1e5', weight: 2}, {path: c.jsonl, reader: one:f}"
     )
     words = (f"data.train=[{sources}]", "data.eval=[{path: x y.jsonl, reader: three:h}]")

@@ -1,7 +1,6 @@
 """Encoded datasets: examples, rankings, scores and masks by index; what a loss can use; counts."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +67,7 @@ def ranked(tmp_path: Path) -> PreferenceDataset:
         }
         for record in ranked_records()
     ]
-    return opened(tmp_path, jsonl(tmp_path, *rows))
+    return opened(tmp_path, *(file_of(tmp_path, str(number), row) for number, row in enumerate(rows)))
 
 
 def same_ids(first: Sequence[TokenIds], second: Sequence[TokenIds]) -> bool:
@@ -82,7 +81,7 @@ def test_examples_are_read_as_they_were_encoded(ranked: PreferenceDataset) -> No
         lengths = list(map(len, found.responses))
         assert same_ids((read.prompt_ids, *read.responses), (found.prompt_ids, *found.responses))
         assert ranked.lengths(index) == [len(found.prompt_ids), *lengths]
-        assert ranked.origin(index) == Origin(ranked.source_paths[0], record.origin.line)
+        assert ranked.origin(index) == Origin(ranked.source_paths[index], 1)
         last = [len(lengths) - 1]
         assert same_ids(ranked.example(index, last).responses, found.responses[-1:])
 
@@ -148,44 +147,18 @@ def test_examples_of_no_use_to_the_loss_are_listed() -> None:
 
 def test_rankings_of_scores_take_no_label_smoothing(tmp_path: Path) -> None:
     ranking = {"prompt": "three", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
-    data = opened(tmp_path, jsonl(tmp_path, TEXT | {"margin": 1.0}, ranking))
+    pairs = file_of(tmp_path, "pairs", TEXT | {"margin": 1.0})
+    data = opened(tmp_path, pairs, file_of(tmp_path, "rankings", ranking))
     check_fits_loss(data, LossConfig(LossKind.reward))
     with pytest.raises(DataError, match="cannot use 1 of 2") as raised:
         check_fits_loss(data, LossConfig(LossKind.reward, label_smoothing=0.1))
     assert raised.value.got.startswith("a ranking beside loss.label_smoothing")
 
 
-def test_a_label_of_0_beside_minus_1_is_no_bad_response(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def labelled(name: str, *labels: int) -> str:
-        rows = ({"prompt": f"{name} {label}", "completion": "a", "label": label} for label in labels)
-        return file_of(tmp_path, name, *rows)
-
-    kto, one, three = LossConfig(LossKind.kto), labelled("one", 1, 0), labelled("three", 1, 0, -1)
-    check_fits_loss(opened(tmp_path, one, labelled("other", -1, 1)), kto)
-    with pytest.raises(DataError, match="kto cannot use 1 of 5 examples") as raised:
-        check_fits_loss(opened(tmp_path, one, three), kto)
-    assert raised.value.where == f"{three}:2"
-    # The readers that the remedy writes: 0 is bad, or it is neutral.
-    remedy = raised.value.remedy
-    monkeypatch.syspath_prepend(tmp_path)
-    [share] = re.findall(r"data.max_bad_share=([\d.]+)", remedy)
-    for module, (code, pairs) in {
-        "bad_labels": (re.findall("`(.+?)`", remedy)[0], 5),
-        "neutral_labels": (re.findall("`(.+?)`", remedy)[1], 4),
-    }.items():
-        (tmp_path / f"{module}.py").write_text(code)
-        read = SourceConfig(three, reader=f"{module}:read")
-        data = opened(tmp_path, one, read, max_bad_share=float(share))
-        check_fits_loss(data, kto)
-        assert len(data) == pairs
-
-
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
 ROWS = [
     {"prompt": "one", "responses": ["best", "middle", "worst"], "scores": [3, 2, 1]},
-    {"prompt": "two", "responses": [{"text": text, "score": score} for text, score in SCORED.items()]},
+    {"prompt": "two", "responses": [{"content": text, "score": score} for text, score in SCORED.items()]},
     TEXT | {"score_chosen": 2, "score_rejected": 5},
     {"prompt": "three", "completion": "learnt"},
 ]
@@ -206,7 +179,8 @@ GIVEN: dict[str, float] = SCORED | {"best": 3, "middle": 2, "worst": 1, "good": 
     ],
 )
 def test_scores_match_their_responses(tmp_path: Path, how: Ranked, responses: str, ties: int) -> None:
-    data = opened(tmp_path, jsonl(tmp_path, *ROWS), ranked=how)
+    files = (file_of(tmp_path, str(number), row) for number, row in enumerate(ROWS))
+    data = opened(tmp_path, *files, ranked=how)
     examples = [words.split() for words in responses.split(", ")]
     for index, words in enumerate(examples):
         ids = data.example(index).responses
@@ -308,27 +282,25 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     assert f"source records-2 ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
 
 
-def test_a_source_in_two_forms_is_a_warning(tmp_path: Path) -> None:
-    mixed = [*GOOD, GOOD[0] | {"system": "Be kind."}]
-    for rows, warning in ((GOOD, []), (mixed, ["  warning: 7 of 8 records of this source are plain text, "])):
-        counts = opened(tmp_path, file_of(tmp_path, str(len(rows)), *rows)).counts
-        lines = [line for line in describe_counts("train", counts) if "warning" in line]
-        assert [line.partition("although")[0] for line in lines] == warning
-
-
 def test_duplicates_are_counted(tmp_path: Path) -> None:
     swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
     other_order = ranking | {"responses": ["a", "c", "b"]}
-    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
+    rankings = file_of(tmp_path, "rankings", ranking, other_order)
+    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped), rankings)
     assert once.counts["duplicates"] == 0
     twice = opened(
         tmp_path,
-        file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking),
+        file_of(tmp_path, "a", *GOOD, GOOD[3]),
+        file_of(tmp_path, "ranked", ranking, ranking),
         file_of(tmp_path, "b", *GOOD[:5]),
     )
     assert twice.counts["duplicates"] == 7
-    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], GOOD[0], TEXT, swapped, other_order))
+    held_out = opened(
+        tmp_path,
+        file_of(tmp_path, "c", GOOD[0], GOOD[0], TEXT, swapped),
+        file_of(tmp_path, "other", other_order),
+    )
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (4, 2)
 
 

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,9 @@ from tests.support.cache import opened
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.records import TEXT, jsonl
+
+UNRENDERED = partial(DataConfig, text_as_messages=False)
+UNRENDERED_SCORED = partial(ScoredDataConfig, text_as_messages=False)
 
 LONG_CHAT = (Message("user", "hello"), Message("assistant", "hello there"), Message("user", "and then?"))
 DIALOGUE = Dialogue("\n\nHuman: hello\n\nAssistant: hello there\n\nHuman: and then? \n\nAssistant:")
@@ -235,7 +239,7 @@ def test_limits_cut_responses_at_their_end_or_the_prompt_after_its_bos(
     limits: dict[str, Any], prompt: slice, second: slice, cut: tuple[bool, bool]
 ) -> None:
     tokenizer, what = tiny.llama3(), numbered(10, 6, 12)
-    full, found = encode(what, tokenizer), encode(what, tokenizer, DataConfig(**limits))
+    full, found = encode(what, tokenizer), encode(what, tokenizer, UNRENDERED(**limits))
     bos = [] if prompt == slice(None) else [tokenizer.bos_token_id]
     assert found.prompt_ids.tolist() == bos + full.prompt_ids.tolist()[prompt]
     first, other = (ids.tolist() for ids in full.responses)
@@ -257,9 +261,9 @@ def test_limits_cut_responses_at_their_end_or_the_prompt_after_its_bos(
 def test_both_sides_are_cut_in_proportion_to_their_lengths(
     lengths: tuple[int, ...], most: int, left: tuple[int, int]
 ) -> None:
-    limits = DataConfig(max_length=most, truncation=Truncation.both)
+    limits = UNRENDERED(max_length=most, truncation=Truncation.both)
     whole, found = (
-        encode(numbered(*lengths), tiny.llama3(), c) for c in (DataConfig(max_length=10**6), limits)
+        encode(numbered(*lengths), tiny.llama3(), c) for c in (UNRENDERED(max_length=10**6), limits)
     )
     assert (len(found.prompt_ids), max(map(len, found.responses))) == left
     assert found.prompt_ids.tolist() == [
@@ -271,8 +275,8 @@ def test_both_sides_are_cut_in_proportion_to_their_lengths(
 
 def test_a_limit_with_space_for_bos_only_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_prompt_length"):
-        encode(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
-    encode(record("one"), tiny.llama3(), DataConfig(max_prompt_length=2))
+        encode(record("one two three"), tiny.llama3(), UNRENDERED(max_prompt_length=1))
+    encode(record("one"), tiny.llama3(), UNRENDERED(max_prompt_length=2))
 
 
 @pytest.mark.parametrize(
@@ -291,9 +295,9 @@ def test_a_limit_with_space_for_bos_only_is_refused() -> None:
     ],
 )
 def test_a_record_without_an_example_is_bad(what: PreferenceRecord, limits: Any, reason: str) -> None:
-    assert reason_against(what, tiny.llama3(), DataConfig(**limits)) == reason
+    assert reason_against(what, tiny.llama3(), UNRENDERED(**limits)) == reason
     if reason.endswith(("long", "length")):
-        encode(what, tiny.llama3(), DataConfig(**limits | {"max_length": limits["max_length"] + 1}))
+        encode(what, tiny.llama3(), UNRENDERED(**limits | {"max_length": limits["max_length"] + 1}))
 
 
 def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
@@ -333,7 +337,7 @@ def pluralize(response: Messages | str, family: str = "qwen2_5", **data: Any) ->
     """Return the text of a response that the loss counts."""
     tokenizer = tokenizer_of(family)
     what = PreferenceRecord(QUESTION, (response, "another"), Origin("here", 1))
-    pair = encode(what, tokenizer, DataConfig(**data))
+    pair = encode(what, tokenizer, UNRENDERED(**data))
     ids = pair.responses[0]
     return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
 
@@ -414,7 +418,7 @@ def test_the_mask_is_cut_with_its_response() -> None:
     tokenizer = tokenizer_of("qwen2_5")
     whole = encode(what, tokenizer)
     length = len(whole.prompt_ids) + 6
-    cut = encode(what, tokenizer, DataConfig(max_length=length))
+    cut = encode(what, tokenizer, UNRENDERED(max_length=length))
     assert [len(mask) for mask in cut.trained] == [len(ids) for ids in cut.responses]
     assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()
 
@@ -435,7 +439,7 @@ def test_a_ranking_is_taken_apart_into_its_best_and_its_worst_response() -> None
 
 
 def test_a_ranking_of_which_one_rejected_response_is_cut_is_counted_once() -> None:
-    config = DataConfig(max_length=24, truncation=Truncation.keep_start)
+    config = UNRENDERED(max_length=24, truncation=Truncation.keep_start)
     found = encode_record(RANKING, config, tiny.qwen(), None)
     assert isinstance(found, EncodedRecord)
     changed = dict(found.outcome.changed)
@@ -513,7 +517,7 @@ def test_a_reward_model_reads_whole_conversations_as_others_write_them(
     tokenizer: Any, prompt: Messages
 ) -> None:
     """As transformers, TRL and vLLM: also what the template writes behind the last turn."""
-    found = encode(record(prompt, "It is Paris.", "I cannot do that."), tokenizer, ScoredDataConfig())
+    found = encode(record(prompt, "It is Paris.", "I cannot do that."), tokenizer, UNRENDERED_SCORED())
     for ids, mask, answer in zip(
         found.responses, found.trained, ["It is Paris.", "I cannot do that."], strict=True
     ):
@@ -529,25 +533,25 @@ def test_a_reward_model_reads_whole_conversations_as_others_write_them(
 def test_a_reward_model_reads_a_text_to_its_end_within_the_limits() -> None:
     tokenizer = tiny.qwen()
     plain = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer)
-    scored = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer, ScoredDataConfig())
+    scored = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer, UNRENDERED_SCORED())
     assert [ids[:-1].tolist() for ids in scored.responses] == [ids.tolist() for ids in plain.responses]
     room = len(plain.prompt_ids) + 3
-    cut = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer, ScoredDataConfig(max_length=room))
+    cut = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer, UNRENDERED_SCORED(max_length=room))
     assert (
         len(cut.prompt_ids) + max(map(len, cut.responses))
         == room + 1
-        == ScoredDataConfig(max_length=room).longest
+        == UNRENDERED_SCORED(max_length=room).longest
     )
     assert cut.truncated == (True, False)
     assert [mask.sum() for mask in cut.trained] == [1, 1]
     # Other losses that share `data.cache` must not read these.
-    assert ScoredDataConfig().encoding_identity != DataConfig().encoding_identity
+    assert UNRENDERED_SCORED().encoding_identity != UNRENDERED().encoding_identity
 
 
 def test_a_reward_model_reads_prompt_and_response_in_one_tokenization() -> None:
     """As judges and servers, which do not know where the response begins."""
     tokenizer = tiny.qwen()
-    found = encode(record("Q: why?\n", "\nso it is", "no"), tokenizer, ScoredDataConfig())
+    found = encode(record("Q: why?\n", "\nso it is", "no"), tokenizer, UNRENDERED_SCORED())
     for ids, answer in zip(found.responses, ("\nso it is", "no"), strict=True):
         text = f"Q: why?\n{answer}{tokenizer.eos_token}"
         assert [*found.prompt_ids.tolist(), *ids[:-1].tolist()] == tokenizer(text)["input_ids"]

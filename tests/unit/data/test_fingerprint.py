@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, TextTemplate
+from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked, SourceConfig, TextTemplate
 from dpo_dist.data.config import Truncation as Cut
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import DataSource
@@ -43,13 +43,13 @@ DATA_WITHOUT_EFFECT = {
     "cache": "{folder}/another",  # the names of the files are the same
 }
 SOURCE = {
-    "format": DataFormat.messages,
     "split": "test",
     "name": "subset",
     "data_dir": "below",
     "revision": "1" * 40,
     "limit": 3,
-    "columns": {"prompt": "question"},
+    "fields": "pair",
+    "ignore": ["id"],
     "reader": "tests.support.own_code:ship_code",
     "images": "{folder}/pictures",
 }

@@ -1,6 +1,5 @@
 """What a template reads of a message beside its content, and the turns, calls and thoughts that it writes."""
 
-import json
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.records import BadRecord, Message
-from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import DataError
 from tests.support.pairs import WIDE, encode, texts
@@ -39,13 +37,19 @@ FUNCTIONS = (
 SYSTEM = {"role": "system", "content": "Call."}
 
 
-def of(fields: dict[str, Any], template: str, config: DataConfig = WIDE) -> EncodedExample | BadRecord:
-    encoded = encode_record(good(fields), config, tokenizer_with(template), None)
+KEYS = ["functions", "function_calls"]
+PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
+
+
+def of(fields: dict[str, Any], template: str, keys: list[str] = KEYS) -> EncodedExample | BadRecord:
+    """Return a record encoded, from a source that gives these keys of its messages to the template."""
+    record = good(fields, fields={**PAIR, "keys": keys}, ignore=["[].id"])
+    encoded = encode_record(record, WIDE, tokenizer_with(template), None)
     return encoded if isinstance(encoded, BadRecord) else encoded.example
 
 
-def example(fields: dict[str, Any], template: str, config: DataConfig = WIDE) -> EncodedExample:
-    found = of(fields, template, config)
+def example(fields: dict[str, Any], template: str, keys: list[str] = KEYS) -> EncodedExample:
+    found = of(fields, template, keys)
     assert isinstance(found, EncodedExample), found
     return found
 
@@ -89,68 +93,30 @@ def test_a_call_as_text_in_one_of_several_turns_is_trained_as_its_turn_is(traine
 def test_any_key_that_a_template_names_is_given_to_it(reading: str) -> None:
     template = template_of(ASSISTANT + "{{ m.content }}" + reading + "<|end|>\n")
     fields = {"prompt": [user("q") | {"id": 3}], "chosen": [assistant("Yes.") | {"mood": "calm"}]}
-    found = example(fields | {"rejected": [assistant(NO) | {"mood": "sad"}]}, template)
+    found = example(fields | {"rejected": [assistant(NO) | {"mood": "sad"}]}, template, ["mood"])
     tokenizer = tokenizer_with(template)
     assert [text.partition("<|end|>")[0] for text in texts(found, tokenizer)[1:]] == ["Yes.calm", "No.sad"]
-    record = good(fields | {"rejected": [assistant(NO) | {"mood": "sad"}]})
-    assert unread_fields(record, tokenizer, WIDE) == ("messages[].id",)
 
 
 @pytest.mark.parametrize(
     "keys",
     [
         {"function_calls": CALLED},
-        {"functionCall": {"name": "weather", "arguments": {"city": "Oslo"}}},
-        {"function_calls": [{"name": "weather"}]},
-        {"toolCalls": json.dumps([{"name": "weather"}])},
-        {"tool_call": {"name": "weather"}},
         {"functions": DEFINED},
-        {"tools": DEFINED},
         {"thought": "Look it up."},
-        {"thoughts": "看看天气"},
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "abc"}]},
-        {"reasoning": "Look.", "reasoning_details": [{"type": "reasoning.text", "text": "Another."}]},
     ],
 )
 @pytest.mark.parametrize("naming", ["", "{%% if m.role == 'x' %%}{{ m['%s'] }}{%% endif %%}"])
-def test_calls_tools_and_thoughts_that_the_template_does_not_write_drop_the_record(
-    keys: dict[str, Any], naming: str
-) -> None:
+def test_keys_that_the_template_does_not_write_drop_the_record(keys: dict[str, Any], naming: str) -> None:
     """Whether it does not name them, or names them and does not write them."""
     name = [*keys][-1]
     template = template_of(PLAIN.replace("{{ m.content }}", "{{ m.content }}" + (naming and naming % name)))
     for turn in (assistant("I look.") | keys, assistant("I look.") | keys | {"loss_weight": 0}):
         sides = {"chosen": [turn, user("x"), assistant("Rain.")], "rejected": [assistant(NO)]}
-        found = of({"prompt": [user("q")], **sides}, template)
+        found = of({"prompt": [user("q")], **sides}, template, keys=[name])
         assert isinstance(found, BadRecord)
         assert (found.reason, found.unread) == ("unread_content", (name,))
-
-
-@pytest.mark.parametrize("keys", [{"function_calls": CALLED}, {"tool_call": {"number": 1}}])
-def test_a_turn_with_nothing_but_an_unread_call_drops_the_record(keys: dict[str, Any]) -> None:
-    found = of(record_with("", **keys) | {"prompt": [user("Rain?")]}, template_of(PLAIN))
-    assert isinstance(found, BadRecord)
-    assert (found.reason, found.unread) == ("unread_content", tuple(keys))
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"reasoning_effort": "high"},
-        {"reasoning_type": "chain of thought"},
-        {"call_id": "a b"},
-        {"call_to_action": "buy it now"},
-        {"called": "no one"},
-        {"recall": "0.5 of all"},
-        {"thought": ""},
-    ],
-)
-def test_settings_identifiers_and_numbers_are_no_content(keys: dict[str, Any]) -> None:
-    turn = assistant("I look.") | keys
-    found = example(
-        {"prompt": [user("q")], "chosen": [turn], "rejected": [assistant(NO)]}, template_of(PLAIN)
-    )
-    assert found.changes == set()
 
 
 # Turns that the template does not write.

@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import yaml
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.formats import read_records
@@ -135,7 +135,7 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
             for encoding in ("UTF-16", "UTF-16-LE", "UTF-16-BE")
         ),
         *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.txt")),
-        ("a.png", b"", "metadata.jsonl, columns: {images: file_name}"),
+        ("a.png", b"", "metadata.jsonl, with fields: images: file_name"),
     ],
 )
 def test_a_damaged_file_is_one_error(tmp_path: Path, name: str, content: bytes, match: str) -> None:
@@ -202,7 +202,7 @@ def test_what_expands_without_end_is_an_error_at_a_bound(
 
 
 def test_a_record_beyond_the_bound_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_dist.data.formats.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("dpo_dist.data.read.reading.MAX_RECORD_BYTES", 1000)
     content = parquet("q", "q" * 1000, "p")
     assert read(write(tmp_path, {"a.parquet": content}) / "a.parquet") == [
         (1, ""),
@@ -337,31 +337,22 @@ def test_the_name_of_a_label_decides_not_its_number(tmp_path: Path, names: list[
         write_records(table, tmp_path, "data.train"),
         words,
     ):
-        for columns in (None, {"label": "nested.labels.0"}):
-            found = read_records(SourceConfig(str(path), columns=columns))
+        for label in ("label", "nested.labels[0]"):
+            fields = {"prompt": "prompt", "completion": "completion", "label": f"{label} == '{names[0]}'"}
+            found = read_records(SourceConfig(str(path), fields=fields, ignore=["label"]))
             assert [record.scores for record in found] == [(1,), (0,)]  # type: ignore[union-attr]
 
 
-def test_an_error_lists_labels_that_it_does_not_know_and_its_remedy_reads_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_lists_labels_that_it_does_not_know_and_its_line_reads_them(tmp_path: Path) -> None:
     names = ["awful", "awful", "awful", "awful", "splendid"]
     table = datasets.Dataset.from_list([LABELLED | {"label": name} for name in names])
     table.class_encode_column("label").to_parquet(file := tmp_path / "a.parquet")
-    source = SourceConfig(str(file))
     with pytest.raises(DataError) as raised:
-        DataSource(source).check(DataConfig(train=[source]))
-    assert "awful" in raised.value.where
-    assert "splendid" in raised.value.where
-    reader, code, ignored = re.findall(r"reader: (\w+:\w+).*`(.*)`.*columns: (\{.*?\})", raised.value.remedy)[
-        0
-    ]
-    (tmp_path / "labels.py").write_text(code.replace("GOOD", "splendid"))
-    monkeypatch.chdir(tmp_path)
-    found = read_records(SourceConfig(str(file), reader=reader))
-    assert [record.scores for record in found] == [*[(0,)] * 4, (1,)]  # type: ignore[union-attr]
-    found = read_records(SourceConfig(str(file), columns=yaml.safe_load(ignored)))
-    assert {record.scores for record in found} == {None}  # type: ignore[union-attr]
+        DataSource(SourceConfig(str(file))).check(DataConfig())
+    assert "label: text (awful, splendid)" in raised.value.got
+    line = raised.value.remedy.split("data.train=")[1].splitlines()[0].replace("GOOD", "splendid")
+    [source] = load_run_config(["model.path=m", shlex.split(f"data.train={line}")[0]]).data.train
+    assert [record.scores for record in read_records(source)] == [*[(0,)] * 4, (1,)]  # type: ignore[union-attr]
 
 
 def test_names_of_labels_beside_lists_of_older_datasets_are_read(tmp_path: Path) -> None:
@@ -372,7 +363,9 @@ def test_names_of_labels_beside_lists_of_older_datasets_are_read(tmp_path: Path)
         table = pa.Table.from_pylist([LABELLED | {"label": 1}])
         table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
         pyarrow.parquet.write_table(table, file := tmp_path / "a.parquet")
-        assert [record.scores for record in read_records(SourceConfig(str(file)))] == [(0,)]  # type: ignore[union-attr]
+        fields = {"prompt": "prompt", "completion": "completion", "label": "label == 'correct'"}
+        found = read_records(SourceConfig(str(file), fields=fields))
+        assert [record.scores for record in found] == [(0,)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("text", [b"[", b"[]", b'{"info": {"features": {"label": {"names": 3}}}}'])
@@ -450,7 +443,7 @@ NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected
         (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
         (NO_SIDE * 100, "100 of 100 records cannot be used", "drop"),
         (lines(*map(str, range(21))) + OTHER, None, "error"),
-        (OTHER + lines("q"), "unknown_format", "error"),
+        (OTHER + lines("q"), "missing_field", "error"),
     ],
 )
 def test_a_source_without_a_record_that_can_be_used_is_refused(
@@ -484,25 +477,6 @@ def test_of_records_dropped_for_one_reason_one_is_named_whatever_their_file_is_c
     assert caught.value.where == f"{first}; {last}"
     assert first.startswith(f"{file}:1 unparsable")
     assert last.startswith(f"{file}:4 ")
-
-
-# Names of columns that are guessed, and a name that nobody can guess.
-NAMED = [({"question": "a", "good": "b", "bad": "c"}, True), ({"frage": "a", "good": "b", "bad": "c"}, False)]
-
-
-@pytest.mark.parametrize(("fields", "is_known"), NAMED)
-@pytest.mark.parametrize("key", ["", "data.train[0]"])
-def test_the_source_is_written_whole_if_its_columns_are_known(
-    fields: dict[str, str], is_known: bool, key: str, tmp_path: Path
-) -> None:
-    file = write(tmp_path, {"a.jsonl": json.dumps(fields).encode()}) / "a.jsonl"
-    config = DataConfig(train=[SourceConfig(str(file))])
-    with pytest.raises(DataError) as caught:
-        counts_of(file).check(str(file), config, key=key)
-    assert caught.value.where.startswith(f"{file}:1 ")
-    written = f"data.train=[{{path: {file}, columns: {{prompt: question, chosen: good, rejected: bad}}}}]"
-    expected = written if is_known else written.replace("question", "COLUMN")
-    assert caught.value.remedy.startswith(f"write '{expected}'; ")
 
 
 def test_an_error_about_a_whole_source_names_its_key_too() -> None:

@@ -119,7 +119,7 @@ def test_settings_that_an_error_names_keep_the_records_that_it_says(shape: str, 
             changed = limits | {key: int(value) if value.isdigit() else Truncation(value)}
             counts = opened(tmp_path, *paths, **changed).counts
             cut = counts["prompt_truncated"] + counts["response_truncated"]
-            is_whole = not cut and counts["dropped"] == {"unknown_format": 2}
+            is_whole = not cut and counts["dropped"] == {"missing_field": 2}
             assert what == ("cuts none" if is_whole else f"keeps {counts['kept']} of {counts['read']}")
             followed += 1
     assert followed
@@ -200,12 +200,15 @@ def test_each_response_that_was_cut_is_marked_and_counted_by_side(tmp_path: Path
     rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
     rows += [{"prompt": "q", "responses": [short, "c", long], "scores": [3, 2, 1]}]
     rows += [{"prompt": "q", "completion": long}]
-    path = jsonl(tmp_path, *rows)
-    data = opened(tmp_path, path, max_length=64, ranked=Ranked.all_pairs)
+    paths = []
+    for name, own in (("pairs", rows[:3]), ("ranking", rows[3:4]), ("completion", rows[4:])):
+        (tmp_path / name).mkdir()
+        paths.append(jsonl(tmp_path / name, *own))
+    data = opened(tmp_path, *paths, max_length=64, ranked=Ranked.all_pairs)
     marks = [data.truncated[data.response_indices(np.array([index]))].tolist() for index in range(len(data))]
     assert marks == [[False] * 2, [True, False], [False, True], [False] * 2, *([[False, True]] * 2), [True]]
     sides = {"prompt": 0, "response": 4, "chosen": 1, "rejected": 2}
     assert {side: data.counts[f"{side}_truncated"] for side in sides} == sides
-    dropped = opened(tmp_path, path, max_length=64, truncation=Truncation.drop, max_bad_share=1.0)
-    assert dropped.counts["dropped"] == {"too_long": 4}
+    dropped = opened(tmp_path, paths[0], max_length=64, truncation=Truncation.drop, max_bad_share=1.0)
+    assert dropped.counts["dropped"] == {"too_long": 2}
     assert not dropped.truncated.any()

@@ -105,10 +105,11 @@ def test_the_loss_is_a_weighted_mean_shown_above_the_entropy_of_the_labels(kind:
 
 # From a file.
 VOTES = {"votes_chosen": 1, "votes_rejected": 3}
+EVEN = {"votes_chosen": 2, "votes_rejected": 2}
 ROWS: list[dict[str, Any]] = [
     TEXT | {"loss_weight": "2.5", "margin": 0.5},
     TEXT | VOTES | {"prompt": "two", "margin": 0.5, "score_chosen": 1, "score_rejected": 2},
-    TEXT | {"prompt": "three", "loss_weight": 1, "margin": "", "soft_label": 0.5},
+    TEXT | EVEN | {"prompt": "three", "loss_weight": 1, "margin": ""},
 ]
 
 
@@ -139,14 +140,17 @@ def test_numbers_without_effect_leave_no_trace_and_those_of_a_ranking_are_of_its
     tmp_path: Path,
 ) -> None:
     neutral = TEXT | {"loss_weight": 1.0, "margin": 0, "soft_label": 1}
-    data = opened(tmp_path, jsonl(tmp_path, neutral, neutral | {"votes_chosen": "", "prompt": "two"}))
+    data = opened(
+        tmp_path,
+        jsonl(tmp_path, neutral, neutral | {"votes_chosen": "", "votes_rejected": "", "prompt": "two"}),
+    )
     assert not data.numbers
     [batch] = shard_batch(data, np.array([0, 1]), 0, 1, 1024, COSTS).batches()
     assert (batch.loss_weight, batch.soft_label, batch.margin) == (None, None, None)
     ranking = {"prompt": "q", "responses": ["good", "bad", "worse"], "scores": [3, 2, 1], "loss_weight": 3}
     (tmp_path / "ranked").mkdir()
-    taken_apart = opened(tmp_path / "ranked", jsonl(tmp_path, ranking, TEXT), ranked=Ranked.all_pairs)
-    assert taken_apart.numbers["loss_weight"].tolist() == [3, 3, 3, 1]
+    taken_apart = opened(tmp_path / "ranked", jsonl(tmp_path, ranking), ranked=Ranked.all_pairs)
+    assert taken_apart.numbers["loss_weight"].tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -157,22 +161,23 @@ def test_numbers_without_effect_leave_no_trace_and_those_of_a_ranking_are_of_its
         {"margin": math.inf},
         {"soft_label": 1.01},
         {"soft_label": True},
-        {"votes_chosen": 0, "votes_rejected": 0},
-        {"votes_chosen": 2},
         {"votes_chosen": 2, "votes_rejected": -1},
-        VOTES | {"soft_label": 0.25},
-        {
-            "chosen": None,
-            "rejected": None,
-            "responses": ["a", "b", "c"],
-            "scores": [3, 2, 1],
-            "soft_label": 0.9,
-        },
-        {"chosen": None, "rejected": None, "completion": "a", "margin": 1},
     ],
 )
 def test_a_record_with_a_number_that_it_cannot_have_is_bad(fields: dict[str, Any]) -> None:
     assert bad(TEXT | fields).reason == "invalid_numbers"
+
+
+def test_only_a_pair_has_a_soft_label_or_a_margin() -> None:
+    ranking = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
+    assert bad(ranking | {"soft_label": 0.9}).reason == "invalid_numbers"
+    assert bad({"prompt": "q", "completion": "a", "margin": 1}).reason == "invalid_numbers"
+
+
+def test_votes_are_of_both_sides_and_replace_a_soft_label() -> None:
+    assert bad(TEXT | {"votes_chosen": 0, "votes_rejected": 0}).reason == "expression_failed"
+    assert bad(TEXT | {"votes_chosen": 2}).reason == "unread_column"
+    assert bad(TEXT | VOTES | {"soft_label": 0.25}).reason == "unread_column"
 
 
 @pytest.mark.parametrize("preset", ["sigmoid", "exo_pair", "beta_dpo"])
@@ -199,7 +204,7 @@ def summed(*kinds: LossKind) -> LossConfig:
             0,
             "a loss_weight of the record",
         ),
-        (LossConfig(LossKind.ipo), 1, "{soft_label: null, votes_chosen: null, votes_rejected: null}"),
+        (LossConfig(LossKind.ipo), 1, "ignore: [soft_label, votes_chosen, votes_rejected]"),
         (summed(LossKind.sigmoid, LossKind.ipo), 2, "a soft_label of the record"),
         (LossConfig(label_smoothing=0.1), 1, "set loss.label_smoothing=null"),
         (LossConfig(LossKind.custom, function=OWN), 1, "a soft_label of the record"),

@@ -430,7 +430,13 @@ DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
         """{base_model: m, datasets: [{path: json, ds_type: json, data_files: [a.jsonl, b.jsonl],
         type: {field_prompt: question, field_chosen: good}}],
         test_datasets: [{path: c.jsonl, split: train}]}""",
-        [{"path": f"{name}.jsonl", "columns": {"prompt": "question", "chosen": "good"}} for name in "ab"],
+        [
+            {
+                "path": f"{name}.jsonl",
+                "fields": {"prompt": "question", "chosen": "good", "rejected": "rejected"},
+            }
+            for name in "ab"
+        ],
         [{"path": "c.jsonl"}],
     ),
     (
@@ -450,7 +456,7 @@ def test_data_of_other_trainers_are_sources(
     config, _ = converted(file)
     for sources, expected in ((config.data.train, train), (config.data.eval, evaluated)):
         options = [{key: value for key, value in asdict(one).items() if value is not None} for one in sources]
-        assert options == [{"format": "auto", "weight": 1.0} | want for want in expected]
+        assert options == [{"weight": 1.0} | want for want in expected]
 
 
 def test_formats_of_texts_are_named_unless_they_change_nothing(tmp_path: Path) -> None:
@@ -458,7 +464,7 @@ def test_formats_of_texts_are_named_unless_they_change_nothing(tmp_path: Path) -
     content = {"base_model": "m", "rl_beta": 0.2, "datasets": [{"path": "a.jsonl", "type": kind}]}
     (file := tmp_path / "ax.yml").write_text(yaml.safe_dump(content))
     config, comments = converted(file)
-    assert config.data.train[0].columns == {"prompt": "q"}
+    assert config.data.train[0].fields == {"prompt": "q", "chosen": "chosen", "rejected": "rejected"}
     assert "data.train[0].chosen_format: {chosen}<end> — texts are read without it: write reader" in comments
     assert "prompt_format" not in comments
 

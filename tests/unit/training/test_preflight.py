@@ -52,7 +52,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(assets: Path, root: Path, *overrides: str) -> RunConfig:
     usual = [f"model.path={assets}/model", f"data.train=[{assets}/train.jsonl]", f"run.root={root}/output"]
-    usual.append("trainer.global_batch_pairs=1")
+    usual += ["trainer.global_batch_pairs=1", "data.text_as_messages=false"]
     return load_run_config([*usual, *overrides])
 
 
@@ -489,16 +489,6 @@ def test_a_check_looks_for_partners_only_where_all_examples_are_trained(assets: 
     dry_run(run_of(assets, tmp_path, *words, "data.drop_eval_prompts=true"))
 
 
-def test_a_check_warns_of_a_source_in_two_forms(assets: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"q {n}", "chosen": "good", "rejected": "bad", "system": "kind" * n} for n in range(2)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "chat.jinja").write_text(tiny.LLAMA3)
-    words = [f"data.train=[{tmp_path}/data.jsonl]", f"data.chat_template={tmp_path}/chat.jinja"]
-    warned = "1 of 2 records of this source are plain text"
-    assert warned in str(dry_run(run_of(assets, tmp_path, *words)))
-    assert warned not in str(dry_run(run_of(assets, tmp_path, *words, "data.text_as_messages=true")))
-
-
 def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: Path, tmp_path: Path) -> None:
     others = {f"field_{n}": n for n in range(14)} | {"a text " * 9: 1}
     record = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 1, "votes_chosen": 3, **others}
@@ -705,15 +695,12 @@ def test_records_with_tags_and_no_images_are_refused_with_the_column_to_name(
         config = run_of(assets, tmp_path, *options, f"data.train=[{{path: {file}, weight: 2}}, {pictures}]")
         with pytest.raises(DataError, match=r"2 of [23] records cannot be used") as caught:
             dry_run(config)
-        fault = caught.value
-        assert fault.remedy.startswith(
-            f"write the source as {{path: {file}, columns: {{images: image_path}}}}"
-        )
-    remedy = f"data.train=[{{path: {file}, columns: {{images: image_path}}}}]"
+        assert "name their column: fields: {images: COLUMN, ...}" in caught.value.remedy
+    sides = "prompt: prompt, chosen: chosen, rejected: rejected"
+    remedy = f"data.train=[{{path: {file}, fields: {{{sides}, images: image_path}}}}]"
     config = run_of(assets, tmp_path, *options, f"data.train=[{file}]")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="cannot be used"):
         dry_run(config)
-    assert f"write '{remedy}'" in caught.value.remedy
     found = str(dry_run(run_of(assets, tmp_path, *options, remedy, "data.max_bad_share=0.4")))
     assert "2 of 3 records kept" in found
     few = run_of(assets, tmp_path, *options, f"data.train=[{file}]", "data.max_bad_share=0.7")

@@ -4,10 +4,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dpo_dist.data import Message, PreferenceRecord, Response, turns_of
-from dpo_dist.data.read.values import from_json
+from dpo_dist.data.read.plain import parse_json
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.pages.thumbnails import with_marks
@@ -135,9 +136,11 @@ def calls_in(response: Response) -> list[Fields]:
     for message in turns_of(response):
         if message.role == "assistant":
             calls += (call["function"] for call in message.fields.get("tool_calls", ()))
-            for call in map(from_json, _WRITTEN_CALL.findall(message.content)):
-                if isinstance(call, Mapping) and "name" in call:
-                    calls.append(call)
+            for written in _WRITTEN_CALL.findall(message.content):
+                with suppress(ValueError):  # the model wrote no JSON
+                    call = parse_json(written)
+                    if isinstance(call, Mapping) and "name" in call:
+                        calls.append(call)
     return calls
 
 

@@ -16,7 +16,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.encoded import workers
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine
@@ -202,15 +202,11 @@ def test_a_finding_up_to_the_threshold_is_a_note() -> None:
 
 
 def test_plain_text_beside_a_chat_template_is_a_warning_from_the_first_record_on(tmp_path: Path) -> None:
-    pairs = clean_pairs(60)
-    for with_system in (0, 1, 59, 60):
-        records = [pair | {"system": "Be kind." * (n < with_system)} for n, pair in enumerate(pairs)]
-        found = of_rule(examined(tmp_path, records, tokenizer=tiny.qwen()), "plain_text")
-        expected = [(Level.warning, 60 - with_system)] if with_system < 60 else []
-        assert [(finding.level, finding.count) for finding in found] == expected
-    turns_only = {"text_as_messages": True}
-    report = examined(tmp_path, records, tokenizer=tiny.qwen(), config=turns_only)
-    assert not of_rule(report, "plain_text")
+    records = clean_pairs(60)
+    for setting, levels in ((False, [(Level.warning, 60)]), ("auto", []), (True, [])):
+        report = examined(tmp_path, records, tokenizer=tiny.qwen(), config={"text_as_messages": setting})
+        found = of_rule(report, "plain_text")
+        assert [(finding.level, finding.count) for finding in found] == levels
 
 
 def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
@@ -314,6 +310,8 @@ def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> No
 
 
 # Findings with their records, each counted by a plain script too; then those above a note.
+RANKED = {"prompt": "instruction|turn", "history": "history", "responses": "output", "best_first": True}
+INNER = {side: f"record.{side}|default(none)" for side in ("prompt", "chosen", "rejected")}
 FINDINGS: dict[str, tuple[str, str]] = {
     "hh_rlhf_sample.jsonl": (
         "broken_response 1, dropped 9, markup_in_text 45",
@@ -344,8 +342,9 @@ FINDINGS: dict[str, tuple[str, str]] = {
 def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
     assert SHARED is not None
     file, counts = SHARED / name, Counter[str]()
-    format_ = DataFormat.ranked if name.startswith("ranked_") else DataFormat.auto
-    report = examine(DataConfig(train=[SourceConfig(path=str(file), format=format_)]), None)
+    fields = {"ranked_": RANKED, "bad_rec": INNER}.get(name[:7])
+    source = SourceConfig(path=str(file), fields=fields, ignore=["*"] if fields else None)
+    report = examine(DataConfig(train=[source]), None)
     for finding in report.findings:
         counts[finding.rule] += finding.count
     alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}

@@ -1,0 +1,310 @@
+"""How a source is read: by its own `fields`, or by the known shape that its columns have."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.data.config import SourceConfig
+from dpo_dist.data.read.expressions import ExpressionError, expression
+from dpo_dist.data.read.messages import OF_KEYS, MessageKeys, is_messages, spelled_as, unknown_keys
+from dpo_dist.data.read.plain import is_given
+from dpo_dist.data.read.reading import (
+    CONTEXT,
+    FIELDS,
+    FORMS,
+    RESPONSE_FIELDS,
+    Reading,
+    parse_prompt,
+    parse_record,
+)
+from dpo_dist.data.records import (
+    BadRecord,
+    Dialogue,
+    Origin,
+    RawRecord,
+    UnusableRecordError,
+    shown_key,
+)
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.fields import as_written
+from dpo_dist.foundation.files import own_table
+from dpo_dist.foundation.types import Fields
+
+FIRST_RECORDS = 20
+_MOST_BAD = 10_000
+_MAX_SHOWN = 30
+_FEW_VALUES = 4
+_SHORT = 20
+# Faults of a record that are those of its source, if all of the first records have one.
+_OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column"}
+_OF_SOURCE |= {"unknown_label"}
+_TABLE = own_table(Path(__file__).with_suffix(".yaml"))
+_SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]
+_BESIDE = [(field, text) for field, texts in _TABLE["beside"].items() for text in texts]
+
+
+def declared(
+    records: Iterator[RawRecord], source: SourceConfig, *, of_prompts: bool = False
+) -> tuple[Reading, Iterator[RawRecord]]:
+    """Return how a source is read, by its `fields` or its first records, and all of its records.
+
+    `of_prompts`: records without responses have a shape, too. Raises ConfigError: the fields are wrong;
+    DataError: no known shape fits, or several do, or none of the first records can be read.
+    """
+    first = list[RawRecord]()
+    rows = list[Fields]()
+    for raw in islice(records, _MOST_BAD):
+        first.append(raw)
+        if not isinstance(raw[0], BadRecord):
+            rows.append(raw[0])
+        if len(rows) == FIRST_RECORDS:
+            break
+    columns = dict.fromkeys(chain.from_iterable(rows))
+    if source.fields is None:
+        reading = _recognised(source, rows, columns, of_prompts=of_prompts)
+    else:
+        reading = _declared(source, columns)
+    notes = {name: _note(rows, name) for name in columns if name not in reading.columns | reading.ignored}
+    reading = replace(reading, notes=notes, reserved=_reserved())
+    parse = parse_prompt if of_prompts else parse_record
+    parsed = [parse(row, reading, Origin(source.path, 0)) for row in rows]
+    faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
+    if rows and len(faults) == len(rows):
+        raise _of_first(source, reading, rows, faults[0])
+    prompts = [record.prompt for record in parsed if not isinstance(record, BadRecord)]
+    is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
+    return replace(reading, is_chat=is_chat if prompts else None), chain(first, records)
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """Return names of columns that must be read or ignored: they may change what is trained."""
+    of_trainers = [shape["columns"] for shape in _SHAPES.values() if not shape.get("public")]
+    return _columns_of(text for _, text in _BESIDE).union(FIELDS, _TABLE["reserved"], *of_trainers)
+
+
+def _columns_of(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset().union(*(expression(text).columns for text in texts))
+
+
+def _declared(source: SourceConfig, columns: Mapping[str, None]) -> Reading:
+    """Return the reading by a source's own fields, or by the shape that they name."""
+    where = f"fields of {source.path}"
+    reading = _own(source, where) if isinstance(source.fields, dict) else _named(source, where, columns)
+    optional = [expression(text).optional for text in reading.fields.values()]
+    missing = reading.columns.difference(columns, *optional)
+    if missing and columns:
+        raise DataError(
+            f"none of the first {FIRST_RECORDS} records has a column of fields",
+            where=where,
+            got=", ".join(sorted(missing)),
+            expected=", ".join(map(shown_key, islice(columns, _MAX_SHOWN))),
+            remedy="correct the column; one that records may lack is COLUMN|default(none)",
+        )
+    return reading
+
+
+def _own(source: SourceConfig, where: str) -> Reading:
+    assert isinstance(source.fields, dict), "else it names a shape"
+    given = dict(source.fields)
+    form = given.pop("form", "")
+    keys = given.pop("keys", [])
+    fields = {name: str(text) for name, text in given.items()}
+    kinds = [kind for kind in RESPONSE_FIELDS if not fields.keys().isdisjoint(kind)]
+    is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
+    if not is_one or not fields.keys() <= set(FIELDS) or form not in FORMS or not isinstance(keys, list):
+        raise ConfigError(
+            "fields do not say what the responses are, or have a name that nothing reads",
+            where=where,
+            got=as_written(source.fields),
+            expected=f"one of {' | '.join(map(' and '.join, RESPONSE_FIELDS))}; "
+            f"{', '.join(FIELDS)}; keys: [KEY]; "
+            f"form: {' | '.join(filter(None, FORMS))}",
+            remedy="write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
+        )
+    for name, text in fields.items():
+        try:
+            expression(text)
+        except ExpressionError as fault:
+            raise ConfigError(
+                "an expression of fields cannot be read",
+                where=where,
+                got=f"{name}: {text}: {fault}",
+                expected="an expression over the columns, such as answers[0].text",
+                remedy="correct it; docs/data.md has the language",
+            ) from fault
+    return _with_ignored(Reading(fields, form), source, {"keys": keys})
+
+
+def _with_ignored(reading: Reading, source: SourceConfig, shape: Mapping[str, Any]) -> Reading:
+    """Return the reading with what the source and its shape ignore, and the keys for the chat template."""
+    ignored = frozenset([*(source.ignore or ()), *shape.get("ignore", ())])
+    of_keys = frozenset(name.removeprefix(OF_KEYS) for name in ignored if name.startswith(OF_KEYS))
+    return replace(reading, ignored=ignored, keys=MessageKeys(frozenset(shape.get("keys", ())), of_keys))
+
+
+# Known shapes.
+
+
+def _named(source: SourceConfig, where: str, columns: Mapping[str, None]) -> Reading:
+    name = str(source.fields)
+    if name in _SHAPES:
+        return _reading(name, source, columns)
+    raise ConfigError(
+        "fields names no known shape",
+        where=where,
+        got=name,
+        expected=", ".join(_SHAPES),
+        remedy="name one of these, or write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
+    )
+
+
+def _reading(name: str, source: SourceConfig, columns: Mapping[str, None]) -> Reading:
+    """Return the reading of a known shape, with the fields beside it that the source has."""
+    shape = _SHAPES[name]
+    fields = dict(shape["fields"])
+    reading = Reading(fields, shape.get("form", ""), shape.get("when", "true"), shape=name)
+    reading = _with_ignored(reading, source, shape)
+    taken = _columns_of(fields.values()) | reading.ignored
+    # A second column for a field, or turns beside texts, are left unread: an error, by their reserved names.
+    others = fields.keys() | (CONTEXT if reading.form else set())
+    if fields.keys().isdisjoint(("chosen", "pair")):
+        others |= {"scores"}
+    for field, text in _BESIDE:
+        used = _columns_of([text])
+        if field not in others and used <= columns.keys() and used.isdisjoint(taken):
+            fields.setdefault(field, text)
+    return reading
+
+
+def _recognised(
+    source: SourceConfig, rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
+) -> Reading:
+    """Return the reading of the one known shape that fits."""
+    fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=False)]
+    if not fits and of_prompts:
+        fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=True)]
+    sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
+    fits = [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
+    readings = [_reading(name, source, columns) for name in fits]
+    if len(readings) == 1:
+        return readings[0]
+    if not rows:
+        return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
+    if not readings:
+        raise _unlike(source, rows, "the columns are none of the known shapes: say what they mean")
+    every = frozenset().union(*(reading.columns for reading in readings))
+    ways = []
+    for reading in readings:
+        ignore = [*(source.ignore or ()), *sorted(every - reading.columns)]
+        ways.append(_line(source, fields=reading.shape, ignore=ignore))
+    raise DataError(
+        f"the columns have {len(ways)} known meanings",
+        where=source.path,
+        got=", ".join(reading.shape for reading in readings),
+        remedy="\n    ".join(["write the source as one of these", *ways]),
+    )
+
+
+def _fits(
+    shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
+) -> bool:
+    own = set(shape["columns"])
+    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or not own <= columns.keys():
+        return False
+    if shape.get("alone") and columns.keys() - own - _columns_of(text for _, text in _BESIDE):
+        return False  # one of the others may be the prompt
+    # A record without a value in one of the columns is a bad one of any shape.
+    whole = [row for row in rows if all(is_given(row.get(column)) for column in own)] or rows
+    try:
+        return all(expression(shape.get("when", "true"))(row) is True for row in whole)
+    except UnusableRecordError:
+        return False
+
+
+def _unread(reading: Reading, rows: Sequence[Fields]) -> frozenset[str]:
+    """Return the columns of the first records with reserved names that are neither read nor ignored."""
+    return _reserved().intersection(chain.from_iterable(map(reading.unread, rows)))
+
+
+# What to do about a source that cannot be read.
+
+
+def _line(source: SourceConfig, **changes: Any) -> str:
+    """Return the source with other keys, as a user writes it on the command line."""
+    return f"data.train={shlex.quote(f'[{as_written(replace(source, **changes))}]')}"
+
+
+def _unlike(source: SourceConfig, rows: Sequence[Fields], message: str, remedy: str = "") -> DataError:
+    """Return the error with the columns of a source, and the lines to complete."""
+    columns = dict.fromkeys(chain.from_iterable(rows))
+    listed = [f"{shown_key(name)}: {_type(rows, name)}" for name in islice(columns, _MAX_SHOWN)]
+    example = _line(source, fields=dict.fromkeys(("prompt", "chosen", "rejected"), "COLUMN"))
+    return DataError(
+        message,
+        where=source.path,
+        got="\n    ".join(["columns", *listed]),
+        remedy=f"{remedy or f'replace each COLUMN by one of them: {example}'}\n{_TABLE['help']}".rstrip(),
+    )
+
+
+def _of_first(source: SourceConfig, reading: Reading, rows: Sequence[Fields], fault: BadRecord) -> DataError:
+    """Return the error of a source whose first records all fail, with the line that reads them."""
+    fields: dict[str, Any] = dict(reading.fields)
+    ignore = [*(source.ignore or ())]
+    match fault.reason:
+        case "spelled_messages":
+            # Each text that one of the records spells in JSON, or as Python prints it.
+            for name, text in reading.fields.items():
+                ways = [spelled_as(expression(text)(row)) for row in rows]
+                fields[name] += next(filter(None, ways), "")
+            remedy = f"read them: {_line(source, fields=fields)}; or add form: text to train the JSON itself"
+        case "unknown_label":
+            fields["label"] += ' == "GOOD"'
+            remedy = f"name the good label in place of GOOD: {_line(source, fields=fields)}"
+        case "unread_column":
+            names = sorted(_unread(reading, rows))
+            remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}"
+            read = {name: name for name in names if name in FIELDS}
+            if read:
+                remedy += f"; or read them: {_line(source, fields=fields | read)}"
+        case "unknown_key":
+            values = [expression(text)(row) for text in fields.values() for row in rows]
+            keys = sorted(set().union(*(unknown_keys(value, reading.keys) for value in values)))
+            given = _line(source, fields={**fields, "keys": [key.removeprefix(OF_KEYS) for key in keys]})
+            remedy = f"ignore them, if nothing depends on them: {_line(source, ignore=ignore + keys)}; or, "
+            remedy += f"if the chat template reads them: {given}"
+        case _:
+            remedy = f"correct the expressions: {_line(source, fields=fields)}"
+    return _unlike(source, rows, f"none of the first {len(rows)} records can be read: {fault.why}", remedy)
+
+
+def _few_values(rows: Sequence[Fields], name: str) -> str:
+    """Return the values of a column in parentheses, if they are few and short; else nothing."""
+    values = {str(row[name]) for row in rows if is_given(row.get(name))}
+    is_few = 0 < len(values) <= _FEW_VALUES < len(rows) and all(len(value) <= _SHORT for value in values)
+    return f" ({', '.join(sorted(map(shown_key, values)))})" if is_few else ""
+
+
+def _note(rows: Sequence[Fields], name: str) -> str:
+    return shown_key(name) + _few_values(rows, name)
+
+
+def _type(rows: Sequence[Fields], name: str) -> str:
+    """Return the type of a column's first value, and its values if they are few and short."""
+    value = next((row[name] for row in rows if row.get(name) is not None), None)
+    if is_messages(value) and value:
+        return "messages"
+    if isinstance(value, Mapping):
+        return f"object with {', '.join(map(shown_key, value))}"
+    if isinstance(value, list):
+        return f"list of {len(value)}: {_type([{name: item} for item in value[:1]], name)}"
+    kinds = {str: "text", bool: "true or false", int: "number", float: "number"}
+    kind = kinds.get(type(value), "null")
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        kind = "text that looks like JSON"
+    return kind + _few_values(rows, name)

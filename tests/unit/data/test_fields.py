@@ -1,0 +1,415 @@
+"""Fields that a source declares, its reader, and LLaMA-Factory's dataset_info.json."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.counts import DataCounts
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.dataset_info import resolve_source
+from dpo_dist.data.read.sources import DataSource, source_labels
+from dpo_dist.data.records import NOT_KEPT, BadRecord, Message, Origin, PreferenceRecord
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.user_code import find_function
+from tests.support.cache import prepare
+from tests.support.pages import ROOT
+from tests.support.records import TEXT, assistant, jsonl, user
+
+NESTED = {"task": "q", "answers": {"good": "yes", "bad": ["no", "never"]}, "id": 7}
+FIELDS = {"prompt": "task", "chosen": "answers.good", "rejected": "answers.bad[1]"}
+DUEL = {"q": "q", "a": "yes", "b": "never"}
+VERDICT = {"prompt": "q", "pair": "{'A': [a, b], 'B': [b, a]}[w]", "keep": "w != 'tie'"}
+PAGE = (ROOT / "docs" / "data.md").read_text()
+
+
+def read(path: str | Path, **options: Any) -> list[PreferenceRecord | BadRecord]:
+    return list(read_records(SourceConfig(path=str(path), **options)))
+
+
+def good(path: str | Path, **options: Any) -> PreferenceRecord:
+    found = read(path, **options)[0]
+    assert isinstance(found, PreferenceRecord), found
+    return found
+
+
+def refusal(path: str | Path, **options: Any) -> DataError:
+    """Return the error of a source none of whose first records can be read."""
+    with pytest.raises(DataError) as raised:
+        read(path, **options)
+    return raised.value
+
+
+def lines_of(error: DataError) -> list[SourceConfig]:
+    """Return the sources that an error writes, as a shell and the configuration read them."""
+    words = [shlex.split(f"data.train={rest}")[0] for rest in error.remedy.split("data.train=")[1:]]
+    return [load_run_config(["model.path=m", word.removesuffix(";")]).data.train[0] for word in words]
+
+
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        (NESTED, FIELDS),
+        (
+            NESTED | {"answers": json.dumps(NESTED["answers"])},
+            FIELDS | {"chosen": "(answers|fromjson).good", "rejected": "(answers|fromjson).bad[-1]"},
+        ),
+        (NESTED | {"prompt": ""}, FIELDS),
+        (
+            {"a b": "q", "chosen": "yes", "rejected": "never"},
+            {"prompt": "row['a b']", "chosen": "chosen", "rejected": "rejected"},
+        ),
+        (DUEL | {"w": "A"}, VERDICT),
+        (DUEL | {"w": 1}, VERDICT | {"pair": "{1: [a, b], 2: [b, a]}[w]", "keep": "w in [1, 2]"}),
+        (
+            {"q": "q", "list": ["never", "yes"], "n": ["1", "2"]},
+            {"prompt": "q", "responses": "list", "scores": "n|map('number')"},
+        ),
+        (
+            {"q": "q", "list": ["never", "yes"], "n": [2, 1]},
+            {"prompt": "q", "responses": "list", "ranks": "n"},
+        ),
+        ({"q": "q", "list": ["yes", "never"]}, {"prompt": "q", "responses": "list", "best_first": True}),
+    ],
+)
+def test_fields_are_expressions_over_the_columns(tmp_path: Path, record: Any, fields: Any) -> None:
+    found = good(jsonl(tmp_path, record), fields=fields)
+    assert (found.prompt, found.responses) == ("q", ("yes", "never"))
+
+
+def test_a_verdict_that_is_not_in_the_look_up_is_an_error_of_its_record(tmp_path: Path) -> None:
+    words = ["A", "B", "tie", "both", None]
+    path = jsonl(tmp_path, *(DUEL | {"w": word} for word in words))
+    first, second, *others = read(path, fields=VERDICT)
+    assert isinstance(first, PreferenceRecord)
+    assert isinstance(second, PreferenceRecord)
+    assert (first.responses, second.responses) == (("yes", "never"), ("never", "yes"))
+    assert [one.reason for one in others if isinstance(one, BadRecord)] == [
+        NOT_KEPT,
+        "expression_failed",
+        "expression_failed",
+    ]
+    assert "nothing for the text both" in str(others[1])
+
+
+def test_a_record_that_is_not_kept_is_no_bad_one(tmp_path: Path) -> None:
+    source = SourceConfig(
+        jsonl(tmp_path, *(DUEL | {"w": "tie" if n % 3 else "A"} for n in range(30))), fields=VERDICT
+    )
+    counts = DataCounts()
+    for record in read_records(source):
+        if isinstance(record, BadRecord):
+            record.check_may_be_dropped(DataConfig(on_bad_record=OnBadRecord.error))
+        counts.add(record)
+    counts.check(source.path, DataConfig(max_bad_share=0))
+    assert (counts.kept, counts.dropped, counts.examples) == (10, {NOT_KEPT: 20}, [])
+    counts.add(BadRecord("missing_field", Origin("a", 1)))
+    with pytest.raises(DataError, match="1 of 31 records cannot be used") as raised:
+        counts.check(source.path, DataConfig(max_bad_share=0.05))
+    assert "left out" not in raised.value.remedy
+    assert "neither true nor false" in refusal(source.path, fields=VERDICT | {"keep": "w"}).message
+    # Sorted data may begin with ties: whether any is kept is known at the end.
+    none = SourceConfig(source.path, fields=VERDICT | {"keep": "w == 'C'"})
+    with pytest.raises(DataError, match="30 of 30 records cannot be used"):
+        DataSource(none).check(DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"promt": "task", "chosen": "task", "rejected": "task"}, "fields do not say"),
+        ({"prompt": "task", "chosen": "task"}, "chosen and rejected"),
+        (FIELDS | {"completion": "task"}, "pair | chosen and rejected"),
+        (FIELDS | {"form": "texts"}, "text | dialogue | implicit"),
+        (FIELDS | {"keys": "a"}, "keys: [KEY]"),
+        (FIELDS | {"chosen": "answers.good if"}, "chosen: answers.good if"),
+        (FIELDS | {"chosen": "answers.good()"}, "there is no Call in an expression"),
+        (FIELDS | {"chosen": "answers.good|upper"}, "there are only"),
+        ("pairs", "fields names no known shape"),
+    ],
+)
+def test_wrong_fields_are_an_error_at_the_start(tmp_path: Path, fields: Any, words: str) -> None:
+    source = SourceConfig(path=jsonl(tmp_path, NESTED), fields=fields)
+    for check in (lambda: DataSource(source).check(), lambda: list(read_records(source))):
+        with pytest.raises(ConfigError) as raised:
+            check()
+        assert words in str(raised.value), raised.value
+
+
+def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, NESTED, NESTED)
+    for fields in (FIELDS | {"system": "style"}, "hh"):
+        error = refusal(path, fields=fields)
+        assert "task, answers, id" in error.expected
+    assert len(read(path, fields=FIELDS | {"system": "style|default(none)"})) == 2
+    # Empty records say nothing of the columns.
+    late = read(jsonl(tmp_path, *[{}] * 5, *[NESTED] * 20), fields=FIELDS)
+    assert isinstance(late[-1], PreferenceRecord)
+
+
+def test_a_csv_with_strange_names_is_read_from_its_error_alone(tmp_path: Path) -> None:
+    rows = "".join(f"frage {n},gut {n},schlecht {n},{'AB'[n % 2]}\n" for n in range(8))
+    (file := tmp_path / "werte.csv").write_text(f"Frage,die gute,schlechte,Wahl\n{rows}", encoding="utf-8")
+    error = refusal(file)
+    assert error.message == "the columns are none of the known shapes: say what they mean"
+    assert error.got.splitlines()[1:] == [
+        *("    Frage: text", "    die gute: text", "    schlechte: text", "    Wahl: text (A, B)")
+    ]
+    line = error.remedy.split("data.train=")[1].splitlines()[0]
+    for column in ("Frage|turn", 'row[\\"die gute\\"]', "schlechte"):
+        line = line.replace("COLUMN", f'"{column}"', 1)
+    [source] = load_run_config(["model.path=m", shlex.split(f"data.train={line}")[0]]).data.train
+    first = good(file, fields=source.fields)
+    assert first.prompt == (Message("user", "frage 0"),)
+    assert (first.responses, first.unread) == (("gut 0", "schlecht 0"), ("Wahl (A, B)",))
+
+
+TURNS = [user("q"), assistant("yes")]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": json.dumps([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
+    ({"prompt": str([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
+    ({"prompt": "q", "completion": "yes", "label": "GOOD"}, "unknown_label"),
+    (TEXT | {"winner": "a"}, "unread_column"),
+    (TEXT | {"label": "x", "better": 1}, "unread_column"),
+    ({"messages": [user("q") | {"mood": 1}, assistant("yes") | {"time": 2}]}, "unknown_key"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), REFUSED)
+def test_the_lines_of_an_error_read_the_source(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    error = refusal(jsonl(tmp_path, *[record] * 3), limit=2)
+    assert reason in error.message
+    assert "yes" not in str(error)
+    first, *_ = lines_of(error)
+    assert first.limit == 2
+    assert all(isinstance(one, PreferenceRecord) for one in read_records(first))
+
+
+def test_columns_that_nothing_reads_are_named_with_their_few_values(tmp_path: Path) -> None:
+    rows = [TEXT | {"prompt": f"q {n}", "id": n, "outcome": ["chosen", "rejected"][n % 2]} for n in range(9)]
+    path = jsonl(tmp_path, *rows)
+    assert {one.unread for one in read(path) if isinstance(one, PreferenceRecord)} == {
+        ("id", "outcome (chosen, rejected)")
+    }
+    assert good(path, ignore=["id", "outcome"]).unread == ()
+    assert good(path, ignore=["*"]).unread == ()
+    late = read(jsonl(tmp_path, *[TEXT] * 20, TEXT | {"tie": True}, TEXT | {"more": 1}))
+    assert [one.unread for one in late[-2:]] == [("tie",), ("more",)]
+    assert isinstance(late[-2], BadRecord)
+
+
+def test_keys_of_messages_are_ignored_or_given_to_the_template_if_a_source_says_so(tmp_path: Path) -> None:
+    turns = [user("q"), assistant("yes") | {"mood": "calm", "time": "noon", "tie": False}]
+    path = jsonl(tmp_path, {"messages": turns})
+    found = good(path, fields={"completion": "messages", "keys": ["mood"]}, ignore=["[].time", "[].tie"])
+    assert found.responses == ((Message("assistant", "yes", {"mood": "calm"}),),)
+
+
+def test_old_keys_of_a_source_are_one_error_with_the_line_to_write() -> None:
+    old = "{path: a, columns: {prompt: q, chosen: a.0.text, rejected: a.-1, id: null}}"
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(["model.path=m", f"data.train=[{old}]"])
+    [source] = load_run_config(["model.path=m", f"data.train=[{raised.value.expected}]"]).data.train
+    assert source.fields == {"prompt": "q", "chosen": "a[0].text", "rejected": "a[-1]"}
+    assert source.ignore == ["id"]
+
+
+def test_a_reader_that_returns_no_record_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "returning.py").write_text("def texts(record): return [*record.values()]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    [found] = read(jsonl(tmp_path, TEXT), reader="returning:texts")
+    assert isinstance(found, BadRecord)
+    assert (found.reason, found.detail) == ("reader_failed", "reader returned a list")
+
+
+def test_the_reader_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "readers.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": "q", "response_0": "no", "response_1": "yes", "better_response_id": 1},
+        {"prompt": "q"},
+    ]
+    source = SourceConfig(jsonl(tmp_path, *rows, 3), reader="readers:safer")
+    first, *others = read(source.path, reader="readers:safer")
+    assert isinstance(first, PreferenceRecord)
+    assert (first.prompt, first.responses) == ("q", ("yes", "no"))
+    assert [(one.reason, one.detail) for one in others if isinstance(one, BadRecord)] == [
+        ("reader_failed", "reader raised KeyError"),
+        ("unparsable", "a int instead of an object"),
+    ]
+    with pytest.raises(ConfigError, match="no attribute"):
+        DataSource(SourceConfig(source.path, reader="readers:other")).check()
+
+
+def test_another_reader_encodes_the_data_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = SourceConfig(jsonl(tmp_path, TEXT), reader="readers:one")
+    folders = []
+    for number in (1, 1, 2):
+        find_function.cache_clear()
+        (tmp_path / "readers.py").write_text(f"def one(record): return record | {{'prompt': '{number}'}}")
+        folders.append(prepare(tmp_path, source))
+    assert folders[0] == folders[1] != folders[2]
+
+
+# Entries of LLaMA-Factory's dataset_info.json.
+ENTRY = {"columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad"}, "ranking": True}
+FILE = ENTRY | {"file_name": "records.jsonl"}
+RECORD = {"q": "do", "more": "this", "good": "yes", "bad": "no", "images": ["no column"], "system": "unread"}
+
+
+def registry(folder: Path, **entries: Any) -> Path:
+    (folder / "dataset_info.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
+    jsonl(tmp_path, RECORD)
+    folder = registry(tmp_path, mine=FILE)
+    for path in (folder, folder / "dataset_info.json"):
+        record = good(path, name="mine")
+        assert (record.prompt, record.responses) == ((Message("user", "do\nthis"),), ("yes", "no"))
+        assert record.unread == ()
+        assert record.origin.source == str(tmp_path / "records.jsonl")
+        trained = DataSource(SourceConfig(str(path), name="mine", limit=3)).pinned()
+        assert (trained.path, trained.config.limit) == (record.origin.source, 3)
+    assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "samples", "records"), [(2, 3, 2), (3, 2, 2), (None, 3, 3), (2, None, 2), (None, None, 4)]
+)
+def test_the_smaller_of_an_entrys_samples_and_the_limit_counts(
+    tmp_path: Path, limit: int | None, samples: int | None, records: int
+) -> None:
+    jsonl(tmp_path, *[RECORD] * 4)
+    folder = registry(tmp_path, mine=FILE | ({} if samples is None else {"num_samples": samples}))
+    assert len(read(folder, name="mine", limit=limit)) == records
+
+
+def test_an_entry_of_labelled_responses_of_one_response_or_of_the_split_train(tmp_path: Path) -> None:
+    sides = {"chosen": "a", "rejected": "b"}
+    jsonl(tmp_path, {"q": "do", "good": "yes", "ok": False, "instruction": "do", "output": "no"} | sides)
+    labelled = {"columns": {"prompt": "q", "response": "good", "kto_tag": "ok"}, "split": "train"}
+    of_one = {"ranking": False, "columns": None}
+    for entry, responses, scores in ((labelled, ("yes",), (0.0,)), (of_one, ("no",), None)):
+        registry(tmp_path, mine={"file_name": "records.jsonl"} | entry)
+        record = good(tmp_path, name="mine")
+        assert (record.prompt, record.responses) == ((Message("user", "do"),), responses)
+        assert record.scores == scores
+
+
+def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
+    sides = {"good": assistant("yes"), "bad": assistant("no")}
+    jsonl(tmp_path, {"talk": [user("q")], **sides, "defs": '[{"name": "f"}]'})
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    tags |= {"system_tag": None}
+    columns = {"messages": "talk", "chosen": "good", "rejected": "bad", "tools": "defs"}
+    entry = {"file_name": "records.jsonl", "ranking": True, "columns": columns, "formatting": "sharegpt"}
+    registry(tmp_path, mine=entry | {"tags": tags}, other=entry | {"formatting": "openai"})
+    for name in ("mine", "other"):
+        record = good(tmp_path, name=name)
+        assert (record.prompt, record.responses) == ((Message("user", "q"),), ("yes", "no"))
+        assert record.tools[0]["function"]["name"] == "f"
+
+
+def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
+    hub = {"hf_hub_url": "org/pairs", "ms_hub_url": "org/copy", "subset": "en", "folder": "data"}
+    registry(tmp_path, mine=ENTRY | hub | {"split": "test", "revision": "v1"})
+    part: dict[str, Any] = {"name": "en", "data_dir": "data", "split": "test", "revision": "v1"}
+    resolved = resolve_source(SourceConfig(path=str(tmp_path), name="mine", weight=0.5))
+    expected = SourceConfig("org/pairs", fields=resolved.fields, ignore=["*"], weight=0.5, **part)
+    assert resolved == expected
+
+
+def test_a_response_that_is_a_list_is_a_ranking_best_first(tmp_path: Path) -> None:
+    jsonl(tmp_path, {"q": "do", "out": ["yes", "no"], "past": [["a", "b"]]})
+    columns = {"prompt": "q", "response": "out", "history": "past"}
+    registry(tmp_path, mine={"file_name": "records.jsonl", "ranking": True, "columns": columns})
+    record = good(tmp_path, name="mine")
+    assert ([turn.content for turn in record.prompt], record.responses) == (["a", "b", "do"], ("yes", "no"))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "words"),
+    [
+        ({}, {"name": "mime"}, ("mime", "mine, other", "name: ENTRY")),
+        ({}, {"fields": "text", "split": "test"}, ("fields of the source, split of the source",)),
+        ({"formatting": "vicuna"}, {}, ("formatting vicuna",)),
+        ({"columns": {"promt": "q"}}, {}, ("column promt",)),
+        ({"columns": ["q"]}, {}, ("cannot be read",)),
+        ({"num_samples": "many"}, {}, ("cannot be read", "many")),
+        ({"tags": {"user_tag": "gpt", "assistant_tag": "gpt"}}, {}, ("got:      user_tag gpt\n", "reader")),
+        ({"ranking": False}, {}, ('chosen without "ranking": true',)),
+        ({"file_name": None, "script_url": "load.py"}, {}, ("script_url", "no file_name or hf_hub_url")),
+    ],
+)
+def test_a_wrong_entry_is_an_error_at_the_start(
+    tmp_path: Path, entry: Any, options: Any, words: tuple[str, ...]
+) -> None:
+    jsonl(tmp_path, RECORD)
+    registry(tmp_path, mine=FILE | entry, other=FILE)
+    with pytest.raises(ConfigError) as raised:
+        DataSource(SourceConfig(**{"path": str(tmp_path), "name": "mine", **options})).check()
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None:
+    jsonl(tmp_path, TEXT)
+    entries = [{"dataset_path": "a.jsonl", "columns": {"a": "query"}}]
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    # Without a name the folder is one of data files.
+    assert len(read(tmp_path)) == 1
+    for path, name in ((tmp_path, "a"), (tmp_path / "dataset_info.json", None)):
+        with pytest.raises(ConfigError, match="dataset_info"):
+            resolve_source(SourceConfig(path=str(path), name=name))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "response": "a", "score": 4},
+        {"prompt": "q", "chosen": "a", "score_chosen": 4},
+        {"prompt": "q", "responses": ["a"], "scores": [4]},
+    ],
+)
+def test_one_response_with_a_score_becomes_a_label_by_the_line_to_complete(
+    tmp_path: Path, record: Any
+) -> None:
+    path = jsonl(tmp_path, *[record] * 3)
+    with pytest.raises(DataError) as raised:
+        DataSource(SourceConfig(path)).check(DataConfig(train=[SourceConfig(path)]))
+    assert "loss=kto" in raised.value.remedy
+    fields = {"prompt": "prompt", "completion": "response", "label": "score >= 3"}
+    rows = [{"prompt": "q", "response": "a", "score": score} for score in (4, 1)]
+    found = read(jsonl(tmp_path, *rows), fields=fields)
+    assert [one.scores for one in found if isinstance(one, PreferenceRecord)] == [(1,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("table.xlsx", "the file does not exist"),
+        ("notes.tsv.zip", "the file does not exist"),
+        ("all.json", "did you mean .*all.jsonl"),
+        ("all.jsonl all.jsonl", r"did you mean all.jsonl,all.jsonl\?"),
+        ("below/all.xlsx", "the file does not exist"),
+        ("missing/all.jsonl", "no folder missing"),
+    ],
+)
+def test_a_name_of_a_file_is_not_asked_of_the_hub(
+    path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all.jsonl").touch()
+    (tmp_path / "below").mkdir()
+    with pytest.raises(DataError, match=said):
+        DataSource(SourceConfig(path)).files()
+    for name in ("org/name-v1.5", "org/data.en-de", "org/cleaned.v2", "imdb"):
+        assert DataSource(SourceConfig(name)).files() is None
