@@ -99,11 +99,12 @@ _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"
 def find_answer(key: str, value: str) -> Answer | None:
     """Return the answer to a key with this value, or to a key of the same meaning; None if there is none."""
     names = (key, *equivalents(key, "keys"))
-    methods = equivalents(value, "methods")
-    if methods and not _METHODS.isdisjoint(map(strip_indices, names)):
-        return Answer(methods[0])
     answers = (answer_on(f"{name}={value}", value) for name in names)
-    return next(filter(None, answers), None)
+    answer = next(filter(None, answers), None)
+    methods = equivalents(value, "methods")
+    if answer is None and methods and not _METHODS.isdisjoint(map(strip_indices, names)):
+        return Answer(methods[0])
+    return answer
 
 
 def as_sources(value: Any) -> Any:

@@ -36,14 +36,11 @@ ELSEWHERE = {
     "config.keys": "group_folders preset_names strip_indices verb_keys",
     "config.load": "changed_keys load_command saved_config",
     "config.losses": "KINDS",
-    "config.metrics": "ENTROPIES EXCESS GROUP_METRICS MARGIN_PERCENTILES MISMATCH PAIR_METRICS is_evaluation",
+    "config.metrics": "EXCESS GROUP_METRICS MARGIN_PERCENTILES is_evaluation",
     "config.mistakes": "explained",
-    "config.rules": "resolve_reference rules_of without_evaluations",
+    "config.rules": "without_evaluations",
     "config.run_folder": "checkpoint_step",
-    "config.schema": """
-        SCHEMA ConsoleStyle ExportedWeights ImagesConfig
-        OptimConfig TrackerName
-    """,
+    "config.schema": "ConsoleStyle ExportedWeights ImagesConfig",
     "config.verbs": "VERBS",
     "distributed.memory": "explain_out_of_memory",
     "distributed.processes.world": "Interrupted Stops",

@@ -1,37 +1,46 @@
-"""Translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct into a file for `dpo-dist train`.
+"""Translate a file of keys of TRL, LLaMA-Factory, axolotl or others into a file for `dpo-dist train`.
 
-The run is a YAML or JSON file of keys, a shell script, or a command between quotes. Comments in the new file
-name every key that is not translated, and say why.
+The file is YAML or JSON. Comments in the new one name every key that is not translated, and say why.
 """
 
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.compat.convert.reading import read
-from dpo_dist.compat.convert.translate import translate_run
+from dpo_dist.compat.convert.translate import translate
+from dpo_dist.config.compose import read_keys
 from dpo_dist.config.mistakes import explained
-from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after, raise_all
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.kit import FAILURES
+from dpo_dist.kit import FAILURES, run_keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     parser = Arguments(prog="dpo-dist convert", description=__doc__)
-    parser.add_argument("run", metavar="FILE", help="YAML, JSON or shell script; or a command between quotes")
+    parser.add_argument("file", type=Path, metavar="FILE", help="YAML or JSON file of another trainer")
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", nargs="?", help="file to write; default: print it"
     )
     options = parser.parse_args(arguments)
+    file: Path = options.file
+    output: Path | None = options.output
+    if file.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError(
+            "this is no file of keys",
+            where=str(file),
+            expected="a YAML or JSON file",
+            remedy="write the options of the command or script as keys into a YAML file: beta: 0.1",
+        )
     try:
-        foreign = read(options.run)
+        keys = read_keys(file)
     except FAILURES as error:
-        [mistake] = explained(error, options.run)
-        raise mistake from error
-    text = translate_run(foreign).as_file()
-    output = options.output
+        raise_all(explained(error, str(file)))
+    if keys and keys.keys() <= run_keys().keys():
+        remedy = f"dpo-dist train {shlex.quote(str(file))} --check"
+        raise ConfigError("this is a file of dpo-dist", where=str(file), remedy=remedy)
+    text = translate(keys).as_file()
     if output is None:
         print_result(text)
         return ExitCode.completed

@@ -6,7 +6,7 @@ EXTENSION = Extension(
     verbs={
         "convert": Verb(
             "dpo_dist.compat.convert",
-            "translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct",
+            "translate a file of keys of TRL, LLaMA-Factory, axolotl or others",
             is_configured=False,
             is_one_process=True,
             reads_data=False,
