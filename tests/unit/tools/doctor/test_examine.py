@@ -92,6 +92,8 @@ PLANTED: dict[str, Plant] = {
     "score_inversions": lambda pair: pair.update(score_chosen=3.0, score_rejected=4.0),
     "looping_response": side("chosen", lambda text: text + " so it goes on and on" * 20),
     "thought_not_closed": side("chosen", lambda text: "<think>\nI do not know. " + text),
+}
+OF_CALLS: dict[str, Plant] = {
     "undefined_tool": lambda pair: pair.update(calling("search", {"city": "Paris"})),
     "missing_argument": lambda pair: pair.update(calling("weather", {"unit": "C"})),
 }
@@ -108,16 +110,20 @@ WEATHER = {
 }
 
 
-def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
-    pairs = clean_pairs(10 + 2 * len(PLANTED))
-    for number, plant in enumerate(PLANTED.values()):
+@pytest.mark.parametrize("planted", [PLANTED, OF_CALLS])
+def test_planted_faults_are_counted_and_located(planted: dict[str, Plant], tmp_path: Path) -> None:
+    pairs = clean_pairs(10 + 2 * len(planted))
+    for pair in pairs:
+        scores = {"score_chosen": 4.0, "score_rejected": 3.0}
+        pair.update(scores if planted is PLANTED else calling("weather", {"city": "Paris"}))
+    for number, plant in enumerate(planted.values()):
         plant(pairs[2 * number])
         plant(pairs[2 * number + 1])
-    report = examined(tmp_path, pairs)
-    for name in PLANTED:
+    report = examined(tmp_path, pairs, config={"text_as_messages": False})
+    for name in planted:
         rule = RULE_BY_KIND.get(name, name)
         [finding] = of_rule(report, rule)
-        same = [2 * other for other, one in enumerate(PLANTED) if RULE_BY_KIND.get(one, one) == rule]
+        same = [2 * other for other, one in enumerate(planted) if RULE_BY_KIND.get(one, one) == rule]
         assert lines(finding) == sorted(line for first in same for line in (first + 1, first + 2)), name
         assert (finding.count, finding.source) == (2 * len(same), f"{tmp_path.name}-train")
         assert name not in RULE_BY_KIND or f"{name.replace('_', ' ')} in 2" in finding.text
@@ -248,7 +254,7 @@ def test_a_finding_up_to_the_threshold_is_a_note() -> None:
 def test_fields_that_are_not_read_are_a_note(tmp_path: Path) -> None:
     records = [record | {"prefix": "p", "margin": n % 2, "id": n} for n, record in enumerate(GOOD)]
     found = {finding.rule: finding for finding in examined(tmp_path, [*records, *GOOD]).findings}
-    assert found["columns_not_read"].text.endswith("fields that no format reads: prefix, id")
+    assert found["columns_not_read"].text.endswith("fields that no format reads: prefix (p), id")
     assert (found["columns_not_read"].count, found["columns_not_read"].level) == (7, Level.note)
 
 
@@ -295,7 +301,7 @@ def test_the_share_of_dropped_records_is_one_of_all_that_were_read(
 
 
 def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
-    opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
+    opposite = {"prompt": "Name a colour.", "responses": ["Grey.", "Blue."], "scores": [2, 1]}
     for added, count in (([], 0), (["Grey."], 2)):
         responses = ["Red it is.", "Blue.", "RED it is.", *added]
         scores = list(range(len(responses), 0, -1))
@@ -478,7 +484,7 @@ def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]
 
 def test_data_with_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
     good = write_pairs(tmp_path / "good.jsonl", 5)
-    bad = jsonl(tmp_path, *[{"unknown": 1}] * 3, TEXT)
+    bad = jsonl(tmp_path, *[TEXT | {"chosen": ""}] * 3, TEXT)
     datasets, [refusal] = prepared(run_of(tmp_path, good, bad), model)
     assert (datasets, type(refusal)) == ([[5], [1]], DataError)
     assert refusal.message == "3 of 4 records cannot be used"
