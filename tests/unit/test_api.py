@@ -178,7 +178,8 @@ def test_pairs_are_those_of_training(ranked: Ranked, truncation: Truncation, tmp
     """Also of a ranking in which a response that no example uses is above the limits."""
     record = {"prompt": "the prompt " * 4, "responses": ["good", "long " * 40, "fair", "bad"]}
     scored = [record | {"scores": scores} for scores in ([3, 3, 2, 1], [4, 3, 2, 1])]
-    source = api.SourceConfig(jsonl(tmp_path, *scored, TEXT, {"prompt": "q"}))
+    short = {"prompt": "q", "responses": ["a", "b"], "scores": [2, 1]}
+    source = api.SourceConfig(jsonl(tmp_path, *scored, short, {"prompt": "q"}))
     config = api.DataConfig(
         max_length=48, truncation=truncation, ranked=ranked, cache=str(tmp_path / "cache"), max_bad_share=1.0
     )

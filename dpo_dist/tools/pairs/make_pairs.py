@@ -266,6 +266,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             if is_dialogue:
                 content = as_fields(record.prompt, (content,))[1]
             response = {
+                **({} if is_dialogue else {"role": "assistant"}),
                 "content": content,
                 **each.fields,
                 **{name: getattr(each, name) for name in names},

@@ -63,7 +63,6 @@ REFUSED = [
     ("data.train=[{path:a,images:pictures}]", "data.train"),
     ("data.eval=[{path:a,images:pictures}]", "data.eval"),
     ("evaluation.data=[{path:a,images:pictures}]", "evaluation.data"),
-    ("data.train=[{path:a,format:text}] data.ranked=all_pairs", "data.ranked"),
     ("data.max_prompt_length=64 data.max_length=64", "data.max_prompt_length"),
     ("data.trained_roles=[assistant,gpt]", "data.trained_roles[1]"),
     ("data.trained_roles=[]", "data.trained_roles"),
@@ -191,7 +190,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         "model.gradient_checkpointing=full model.fused=compile",
         "model.gradient_checkpointing=2 model.fused=liger",
-        "data.train=[{path:a,format:text},b] data.ranked=all_pairs",
+        "data.train=[{path:a,fields:pair},b] data.ranked=all_pairs",
         "loss=robust loss.label_smoothing=0.49",
         "loss=exo_pair optim.warmup_steps=10 optim.schedule=constant",
         "loss.terms=[{kind:ipo,weight:0},{kind:sft,weight:-0.1}] loss.kind=ipo",

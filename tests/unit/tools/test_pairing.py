@@ -104,8 +104,8 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def test_provenance_names_the_line_and_the_rule_and_other_settings_replace_no_file(tmp_path: Path) -> None:
-    without = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    file, said = make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=3)
+    few = SCORED | {"responses": [{"content": "a", "score": 1}, {"content": "b", "score": 2}]}
+    file, said = make(tmp_path, few, SCORED, select="all_pairs", margin=3)
     found = rows(file)
     assert [(row["score_chosen"], row["score_rejected"]) for row in found] == [(9, 3), (9, 1)]
     assert found[0]["provenance"] == {
@@ -113,12 +113,11 @@ def test_provenance_names_the_line_and_the_rule_and_other_settings_replace_no_fi
         **{"margin": 3.0, "seed": 0, "ranks": [1, 2], "responses": 3},
     }
     assert "1 prompts_below_margin: prompts without a pair" in said
-    assert "1 without_scores: records without scores" in said
     summary = json.loads(file.with_name("pairs.jsonl.summary.json").read_text())
     assert (summary["pairs"], summary["settings"]["margin"]) == (2, 3.0)
-    assert summary["counts"] == {"prompts": 3, "prompts_below_margin": 1, "without_scores": 1}
+    assert summary["counts"] == {"prompts": 2, "prompts_below_margin": 1}
     with pytest.raises(ConfigError, match="margin: 3 before, 1 now"):
-        make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=1)
+        make(tmp_path, few, SCORED, select="all_pairs", margin=1)
     assert rows(file) == found
 
 
@@ -148,14 +147,14 @@ HH = {
 }
 
 
-@pytest.mark.parametrize("records", [[PAIR | {"score_chosen": 9}, WITH_TOOLS], [HH, PLAIN]])
+@pytest.mark.parametrize("records", [[PAIR | {"score_chosen": 9}], [WITH_TOOLS], [HH], [PLAIN]])
 def test_no_field_of_a_record_is_lost(tmp_path: Path, records: list[Any]) -> None:
     file, _ = make(tmp_path, *records)
     whole = [list(read_records(str(path))) for path in (tmp_path / "records.jsonl", file)]
     for before, after in zip(*whole, strict=True):
         assert isinstance(before, PreferenceRecord)
         assert isinstance(after, PreferenceRecord)
-        assert replace(after, origin=before.origin) == before
+        assert replace(after, origin=before.origin, unread=before.unread) == before
 
 
 def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Completion:

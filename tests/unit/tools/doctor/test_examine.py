@@ -104,10 +104,12 @@ WEATHER = {
 
 def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
     pairs = clean_pairs(10 + 2 * len(PLANTED))
+    for pair in pairs:
+        pair.update(score_chosen=4.0, score_rejected=3.0)
     for number, plant in enumerate(PLANTED.values()):
         plant(pairs[2 * number])
         plant(pairs[2 * number + 1])
-    report = examined(tmp_path, pairs)
+    report = examined(tmp_path, pairs, config={"text_as_messages": False})
     for name in PLANTED:
         rule = RULE_BY_KIND.get(name, name)
         [finding] = of_rule(report, rule)
@@ -245,7 +247,7 @@ def test_the_share_of_dropped_records_is_one_of_all_that_were_read(
 
 
 def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
-    opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
+    opposite = {"prompt": "Name a colour.", "responses": ["Grey.", "Blue."], "scores": [2, 1]}
     for added, count in (([], 0), (["Grey."], 2)):
         responses = ["Red it is.", "Blue.", "RED it is.", *added]
         scores = list(range(len(responses), 0, -1))
@@ -377,13 +379,13 @@ def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]
 
 def test_data_with_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
     good = write_pairs(tmp_path / "good.jsonl", 5)
-    bad = jsonl(tmp_path, *[{"unknown": 1}] * 3, TEXT)
+    bad = jsonl(tmp_path, *[TEXT | {"chosen": ""}] * 3, TEXT)
     datasets, [refusal] = prepared(run_of(tmp_path, good, bad), model)
     assert (datasets, type(refusal)) == ([[5], [1]], DataError)
     assert refusal.message == "3 of 4 records cannot be used"
     datasets, [refusal] = prepared(run_of(tmp_path, bad, on_bad_record=OnBadRecord.error), model)
     assert (datasets, refusal.where) == ([[1]], f"{bad}:1")
-    datasets, [_] = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
+    datasets, [_] = prepared(run_of(tmp_path, jsonl(tmp_path, TEXT | {"chosen": ""})), model)
     assert datasets == [[]]
 
 

@@ -29,8 +29,6 @@ def test_the_page_is_complete(tmp_path: Path) -> None:
         "chosen, 1 cut (by 20 tokens) tokens",
         "mean 7, largest 30; 25 %: 1, 50 %: 3, 95 %: 30",
         "first word 90 % 80 % to 95 % plain",
-        "4 of 10 pairs in the store",
-        "4 pairs, median 3; below 0 the reference prefers the rejected response",
         "plain:1 rule; dropped: plain prompt 9 not shown chosen plain plain plain plain",
         "data.max_prompt_length null",
         "doctor.texts true",
