@@ -163,6 +163,11 @@ def _composed(root: str, words: tuple[str, ...], folders: tuple[Path, ...], _: _
     return config, tuple(every)
 
 
+def _quoted(name: str) -> str:
+    """Return a name between quotes for Hydra's grammar: it may be a number, or have other letters and =."""
+    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 class Composition:
     """A command's configuration: what Hydra composes, the layers above it, and the mistakes in both."""
 
@@ -271,7 +276,7 @@ class Composition:
         chosen = dict[str, str]()
         for layer in self._layers:
             chosen |= layer.presets
-        words = [f"+{group}=[{','.join(names)}]" for group, names in self._further.items()]
+        words = [f"+{group}=[{','.join(map(_quoted, names))}]" for group, names in self._further.items()]
         words += [f"{group}={name}" for group, name in chosen.items()]
         config = cast(DictConfig, OmegaConf.merge(defaults, self._composed(_RUN, words)))
         for layer in self._layers:

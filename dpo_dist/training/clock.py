@@ -13,7 +13,6 @@ Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkp
 PHASES: tuple[Phase, ...] = get_args(Phase)  # of a step, with the key `time/<phase>` in a metrics row
 
 Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
-WORKS: tuple[Work, ...] = get_args(Work)  # of a run, with the key `work.seconds.<work>` in summary.json
 
 
 class StepClock:

@@ -6,7 +6,7 @@ EXTENSION = Extension(
     verbs={
         "chat": Verb(
             "dpo_dist.tools.chat",
-            "talk to a model in the terminal, also beside its base",
+            "talk to a model in the terminal",
             is_configured=False,
             is_one_process=True,
         ),

@@ -91,7 +91,7 @@ def load_points(
     refused = dict[tuple[str, ...], ConfigError]()
     point_of_run = dict[str | None, tuple[str, ...]]()
     for choice in product(*choices):
-        point = tuple(word for word in choice if word not in words)
+        point = tuple(each for each, word in zip(choice, words, strict=True) if word in dimensions)
         try:
             config = load_command(command(choice), "sweep")
         except ConfigError as error:

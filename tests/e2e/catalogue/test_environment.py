@@ -12,8 +12,6 @@ from tests.e2e.catalogue.conftest import Check
 
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 LOCAL = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-LAUNCHER = "environment: accelerate launch"
-
 # fmt: off
 CASES = [
     *(

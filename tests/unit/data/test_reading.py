@@ -308,9 +308,6 @@ def test_a_call_that_no_format_reads_is_not_dropped_from_its_turn(turn: dict[str
     assert (found.reason, len(found.unread)) == ("unread_content", 1)
 
 
-TEXTS_OF_DETAILS = [{"type": "reasoning.text", "text": "Look "}, {"type": "reasoning.text", "text": "up."}]
-
-
 @pytest.mark.parametrize("name", ["input_schema", "inputSchema"])
 def test_a_schema_of_another_name_becomes_the_parameters_of_a_tool(name: str) -> None:
     tool = {"name": "weather", "parameters": None, name: {"type": "object"}}
