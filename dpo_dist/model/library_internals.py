@@ -224,6 +224,11 @@ def attention_name(causal_lm: Any) -> str:
     return str(causal_lm.config._attn_implementation)
 
 
+def attention_function(causal_lm: Any) -> Any:
+    """Return the attention function that a model calls; None for the one of its own file."""
+    return ALL_ATTENTION_FUNCTIONS.get(attention_name(causal_lm))
+
+
 def plain_attention(causal_lm: Any) -> str:
     """Return the name of the attention function that a model has without third-party kernels."""
     return "sdpa" if causal_lm._supports_sdpa else "eager"
@@ -485,10 +490,15 @@ def set_adapter_state(layer: Any, state: AdapterState) -> None:
     layer._active_adapter, layer._disable_adapters = state
 
 
+def switches_adapters(layer: Any) -> bool:
+    """Return whether a layer computes with adapters, or without them."""
+    return hasattr(layer, "_disable_adapters")
+
+
 def adapters_in_use(causal_lm: nn.Module) -> frozenset[str] | None:
     """Return the adapters by which a model computes, none if they are off; None: it has no adapter."""
     for module in causal_lm.modules():
-        if hasattr(module, "_disable_adapters"):
+        if switches_adapters(module):
             names, is_off = adapter_state(module)
             if is_off:
                 return frozenset()

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_modules
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_dist.model.library_internals import attention_name
+from dpo_dist.model.library_internals import attention_function
 
 _LIBRARIES = {"accelerate", "deepspeed", "dpo_dist", "peft", "torch", "transformers", "trl"}
 """Packages whose forwards and hooks of layers compute what transformers does."""
@@ -35,7 +34,7 @@ def others_layers(model: nn.Module) -> list[str]:
     kinds = {type(layer) for layer in model.modules()}
     of_kinds = {_top_level(kind.__module__) for kind in kinds}
     functions: list[Any] = [part for kind in kinds for part in (kind.forward, kind.__call__)]
-    functions.append(ALL_ATTENTION_FUNCTIONS.get(attention_name(model)))
+    functions.append(attention_function(model))
     # Also what a script has put on a layer, or in place of a function that the layers' modules call.
     holders = [*model.modules(), *(sys.modules[kind.__module__] for kind in kinds)]
     functions += [value for holder in holders for value in vars(holder).values()]

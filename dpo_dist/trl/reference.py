@@ -28,6 +28,7 @@ from dpo_dist.foundation.files import text_digest
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.flops import visited_experts
+from dpo_dist.model.library_internals import switches_adapters
 from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
@@ -185,7 +186,7 @@ class KeptReference:
             if self._is_other(path):
                 continue
             values = vars(layer)
-            if hasattr(layer, "_disable_adapters"):
+            if switches_adapters(layer):
                 by_adapter = {name: value for name, value in values.items() if isinstance(value, dict)}
                 values = {name: [of.get(key) for key in adapters] for name, of in by_adapter.items()}
             for name, value in values.items():

@@ -186,9 +186,10 @@ class DataSource:
         """Return about how many records the source has; 0: unknown, as at a URL."""
         return min(expected_records(self.files() or ()), self.config.limit or sys.maxsize)
 
-    def check(self, data: DataConfig | None = None) -> None:
+    def check(self, data: DataConfig | None = None, *, of_prompts: bool = False) -> None:
         """Check the source's keys and the columns of its first records; with `data`, that some are usable.
 
+        `of_prompts`: records need no responses.
         With `data.on_bad_record=error` every record that is read must be usable. Sends no request. Raises
         DataError or ConfigError.
         """
@@ -200,7 +201,7 @@ class DataSource:
             return
         counts = DataCounts()
         # Sorted data can begin with many records without a response.
-        for record in self.records():
+        for record in self.prompts() if of_prompts else self.records():
             if isinstance(record, BadRecord) and data is not None:
                 record.check_may_be_dropped(data)
             counts.add(record)

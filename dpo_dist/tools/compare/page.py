@@ -12,15 +12,15 @@ from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
 from dpo_dist.tools.pages.blocks import (
-    Block,
     Chart,
     Heading,
     Interval,
     Line,
+    PageBlock,
     Table,
     Text,
-    section,
-    with_interval,
+    above_interval,
+    titled_section,
 )
 from dpo_dist.tools.pages.render import page
 
@@ -68,7 +68,7 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
     models = pluralize(len(results["models"]), "model")
     judge = "no judge" if results["judge"] is None else f"judge: {results['judge']}"
     rows = sorted(files.read_lines(folder.comparison_answers), key=_difference, reverse=True)
-    blocks: list[Block] = [
+    blocks: list[PageBlock] = [
         Text(f"{models}, {pluralize(results['prompts'], 'prompt')}, {judge}."),
         Text("", "good", " ".join(headline(results))),
         Heading("Models"),
@@ -76,7 +76,7 @@ def write_comparison_page(folder: ComparisonFolder, results: _Row) -> None:
         Text(_MODELS.format(base=base), "note"),
         *(Text(sentence) for sentence in _biases(results["sampling"])),
         *_kl_and_quality(results),
-        *section("Differences", _differences(results, rates)),
+        *titled_section("Differences", _differences(results, rates)),
         Heading("Responses"),
         Text(_RESPONSES.format(base=base), "note"),
     ]
@@ -117,7 +117,7 @@ def _cell(metric: str, value: float | None, ends: Interval, form: str = ".3g") -
     scale = 1 if metric in _NO_SHARES else 100
     unit = "" if scale == 1 else " %"
     text = f"{scale * value:{form}}{unit}"
-    return with_interval(text, *(f"{scale * end:{form}}" for end in ends)) if ends else text
+    return above_interval(text, *(f"{scale * end:{form}}" for end in ends)) if ends else text
 
 
 def _biases(sampling: _Row) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _biases(sampling: _Row) -> Iterator[str]:
         )
 
 
-def _kl_and_quality(results: _Row) -> list[Block]:
+def _kl_and_quality(results: _Row) -> list[PageBlock]:
     """Return the chart of quality against KL; the base, whose KL is 0, is a horizontal line."""
     base = results["base"]
     measure, qualities = _qualities(results)
@@ -277,7 +277,7 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     return f"win rate over {base}", rates
 
 
-def _differences(results: _Row, rates: Rates) -> list[Block]:
+def _differences(results: _Row, rates: Rates) -> list[PageBlock]:
     """Return the table of win rates and differences between every two models, and what it is of."""
     by_pair = {(row["first"], row["second"]): row for row in results["differences"]}
     pairs = combinations((model["name"] for model in results["models"]), 2)
@@ -296,7 +296,7 @@ def _differences(results: _Row, rates: Rates) -> list[Block]:
     titles = ["models", *(["win rate"] if rates else []), *map(_title, metrics)]
     if len(titles) == 1 or not rows:
         return []
-    blocks: list[Block] = [Table(titles, rows), Text(_DIFFERENCES, "note")]
+    blocks: list[PageBlock] = [Table(titles, rows), Text(_DIFFERENCES, "note")]
     if results["judge"] is not None:
         sentence = "The judge gave every response a score, and the higher score wins."
         if results["judge_compares"]:

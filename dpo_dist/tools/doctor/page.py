@@ -15,7 +15,7 @@ from dpo_dist.tools.doctor.examine import Diagnosis
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Finding, Level, finding_block
-from dpo_dist.tools.pages.blocks import Block, Heading, Table, Text, section
+from dpo_dist.tools.pages.blocks import Heading, PageBlock, Table, Text, titled_section
 from dpo_dist.tools.pages.charts import histogram
 from dpo_dist.tools.pages.render import page
 
@@ -59,7 +59,7 @@ def write_doctor_page(
     settings.append(["versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"])
     read = sum(source["read"] for source in diagnosis.sources)
     kept = sum(source["kept"] for source in diagnosis.sources)
-    blocks: list[Block] = [Text(f"{number(kept)} of {pluralize(read, 'record')} can be used.")]
+    blocks: list[PageBlock] = [Text(f"{number(kept)} of {pluralize(read, 'record')} can be used.")]
     if not diagnosis.model:
         blocks.append(Text(_NO_MODEL))
     findings = [finding_block(asdict(finding)) for finding in diagnosis.findings]
@@ -68,15 +68,15 @@ def write_doctor_page(
     for source in diagnosis.sources:
         blocks += _source(source, data.max_length)
     if diagnosis.shown:
-        texts: list[Block] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
-        blocks += section("Examples of findings, decoded", texts)
+        texts: list[PageBlock] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
+        blocks += titled_section("Examples of findings, decoded", texts)
     blocks += [Heading("Settings"), Table([], settings, "facts")]
     badges = counts_by_level(diagnosis.findings) or [("good", "no findings")]
     html = page(f"Data doctor: {folder.path.resolve().name}", blocks, badges)
     files.write_text(folder.doctor_page, html)
 
 
-def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[Block]:
+def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[PageBlock]:
     """Yield what was found in a source."""
     kept = f"{number(source['kept'])} of {pluralize(source['read'], 'record')} kept"
     yield Text(without_secrets(source["path"]), title=f"{source['label']}: {kept}")

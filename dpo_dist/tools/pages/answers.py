@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from dpo_dist.foundation.text import number, percent, pluralize
-from dpo_dist.tools.pages.blocks import Answers, Block, Piece, Text
+from dpo_dist.tools.pages.blocks import Answers, PageBlock, Piece, Text
 from dpo_dist.tools.pages.thumbnails import ThumbnailRoom
 from dpo_dist.tools.text_facts import WORD
 
@@ -24,12 +24,12 @@ _TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end
 _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
-def answer_blocks(prompts: Iterable[tuple[AnswersRow, str]], room: int) -> list[Block]:
+def answer_blocks(prompts: Iterable[tuple[AnswersRow, str]], room: int) -> list[PageBlock]:
     """Return prompts while their texts fit into `room` characters, and a sentence about those left out.
 
     A row of answers comes with its labels, which are shown after its title. Thumbnails have their own room.
     """
-    blocks: list[Block] = []
+    blocks: list[PageBlock] = []
     images = ThumbnailRoom()
     waiting = iter(prompts)
     for row, labels in waiting:

@@ -16,7 +16,7 @@ FloatArray = NDArray[np.float64]
 Interval = Sequence[float] | None
 Piece = tuple[str, str]
 """A part of a text, and its CSS classes: some of "different special trained cut omitted role"."""
-Role = Literal["line", "light", "mean", "evaluation", "spike", "noise", "point", "bar"]
+LineRole = Literal["line", "light", "mean", "evaluation", "spike", "noise", "point", "bar"]
 """What a line of a chart is: "light" are the values behind their mean, "noise" is a dashed level."""
 
 COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
@@ -72,7 +72,7 @@ class Line:
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
-    role: Role = "line"
+    role: LineRole = "line"
     ends: Sequence[Interval] = ()
 
     @property
@@ -191,15 +191,15 @@ class Choices(NamedTuple):
     field: str = ""
 
 
-Block: TypeAlias = Heading | Text | Table | Chart | Answers | Folded | Choices
+PageBlock: TypeAlias = Heading | Text | Table | Chart | Answers | Folded | Choices
 
 
-def section(title: str, blocks: Iterable[Block]) -> list[Block]:
+def titled_section(title: str, blocks: Iterable[PageBlock]) -> list[PageBlock]:
     """Return a heading and its blocks; nothing without a block."""
     blocks = list(blocks)
     return [Heading(title), *blocks] if blocks else []
 
 
-def with_interval(value: str, low: str, high: str) -> str:
+def above_interval(value: str, low: str, high: str) -> str:
     """Return a cell: a value, and below it its interval."""
     return f"{value}\n[{low}, {high}]"

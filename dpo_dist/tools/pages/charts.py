@@ -14,7 +14,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
 from dpo_dist.kit import ACCURACIES, AUC, CUSTOM, METRICS, PREFIX, find_metric
-from dpo_dist.tools.pages.blocks import COLORS, Chart, FloatArray, Line, Role
+from dpo_dist.tools.pages.blocks import COLORS, Chart, FloatArray, Line, LineRole
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -174,7 +174,7 @@ def histogram(
     return Chart(title, [bars], unit, f"{unit} from", ticks=ticks, limit=limit, note=note)
 
 
-_STYLES: Mapping[Role, Mapping[str, Any]] = {
+_STYLES: Mapping[LineRole, Mapping[str, Any]] = {
     "light": {"linewidth": 1.2, "alpha": 0.5},
     "mean": {"linewidth": 2.0},
     "evaluation": {"linewidth": 0.9, "linestyle": "--", "marker": "o", "markerfacecolor": "white"},

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml
 from dpo_dist.foundation.types import dotted_items
-from dpo_dist.tools.pages.blocks import Block, Chart, Choices, Folded, Heading
+from dpo_dist.tools.pages.blocks import Chart, Choices, Folded, Heading, PageBlock
 
 _FOLDER = Path(__file__).parent
 _UPLOT = _FOLDER / "uplot"
@@ -51,7 +51,7 @@ def _coded(text: object) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(text))))  # noqa: S704  (inert before)
 
 
-def _html(block: Block) -> Markup:
+def _html(block: PageBlock) -> Markup:
     """Return the HTML of a block, by the macro with the name of its class."""
     html: Markup = getattr(_BLOCKS, type(block).__name__.lower())(block)
     return html
@@ -80,7 +80,7 @@ _PAGE = _ENVIRONMENT.get_template("page.jinja")
 
 
 def page(
-    title: str, blocks: Sequence[Block], badges: Sequence[tuple[str, str]] = (), *, reloads: bool = False
+    title: str, blocks: Sequence[PageBlock], badges: Sequence[tuple[str, str]] = (), *, reloads: bool = False
 ) -> str:
     """Return a page that loads nothing; its content security policy allows only its own style and scripts.
 
@@ -108,7 +108,7 @@ def page(
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def _unfolded(blocks: Sequence[Block]) -> Iterator[Block]:
+def _unfolded(blocks: Sequence[PageBlock]) -> Iterator[PageBlock]:
     for block in blocks:
         yield block
         if isinstance(block, Folded):

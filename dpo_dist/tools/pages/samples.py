@@ -11,7 +11,7 @@ from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import number, pluralize
 from dpo_dist.kit import RunFolder
 from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
-from dpo_dist.tools.pages.blocks import Block, Text, section
+from dpo_dist.tools.pages.blocks import PageBlock, Text, titled_section
 from dpo_dist.tools.text_facts import text_facts
 
 REPEATED = 0.5
@@ -53,7 +53,7 @@ def choose(rows: Sequence[AnswersRow]) -> list[tuple[AnswersRow, str]]:
     return [*choice, *((row, "chosen at random") for row in sample)]
 
 
-def samples_section(folder: RunFolder) -> list[Block]:
+def samples_section(folder: RunFolder) -> list[PageBlock]:
     """Return a page's section about a run's samples; empty without samples.
 
     It has responses of the reference, and of the policy at the last, the previous and the first evaluation.
@@ -86,7 +86,7 @@ def samples_section(folder: RunFolder) -> list[Block]:
         Text(f"{where}; all are in samples/{files[steps[0]].name}."),
         Text(f"Below: the responses with most faults, and some at random. {CAUTION}", "note"),
     ]
-    return section("Samples", [*blocks, *answer_blocks(prompts, _SECTION_CHARACTERS)])
+    return titled_section("Samples", [*blocks, *answer_blocks(prompts, _SECTION_CHARACTERS)])
 
 
 def _files(folder: RunFolder) -> dict[int, Path]:
@@ -99,7 +99,7 @@ def _files(folder: RunFolder) -> dict[int, Path]:
     return dict(sorted(files.items(), reverse=True))
 
 
-def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Block]:
+def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[PageBlock]:
     """Return the section of prompts that several runs share, with each run's response after its last step."""
     responses_of_prompts = defaultdict[str, dict[str, AnswersRow]](dict)
     last: dict[str, AnswersRow] = {}
@@ -116,10 +116,10 @@ def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Block]:
     if not prompts:
         return []
     note = Text(f"Responses of the runs to the same held-out prompts. {CAUTION}", "note")
-    return section("Samples", [note, *answer_blocks(prompts[:_MOST_SHOWN], _SECTION_CHARACTERS)])
+    return titled_section("Samples", [note, *answer_blocks(prompts[:_MOST_SHOWN], _SECTION_CHARACTERS)])
 
 
-def worst_pairs(file: Path) -> list[Block]:
+def worst_pairs(file: Path) -> list[PageBlock]:
     """Return the pairs in an evaluation's file of worst pairs."""
     prompts = []
     for row in read_lines(file):

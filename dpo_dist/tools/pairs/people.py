@@ -28,7 +28,7 @@ from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.tools.pages.blocks import Answers, Block, Choices, Piece, Text
+from dpo_dist.tools.pages.blocks import Answers, Choices, PageBlock, Piece, Text
 from dpo_dist.tools.pages.render import page
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.pairs.files import (
@@ -173,7 +173,7 @@ class Labelling:
         items = [key for key in self.items if key not in closed]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
 
-    def shown(self, annotator: str, item: str) -> tuple[str, list[Block]]:
+    def shown(self, annotator: str, item: str) -> tuple[str, list[PageBlock]]:
         """Return the title and the blocks of the page of an annotator: the instructions, or an item."""
         if not annotator:
             start = Choices([("start", "Start", "")], {}, "annotator")

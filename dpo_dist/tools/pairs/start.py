@@ -128,4 +128,4 @@ def check_pairs(config: RunConfig) -> None:
             local_model_folder(name, None, key, accepts_adapter=True)
     check_function(pairs)
     for source in config.data.train:
-        DataSource(source).check()
+        DataSource(source).check(of_prompts=pairs.method is not PairsMethod.scores)

@@ -27,15 +27,15 @@ from dpo_dist.kit import (
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Level, finding_block
 from dpo_dist.tools.pages.blocks import (
-    Block,
     Chart,
     Folded,
     Heading,
     Interval,
+    PageBlock,
     Table,
     Text,
-    section,
-    with_interval,
+    above_interval,
+    titled_section,
 )
 from dpo_dist.tools.pages.charts import charts_of_run, distribution, histogram
 from dpo_dist.tools.pages.render import flat, page
@@ -166,16 +166,16 @@ def write_page(
     is_running = "exit" not in facts.summary
     reference = describe_reference(facts.section("reference"))
     command = facts.environment.get("command")
-    blocks: list[Block] = [
+    blocks: list[PageBlock] = [
         *_verdict(facts, level),
         Table([], list(_tiles(facts)), "tiles"),
         *samples_section(folder),
         *_curves(charts_of_run(run.rows, run.noise(run.steps))),
         *_accuracy(facts, folder),
-        *section("Data", _data(facts, folder)),
+        *titled_section("Data", _data(facts, folder)),
         *_time(facts),
-        *section("Reference model", [Text(f"{reference}.")] if reference else []),
-        *section("Repeat this run", [Text(command, "code"), Text(_REPEAT, "note")] if command else []),
+        *titled_section("Reference model", [Text(f"{reference}.")] if reference else []),
+        *titled_section("Repeat this run", [Text(command, "code"), Text(_REPEAT, "note")] if command else []),
     ]
     for title, fields in (("Configuration", facts.config), ("Environment", facts.environment)):
         if fields:
@@ -202,7 +202,7 @@ def _level(facts: PageFacts) -> str:
     return str(Level.warning) if stored["findings"] else "good"
 
 
-def _verdict(facts: PageFacts, level: str) -> Iterator[Block]:
+def _verdict(facts: PageFacts, level: str) -> Iterator[PageBlock]:
     """Yield the verdict with its findings, or how far a run in training has come."""
     stored: Fields = facts.summary.get("verdict") or {}
     last_step = last(facts.run.rows, "step")
@@ -228,18 +228,18 @@ def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def _curves(charts: Sequence[Chart]) -> list[Block]:
-    return section("Curves", [Text(_CURVES, "note"), *charts] if charts else [])
+def _curves(charts: Sequence[Chart]) -> list[PageBlock]:
+    return titled_section("Curves", [Text(_CURVES, "note"), *charts] if charts else [])
 
 
-def _accuracy(facts: PageFacts, folder: RunFolder) -> list[Block]:
+def _accuracy(facts: PageFacts, folder: RunFolder) -> list[PageBlock]:
     """Return the section on accuracy and margin, by source, with their histogram and the worst pairs."""
     table = _by_source(facts)
     if table is None:
         return []
     unit = facts.run.unit
     note = _OF_PAIRS if unit == "pair" else _OF_RECORDS
-    blocks: list[Block] = [table, Text(f"{note} {_REWARD}", "note"), *_margins(facts, folder)]
+    blocks: list[PageBlock] = [table, Text(f"{note} {_REWARD}", "note"), *_margins(facts, folder)]
     worst = worst_pairs(folder.last_evaluation.worst) if facts.evaluation else []
     if worst:
         title = "Evaluation pairs with the lowest margins"
@@ -247,10 +247,10 @@ def _accuracy(facts: PageFacts, folder: RunFolder) -> list[Block]:
             title = "Good responses with the lowest rewards, and bad ones with the highest"
         caution = f"{CAUTION} Some of these {unit}s may be labelled wrongly."
         blocks.append(Folded(title, [Text(caution, "note"), *worst]))
-    return section(f"{_capital(facts.run.accuracy_title)} and margin", blocks)
+    return titled_section(f"{_capital(facts.run.accuracy_title)} and margin", blocks)
 
 
-def _data(facts: PageFacts, folder: RunFolder) -> Iterator[Block]:
+def _data(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
     """Yield the counts of the data, and the doctor's findings about them."""
     unit = facts.run.unit
     parts = {"train": "Training data", "eval": "Evaluation data"}
@@ -259,8 +259,8 @@ def _data(facts: PageFacts, folder: RunFolder) -> Iterator[Block]:
         yield from _records(title, counts, unit)
     if not counted:
         return
-    notes = list[Block]()
-    findings = list[Block]()
+    notes = list[PageBlock]()
+    findings = list[PageBlock]()
     for found in facts.run.data_findings:
         (notes if found["level"] == Level.note else findings).append(finding_block(found))
     if findings or notes:
@@ -272,13 +272,15 @@ def _data(facts: PageFacts, folder: RunFolder) -> Iterator[Block]:
         yield Text(_NOT_EXAMINED, "note")
 
 
-def _time(facts: PageFacts) -> list[Block]:
+def _time(facts: PageFacts) -> list[PageBlock]:
     seconds = facts.section("work").get("seconds", {})
     rows = []
     for work, name in _WORK_NAMES.items():
         if seconds.get(work, 0.0) > 0:
             rows.append([name, duration(seconds[work]), percent(seconds[work] / sum(seconds.values()))])
-    return section("Time", [Table(["work", "time", "share"], rows), Text(_TIME, "note")] if rows else [])
+    return titled_section(
+        "Time", [Table(["work", "time", "share"], rows), Text(_TIME, "note")] if rows else []
+    )
 
 
 def _about(facts: PageFacts) -> Iterator[str]:
@@ -388,7 +390,7 @@ def _by_source(facts: PageFacts) -> Table | None:
 def _cell(value: float | None, ends: Interval) -> str:
     if value is None:
         return ""
-    return with_interval(number(value), number(ends[0], 3), number(ends[1], 3)) if ends else number(value)
+    return above_interval(number(value), number(ends[0], 3), number(ends[1], 3)) if ends else number(value)
 
 
 def _margins(facts: PageFacts, folder: RunFolder) -> Iterator[Chart]:
@@ -411,7 +413,7 @@ def _margins(facts: PageFacts, folder: RunFolder) -> Iterator[Chart]:
     yield histogram("Margins of the evaluation pairs", distribution(margins, edges), "margin", 0.0, note)
 
 
-def _records(title: str, counts: Fields, unit: str) -> Iterator[Block]:
+def _records(title: str, counts: Fields, unit: str) -> Iterator[PageBlock]:
     """Yield a dataset's numbers of read, kept, dropped and changed records."""
     read = counts["read"]
     kept = counts["kept"]

@@ -28,7 +28,16 @@ from dpo_dist.kit import (
     results_name,
 )
 from dpo_dist.tools.pages import render
-from dpo_dist.tools.pages.blocks import Block, Chart, Folded, Heading, Table, Text, section, with_interval
+from dpo_dist.tools.pages.blocks import (
+    Chart,
+    Folded,
+    Heading,
+    PageBlock,
+    Table,
+    Text,
+    above_interval,
+    titled_section,
+)
 from dpo_dist.tools.pages.charts import Curves, charts_of_runs
 from dpo_dist.tools.pages.samples import samples_side_by_side
 from dpo_dist.tools.report.facts import values
@@ -108,8 +117,8 @@ def compare_runs(
     sentence = "All settings of the training are equal."
     if settings:
         sentence = "These settings differ; all other recorded settings are equal."
-    blocks: list[Block] = [
-        *section("Sweep", charts),
+    blocks: list[PageBlock] = [
+        *titled_section("Sweep", charts),
         Heading("Results"),
         *(Text(warning, "warning") for warning in warnings),
         *reversed(tables),
@@ -150,7 +159,7 @@ def _not_comparable(facts: Sequence[PageFacts]) -> dict[str, tuple[str, ...]]:
     return warnings
 
 
-def _curves(facts: Sequence[PageFacts], groups: Sequence[str], kinds: Sequence[str]) -> list[Block]:
+def _curves(facts: Sequence[PageFacts], groups: Sequence[str], kinds: Sequence[str]) -> list[PageBlock]:
     """Return the section of curves, over pairs seen in place of steps, because batch sizes may differ."""
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
@@ -161,7 +170,7 @@ def _curves(facts: Sequence[PageFacts], groups: Sequence[str], kinds: Sequence[s
         rows = [{**row, "step": min(row["step"] * batch, most)} for row in each.run.rows]
         curves.append(Curves(group, kind, rows))
     charts = charts_of_runs(curves, unit, LOSS_METRICS if len(set(kinds)) > 1 else ())
-    return section("Curves", [Text(_CURVES, "note"), *charts] if charts else [])
+    return titled_section("Curves", [Text(_CURVES, "note"), *charts] if charts else [])
 
 
 def _settings(labels: Sequence[str], settings: Mapping[str, Sequence[str]]) -> Table:
@@ -269,7 +278,7 @@ class _Results:
             if row[key] == best:
                 cell += "*"
             ends = intervals.get(key)
-            cells.append(with_interval(cell, *map(form, ends)) if ends else cell)
+            cells.append(above_interval(cell, *map(form, ends)) if ends else cell)
         return cells
 
     def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> Table:

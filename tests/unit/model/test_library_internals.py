@@ -58,6 +58,7 @@ from dpo_dist.model.library_internals import (
     set_adapter_state,
     sharded_by,
     shards_loading,
+    switches_adapters,
     takes_kernel,
     text_attention,
     transposed_by,
@@ -254,6 +255,7 @@ def test_an_adapter_is_switched_without_a_change_of_what_is_trained() -> None:
     assert model.active_adapters() == ["own"], "transformers asks whether the model has an adapter"
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     trained = [weight.requires_grad for weight in model.parameters()]
+    assert all(map(switches_adapters, layers))
     assert [adapter_state(layer) for layer in layers] == [(["own"], False)] * len(layers)
     adapted = logits()
     assert not torch.equal(adapted, base)

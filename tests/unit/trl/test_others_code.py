@@ -7,6 +7,7 @@ import pytest
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2 import modeling_qwen2
 
+from dpo_dist.model.library_internals import attention_function
 from dpo_dist.trl.others_code import foreign_code
 from tests.support.families import FAMILIES, tiny_family
 
@@ -17,6 +18,7 @@ def own(*arguments: Any, **options: Any) -> Any:
 
 def attention(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation, own)
+    assert attention_function(model) is own
 
 
 def activation(model: Any, _patch: pytest.MonkeyPatch) -> None:
