@@ -10,7 +10,7 @@ from dpo_dist.data.read.expressions import Expression, ExpressionError
 from dpo_dist.data.records import UnusableRecordError
 
 RECORD: dict[str, Any] = {
-    **{"t": "hello", "n": 3, "f": 0.5, "yes": True, "none_": None, "five": "5", "secret": "my password"},
+    **{"t": "hello", "n": 3, "f": 0.5, "yes": True, "none_": None, "five": "5", "secret": "my password", "minus": -1},
     "l": [1, 2, 3],
     "d": {"items": "I", "keys": "K", "x": {"y": 1}, "get": None},
     "m": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "best": True}],
@@ -47,6 +47,12 @@ MEANINGS = {
     "m[0]['role']": "user",
     "l[1:]": [2, 3],
     "t[:2]": "he",
+    "t[-2:]": "lo",
+    "l[:-1]": [1, 2],
+    "l[n - 1]": 3,
+    "{-1: 'worse', 1: 'better'}[-1]": "worse",
+    "{-1: 'worse', 1: 'better'}[minus]": "worse",
+    "{0: 'x', '0': 'y'}[0]": "x",
     "m[:-1] + [m[1]]": RECORD["m"],
     "n + 1 - f": 3.5,
     "n / 2": 1.5,
@@ -101,6 +107,18 @@ NO_VALUE = {
     "{1: 'one', 2: 'two'}[five]": "nothing for the text 5",
     "{1: 'one'}[yes]": "nothing for True",
     "l[yes]": "nothing for True",
+    "t[0]": "nothing for the number 0",
+    "t[-1]": "nothing for the number -1",
+    "[t]|map(attribute='0')": "nothing for the number 0",
+    "l[2 - n]": "a place that is computed is negative",
+    "l[minus]": "a place that is computed is negative",
+    "l[-n]": "a place that is computed is negative",
+    "l[minus:]": "a place that is computed is negative",
+    "t[:2 - n]": "a place that is computed is negative",
+    "l[:none_]": "no number",
+    "l[yes:]": "no number",
+    "n[0:]": "nothing for ",
+    "{t: 1, d.items: 2, 'I': 3}[t]": "a key twice",
     "five == 5": "COLUMN|number",
     "five in [5]": "COLUMN|number",
     "five > 4": "COLUMN|number",
@@ -157,6 +175,7 @@ HOSTILE = [
         "loop()",
     ),
     *("caller()", "super()", "(t)(t)", "[x for x in l]", "lambda: 1", "t;t", "t = 1", "t := 1", "import os"),
+    *("9" * 5000, "{'A': t, 'A': five}['A']", "{1: t, true: five}[1]", "{t: 1, n: 2, t: 3}[t]"),
     *("(" * 3000 + "t" + ")" * 3000, "not " * 5000 + "yes", "[" * 3000),
 ]
 
