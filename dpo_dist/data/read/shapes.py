@@ -233,7 +233,9 @@ def _fits(
     shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
 ) -> bool:
     own = set(shape["columns"])
-    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or not own <= columns.keys():
+    # A column without a value in any of them is none: a table has it for other records.
+    filled = {column for column in own if any(row.get(column) is not None for row in rows)}
+    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or own - filled:
         return False
     if shape.get("alone") and columns.keys() - own - _columns_of(text for _, text in _BESIDE):
         return False  # one of the others may be the prompt
