@@ -150,9 +150,13 @@ def _item(value: Any, key: Any) -> Any:
     elif isinstance(key, slice):
         if isinstance(value, list | str):
             return value[key]
-    elif isinstance(value, list) and isinstance(key, int) and not isinstance(key, bool):
-        if -len(value) <= key < len(value):
-            return value[key]
+    elif (
+        isinstance(value, list)
+        and isinstance(key, int)
+        and not isinstance(key, bool)
+        and -len(value) <= key < len(value)
+    ):
+        return value[key]
     kind = {str: "the text ", int: "the number ", float: "the number "}.get(type(key), "")
     raise ExpressionError(f"nothing for {kind}{shown_key(key)}")
 

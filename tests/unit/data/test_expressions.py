@@ -10,11 +10,12 @@ from dpo_dist.data.read.expressions import Expression, ExpressionError
 from dpo_dist.data.records import UnusableRecordError
 
 RECORD: dict[str, Any] = {
-    **{"t": "hello", "n": 3, "f": 0.5, "yes": True, "none_": None, "five": "5", "secret": "my password", "minus": -1},
+    **{"t": "hello", "n": 3, "f": 0.5, "yes": True, "none_": None, "five": "5", "secret": "my password"},
     "l": [1, 2, 3],
     "d": {"items": "I", "keys": "K", "x": {"y": 1}, "get": None},
     "m": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "best": True}],
     "a b": "spaced",
+    "minus": -1,
     "self": "a column",
     "json": '{"a": [1]}',
     "printed": "['x', 'y']",

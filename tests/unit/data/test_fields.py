@@ -200,7 +200,9 @@ def test_the_lines_of_an_error_read_the_source(tmp_path: Path, record: dict[str,
     assert all(isinstance(one, PreferenceRecord) for one in read_records(first))
 
 
-@pytest.mark.parametrize("name", ["label", "ranks", "best_first", "responses", "pair", "completion", "scores"])
+@pytest.mark.parametrize(
+    "name", ["label", "ranks", "best_first", "responses", "pair", "completion", "scores"]
+)
 def test_an_error_does_not_propose_to_read_another_order(tmp_path: Path, name: str) -> None:
     error = refusal(jsonl(tmp_path, *[TEXT | {name: ["bad", "good"], "margin": 1}] * 3), fields="pair")
     assert [source.fields for source in lines_of(error)] == ["pair"]
