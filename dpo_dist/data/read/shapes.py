@@ -292,6 +292,7 @@ def _of_first(source: SourceConfig, reading: Reading, rows: Sequence[Fields], fa
             remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}"
             read = {name: name for name in names if name in _READ_BESIDE}
             if read:
+                read |= {"form": reading.form} if reading.form else {}
                 remedy += f"; or read them: {_line(source, fields=fields | read)}"
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in rows]

@@ -210,6 +210,14 @@ def test_an_error_does_not_propose_to_read_another_order(tmp_path: Path, name: s
     assert [source.fields for source in lines_of(other)] == ["text"]
 
 
+def test_a_line_of_an_error_keeps_the_form_of_the_shape(tmp_path: Path) -> None:
+    dialogue = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+    _, other = lines_of(refusal(jsonl(tmp_path, *[dialogue | {"system": "Be kind."}] * 3)))
+    assert isinstance(other.fields, dict)
+    assert (other.fields["system"], other.fields["form"]) == ("system", "dialogue")
+    assert [turn.content for turn in good(other.path, fields=other.fields).prompt] == ["Be kind.", "q"]  # type: ignore[union-attr]
+
+
 def test_columns_that_nothing_reads_are_named_with_their_few_values(tmp_path: Path) -> None:
     rows = [TEXT | {"prompt": f"q {n}", "id": n, "outcome": ["chosen", "rejected"][n % 2]} for n in range(9)]
     path = jsonl(tmp_path, *rows)
