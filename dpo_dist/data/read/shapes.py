@@ -1,10 +1,10 @@
 """How a source is read: by its own `fields`, or by the known shape that its columns have."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +204,15 @@ def _recognised(
     source: SourceConfig, rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
 ) -> Reading:
     """Return the reading of the one known shape that fits."""
-    fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=False)]
-    if not fits and of_prompts:
-        fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=True)]
+    # A column of nulls counts only if no shape fits without: tables have them for other records.
+    filled = {name for name in columns if any(row.get(name) is not None for row in rows)}
+    fits = list[str]()
+    for is_prompts, counted in product((False, True)[: 1 + of_prompts], (filled, columns.keys())):
+        fits = fits or [
+            name
+            for name, shape in _SHAPES.items()
+            if _fits(shape, rows, columns, counted, of_prompts=is_prompts)
+        ]
     sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
     fits = [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
     readings = [_reading(name, source, columns) for name in fits]
@@ -230,12 +236,16 @@ def _recognised(
 
 
 def _fits(
-    shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
+    shape: Mapping[str, Any],
+    rows: Sequence[Fields],
+    columns: Mapping[str, None],
+    counted: Set[str],
+    *,
+    of_prompts: bool,
 ) -> bool:
+    """Return whether a shape fits records with these columns, of which it needs some that are counted."""
     own = set(shape["columns"])
-    # A column without a value in any of them is none: a table has it for other records.
-    filled = {column for column in own if any(row.get(column) is not None for row in rows)}
-    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or own - filled:
+    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or not own <= counted:
         return False
     if shape.get("alone") and columns.keys() - own - _columns_of(text for _, text in _BESIDE):
         return False  # one of the others may be the prompt
