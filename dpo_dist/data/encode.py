@@ -99,6 +99,7 @@ def encode_pair(
         "prompt_truncated": len(cut_prompt) < len(prompt),
         "response_truncated": any(truncated),
         "sides_exchanged": record.is_exchanged,
+        "scores_contradict": record.scores is not None and record.scores[0] < record.scores[-1],
         "partly_trained": bool(masks),
         "image_tag_in_text": has_tags,
     }

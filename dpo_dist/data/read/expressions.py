@@ -22,6 +22,7 @@ from dpo_dist.data.records import UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
 _ROW = "row"
+_TWICE = "a look-up has a key twice"
 _ENVIRONMENT = Environment()  # noqa: S701  (for its parser alone: nothing is rendered)
 
 
@@ -44,7 +45,7 @@ class Expression:
             if not parser.stream.eos:
                 raise ExpressionError("words after its end")
             every = [*_all_nodes(self._node)]
-        except (TemplateError, RecursionError) as fault:
+        except (TemplateError, RecursionError, ValueError) as fault:
             raise ExpressionError(str(fault).partition("\n")[0]) from fault
         for node in every:
             _check(node)
@@ -102,6 +103,10 @@ def _check(node: nodes.Node) -> None:
         raise ExpressionError("after row stands the name of a column: row['NAME']")
     if isinstance(node, nodes.CondExpr) and node.expr2 is None:
         raise ExpressionError("an if without else")
+    if isinstance(node, nodes.Dict):
+        keys = [pair.key for pair in node.items]
+        if any(key in keys[:place] for place, key in enumerate(keys)):
+            raise ExpressionError(_TWICE)
     if isinstance(node, nodes.Filter | nodes.Test):
         known: Mapping[str, Any] = _FILTERS if isinstance(node, nodes.Filter) else _TYPES
         if node.name not in known or node.dyn_args or node.dyn_kwargs:
@@ -135,15 +140,21 @@ def _arithmetic(node: Any, record: Fields) -> Any:
 
 
 def _item(value: Any, key: Any) -> Any:
-    """Return the item of an object, a list or a text; a flag is no key or place of a number."""
-    is_place = isinstance(key, slice) or (isinstance(key, int) and not isinstance(key, bool))
+    """Return the item of an object or a list, or a part of a text; a flag is no key or place of a number.
+
+    A place in a text has no value: a list is meant, where one record has a text.
+    """
     if isinstance(value, Mapping):
         if key in value and (not isinstance(key, bool) or any(key is each for each in value)):
             return value[key]
+    elif isinstance(key, slice):
+        if isinstance(value, list | str):
+            return value[key]
     elif (
-        isinstance(value, list | str)
-        and is_place
-        and (isinstance(key, slice) or -len(value) <= key < len(value))
+        isinstance(value, list)
+        and isinstance(key, int)
+        and not isinstance(key, bool)
+        and -len(value) <= key < len(value)
     ):
         return value[key]
     kind = {str: "the text ", int: "the number ", float: "the number "}.get(type(key), "")
@@ -153,9 +164,19 @@ def _item(value: Any, key: Any) -> Any:
 def _getitem(node: nodes.Getitem, record: Fields) -> Any:
     value = _value(node.node, record)
     if not isinstance(node.arg, nodes.Slice):
-        return _item(value, _value(node.arg, record))
+        is_key = isinstance(value, Mapping)
+        return _item(value, _value(node.arg, record) if is_key else _place(node.arg, record))
     ends = (node.arg.start, node.arg.stop, node.arg.step)
-    return _item(value, slice(*(end and _value(end, record) for end in ends)))
+    return _item(value, slice(*(end and _number(_place(end, record)) for end in ends)))
+
+
+def _place(node: nodes.Node, record: Fields) -> Any:
+    """Return a place in a list or a text; one that is computed does not count from the end."""
+    place = _value(node, record)
+    is_literal = isinstance(node, nodes.Neg) and isinstance(node.node, nodes.Const)
+    if isinstance(place, int | float) and place < 0 and not is_literal:
+        raise ExpressionError("a place that is computed is negative")
+    return place
 
 
 def _compare(node: nodes.Compare, record: Fields) -> bool:
@@ -257,12 +278,19 @@ def _list(node: Any, record: Fields) -> list[Any]:
     return [_value(item, record) for item in node.items]
 
 
+def _look_up(node: Any, record: Fields) -> dict[Any, Any]:
+    values = {_value(pair.key, record): _value(pair.value, record) for pair in node.items}
+    if len(values) < len(node.items):
+        raise ExpressionError(_TWICE)
+    return values
+
+
 _MEANINGS: dict[type[nodes.Node], Callable[[Any, Fields], Any]] = {
     nodes.Const: lambda node, _record: node.value,
     nodes.Name: lambda node, record: record.get(node.name),
     nodes.List: _list,
     nodes.Tuple: _list,
-    nodes.Dict: lambda node, record: {_value(p.key, record): _value(p.value, record) for p in node.items},
+    nodes.Dict: _look_up,
     nodes.Getitem: _getitem,
     nodes.And: lambda node, record: _flag(node.left, record) and _flag(node.right, record),
     nodes.Or: lambda node, record: _flag(node.left, record) or _flag(node.right, record),

@@ -54,8 +54,10 @@ def is_given(value: Any) -> bool:
     """Return whether a value has content: not null, blank, empty, or an object of nulls; a flag has."""
     if isinstance(value, str):
         return bool(value.strip())
-    if isinstance(value, list | tuple | Mapping):
-        return bool(without_nulls(value))
+    if isinstance(value, Mapping):
+        return any(item is not None for item in value.values())
+    if isinstance(value, list | tuple):
+        return bool(value)
     return value is not None
 
 

@@ -1,10 +1,10 @@
 """How a source is read: by its own `fields`, or by the known shape that its columns have."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ _SHORT = 20
 # Faults of a record that are those of its source, if all of the first records have one.
 _OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column"}
 _OF_SOURCE |= {"unknown_label"}
+_READ_BESIDE = ("system", "history", "tools", "images", "loss_weight", "soft_label", "margin", "keep")
+"""Fields that a column of the same name can be read as, whatever the responses are."""
+_ORDERS = {"scores", "ranks", "best_first"}
+_NEEDS = {
+    "label": {"completion"},
+    "scores": {"chosen", "pair", "responses"},
+    "ranks": {"responses"},
+    "best_first": {"responses"},
+}
+"""Fields that only one of others gives a meaning."""
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 _SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]
 _BESIDE = [(field, text) for field, texts in _TABLE["beside"].items() for text in texts]
@@ -116,14 +126,16 @@ def _own(source: SourceConfig, where: str) -> Reading:
     fields = {name: str(text) for name, text in given.items()}
     kinds = [kind for kind in RESPONSE_FIELDS if not fields.keys().isdisjoint(kind)]
     is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
-    if not is_one or not fields.keys() <= set(FIELDS) or form not in FORMS or not isinstance(keys, list):
+    is_read = fields.keys() <= set(FIELDS) and form in FORMS and isinstance(keys, list)
+    if not is_one or not is_read or not _is_ordered(fields):
         raise ConfigError(
             "fields do not say what the responses are, or have a name that nothing reads",
             where=where,
             got=as_written(source.fields),
             expected=f"one of {' | '.join(map(' and '.join, RESPONSE_FIELDS))}; "
             f"{', '.join(FIELDS)}; keys: [KEY]; "
-            f"form: {' | '.join(filter(None, FORMS))}",
+            f"form: {' | '.join(filter(None, FORMS))}; label with completion alone; "
+            "scores, ranks or best_first: true with responses; scores with a pair",
             remedy="write fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
         )
     for name, text in fields.items():
@@ -138,6 +150,13 @@ def _own(source: SourceConfig, where: str) -> Reading:
                 remedy="correct it; docs/data.md has the language",
             ) from fault
     return _with_ignored(Reading(fields, form), source, {"keys": keys})
+
+
+def _is_ordered(fields: Mapping[str, str]) -> bool:
+    """Return whether what says which response is better is read, and said once."""
+    is_used = all(not fields.keys().isdisjoint(needs) for name, needs in _NEEDS.items() if name in fields)
+    is_true = fields.get("best_first", "true").lower() == "true"
+    return is_used and is_true and len(_ORDERS & fields.keys()) <= 1
 
 
 def _with_ignored(reading: Reading, source: SourceConfig, shape: Mapping[str, Any]) -> Reading:
@@ -185,9 +204,15 @@ def _recognised(
     source: SourceConfig, rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
 ) -> Reading:
     """Return the reading of the one known shape that fits."""
-    fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=False)]
-    if not fits and of_prompts:
-        fits = [name for name in _SHAPES if _fits(_SHAPES[name], rows, columns, of_prompts=True)]
+    # A column of nulls counts only if no shape fits without: tables have them for other records.
+    filled = {name for name in columns if any(row.get(name) is not None for row in rows)}
+    fits = list[str]()
+    for is_prompts, counted in product((False, True)[: 1 + of_prompts], (filled, columns.keys())):
+        fits = fits or [
+            name
+            for name, shape in _SHAPES.items()
+            if _fits(shape, rows, columns, counted, of_prompts=is_prompts)
+        ]
     sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
     fits = [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
     readings = [_reading(name, source, columns) for name in fits]
@@ -211,10 +236,16 @@ def _recognised(
 
 
 def _fits(
-    shape: Mapping[str, Any], rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
+    shape: Mapping[str, Any],
+    rows: Sequence[Fields],
+    columns: Mapping[str, None],
+    counted: Set[str],
+    *,
+    of_prompts: bool,
 ) -> bool:
+    """Return whether a shape fits records with these columns, of which it needs some that are counted."""
     own = set(shape["columns"])
-    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or not own <= columns.keys():
+    if shape.get("by_name") or bool(shape.get("prompts")) is not of_prompts or not own <= counted:
         return False
     if shape.get("alone") and columns.keys() - own - _columns_of(text for _, text in _BESIDE):
         return False  # one of the others may be the prompt
@@ -269,8 +300,9 @@ def _of_first(source: SourceConfig, reading: Reading, rows: Sequence[Fields], fa
         case "unread_column":
             names = sorted(_unread(reading, rows))
             remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}"
-            read = {name: name for name in names if name in FIELDS}
+            read = {name: name for name in names if name in _READ_BESIDE}
             if read:
+                read |= {"form": reading.form} if reading.form else {}
                 remedy += f"; or read them: {_line(source, fields=fields | read)}"
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in rows]

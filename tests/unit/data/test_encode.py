@@ -530,6 +530,24 @@ def test_a_reward_model_reads_whole_conversations_as_others_write_them(
     assert not found.changes & {"partly_trained", "response_truncated"}
 
 
+@pytest.mark.parametrize(
+    ("scores", "beside", "contradict"),
+    [
+        ((1, 2), {}, 1),
+        ((2, 1), {}, 0),
+        ((2, 2), {}, 0),
+        ((1, 2), {"soft_label": 0.2}, 0),
+        ((2, 1), {"soft_label": 0.2}, 1),
+    ],
+)
+def test_scores_against_the_order_of_a_pair_are_counted(
+    tmp_path: Path, scores: tuple[int, int], beside: dict[str, Any], contradict: int
+) -> None:
+    scored = TEXT | dict(zip(("score_chosen", "score_rejected"), scores, strict=True)) | beside
+    counts = opened(tmp_path, jsonl(tmp_path, scored)).counts
+    assert counts["scores_contradict"] == contradict
+
+
 def test_a_reward_model_reads_a_text_to_its_end_within_the_limits() -> None:
     tokenizer = tiny.qwen()
     plain = encode(record("Q: why?\nA:", " so it is", " no"), tokenizer)

@@ -23,6 +23,7 @@ from tests.support.records import TEXT, assistant, jsonl, user
 
 NESTED = {"task": "q", "answers": {"good": "yes", "bad": ["no", "never"]}, "id": 7}
 FIELDS = {"prompt": "task", "chosen": "answers.good", "rejected": "answers.bad[1]"}
+OF_LIST = {"prompt": "task", "responses": "answers.bad"}
 DUEL = {"q": "q", "a": "yes", "b": "never"}
 VERDICT = {"prompt": "q", "pair": "{'A': [a, b], 'B': [b, a]}[w]", "keep": "w != 'tie'"}
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -125,6 +126,15 @@ def test_a_record_that_is_not_kept_is_no_bad_one(tmp_path: Path) -> None:
         ({"promt": "task", "chosen": "task", "rejected": "task"}, "fields do not say"),
         ({"prompt": "task", "chosen": "task"}, "chosen and rejected"),
         (FIELDS | {"completion": "task"}, "pair | chosen and rejected"),
+        (FIELDS | {"label": "id"}, "label with completion"),
+        (FIELDS | {"ranks": "id"}, "ranks or best_first"),
+        (FIELDS | {"best_first": True}, "with responses"),
+        ({"prompt": "task", "completion": "task", "scores": "id"}, "scores with a pair"),
+        (OF_LIST | {"scores": "id", "ranks": "id"}, "scores, ranks or"),
+        (OF_LIST | {"scores": "id", "best_first": True}, "scores, ranks or"),
+        (OF_LIST | {"best_first": False}, "best_first: true"),
+        (OF_LIST | {"best_first": "'false'"}, "best_first: true"),
+        (OF_LIST | {"best_first": "id"}, "best_first: true"),
         (FIELDS | {"form": "texts"}, "text | dialogue | implicit"),
         (FIELDS | {"keys": "a"}, "keys: [KEY]"),
         (FIELDS | {"chosen": "answers.good if"}, "chosen: answers.good if"),
@@ -188,6 +198,24 @@ def test_the_lines_of_an_error_read_the_source(tmp_path: Path, record: dict[str,
     first, *_ = lines_of(error)
     assert first.limit == 2
     assert all(isinstance(one, PreferenceRecord) for one in read_records(first))
+
+
+@pytest.mark.parametrize(
+    "name", ["label", "ranks", "best_first", "responses", "pair", "completion", "scores"]
+)
+def test_an_error_does_not_propose_to_read_another_order(tmp_path: Path, name: str) -> None:
+    error = refusal(jsonl(tmp_path, *[TEXT | {name: ["bad", "good"], "margin": 1}] * 3), fields="pair")
+    assert [source.fields for source in lines_of(error)] == ["pair"]
+    other = refusal(jsonl(tmp_path, *[TEXT | {"images": [], name: [1]}] * 3), fields="text")
+    assert [source.fields for source in lines_of(other)] == ["text"]
+
+
+def test_a_line_of_an_error_keeps_the_form_of_the_shape(tmp_path: Path) -> None:
+    dialogue = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+    _, other = lines_of(refusal(jsonl(tmp_path, *[dialogue | {"system": "Be kind."}] * 3)))
+    assert isinstance(other.fields, dict)
+    assert (other.fields["system"], other.fields["form"]) == ("system", "dialogue")
+    assert [turn.content for turn in good(other.path, fields=other.fields).prompt] == ["Be kind.", "q"]  # type: ignore[union-attr]
 
 
 def test_columns_that_nothing_reads_are_named_with_their_few_values(tmp_path: Path) -> None:

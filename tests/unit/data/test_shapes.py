@@ -10,8 +10,9 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.reading import parse_prompt
-from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, turns_of
+from dpo_dist.data.read.reading import parse_prompt, parse_record
+from dpo_dist.data.read.shapes import declared
+from dpo_dist.data.records import NOT_KEPT, BadRecord, Dialogue, Origin, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import own_table
 from tests.support.pages import ROOT
@@ -35,7 +36,9 @@ KAGGLE |= {"winner_model_b": 1, "winner_tie": 0}
 ORIGINAL = {"orig_instruction": "q", "orig_response_A": "bad", "orig_response_B": "good"}
 ORIGINAL |= {"orig_preference": "B", "instruction": "a long one", "output": "B"}
 SIDES = {"data": {"prompt": "q", "answer1": "bad", "answer2": "good"}}
-SELECTED = {"annotations": [{"result": [{"value": {"selected": "right"}}]}]}
+RIGHT = {"was_cancelled": False, "result": [{"value": {"selected": "right"}}]}
+SKIPPED = {"was_cancelled": True, "result": [{"value": {"selected": "left"}}]}
+SELECTED = {"annotations": [SKIPPED, RIGHT]}
 NONE: dict[str, Any] = {}
 
 # The record; what its prompt is: a text, a turn or a dialogue; and changes with which nothing reads it as the
@@ -317,8 +320,8 @@ ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "prometheus": (ORIGINAL, "turn", {"orig_preference": "Tie"}),
     "step_dpo": (
-        PAIR | {"prompt": "q", "initial_reason_steps": " Step 1:", "full_chosen": "x", "answer": "4"},
-        "text",
+        PAIR | {"prompt": "q", "initial_reason_steps": "Step 1: ", "full_chosen": "x", "answer": "4"},
+        "turn",
         {"initial_reason_steps": [1]},
     ),
     "rlhf_v": (
@@ -364,7 +367,6 @@ ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 }
 PROMPTS = {
     "scored_messages": "q",
-    "step_dpo": "q Step 1:",
     "summarize": "q\n\nTL;DR:",
     "implicit_prompt": "q",
 }
@@ -398,7 +400,8 @@ def test_a_shape_reads_its_record(name: str) -> None:
     elif "completion" in SHAPES[name]["fields"] or is_prompt:
         assert responses == ([] if is_prompt else ["good"])
     else:
-        assert responses == ["good", "bad"]
+        first = "Step 1: " if name == "step_dpo" else ""
+        assert responses == [f"{first}good", f"{first}bad"]
     if "label" in SHAPES[name]["fields"]:
         assert found.scores == (1.0,)
 
@@ -408,6 +411,55 @@ def test_its_neighbour_is_refused(name: str) -> None:
     record, _, changes = ROWS[name]
     changed = {key: value for key, value in (record | changes).items() if value is not None}
     assert isinstance(read(name, changed), BadRecord)
+
+
+@pytest.mark.parametrize("annotations", [[], None, [SKIPPED], [RIGHT, RIGHT], [RIGHT | {"result": []}]])
+def test_a_task_without_one_label_is_not_kept(annotations: Any) -> None:
+    labelled, unlabelled = (each | SIDES for each in (SELECTED, {"annotations": annotations}))
+    reading, _ = declared(iter([(labelled, Origin("here", 1))]), SourceConfig("here"))
+    found = parse_record(unlabelled, reading, Origin("here", 2))
+    assert isinstance(found, BadRecord)
+    assert found.reason == NOT_KEPT
+
+
+def test_turns_of_an_arena_are_those_that_were_judged() -> None:
+    assert isinstance(parsed(ARENA | {"turn": 1}), PreferenceRecord)
+    judged = {"conversation_a": [Q, GOOD, Q, BAD], "conversation_b": [Q, BAD, Q, GOOD]}
+    assert isinstance(parsed(ARENA | judged | {"turn": 2}), PreferenceRecord)
+    assert isinstance(parsed(ARENA | judged | {"turn": 1}), BadRecord)
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        (WHOLE | {"prompt": None, "messages": None}, "q"),
+        (PAIR | {"prompt": "q", "question": None, "messages": None}, "q"),
+        (PAIR | {"question": "q", "prompt": None, "query": None}, "q"),
+        (PAIR | {"prompt": "chosen"}, "chosen"),
+    ],
+)
+def test_a_column_of_nulls_is_none_and_a_prompt_may_be_any_text(record: dict[str, Any], prompt: str) -> None:
+    found = parsed(record)
+    assert isinstance(found, PreferenceRecord), found
+    assert [turn.content for turn in turns_of(found.prompt, "user")] == [prompt]
+
+
+def test_texts_beside_a_column_of_nulls_are_no_implicit_prompt() -> None:
+    assert isinstance(parsed({"chosen": "q good", "rejected": "q bad", "prompt": None}), BadRecord)
+
+
+def test_scores_of_two_responses_beside_one_are_not_read() -> None:
+    one = {"prompt": "q", "completion": "good", "score_chosen": 1, "score_rejected": 2}
+    found = parsed(one)
+    assert isinstance(found, BadRecord)
+    assert found.reason == "unread_column"
+
+
+def test_a_shape_fits_records_of_which_none_is_whole_only_by_its_condition() -> None:
+    rows = [{"question": ["q"], "chosen": "a"}, {"question": ["q"], "rejected": "b"}]
+    records = iter([(row, Origin("here", place)) for place, row in enumerate(rows)])
+    with pytest.raises(DataError, match="none of the known shapes"):
+        declared(records, SourceConfig("here"))
 
 
 def test_60_public_data_sets_and_more_have_a_shape() -> None:
