@@ -50,16 +50,18 @@ class _Guest:
         self._references: list[KeptReference] = []
         self._uses = 0
         self._placed_reference: Any = None
+        self._has_counted_prompts = False
         with _after_each_head(self._place, type(self)):
             super().__init__(*arguments, **trainer_arguments(type(self), options))
         trainer: Any = self
-        if trainer._is_vision_dataset:  # whose prompts TRL counts as they come
+        if not self._has_counted_prompts:  # of pictures, which TRL prepares as they come
             check_prompts(trainer.args, None)
         assert self._fallback is not None, "TRL has put no head on the model"
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
         check_prompts(args, prepared)
+        self._has_counted_prompts = True
         return prepared
 
     def _place(self, model: Any) -> None:

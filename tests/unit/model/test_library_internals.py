@@ -34,6 +34,7 @@ from dpo_dist.model.library_internals import (
     adapter_state,
     adapters_in_use,
     apply_liger,
+    attention_function,
     attention_name,
     can_choose_attention,
     compute_beside,
@@ -204,6 +205,7 @@ def test_a_model_says_how_it_attends() -> None:
     llama, own = tiny_family("llama"), tiny_family("bloom")
     llama.set_attn_implementation("eager")
     assert attention_name(llama) == "eager"
+    assert attention_function(llama) is None
     assert (plain_attention(llama), plain_attention(own)) == ("sdpa", "eager")
     both = image_reader("qwen3_vl")
     both.set_attn_implementation(text_attention(both, "eager"))
