@@ -210,7 +210,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         counted("eval", response_truncated=80),
         "80 of 400 evaluation records (20 %) have",
     ),
-    ("data_faults", rows(), counted("train", chat_template_not_applied=40), "data.text_as_messages=true"),
+    ("data_faults", rows(), counted("train", chat_template_not_applied=40), "data.text_as_messages=auto"),
 ]
 
 
