@@ -1,14 +1,11 @@
 """Mistakes as people make them: after what each error's remedy proposes the same start passes its check."""
 
-import csv
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from dpo_dist.config.command_line import split_words
@@ -60,8 +57,6 @@ load_in_4bit=true model.adapter.r=8
 model=model
 model.path=modle
 data.train=[trian.jsonl]
-data.train=[other.csv]
-data.train=[nested.parquet]
 dataset_name=train.jsonl
 data.eval=0.1
 data.eval=[held_out.jsonl] data.eval_share=0.1
@@ -70,7 +65,6 @@ trainer.keep_best=true
 reference=none
 reference=adapter
 loss=simpo reference.path=model
-loss=kto
 loss=ipo loss.label_smoothing=0.1
 model.attention=varlen model.dtype=fp32
 optim.warmup_steps=100 trainer.max_steps=10
@@ -91,12 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "train.jsonl", 12, seed=1)
     write_pairs(folder / "held_out.jsonl", 4, seed=2)
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
-    with (folder / "other.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([["question", "good_answer", "bad_answer"], *(pair.values() for pair in pairs)])
     (folder / "one_bad.jsonl").write_text((folder / "train.jsonl").read_text() * 2 + '{"prompt": "a"}\n')
-    nested = pa.Table.from_pylist([{"id": number, "pair": pair} for number, pair in enumerate(pairs)])
-    pq.write_table(nested, folder / "nested.parquet")
     (folder / "object.json").write_text(json.dumps({"version": 1, "data": pairs}))
     return folder
 
