@@ -60,7 +60,7 @@ def test_a_base_that_changed_is_an_error_at_the_end_and_the_same_command_finishe
     changing(tmp_path, "(HERE / 'stay').exists() or (HERE / 'model/config.json').write_text('{}')")
     ended = run_verb("train", command, cwd=tmp_path)
     assert ended.code == 2, ended.output
-    assert "config.json or adapter of the model that this run started from has changed" in ended.output
+    assert "processor or adapter of the model that this run started from has changed" in ended.output
     assert not (tmp_path / "run/model").exists()
     config.write_text(written)
     (tmp_path / "stay").touch()

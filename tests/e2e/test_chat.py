@@ -98,7 +98,7 @@ def test_an_adapter_answers_with_the_turns_before(
     overrides: Overrides, assets: Path, tmp_path: Path, says: Says
 ) -> None:
     ended = train(overrides("trainer.max_steps=2", "optim.lr=5e-2", "model.adapter={r: 4}"))
-    assert f"dpo-dist chat {tmp_path}/run" in ended.output
+    assert f" chat {tmp_path}/run" in ended.output
     run, tokenizer = tmp_path / "run", AutoTokenizer.from_pretrained(assets / "model")
     base = answers(plain(assets / "model"), tokenizer)
     trained = answers(PeftModel.from_pretrained(plain(assets / "model"), run / "model"), tokenizer)
