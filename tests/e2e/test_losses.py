@@ -97,7 +97,7 @@ def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(
     refused = run_verb("train", overrides(written(tmp_path / "rows.jsonl", rows), f"loss={loss}"))
     assert refused.code == 2, refused.output
     assert said in refused.output
-    assert "rows.jsonl:" in refused.output
+    assert "rows.jsonl" in refused.output
     assert "Traceback" not in refused.output
 
 
