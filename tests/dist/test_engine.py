@@ -212,7 +212,9 @@ def messages(assets: Assets, world: World, _folder: Path) -> dict[str, list[list
 
 
 def test_a_layer_is_gathered_at_once(assets: Assets, tmp_path: Path) -> None:
-    plain = run_ranks(partial(messages, assets), 4, tmp_path, ParallelismConfig(ZERO3))[0]["gathers"]
+    plain = run_ranks(partial(messages, assets), 4, tmp_path / "ranks", ParallelismConfig(ZERO3))[0][
+        "gathers"
+    ]
     assert {processes for processes, _ in plain} == {4}
     # In each micro-batch the embedding and two layers of six matrices: far fewer calls than 26.
     assert sum(size >= 1024 for _, size in plain) < 20

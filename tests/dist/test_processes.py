@@ -138,8 +138,8 @@ def encode_endlessly(folder: Path) -> None:
 
 
 def endless_records(endless: DataSource, *_: Any) -> Iterator[RawRecord]:
-    for number in itertools.count(1):
-        yield record(number), Origin(endless.path, number)
+    records = ((record(number), Origin(endless.path, number)) for number in itertools.count(1))
+    return endless._declared(records, of_prompts=False)
 
 
 def test_no_process_outlives_its_parent(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={tmp_path}/pairs"),
             verb("train", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *diverging),
         ]
-    assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens
+    assert codes == [0, 1, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens  # 1: findings
     assert server.headers, screens[-2]
 
     for name, secret in SECRETS.items():

@@ -62,11 +62,11 @@ def write_doctor_page(
     blocks: list[PageBlock] = [Text(f"{number(kept)} of {pluralize(read, 'record')} can be used.")]
     if not diagnosis.model:
         blocks.append(Text(_NO_MODEL))
-    findings = [finding_block(asdict(finding)) for finding in diagnosis.findings]
+    findings = [finding_block(without_secrets(asdict(finding))) for finding in diagnosis.findings]
     blocks += [Heading("Findings"), *(findings or [Text("None.")])]
     blocks += [Heading("Sources"), Table(*overview(diagnosis.sources))]
     for source in diagnosis.sources:
-        blocks += _source(source, data.max_length)
+        blocks += _source(without_secrets(source), data.max_length)
     if diagnosis.shown:
         texts: list[PageBlock] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
         blocks += titled_section("Examples of findings, decoded", texts)

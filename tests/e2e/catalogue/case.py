@@ -117,6 +117,8 @@ def _lines(errors: str) -> dict[str, str]:
     first, *others = errors[start.start() :].rstrip("\n").split("\n")
     found = {"what": first}
     for line in others:
+        if line.startswith("    "):  # goes on with the line before
+            continue
         label, _, text = line.strip().partition(":")
         assert label in _LABELS, f"a line after the block: {line!r}"
         assert label not in found, f"two lines of {label}"

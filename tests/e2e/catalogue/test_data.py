@@ -43,7 +43,7 @@ CASES = [
     # Content.
     Case("empty file", "data.train=[empty.jsonl]", "the source has no records", "empty.jsonl",
          before=written("empty.jsonl", ""), to_do="check the path"),
-    Case("unknown columns", "data.train=[odd.jsonl]", "none of the known shapes", "frage: text",
+    Case("unknown columns", "data.train=[odd.jsonl]", "none of the known shapes", "odd.jsonl", "columns",
          before=written("odd.jsonl", '{"frage": "a", "gut": "b", "schlecht": "c"}\n' * 5),
          to_do="data.train='[{path: odd.jsonl, fields: {prompt: COLUMN"),
     Case("column that no record has", of("fields: {prompt: frage, chosen: chosen, rejected: rejected}"),
