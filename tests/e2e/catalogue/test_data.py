@@ -54,7 +54,7 @@ CASES = [
          before=written("a.jsonl", PAIR * 22 + "{\n"), to_do="correct or remove the lines"),
     Case("all of it held out", "data.eval=[train.jsonl] data.drop_eval_prompts=true",
          "no training data are left", joins=True, to_do="data.drop_eval_prompts=false"),
-    Case("limit of nothing", of("limit: 0"), "cannot have this value", "data.train[0].limit", "0",
+    Case("limit of nothing", of("limit: 0"), "data.train[0].limit cannot have this value", "limit: 0", "0",
          to_do="set data.train[0].limit to a whole number or null, >= 1"),
 ]
 # fmt: on
