@@ -10,7 +10,7 @@ from functools import partial
 
 from dpo_dist.data import BadRecord, DataConfig, DataSource, ImageProcessor, PreferenceRecord, TokenIds
 from dpo_dist.data.encode import encode_pair
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding
@@ -48,7 +48,9 @@ def show_pairs(
             reason, (prompt, *responses) = _parts(record, config, tokenizer, processor)
             notes = [*dict.fromkeys(rules[origin]), *([f"dropped: {reason}"] if reason else []), prompt[1]]
             images = room.fitting(thumbnails(record.images))
-            pairs.append(Answers(origin, "; ".join(filter(None, notes)), prompt[2], responses, images))
+            pairs.append(
+                Answers(without_secrets(origin), "; ".join(filter(None, notes)), prompt[2], responses, images)
+            )
     return pairs
 
 
