@@ -30,7 +30,7 @@ def test_a_run_says_how_each_source_was_read(overrides: Overrides, tmp_path: Pat
     sides = {"chosen": " Hello!", "rejected": " No."}
     prompts = {
         "hh (Human/Assistant turns), by the chat template": "\n\nHuman: Say hello.\n\nAssistant:",
-        "text as a user's turn, by the chat template": "Say hello.",
+        "text, without the chat template": "Say hello.",
         "messages, by the chat template": [{"role": "user", "content": "Say hello."}],
     }
     files = [tmp_path / f"{name}.jsonl" for name in ("hh", "text", "turns")]
