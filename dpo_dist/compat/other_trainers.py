@@ -52,12 +52,6 @@ def equivalents(name: str, table: str) -> tuple[Any, ...]:
     return _table(table).get(plain) or _table(table).get(key.rpartition(".")[2] + equals + value, ())
 
 
-def names_of(key: str) -> list[str]:
-    """Return what other trainers call a key of ours."""
-    names: str = other_trainers()["keys"][key]
-    return names.split()
-
-
 class Answer(NamedTuple):
     """What to do about another trainer's option, and the words of a command that do it."""
 
