@@ -118,14 +118,19 @@ def loaded_sources(packages: Collection[str]) -> dict[str, str]:
     """Return a digest of the source file of each loaded module of `packages`, and of the user's, by name.
 
     The user's modules are those in the folder of a function that was imported, and in folders below. Not
-    those that are installed there: environments often lie in the folder of a project.
+    those that are installed there (environments often lie in the folder of a project), and not this package,
+    whose checkout may be the folder.
     """
     digests = {}
+    own_package = __name__.partition(".")[0]
     for name, module in list(sys.modules.items()):
         file = str(getattr(module, "__dict__", {}).get("__file__"))
         if not (file.endswith(".py") and Path(file).is_absolute()):  # torch.ops says "_ops.py"
             continue
-        is_theirs = name.partition(".")[0] in packages
+        package = name.partition(".")[0]
+        if package == own_package:
+            continue
+        is_theirs = package in packages
         if is_theirs or (file.startswith(tuple(_roots)) and f"{os.sep}site-packages{os.sep}" not in file):
             with contextlib.suppress(OSError):  # it was removed after the import
                 digests[name] = _source_digest(file, Path(file).stat().st_mtime_ns)
