@@ -18,7 +18,7 @@ from dpo_dist.config.named_code import NAMED_CODE
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.records import NOT_KEPT
 from dpo_dist.foundation.errors import Arguments, ExitCode
-from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST
 from dpo_dist.tools.sweep.points import load_points
 from scripts.write_key_docs import CELL, pages
 
@@ -51,7 +51,7 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 
 def test_every_metric_and_every_kind_of_loss_is_described() -> None:
-    others = (AGREEMENT, AUX_LOSS, BUSIEST, Z_LOSS)
+    others = (AGREEMENT, AUX_LOSS, BUSIEST)
     assert sorted(first_column("watching.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + others)
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
 
