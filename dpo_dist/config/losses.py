@@ -291,7 +291,7 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.distill: KindFacts(
         "KL(teacher, policy) summed over tokens / (mean nw of the global batch), at the temperature "
-        "`loss.options.temperature`; [a teacher](#a-teacher)",
+        "`loss.options.temperature`; [a teacher](reward_models.md#a-teacher)",
         "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870",
         frozenset(),
         options=DistillOptions,
