@@ -2,7 +2,7 @@
 
 Needs nothing of the rest of this package but `foundation`, no torch for texts, and no GPU. A record is what a
 source says (`PreferenceRecord`), an example what a model reads (`Example`); a record that cannot be used is a
-`BadRecord`. docs/data_alone.md begins with five lines.
+`BadRecord`. docs/python.md#data-for-another-trainer begins with five lines.
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
   model; `SourceConfig` has one source (`Source`: also as a path); `OnBadRecord` and `TextTemplate` are values

@@ -2,7 +2,7 @@
 
 Takes the configuration of the training run (also the one in `run.dir`), or `data.train` alone. Needs one
 process, no GPU and no weights. Encodes the data into `data.cache`, where training finds them. Exit code 1:
-findings (docs/doctor.md).
+findings (docs/data.md#the-doctor).
 """
 
 import json
