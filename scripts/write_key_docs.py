@@ -5,7 +5,6 @@ Run `make docs` after a change of a key or of a kind of loss.
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.keys import FIRST_KEYS, Key, all_keys, key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
-from dpo_dist.config.verbs import EVERY_VERB
 from dpo_dist.foundation.fields import schema_fields
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,14 +64,12 @@ def _key_tables() -> str:
     """Return a table of the keys of most commands, and one of the others of each section."""
     # Repetitions: these have the keys of data.train[] and of loss.options.
     left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")
-    keys = [key for key in key_rows() if not key.name.startswith(left_out)]
+    keys = [key for key in key_rows() if not key.name.startswith(left_out) and key.name not in FIRST_KEYS]
     parts = ["## Most used\n", *_keys_table([all_keys()[name] for name in FIRST_KEYS])]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
     for section, meaning in sections.items():
-        rows = [key for key in keys if key.name.startswith(f"{section}.")]
-        verbs = Counter(key.verbs for key in rows).most_common(1)[0][0]
-        if others := [key for key in rows if key.name not in FIRST_KEYS]:
-            parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", *_keys_table(others)]
+        if rows := [key for key in keys if key.name.startswith(f"{section}.")]:
+            parts += [f"## `{section}`\n", f"{meaning}\n", *_keys_table(rows)]
     return "\n".join(parts)
 
 
@@ -86,7 +82,7 @@ def _keys_table(rows: Sequence[Key]) -> list[str]:
             (
                 f"`{key.name}`{DIGEST if key.defines_result else ''}",
                 _type(key),
-                f"`{key.default_words}`" if key.default_words else "-",
+                f"`{key.default_words}`" if key.default_words and key.default is not None else "",
                 _phrase(key.meaning)[0],
             )
             for key in rows
@@ -100,10 +96,6 @@ def _type(key: Key) -> str:
     """Return the type in few words: the page says how a list is written, and null that it is one."""
     words = OTHER_TYPES.get(key.name, key.type_words).removeprefix("a ").replace(" in brackets: [a,b]", "")
     return re.sub(",? or null", "", words) if key.default is None else words
-
-
-def _verbs(verbs: Sequence[str]) -> str:
-    return "all verbs" if list(verbs) == EVERY_VERB.split() else ", ".join(verbs)
 
 
 def _phrase(meaning: str) -> tuple[str, str]:

@@ -47,7 +47,7 @@ class FolderConfig:
     root: NonEmpty = key("output")
     """Folder of run directories, encoded data and the reference store."""
     resume: Resume = key(Resume.auto, verbs="train")
-    """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results."""
+    """`auto`: if there is a checkpoint; `must`: error without one; `never`: error with results."""
     after_checkpoint: NonEmpty | None = key(None, verbs="train", runs="this shell command is run")
     """Shell command that rank 0 runs behind the training after each checkpoint."""
 
@@ -136,7 +136,7 @@ class ImagesConfig:
     """Images in prompts: the model's tower encodes them, and its projector maps them to the text model."""
 
     train: TrainedImageParts = key(TrainedImageParts.none)
-    """Parts that are trained beside the text model: `none`, `projector`, or `tower` (with the projector)."""
+    """Parts trained beside the text model: `none`, `projector`, or `tower` (with the projector)."""
     max_pixels: int | None = key(None, ge=1)
     """Larger images are made smaller, to at most this; null: as the model's processor does."""
 
@@ -245,7 +245,7 @@ class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
     kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate")
-    """ZeRO stage 3 or 2, or `ddp`: all weights on every process, optimizer states sharded (stage 1)."""
+    """ZeRO stage 3 or 2, or `ddp`: only optimizer states sharded (stage 1)."""
     offload_parameters: Offload = key(Offload.none)
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: Offload = key(Offload.none, verbs="train")
@@ -338,7 +338,7 @@ class TrainerConfig:
     log_every: int = key(1, ge=0, free=True)
     """Steps per row of metrics, which are means over them; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate")
-    """Seed of the data order, of a new adapter's weights, and of sampling in `pairs`."""
+    """Seed of the data order, a new adapter's weights, and sampling in `pairs`."""
     deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
     """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
@@ -395,17 +395,15 @@ class ExportConfig:
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
     average: list[Member] = key([])
-    """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
+    """Folders of whole models whose mean is written in place of a checkpoint."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
-    """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
-    of its files."""
+    """Precision of the written weights; null: `model.dtype`, of a merged base that of its files."""
     check: bool = key(True)
     """Load the folder by transformers, and compare its weights with the trained ones."""
     output: NonEmpty | None = key(None)
-    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
-    `-merged`; with `export.average`, `<run.dir>/exported/average`."""
+    """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
     tool: ExportTool | None = key(None)
     """Print the command by which `lm-eval` or `vllm` reads `model/`, or the folder of other keys of
     `export`."""

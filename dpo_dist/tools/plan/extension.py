@@ -13,7 +13,7 @@ class PlanConfig:
     """The machines that `plan`, and two lines of `train --check`, compute for."""
 
     gpus: int | None = key(None, ge=1)
-    """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
+    """Number of GPUs, 8 to a node; null: this machine's, or else 8."""
     gpu: GpuKind | None = key(None)
     """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
     network: float = key(50.0, gt=0, verbs="plan")

@@ -47,8 +47,7 @@ class SamplingConfig:
     """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or what the model's context
     leaves."""
     temperature: float | None = key(None, ge=0)
-    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
-    bias only at 1."""
+    """0: greedy; null: 0.7 at evaluations, else 1, the only one at which `compare`'s KL is unbiased."""
     top_p: float = key(1.0, gt=0, le=1)
     """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
@@ -83,7 +82,7 @@ class EndpointConfig:
     model: NonEmpty | None = key(None)
     """Name of the model, as the endpoint lists it; needed with `url`."""
     verdicts: Verdicts = key(Verdicts.compare)
-    """`compare`: two responses at a time, in both orders; `grade`: each response alone, from 1 to 10."""
+    """`compare`: two responses, in both orders; `grade`: each alone, from 1 to 10."""
     criterion: NonEmpty = key(
         "the better response is more helpful, honest and harmless, and follows the instructions"
     )
@@ -100,7 +99,7 @@ class PairsConfig:
     limit: int | None = key(None, ge=1)
     """Different prompts to use; `scores`: records, `people`: comparisons. null: all, 1000 for `people`."""
     select: PairSelection = key(PairSelection.best_worst)
-    """Pairs of a prompt, by scores: best and worst, best and a random one, or all."""
+    """By scores: best and worst, best and a random one, or all pairs."""
     margin: float = key(0.0, ge=0)
     """A pair's scores differ by more than this."""
     models: list[str] = key([])
