@@ -62,8 +62,8 @@ def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
 
 def _key_tables() -> str:
     """Return a table of the keys of most commands, and one of the others of each section."""
-    # Repetitions: these have the keys of data.train[] and of loss.options.
-    left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")
+    # Repetitions: these have the keys of data.train[], and the options of kinds are in the table of losses.
+    left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.", "loss.options.")
     keys = [key for key in key_rows() if not key.name.startswith(left_out) and key.name not in FIRST_KEYS]
     parts = ["## Most used\n", *_keys_table([all_keys()[name] for name in FIRST_KEYS])]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
