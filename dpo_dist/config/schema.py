@@ -277,8 +277,8 @@ class OptimConfig:
     kind: OptimizerKind = key(OptimizerKind.adamw)
     """`adamw`; `adamw_8bit`: states of 2 bytes a weight in place of 8 (bitsandbytes); `muon`: Muon for
     matrices (arXiv 2502.16982). `adamw_8bit` takes no offload, and resumes on as many processes and the same
-    parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases and norms to AdamW, needs
-    `zero2` or `ddp`, and computes in bf16: runs on other numbers of processes differ by more rounding."""
+    parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases and norms to AdamW,
+    needs `zero2` or `ddp`, and computes in bf16: on other numbers of processes rounding differs more."""
     lr: float = key(1e-6, gt=0, le=1)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
