@@ -33,8 +33,9 @@ class ExpressionError(ValueError):
 class Expression:
     """An expression, parsed once.
 
-    `columns` are those that it reads; the `optional` ones may be absent: COLUMN|default(none).
-    Raises ExpressionError.
+    `columns` are those that it reads; the `optional` ones may be absent: COLUMN|default(none). `names` has
+    each of them as often as it is read, `keys` the pairs of COLUMN|map(attribute='KEY'). Raises
+    ExpressionError.
     """
 
     def __init__(self, text: str):
@@ -49,11 +50,12 @@ class Expression:
             raise ExpressionError(str(fault).partition("\n")[0]) from fault
         for node in every:
             _check(node)
-        self.columns = frozenset(node.name for node in every if isinstance(node, nodes.Name))
-        with_default = [
-            node.node for node in every if isinstance(node, nodes.Filter) and node.name == _DEFAULT
-        ]
-        self.optional = frozenset(node.name for node in with_default if isinstance(node, nodes.Name))
+        self.names = [node.name for node in every if isinstance(node, nodes.Name)]
+        self.columns = frozenset(self.names)
+        filters = [node for node in every if isinstance(node, nodes.Filter)]
+        of_columns = [(each.node.name, each) for each in filters if isinstance(each.node, nodes.Name)]
+        self.optional = frozenset(column for column, each in of_columns if each.name == _DEFAULT)
+        self.keys = [(column, key) for column, each in of_columns for key in _keys_of_items(each)]
 
     def __call__(self, record: Fields) -> Any:
         """Return the value for a record; a column that it lacks is None.
@@ -75,6 +77,12 @@ class Expression:
 def expression(text: str) -> Expression:
     """Return an expression, parsed once in a process. Raises ExpressionError."""
     return Expression(text)
+
+
+def _keys_of_items(node: nodes.Filter) -> list[str]:
+    """Return the key of ITEMS|map(attribute='KEY'), none for another filter."""
+    paths = [option.value for option in node.kwargs if node.name == "map"]
+    return [str(path.value).partition(".")[0] for path in paths if isinstance(path, nodes.Const)]
 
 
 class _Columns(NodeTransformer):

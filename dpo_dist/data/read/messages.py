@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ ROLES: dict[str, str] = _TABLE["roles"] | {role: role for role in _TABLE["plain_
 CALLING: list[str] = _TABLE["calling_roles"]
 ARGUMENTS: list[str] = _TABLE["arguments"]
 _SAID_BY = ("role", "content"), ("from", "value")
+_OPENS_OBJECT = re.compile(r"\s*\[?\s*\{")
 _KEYS = ("calls", "thoughts", "weights", "images", "kept")
 _KNOWN = frozenset().union(*_SAID_BY, *(_TABLE[name] for name in _KEYS))
 _OF_CALLS = frozenset((*_TABLE["of_calls"], *ARGUMENTS))
@@ -59,10 +61,10 @@ def is_messages(value: Any) -> bool:
 
 def spelled_as(value: Any) -> str:
     """Return the filter that reads the messages that a text spells, in JSON or as Python; "": none."""
-    start = value.lstrip()[:200] if isinstance(value, str) else ""
+    if not isinstance(value, str) or not _OPENS_OBJECT.match(value):
+        return ""
     for quote, way in (('"', "|fromjson"), ("'", "|frompython")):
-        keys = [{f"{quote}{key}{quote}" in start for key in said_by} for said_by in _SAID_BY]
-        if start.startswith(("[{", "{")) and {True} in keys:
+        if any(all(f"{quote}{key}{quote}" in value for key in said_by) for said_by in _SAID_BY):
             return way
     return ""
 

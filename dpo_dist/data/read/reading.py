@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -10,6 +12,7 @@ from typing import Any
 from dpo_dist.data.read.expressions import expression
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.messages import (
+    OF_KEYS,
     MessageKeys,
     given_images,
     is_messages,
@@ -63,6 +66,8 @@ FIELDS = (
 )
 FORMS = ("", "text", "dialogue", "implicit")
 """How texts are read: by what they are, always as texts, as dialogues (HH-RLHF), without a prompt (TRL)."""
+TURN = "|turn"
+_LONGEST_VERDICT = 40
 _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
@@ -72,7 +77,7 @@ class Reading:
 
     `fields`: an expression for each. `form`: one of `FORMS`. `when`: an expression, true of each record.
     `ignored`: columns, or `*` for all others. `is_chat`: whether every prompt is turns; None: not known yet.
-    `notes`: columns that are not read, in words. `reserved`: columns that must not be among these.
+    `notes`: columns that are not read, in words. `reserved`: what the `plain_name` of none of these may be.
     """
 
     fields: Mapping[str, str]
@@ -90,15 +95,63 @@ class Reading:
         """The columns that are read."""
         return frozenset().union(*(expression(text).columns for text in (self.when, *self.fields.values())))
 
+    @cached_property
+    def keys_of_items(self) -> Mapping[str, frozenset[str]]:
+        """The columns with lists of which only some keys of their items are read, and these keys."""
+        read = [*map(expression, self.fields.values())]
+        times = Counter(name for each in read for name in each.names)
+        keys = [pair for each in read for pair in each.keys]
+        by_key = Counter(name for name, _ in keys)
+        return {
+            name: frozenset(key for column, key in keys if column == name)
+            for name in by_key
+            if by_key[name] == times[name]
+        }
+
     def unread(self, record: Fields) -> list[str]:
-        """Return the columns of a record that have a value, and are neither read nor ignored."""
-        names = () if "*" in self.ignored else _without(tuple(record), self.columns, self.ignored)
-        return [name for name in names if is_given(record[name])]
+        """Return the columns of a record that have a value, and are neither read nor ignored.
+
+        Of lists of which only some keys are read, these are the other keys: COLUMN[].KEY.
+        """
+        if "*" in self.ignored:
+            return []
+        unread = [name for name in _without(tuple(record), self.columns) if is_given(record[name])]
+        for column, keys in self.keys_of_items.items():
+            items = record.get(column)
+            for item in items if isinstance(items, list) else ():
+                if isinstance(item, Mapping):
+                    others = [key for key in _without(tuple(item), keys) if is_given(item[key])]
+                    unread += [f"{column}{OF_KEYS}{key}" for key in others]
+        return [name for name in dict.fromkeys(unread) if name not in self.ignored]
 
 
 @lru_cache(maxsize=256)
-def _without(names: tuple[str, ...], *known: frozenset[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in frozenset().union(*known))
+def _without(names: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in known)
+
+
+@lru_cache(maxsize=1024)
+def plain_name(name: str) -> str:
+    """Return a name without what people write in several ways: its case, separators, and a plural's s."""
+    return re.sub(r"[\W_]+", "", name.rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
+
+
+@lru_cache(maxsize=1024)
+def _last_part(name: str) -> str:
+    """Return what tells one column from its neighbours: `a` of answer_a, `2` of response2."""
+    return re.split(r"[\W_]+|(?<=[^\W\d_])(?=\d)|(?<=[a-z])(?=[A-Z])", name)[-1].casefold()
+
+
+def _named_by(side: Any, columns: Sequence[str]) -> list[str]:
+    """Return the columns of which a side may be the name: a verdict, where an answer is meant.
+
+    It is the whole name or its last part, or one character, as others are the last part of a column.
+    """
+    word = plain_name(side) if isinstance(side, str) and len(side) <= _LONGEST_VERDICT else ""
+    names = {name: (plain_name(name), _last_part(name)) for name in columns if word}
+    return [
+        name for name, (whole, last) in names.items() if word in (whole, last) or len(word) == len(last) == 1
+    ]
 
 
 def parse_record(record: Fields, reading: Reading, origin: Origin) -> Record:
@@ -136,13 +189,16 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
         raise UnusableRecordError("other_shape", f"not {reading.shape}: {reading.when}")
     values = {name: expression(text)(record) for name, text in fields.items()}
     unread = reading.unread(record)
-    reserved = tuple(name for name in unread if name in reading.reserved)
-    if reserved:
-        raise UnusableRecordError("unread_column", ", ".join(reserved), reserved)
     # The prompt and the responses.
     responses, scores = _responses(values)
-    _check_texts(record, {"prompt": values.get("prompt"), **responses}, reading)
-    prompt, texts = _read(values.get("prompt"), responses, reading)
+    named = {name for side in responses.values() for name in _named_by(side, unread)}
+    suspects = tuple(name for name in unread if name in named or plain_name(name) in reading.reserved)
+    if suspects:
+        raise UnusableRecordError("unread_column", ", ".join(map(shown_key, suspects)), suspects)
+    asked = values.get("prompt")
+    text = asked[0]["content"] if asked and reading.fields["prompt"].endswith(TURN) else asked
+    _check_texts({"prompt": text, **responses}, reading)
+    prompt, texts = _read(asked, responses, reading)
     if reading.is_chat or (reading.is_chat is None and any(name in values for name in CONTEXT)):
         prompt = (*_before(values, turns_of(prompt, "user"), reading.keys), *turns_of(prompt, "user"))
     elif reading.is_chat is False and not isinstance(prompt, str | Dialogue):
@@ -220,10 +276,10 @@ def _ranking(values: Fields) -> tuple[dict[str, Any], tuple[float, ...] | None]:
     return {f"rank {rank}": item for rank, item in enumerate(items, start=1)}, scores
 
 
-def _check_texts(record: Fields, texts: Fields, reading: Reading) -> None:
+def _check_texts(texts: Fields, reading: Reading) -> None:
     """Check that texts are texts, and not messages in JSON, or the name of a column."""
     for name, value in texts.items():
-        if isinstance(value, str) and name != "prompt" and value in record:
+        if isinstance(value, str) and name != "prompt" and value in reading.columns:
             detail = f"{name} is the name of a column, {shown_key(value)}, not a text"
             raise UnusableRecordError("expression_failed", detail)
         if reading.form != "text" and spelled_as(value):

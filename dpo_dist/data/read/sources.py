@@ -70,10 +70,12 @@ class DataSource:
         DataError: this user may not read the source.
     """
 
-    def __init__(self, source: SourceConfig | str):
+    def __init__(self, source: SourceConfig | str, key: str = "data.train"):
+        """Args: the source, or its path; the key that has it, for errors."""
         if isinstance(source, str):
             source = SourceConfig(path=source)
         self.config = resolve_source(source)
+        self._key = key
         # Of a pinned source at a URL: a digest of what its file system said of its files.
         self._listing = ""
         # How its records are read: known when the first of them has been.
@@ -137,7 +139,7 @@ class DataSource:
         return self._declared(records, of_prompts=of_prompts)
 
     def _declared(self, records: Iterator[RawRecord], *, of_prompts: bool) -> Iterator[RawRecord]:
-        self._reading, records = declared(records, self.config, of_prompts=of_prompts)
+        self._reading, records = declared(records, self.config, key=self._key, of_prompts=of_prompts)
         yield from records
 
     def _snapshot(self) -> Path:
@@ -276,14 +278,14 @@ class DataSource:
 
         config = self.config
         if is_url(self.path):
-            pinned = DataSource(config)
+            pinned = DataSource(config, self._key)
             pinned._listing = _listing(remote_files(config))
             return pinned
         if self.files() is not None:
             return self
         with _as_data_error(config):
             commit = HfApi().resolve_revision(self.path, repo_type="dataset", revision=config.revision)
-        return DataSource(replace(config, revision=commit.resolved))
+        return DataSource(replace(config, revision=commit.resolved), self._key)
 
     def encoding_identity(self, memo: Path) -> dict[str, Any]:
         """Return what decides, of a pinned source, the token ids of its records, but the files of images.

@@ -227,7 +227,7 @@ def _records(look: _DryRun) -> None:
         ("data.eval", data.eval, look.evaluation),
     ):
         for index, source in enumerate(sources):
-            looks.append(partial(_source, look, DataSource(source), f"{key}[{index}]", found))
+            looks.append(partial(_source, look, DataSource(source, key), f"{key}[{index}]", found))
         looks.append(partial(_images, look, found))
     make_all(looks)
 
