@@ -14,7 +14,6 @@ from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.read.plain import NUMBERS
 from dpo_dist.data.records import (
-    IMAGE,
     BadRecord,
     PreferenceRecord,
     Record,
@@ -134,9 +133,6 @@ def _images(
         raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
     prompt = [turn.content for turn in turns_of(record.prompt)]
     responses = [[turn.content for turn in turns_of(response)] for response in record.responses]
-    in_responses = any(IMAGE in text for text in itertools.chain(*responses))
-    if in_responses or sum(text.count(IMAGE) for text in prompt) != len(record.images):
-        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
     if processor is None:
         return (), False
     if not processor.reads_several and len(record.images) > 1:

@@ -35,6 +35,8 @@ COUNTS_OF_OTHERS = (HELD_OUT, LEFT_IN_TRAIN)
 """Names under which records of another `Part` are counted, which are not among those that are read."""
 MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
+MAX_TEXT_BYTES = 2**24
+"""Longest texts of a record: tokenizing them takes 160 times as many bytes."""
 IMAGE = "\ufdd1"
 """Stands for an image in the content of a message: a noncharacter, never part of interchanged text."""
 _MAX_SHOWN_CHARACTERS = 40

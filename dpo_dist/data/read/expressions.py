@@ -33,9 +33,8 @@ class ExpressionError(ValueError):
 class Expression:
     """An expression, parsed once.
 
-    `columns` are those that it reads; the `optional` ones may be absent: COLUMN|default(none). `names` has
-    each of them as often as it is read, `keys` the pairs of COLUMN|map(attribute='KEY'). Raises
-    ExpressionError.
+    `columns` are those that it reads; the `optional` ones may be absent: COLUMN|default(none). `keys`
+    has the pairs of COLUMN|map(attribute='KEY'). Raises ExpressionError.
     """
 
     def __init__(self, text: str):
@@ -50,8 +49,7 @@ class Expression:
             raise ExpressionError(str(fault).partition("\n")[0]) from fault
         for node in every:
             _check(node)
-        self.names = [node.name for node in every if isinstance(node, nodes.Name)]
-        self.columns = frozenset(self.names)
+        self.columns = frozenset(node.name for node in every if isinstance(node, nodes.Name))
         filters = [node for node in every if isinstance(node, nodes.Filter)]
         of_columns = [(each.node.name, each) for each in filters if isinstance(each.node, nodes.Name)]
         self.optional = frozenset(column for column, each in of_columns if each.name == _DEFAULT)

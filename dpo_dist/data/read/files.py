@@ -125,9 +125,7 @@ def _not_an_array(content: Any, path: str) -> DataError:
     lists = [name for name in names if isinstance(content[name], list)]
     has_records = len(lists) == 1 and all(isinstance(entry, Mapping) for entry in content[lists[0]])
     remedy = "write the records as one list, or as a .jsonl with one object per line"
-    if Path(path).name == "tokenizer.json" or Path(path).with_name("config.json").is_file():
-        remedy = "this is a file of a model, whose folder belongs to model.path: name a file of records"
-    elif has_records:
+    if has_records:
         new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
         records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
         code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
@@ -373,12 +371,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
         kinds = {separator: kind for kind, separator in _SEPARATORS.items()}
-        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
-        read = (
-            f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
-        )
-        code = shlex.quote(f"import pandas; {read}.to_csv({json.dumps(str(new))}, index=False)")
-        remedy = f"python -c {code} writes commas; then read {new}"
+        remedy = f"save the table with {separator!r} between its columns"
         if other in kinds:
             remedy = f"rename the file to {kinds[other]}"
         raise DataError(

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -26,7 +25,7 @@ from dpo_dist.data.records import (
     FIRST_TURN,
     IMAGE,
     LAST_TURN,
-    MAX_RECORD_BYTES,
+    MAX_TEXT_BYTES,
     NOT_KEPT,
     BadRecord,
     Dialogue,
@@ -98,15 +97,12 @@ class Reading:
     @cached_property
     def keys_of_items(self) -> Mapping[str, frozenset[str]]:
         """The columns with lists of which only some keys of their items are read, and these keys."""
-        read = [*map(expression, self.fields.values())]
-        times = Counter(name for each in read for name in each.names)
-        keys = [pair for each in read for pair in each.keys]
-        by_key = Counter(name for name, _ in keys)
-        return {
-            name: frozenset(key for column, key in keys if column == name)
-            for name in by_key
-            if by_key[name] == times[name]
-        }
+        read = dict[str, frozenset[str]]()
+        for text in self.fields.values():
+            for column, key in expression(text).keys:
+                if column not in self.fields.values():
+                    read[column] = read.get(column, frozenset()) | {key}
+        return read
 
     def unread(self, record: Fields) -> list[str]:
         """Return the columns of a record that have a value, and are neither read nor ignored.
@@ -373,8 +369,8 @@ def check_content(record: PreferenceRecord) -> None:
         size = len(plain.encode())
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
-    if size > MAX_RECORD_BYTES:
-        raise UnusableRecordError("unparsable", f"{size:,} bytes, more than {MAX_RECORD_BYTES:,}")
+    if size > MAX_TEXT_BYTES:
+        raise UnusableRecordError("unparsable", f"{size:,} bytes of texts, more than {MAX_TEXT_BYTES:,}")
     if plain.count(IMAGE) != len(record.images):
         raise UnusableRecordError("reserved_character", f"a text has the noncharacter U+{ord(IMAGE):X}")
     if not any(map(_has_content, prompt)):

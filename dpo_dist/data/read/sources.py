@@ -359,20 +359,17 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
         value = getattr(source, key)
         if value is not None:
             folders = "" if key == "revision" else " and folders"
-            instead = "; limit: 1000 reads the first 1,000 records" if "[" in value else ""
             raise ConfigError(
                 f"{key} has no effect on this source",
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is for Hub datasets{folders}{instead}",
+                remedy=f"remove {key}: it is for Hub datasets{folders}",
             )
 
 
 def _missing(file: Path) -> DataError:
-    names = str(file).split()
-    is_list = len(names) > 1 and all(Path(name).expanduser().is_file() for name in names)
-    similar = ",".join(names) if is_list else similar_path(file)
+    similar = similar_path(file)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),

@@ -342,8 +342,6 @@ def _faults(
         text = f"in {without_tools:,} of {counts.kept:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
-    if trains and counts.is_mostly_plain:
-        faults.append(("the chat template is not applied", counts.plain_warning()))
     trained, evaluated = map(_prompts, (train, evaluation))
     shared = int(np.isin(evaluated, trained).sum())
     are_all = bool(np.isin(trained, evaluated).all())

@@ -478,7 +478,6 @@ def test_one_response_with_a_score_becomes_a_label_by_the_line_to_complete(
         ("table.xlsx", "the file does not exist"),
         ("notes.tsv.zip", "the file does not exist"),
         ("all.json", "did you mean .*all.jsonl"),
-        ("all.jsonl all.jsonl", r"did you mean all.jsonl,all.jsonl\?"),
         ("below/all.xlsx", "the file does not exist"),
         ("missing/all.jsonl", "no folder missing"),
     ],

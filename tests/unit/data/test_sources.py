@@ -124,7 +124,7 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
         (
             "a.csv",
             BOM + b'"prompt";"chosen"\nq;a,b\n',
-            "separated by ','(.|\n)*sep=\";\"(.|\n)*a_commas.csv",
+            "separated by ','(.|\n)*save the table with ','",
         ),
         ("a.csv", b"\nprompt\tchosen\n", "rename the file to .tsv"),
         ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
@@ -202,7 +202,7 @@ def test_what_expands_without_end_is_an_error_at_a_bound(
 
 
 def test_a_record_beyond_the_bound_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_dist.data.read.reading.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("dpo_dist.data.read.reading.MAX_TEXT_BYTES", 1000)
     content = parquet("q", "q" * 1000, "p")
     assert read(write(tmp_path, {"a.parquet": content}) / "a.parquet") == [
         (1, ""),
