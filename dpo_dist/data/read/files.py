@@ -337,17 +337,9 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
     header = next(filter(None, rows), [])
     _check_columns(list(filter(str.strip, header)), path)
     # Excel writes columns without a name for cells that look empty; pandas has its index in the first one.
-    nameless = [column for column, name in enumerate(header) if column and not name.strip()]
+    header = [name if name.strip() else f"column {number}" for number, name in enumerate(header, start=1)]
     line = rows.line_num + 1
     for cells in rows:
-        filled = [column for column in nameless if "".join(cells[column : column + 1]).strip()]
-        if filled:
-            raise DataError(
-                "a column of the table has values, but no name",
-                where=f"{path}:{line}",
-                got=f"column {filled[0] + 1} of {len(header)}",
-                remedy="name the column in the first line of the table, or remove it",
-            )
         if len(cells) > len(header):
             yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
         elif not _is_utf8("".join(cells)):

@@ -89,6 +89,11 @@ def place_images(
         places = len(beside)
         what = ""  # as many as images
         contents[first_of_user] = IMAGE * places + contents[first_of_user]
+    if not parts and len(tags) < len(beside):
+        # LLaMA-Factory and ms-swift count the tags of a response too.
+        counts = [len(tags) + _number_of_tags(response) for response in responses]
+        if len(beside) in counts:
+            raise UnusableRecordError("image_in_response", "a response has a tag <image>")
     if places != len(beside):
         raise UnusableRecordError("image_count", f"{pluralize(len(beside), 'image')}, {what}")
     texts = [*contents, *(turn.content for response in responses for turn in turns_of(response))]
@@ -115,6 +120,10 @@ def _files_of_tags(tags: Sequence[re.Match[str]]) -> list[str]:
     """Return the files that tags name; none if a tag names no file."""
     files = [tag.groupdict().get("file") or "" for tag in tags]
     return files if all(files) else []
+
+
+def _number_of_tags(response: Response) -> int:
+    return sum(len(_TAG.findall(turn.content)) for turn in turns_of(response))
 
 
 def _with_content(turn: Message, content: str) -> Message:

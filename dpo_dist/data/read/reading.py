@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -67,6 +68,7 @@ FORMS = ("", "text", "dialogue", "implicit")
 """How texts are read: by what they are, always as texts, as dialogues (HH-RLHF), without a prompt (TRL)."""
 TURN = "|turn"
 _LONGEST_VERDICT = 40
+_LAST_PART = re.compile(r"(?:(.*)(?:[\W_]|(?<=[^\W\d_])(?=\d)|(?<=[a-z])(?=[A-Z])))?(.+)", re.DOTALL)
 _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
@@ -132,22 +134,23 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
 
 
-@lru_cache(maxsize=1024)
-def _last_part(name: str) -> str:
-    """Return what tells one column from its neighbours: `a` of answer_a, `2` of response2."""
-    return re.split(r"[\W_]+|(?<=[^\W\d_])(?=\d)|(?<=[a-z])(?=[A-Z])", name)[-1].casefold()
+@lru_cache(maxsize=256)
+def _last_parts(columns: tuple[str, ...]) -> dict[str, str]:
+    """Return what tells columns of one kind apart: `a` of answer_a, if answer_b is there."""
+    found = [match for match in map(_LAST_PART.fullmatch, columns) if match]
+    stems = Counter(match[1] for match in found)
+    return {match[0]: match[2].casefold() for match in found if stems[match[1]] > 1}
 
 
 def _named_by(side: Any, columns: Sequence[str]) -> list[str]:
     """Return the columns of which a side may be the name: a verdict, where an answer is meant.
 
-    It is the whole name or its last part, or one character, as others are the last part of a column.
+    It is the whole name; or what tells it from others, or one character, as theirs.
     """
     word = plain_name(side) if isinstance(side, str) and len(side) <= _LONGEST_VERDICT else ""
-    names = {name: (plain_name(name), _last_part(name)) for name in columns if word}
-    return [
-        name for name, (whole, last) in names.items() if word in (whole, last) or len(word) == len(last) == 1
-    ]
+    lasts = _last_parts(tuple(columns)) if word else {}
+    by_part = [name for name, last in lasts.items() if word == last or len(word) == len(last) == 1]
+    return by_part + [name for name in columns if word and word == plain_name(name)]
 
 
 def parse_record(record: Fields, reading: Reading, origin: Origin) -> Record:

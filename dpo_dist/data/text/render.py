@@ -194,7 +194,6 @@ def _by_template(
         template.check_arguments(config.template_arguments or ())
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **arguments, **tools})
-    chat.check_keys([*messages, *itertools.chain(*responses)])
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
     # What the template left out.
     changes = set(rendered.changes)

@@ -120,7 +120,6 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
         ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
         ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
         ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name(.|\n)*got: +chosen\n"),
-        ("a.csv", b"prompt,chosen,rejected,,\nq,a,b,,\nq,a,b,,note\n", ":3\n(.|\n)*got: +column 5 of 5\n"),
         (
             "a.csv",
             BOM + b'"prompt";"chosen"\nq;a,b\n',
@@ -142,6 +141,14 @@ def test_a_damaged_file_is_one_error(tmp_path: Path, name: str, content: bytes, 
     shown = refused(write(tmp_path, {name: content}) / name, match)
     assert str(tmp_path / name) in shown
     assert "secret" not in shown
+
+
+def test_a_column_of_a_table_without_a_name_is_named_by_its_place(tmp_path: Path) -> None:
+    content = b",prompt,chosen,rejected,,\n0,q,yes,no,,\n1,q,yes,no,,note\n"
+    first, second = read_records(str(write(tmp_path, {"a.csv": content}) / "a.csv"))
+    assert isinstance(first, PreferenceRecord)
+    assert isinstance(second, PreferenceRecord)
+    assert (first.unread, second.unread) == (("column 1",), ("column 1", "column 6"))
 
 
 def test_compressed_files_are_read(tmp_path: Path) -> None:
