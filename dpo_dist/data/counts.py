@@ -281,18 +281,15 @@ class DataCounts:
         if self.kept:
             return
         left = self.changed[LEFT_IN_TRAIN]
-        if left:
-            message = "the split has no evaluation data"
-            where = "data.eval_share"
-            remedy = "raise data.eval_share"
-        else:
-            message = "no training data are left"
-            where = "data.train"
-            remedy = "lower data.eval_share"
+        remedy = "raise data.eval_share" if left else "lower data.eval_share"
         if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
             remedy = "set data.drop_eval_prompts=false, or name other sources in data.eval"
-        got = f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part"
-        raise DataError(message, where=where, got=got, remedy=remedy)
+        raise DataError(
+            "the split has no evaluation data" if left else "no training data are left",
+            where="data.eval_share" if left else "data.train",
+            got=f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part",
+            remedy=remedy,
+        )
 
 
 def counts_in_one_line(counts: Mapping[str, int]) -> str:

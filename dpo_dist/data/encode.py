@@ -22,7 +22,6 @@ from dpo_dist.data.records import (
     training_examples,
     turns_of,
 )
-from dpo_dist.data.text.escape import has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
 from dpo_dist.data.text.thoughts import DEFAULT_MARKS
@@ -56,8 +55,6 @@ def encode_pair(
     facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
     lengths: RecordLengths | None = None
     try:
-        if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
-            raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         images, has_tags = _images(record, processor)
         rendered = render_record(record, facts, config)
         if processor is not None and images:

@@ -26,6 +26,7 @@ from dpo_dist.foundation.types import Fields
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
+DIALOGUE_START = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT = "held_out_for_eval"
 LEFT_IN_TRAIN = "left_in_train"
@@ -39,6 +40,8 @@ MAX_TEXT_BYTES = 2**24
 """Longest texts of a record: tokenizing them takes 160 times as many bytes."""
 IMAGE = "\ufdd1"
 """Stands for an image in the content of a message: a noncharacter, never part of interchanged text."""
+RESERVED_CHARACTER = "\ufdd0"
+"""Delimits the marks of the encoder: a noncharacter, too."""
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 

@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
 from dpo_dist.data.read.plain import from_json, is_given, to_number
-from dpo_dist.data.records import UnusableRecordError, shown_key
+from dpo_dist.data.records import DIALOGUE_START, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
 _ROW = "row"
@@ -114,7 +114,7 @@ def _check(node: nodes.Node) -> None:
         if any(key in keys[:place] for place, key in enumerate(keys)):
             raise ExpressionError(_TWICE)
     if isinstance(node, nodes.Filter | nodes.Test):
-        known: Mapping[str, Any] = _FILTERS if isinstance(node, nodes.Filter) else _TYPES
+        known: Mapping[str, Any] = _FILTERS if isinstance(node, nodes.Filter) else _TESTS
         if node.name not in known or node.dyn_args or node.dyn_kwargs:
             raise ExpressionError(f"{node.name}: there are only {', '.join(known)}")
 
@@ -276,7 +276,13 @@ _FILTERS: dict[str, Callable[..., Any]] = _OF_ITEMS | {
     "selectattr": _select_by,
     _DEFAULT: lambda value, _instead: value,  # also for a part without a value: see `_filtered`
 }
-_TYPES: dict[str, Any] = {"none": type(None), "string": str, "mapping": Mapping, "list": list}
+_TESTS: dict[str, Callable[[Any], bool]] = {
+    "none": lambda value: value is None,
+    "string": lambda value: isinstance(value, str),
+    "mapping": lambda value: isinstance(value, Mapping),
+    "list": lambda value: isinstance(value, list),
+    "dialogue": lambda value: isinstance(value, str) and DIALOGUE_START.match(value) is not None,
+}
 _PARTS = (nodes.Pair, nodes.Operand, nodes.Keyword, nodes.Slice)
 
 
@@ -303,7 +309,7 @@ _MEANINGS: dict[type[nodes.Node], Callable[[Any, Fields], Any]] = {
     nodes.Not: lambda node, record: not _flag(node.node, record),
     nodes.CondExpr: lambda n, record: _value(n.expr1 if _flag(n.test, record) else n.expr2, record),
     nodes.Compare: _compare,
-    nodes.Test: lambda node, record: isinstance(_value(node.node, record), _TYPES[node.name]),
+    nodes.Test: lambda node, record: _TESTS[node.name](_value(node.node, record)),
     nodes.Filter: _filtered,
     nodes.Concat: lambda node, record: "".join(_as_text(_value(part, record)) for part in node.nodes),
     nodes.Add: _arithmetic,

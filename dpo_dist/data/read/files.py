@@ -38,8 +38,6 @@ _OTHER_KINDS = {
 _BLOCK_BYTES = 2**20
 _SAMPLE_BYTES = 2**23
 _BATCH_RECORDS = 64
-# Added for each line to the bytes since the last record: millions of empty lines would take minutes.
-_LINE_BYTES = 64
 # Compressed text expands less than this: a file that expands more could fill the memory or the disk.
 _MAX_EXPANSION = 100
 # An Arrow array of texts holds less than 2**31 bytes; Python needs a multiple of it.
@@ -295,11 +293,9 @@ class _Bounded(io.RawIOBase):
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     # Bytes, because lines of text would also end at Unicode separators.
-    blank = 0
     for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), start=1):
-        blank = blank + len(line) + _LINE_BYTES if line.isspace() else 0
-        _check_size(max(blank, len(line)), number)
-        if not blank:
+        _check_size(len(line), number)
+        if not line.isspace():
             try:
                 value = parse_json(line)
             except ValueError as fault:
@@ -309,10 +305,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _check_size(size: int, line: int) -> None:
     if size > MAX_RECORD_BYTES:
-        lines = MAX_RECORD_BYTES // _LINE_BYTES
-        raise ValueError(
-            f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes, or {lines:,} lines, without the end of a record"
-        )
+        raise ValueError(f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes without the end of a record")
 
 
 def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
@@ -328,7 +321,7 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
             if not has_header and line.strip():
                 _check_header(line, path, separator)
                 has_header = True
-            size += len(line) + _LINE_BYTES
+            size += len(line)
             _check_size(size, number)
             yield line
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import combinations
 from typing import Any
 
 from dpo_dist.data.read.expressions import expression
@@ -28,6 +29,7 @@ from dpo_dist.data.records import (
     LAST_TURN,
     MAX_TEXT_BYTES,
     NOT_KEPT,
+    RESERVED_CHARACTER,
     BadRecord,
     Dialogue,
     Message,
@@ -45,8 +47,13 @@ from dpo_dist.foundation.types import Fields
 
 CONTEXT = {"system", "history", "tools", "template_arguments"}
 """Fields of chats: a source that declares one has turns as prompts, also in records without a value."""
-RESPONSE_FIELDS = (("pair",), ("chosen", "rejected"), ("responses",), ("completion",))
-"""How responses are declared: [chosen, rejected], both by name, a list, or one."""
+RESPONSE_FIELDS = {
+    ("pair",): {"scores"},
+    ("chosen", "rejected"): {"scores"},
+    ("responses",): {"scores", "ranks", "best_first"},
+    ("completion",): {"label"},
+}
+"""How responses are declared: [chosen, rejected], both by name, a list, or one; what may tell their worth."""
 FIELDS = (
     *(
         "prompt",
@@ -368,14 +375,15 @@ def check_content(record: PreferenceRecord) -> None:
     responses = [*map(turns_of, record.responses)]
     values = [*map(_values, (prompt, *responses))]
     try:
-        plain = _json([values, record.tools, record.template_arguments])
+        texts = [values, record.tools, record.template_arguments]
+        plain = json.dumps(texts, ensure_ascii=False, default=str)
         size = len(plain.encode())
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
     if size > MAX_TEXT_BYTES:
         raise UnusableRecordError("unparsable", f"{size:,} bytes of texts, more than {MAX_TEXT_BYTES:,}")
-    if plain.count(IMAGE) != len(record.images):
-        raise UnusableRecordError("reserved_character", f"a text has the noncharacter U+{ord(IMAGE):X}")
+    if plain.count(IMAGE) != len(record.images) or RESERVED_CHARACTER in plain:
+        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0 or U+FDD1")
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:
@@ -383,7 +391,7 @@ def check_content(record: PreferenceRecord) -> None:
         answers = [turn for turn in turns if turn.role == "assistant"]
         if not any(_has_content(turn) for turn in answers if turn.is_trained is not False):
             raise UnusableRecordError("empty_response")
-    if len(set(map(_json, values[1:]))) < len(responses):
+    if any(one == other for one, other in combinations(values[1:], 2)):
         raise UnusableRecordError("identical_responses")
 
 
@@ -393,7 +401,3 @@ def _values(turns: Messages) -> list[tuple[str, str, Fields]]:
 
 def _has_content(turn: Message) -> bool:
     return bool(turn.content.strip() or turn.fields)
-
-
-def _json(values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)

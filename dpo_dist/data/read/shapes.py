@@ -48,14 +48,6 @@ _OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknow
 _OF_SOURCE |= {"unknown_label"}
 _READ_BESIDE = ("system", "history", "tools", "images", "loss_weight", "soft_label", "margin", "keep")
 """Fields that a column of the same name can be read as, whatever the responses are."""
-_ORDERS = {"scores", "ranks", "best_first"}
-_NEEDS = {
-    "label": {"completion"},
-    "scores": {"chosen", "pair", "responses"},
-    "ranks": {"responses"},
-    "best_first": {"responses"},
-}
-"""Fields that only one of others gives a meaning."""
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 _SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]
 _BESIDE = [(field, text) for field, texts in _TABLE["beside"].items() for text in texts]
@@ -176,8 +168,11 @@ def _own(source: SourceConfig, where: str) -> Reading:
     fields = {name: str(text) for name, text in given.items()}
     kinds = [kind for kind in RESPONSE_FIELDS if not fields.keys().isdisjoint(kind)]
     is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
+    orders = fields.keys() & set().union(*RESPONSE_FIELDS.values())
+    is_ordered = len(orders) <= 1 and is_one and orders <= RESPONSE_FIELDS[kinds[0]]
+    is_true = fields.get("best_first", "true").lower() == "true"
     is_read = fields.keys() <= set(FIELDS) and form in FORMS and isinstance(keys, list)
-    if not is_one or not is_read or not _is_ordered(fields):
+    if not (is_ordered and is_true and is_read):
         raise ConfigError(
             "fields do not say what the responses are, or have a name that nothing reads",
             where=where,
@@ -200,13 +195,6 @@ def _own(source: SourceConfig, where: str) -> Reading:
                 remedy='correct it; a column whose name is no word is row["A NAME"]',
             ) from fault
     return _with_ignored(Reading(fields, form), source, {"keys": keys})
-
-
-def _is_ordered(fields: Mapping[str, str]) -> bool:
-    """Return whether what says which response is better is read, and said once."""
-    is_used = all(not fields.keys().isdisjoint(needs) for name, needs in _NEEDS.items() if name in fields)
-    is_true = fields.get("best_first", "true").lower() == "true"
-    return is_used and is_true and len(_ORDERS & fields.keys()) <= 1
 
 
 def _with_ignored(reading: Reading, source: SourceConfig, shape: Mapping[str, Any]) -> Reading:

@@ -18,15 +18,12 @@ from typing import Any, NamedTuple, TypeAlias
 import tokenizers
 
 from dpo_dist.data.library_internals import with_backend
-from dpo_dist.data.records import UnusableRecordError
+from dpo_dist.data.records import RESERVED_CHARACTER, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
 
 THOUGHT_TAGS = ("<think>", "</think>")
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-# A Unicode noncharacter, never part of interchanged text: it delimits marks.
-RESERVED_CHARACTER = "\ufdd0"
 
 _LITERAL = f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}"
 _ESCAPED_CHARACTER = "\\ufdd0"
@@ -120,12 +117,6 @@ class Marks:
 def token_alias(token: str) -> str:
     """Return the text that stands for a control token where the tokenizer encodes tokens as text."""
     return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
-
-
-def has_reserved(value: Any) -> bool:
-    """Return whether a text of messages or of a nested value, or a key of it, has the reserved character."""
-    plain = json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "__dict__", None))
-    return RESERVED_CHARACTER in plain
 
 
 Encoded: TypeAlias = tuple[list[int], list[int]]

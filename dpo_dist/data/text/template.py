@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.data.records import IMAGE, Message, Messages, UnusableRecordError, parts_of
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, Marks, any_of
+from dpo_dist.data.records import IMAGE, RESERVED_CHARACTER, Message, Messages, UnusableRecordError, parts_of
+from dpo_dist.data.text.escape import THOUGHT_FIELDS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields, Tokenizer
 

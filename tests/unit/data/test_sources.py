@@ -169,12 +169,10 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
 
 WITHOUT_END = {
     "a.jsonl": LINE + b"\n" + LINE[:-1] + b" " * 2**18 + b"}\n" + LINE,
-    "blank.jsonl": LINE + b"\n" * 2**12 + LINE,
     "a.json": b"[" + b" " * 2**18 + LINE + b"]",
     "a.csv": b"prompt,chosen,rejected\nq,a,b\nq,a," + b"b" * 2**18,
     "cells.csv": b"prompt,chosen,rejected\nq,a,b\n" + b"q," * 2**17,
-    "lines.tsv": b'prompt\tchosen\trejected\nq\ta\tb\nq\ta\t"' + b"b\n" * 2**12 + b'"',
-    "blank.csv": b"prompt,chosen,rejected\nq,a,b\n" + b"\n" * 2**12 + b"q,a,b",
+    "lines.tsv": b'prompt\tchosen\trejected\nq\ta\tb\nq\ta\t"' + b"b\n" * 2**17 + b'"',
 }
 
 
