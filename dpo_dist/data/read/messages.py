@@ -222,24 +222,23 @@ def read_history(history: Any, keys: MessageKeys) -> Messages:
 
 def read_tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
-    read: list[Fields] = []
     try:
         tools = [without_nulls(from_json(tool)) for tool in (value if isinstance(value, list) else [value])]
-    except ValueError as fault:
-        raise UnusableRecordError("invalid_tools", "a tool is no JSON") from fault
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
-            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-        schema = next((name for name in _TABLE["schemas"] if function.get(name)), None)
-        if schema and not function.get("parameters"):
-            others = {name: each for name, each in function.items() if name not in (schema, "parameters")}
-            function = {**others, "parameters": function[schema]}
-        if "function" in tool:
-            read.append({**tool, "function": function})
-        else:
-            read.append({"type": "function", "function": function} if "name" in tool else tool)
-    return tuple(read)
+        return tuple(map(_tool, tools))
+    except (AttributeError, TypeError, ValueError) as fault:
+        raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind") from fault
+
+
+def _tool(tool: Fields) -> Fields:
+    function = dict(tool.get("function", tool))
+    if not isinstance(function.get("name", ""), str):
+        raise TypeError("a name that is no text")
+    schema = next((name for name in _TABLE["schemas"] if function.get(name)), None)
+    if schema and not function.get("parameters"):
+        function["parameters"] = function.pop(schema)
+    if "function" in tool:
+        return {**tool, "function": function}
+    return {"type": "function", "function": function} if "name" in tool else tool
 
 
 def read_messages(prompt: Any, responses: Fields, keys: MessageKeys) -> tuple[Prompt, Sequence[Response]]:

@@ -85,7 +85,7 @@ class Reading:
 
     `fields`: an expression for each. `form`: one of `FORMS`. `when`: an expression, true of each record.
     `ignored`: columns, or `*` for all others. `is_chat`: whether every prompt is turns; None: not known yet.
-    `notes`: columns that are not read, in words. `reserved`: what the `plain_name` of none of these may be.
+    `notes`: columns that are not read, in words. `reserved`: what the `bare_name` of none of these may be.
     """
 
     fields: Mapping[str, str]
@@ -136,7 +136,7 @@ def _without(names: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
-def plain_name(name: str) -> str:
+def bare_name(name: str) -> str:
     """Return a name without what people write in several ways: its case, separators, and a plural's s."""
     return re.sub(r"[\W_]+", "", name.rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
 
@@ -154,10 +154,10 @@ def _named_by(side: Any, columns: Sequence[str]) -> list[str]:
 
     It is the whole name; or what tells it from others, or one character, as theirs.
     """
-    word = plain_name(side) if isinstance(side, str) and len(side) <= _LONGEST_VERDICT else ""
+    word = bare_name(side) if isinstance(side, str) and len(side) <= _LONGEST_VERDICT else ""
     lasts = _last_parts(tuple(columns)) if word else {}
     by_part = [name for name, last in lasts.items() if word == last or len(word) == len(last) == 1]
-    return by_part + [name for name in columns if word and word == plain_name(name)]
+    return by_part + [name for name in columns if word and word == bare_name(name)]
 
 
 def parse_record(record: Fields, reading: Reading, origin: Origin) -> Record:
@@ -198,7 +198,7 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
     # The prompt and the responses.
     responses, scores = _responses(values)
     named = {name for side in responses.values() for name in _named_by(side, unread)}
-    suspects = tuple(name for name in unread if name in named or plain_name(name) in reading.reserved)
+    suspects = tuple(name for name in unread if name in named or bare_name(name) in reading.reserved)
     if suspects:
         raise UnusableRecordError("unread_column", ", ".join(map(shown_key, suspects)), suspects)
     asked = values.get("prompt")

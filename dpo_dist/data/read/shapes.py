@@ -23,7 +23,7 @@ from dpo_dist.data.read.reading import (
     Reading,
     parse_prompt,
     parse_record,
-    plain_name,
+    bare_name,
 )
 from dpo_dist.data.records import (
     BadRecord,
@@ -114,13 +114,13 @@ def _reserved() -> frozenset[str]:
     """Return plain names of columns that must be read or ignored: they may change what is trained."""
     of_trainers = [shape["columns"] for shape in _SHAPES.values() if not shape.get("public")]
     beside = _columns_of(text for _, text in _BESIDE)
-    return frozenset(map(plain_name, chain(beside, FIELDS, _TABLE["reserved"], *of_trainers)))
+    return frozenset(map(bare_name, chain(beside, FIELDS, _TABLE["reserved"], *of_trainers)))
 
 
 def _check_ignored(source: SourceConfig, columns: Mapping[str, None]) -> None:
     """Check that a source has the columns that it ignores; one of a reserved name may come later."""
     unknown = {name for name in source.ignore or () if OF_KEYS not in name}.difference(columns, "*")
-    missing = [name for name in unknown if plain_name(name) not in _reserved()]
+    missing = [name for name in unknown if bare_name(name) not in _reserved()]
     if missing:
         raise _no_column(f"ignore of {source.path}", missing, columns, "correct or remove the name")
 
