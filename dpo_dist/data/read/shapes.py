@@ -21,9 +21,9 @@ from dpo_dist.data.read.reading import (
     RESPONSE_FIELDS,
     TURN,
     Reading,
+    bare_name,
     parse_prompt,
     parse_record,
-    bare_name,
 )
 from dpo_dist.data.records import (
     BadRecord,

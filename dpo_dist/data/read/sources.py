@@ -27,7 +27,6 @@ from dpo_dist.data.read.files import (
     numbered_records,
     read_file,
 )
-from dpo_dist.data.read.plain import parse_json
 from dpo_dist.data.read.reading import Reading, parse_prompt, parse_record
 from dpo_dist.data.read.shapes import FIRST_RECORDS, declared
 from dpo_dist.data.records import BadRecord, RawRecord, Record
@@ -497,17 +496,10 @@ def _saved_records(folder: Path, source: SourceConfig, folders: Sequence[Path]) 
 
     root = folder.resolve()
     with _as_data_error(source):
-        names = [
-            root / split
-            for file in root.glob("dataset_dict.json")
-            for split in parse_json(file.read_bytes())["splits"]
-        ]
-        states = [(file, parse_json(file.read_bytes())["_data_files"]) for file in root.rglob("state.json")]
-    names += [file.parent / entry["filename"] for file, entries in states for entry in entries]
-    _check_below(root, (Path(os.path.normpath(name)) for name in names), source, "the saved dataset")
-    with _as_data_error(source):
-        saved = load_from_disk(str(folder))
+        saved = load_from_disk(str(root), keep_in_memory=False)
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
+    names = (entry["filename"] for dataset in splits.values() for entry in dataset.cache_files)
+    _check_below(root, (Path(os.path.normpath(name)) for name in names), source, "the saved dataset")
     rows = enumerate(dataset_rows(_chosen_split(source, splits)), start=1)
     return numbered_records(rows, source.path, folders)
 
