@@ -256,6 +256,12 @@ def test_columns_that_nothing_reads_are_named_with_their_few_values(tmp_path: Pa
     assert isinstance(late[-2], BadRecord)
 
 
+def test_a_short_answer_beside_a_column_without_neighbours_is_no_verdict(tmp_path: Path) -> None:
+    """The column is the index that pandas writes."""
+    record = TEXT | {"chosen": "4", "rejected": "0", "Unnamed: 0": 7}
+    assert good(jsonl(tmp_path, record)).responses == ("4", "0")
+
+
 def test_keys_of_listed_responses_that_nothing_reads_are_named(tmp_path: Path) -> None:
     listed = [{"content": "yes", "score": 2, "critique": "Fine.", "id": None}, {"content": "no", "score": 1}]
     path = jsonl(tmp_path, *[{"prompt": "q", "responses": listed}] * 5)
