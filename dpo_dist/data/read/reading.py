@@ -197,7 +197,9 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
     unread = reading.unread(record)
     # The prompt and the responses.
     responses, scores = _responses(values)
-    named = {name for side in responses.values() for name in _named_by(side, unread)}
+    # A side that an expression looks up is an answer.
+    columns = [side for name, side in responses.items() if fields.get(name) in record]
+    named = {name for side in columns for name in _named_by(side, unread)}
     suspects = tuple(name for name in unread if name in named or bare_name(name) in reading.reserved)
     if suspects:
         raise UnusableRecordError("unread_column", ", ".join(map(shown_key, suspects)), suspects)

@@ -260,6 +260,8 @@ def test_a_short_answer_beside_a_column_without_neighbours_is_no_verdict(tmp_pat
     """The column is the index that pandas writes."""
     record = TEXT | {"chosen": "4", "rejected": "0", "Unnamed: 0": 7}
     assert good(jsonl(tmp_path, record)).responses == ("4", "0")
+    judged = {"q": "q", "a": "4", "b": "5", "w": "A", "model_a": "x", "model_b": "y"}
+    assert good(jsonl(tmp_path, judged), fields=VERDICT).responses == ("4", "5")
 
 
 def test_keys_of_listed_responses_that_nothing_reads_are_named(tmp_path: Path) -> None:
