@@ -138,13 +138,13 @@ def _without(names: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def bare_name(name: str) -> str:
     """Return a name without what people write in several ways: its case, separators, and a plural's s."""
-    return re.sub(r"[\W_]+", "", name.rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
+    return re.sub(r"[\W_]+", "", str(name).rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
 
 
 @lru_cache(maxsize=256)
 def _last_parts(columns: tuple[str, ...]) -> dict[str, str]:
     """Return what tells columns of one kind apart: `a` of answer_a, if answer_b is there."""
-    found = [match for match in map(_LAST_PART.fullmatch, columns) if match]
+    found = [match for match in map(_LAST_PART.fullmatch, map(str, columns)) if match]
     stems = Counter(match[1] for match in found)
     return {match[0]: match[2].casefold() for match in found if stems[match[1]] > 1}
 
@@ -204,7 +204,9 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
     if suspects:
         raise UnusableRecordError("unread_column", ", ".join(map(shown_key, suspects)), suspects)
     asked = values.get("prompt")
-    text = asked[0]["content"] if asked and reading.fields["prompt"].endswith(TURN) else asked
+    text = asked
+    if fields.get("prompt", "").endswith(TURN) and isinstance(asked, list):
+        text = next((turn.get("content") for turn in asked if isinstance(turn, Mapping)), None)
     _check_texts({"prompt": text, **responses}, reading)
     prompt, texts = _read(asked, responses, reading)
     if reading.is_chat or (reading.is_chat is None and any(name in values for name in CONTEXT)):

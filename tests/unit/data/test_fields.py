@@ -307,6 +307,19 @@ def test_old_keys_of_a_source_are_one_error_with_the_line_to_write() -> None:
     assert source.ignore == ["id"]
 
 
+def test_a_prompt_is_a_turn_or_what_an_expression_takes_in_its_place(tmp_path: Path) -> None:
+    fields = {"prompt": "m if m is list else q|turn", "chosen": "a", "rejected": "b"}
+    for messages in (None, [user("q")], [{"role": "user"}]):
+        found = read(jsonl(tmp_path, DUEL | {"m": messages}, DUEL | {"m": [user("q")]}), fields=fields)
+        assert [type(one) for one in found][1:] == [PreferenceRecord]
+
+
+def test_a_reader_may_return_keys_that_are_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numbering.py").write_text("def keys(record): return record | {3: 'x', 'chosen': 'A'}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert good(jsonl(tmp_path, TEXT), reader="numbering:keys").unread == ("3",)
+
+
 def test_a_reader_that_returns_no_record_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "returning.py").write_text("def texts(record): return [*record.values()]\n")
     monkeypatch.syspath_prepend(tmp_path)
