@@ -22,8 +22,9 @@ from dpo_dist.tools.doctor.folder import DoctorFolder
 def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
     check_rules(config, needs_of("doctor"))
-    for source in [*config.data.train, *config.data.eval]:
-        DataSource(source).check()
+    for key, sources in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
+        for source in sources:
+            DataSource(source, key).check()
     ChatTemplate.check_file(config.data.chat_template)
     if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
