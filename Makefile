@@ -31,7 +31,7 @@ docs: env ## write the generated tables of docs/
 	$(BIN)/python scripts/write_key_docs.py
 
 docs-site: env ## build a searchable site of README.md and docs/ in build/site
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 golden: env ## record the golden trajectories again (see CONTRIBUTING.md)
 	$(BIN)/python scripts/record_golden.py

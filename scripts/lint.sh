@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/codespell
-.venv/bin/mkdocs build --strict --quiet
+.venv/bin/mkdocs build --strict
