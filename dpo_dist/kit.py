@@ -29,13 +29,13 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   one in which each process loads whole models; `unsharded_loading` and `return_memory` are for these.
 - **A model's files**: a `ModelSource` is checked, loaded to generate (`load`) and to score (`load_packed`);
   `find_files` finds one, `find_model` also names it by a digest. `description_folder` and
-  `local_model_folder` find folders, `hub_commit` and `digest_model` say which version they have.
+  `local_model_folder` find folders, `digest_model` says which version they have.
   `load_config` and `load_encoder` read what is not weights, `context_length` and `find_stop_ids` say where
   texts end. `TORCH_DTYPES` are the dtypes of weights, `has_products` says whether a CPU computes in one.
   `merge_adapter` writes a merged model.
-- **Scores and generation**: a `PackedCausalLM` scores examples by `packed_logps`; an `Engine` has the policy
-  of a run. `can_mix_lengths` checks that a model generates what it predicts, `extend` generates, with images
-  by `image_inputs`; faults are `NotFiniteError` and `WrongGenerationError`.
+- **Scores and generation**: `packed_logps` scores examples; an `Engine` has the policy of a run.
+  `can_mix_lengths` checks that a model generates what it predicts, `extend` generates, with images by
+  `image_inputs`; faults are `NotFiniteError` and `WrongGenerationError`.
 - **Data**: `prepare_data` encodes those of a run, each source as a `PreferenceDataset`; `saved_by_tree` says
   what its shared prefixes save, `in_chunks` divides records.
 - **Shapes**: `Shapes` says bytes and FLOPs of a run from `policy_without_weights` and
@@ -105,7 +105,7 @@ if TYPE_CHECKING:
     from dpo_dist.encoded.dataset import PreferenceDataset
     from dpo_dist.encoded.workers import in_chunks
     from dpo_dist.model.architectures import context_length
-    from dpo_dist.model.files.folder import description_folder, hub_commit, local_model_folder
+    from dpo_dist.model.files.folder import description_folder, local_model_folder
     from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_encoder
     from dpo_dist.model.files.stops import find_stop_ids
     from dpo_dist.model.flops import REACHED_SHARES, matmul_peak
@@ -117,7 +117,7 @@ if TYPE_CHECKING:
         image_inputs,
     )
     from dpo_dist.model.numerics import has_products
-    from dpo_dist.model.packed import PackedCausalLM, packed_logps
+    from dpo_dist.model.packed import packed_logps
     from dpo_dist.objective.intervals import Column, bootstrap_intervals, wilson_interval
     from dpo_dist.reference.digest import digest_model
     from dpo_dist.reference.model_source import ModelSource, find_files, find_model
@@ -172,13 +172,13 @@ _NAMES = {
     "encoded.dataset": "PreferenceDataset",
     "encoded.workers": "in_chunks",
     "model.architectures": "context_length",
-    "model.files.folder": "description_folder hub_commit local_model_folder",
+    "model.files.folder": "description_folder local_model_folder",
     "model.files.load": "TORCH_DTYPES load_config load_encoder",
     "model.files.stops": "find_stop_ids",
     "model.flops": "REACHED_SHARES matmul_peak",
     "model.generation": "NotFiniteError WrongGenerationError can_mix_lengths extend image_inputs",
     "model.numerics": "has_products",
-    "model.packed": "PackedCausalLM packed_logps",
+    "model.packed": "packed_logps",
     "objective.intervals": "Column bootstrap_intervals wilson_interval",
     "reference.digest": "digest_model",
     "reference.model_source": "ModelSource find_files find_model",

@@ -16,13 +16,13 @@ NAMES = """
     ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE LOSS
     LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column Direction Dtype
     Engine Extension Footprint LossConfig LossKind MetricsRow ModelConfig ModelSource NotFiniteError
-    Offload OptimizerKind PackedCausalLM ParallelismKind PathBelow PreferenceDataset
+    Offload OptimizerKind ParallelismKind PathBelow PreferenceDataset
     ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
     bootstrap_intervals can_mix_lengths check_groups check_rules check_shapes
     check_start check_writable checked_console checkpoint_as_model complete_config context_length
     count_trained description_folder digest_model dry_run evaluation_cells existing_run extend
     final_and_best find_files find_metric find_model find_stop_ids finite fits
-    has_products hub_commit image_inputs in_chunks is_checkpoint is_collapsed joined_run kinds_using
+    has_products image_inputs in_chunks is_checkpoint is_collapsed joined_run kinds_using
     load_config load_encoder load_run_config local_model_folder locate_model
     loss_kinds loss_unit matmul_peak merge_adapter needs_of packed_logps
     parse_overrides policy_without_weights prepare_data results_name return_memory run_keys run_verb

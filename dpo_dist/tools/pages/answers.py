@@ -2,7 +2,7 @@
 
 A row of answers is a line of `samples/step-*.jsonl` or `comparison/answers.jsonl`: `prompt`, `responses` by
 name, the first one the base, and perhaps `chosen` with its `label`, and `images`. A response has `text` and
-perhaps `tokens`, `finished`, `score`, `logp` and `base_logp`.
+perhaps `tokens`, `finished` and `score`.
 """
 
 import re
@@ -70,8 +70,6 @@ def _column(response: AnswersRow, first: AnswersRow, base: str) -> tuple[str, li
         notes.append("did not end")
     if response.get("score") is not None:
         notes.append(f"score {number(response['score'])}")
-    if response is not first and None not in (response.get("logp"), response.get("base_logp")):
-        notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
     text = response["text"][:_LONGEST_TEXT]
     other = first["text"][:_LONGEST_TEXT]
     pieces = [(text, "")] if text.strip() else []

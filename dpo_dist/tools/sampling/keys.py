@@ -47,8 +47,7 @@ class SamplingConfig:
     """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or, if that is less, what the
     prompt leaves of the model's context."""
     temperature: float | None = key(None, ge=0)
-    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
-    bias only at 1."""
+    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1."""
     top_p: float = key(1.0, gt=0, le=1)
     """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
@@ -58,11 +57,11 @@ class SamplingConfig:
 
 @schema
 class CompareConfig:
-    """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
+    """Two models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
     models: list[NonEmpty] = key([])
-    """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
-    of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
+    """The models, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder of a
+    model or an adapter, or a hub name. The win rate is that of the second one over the first."""
     prompts: int = key(128, ge=1)
     """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
 

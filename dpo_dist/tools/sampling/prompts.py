@@ -161,11 +161,9 @@ class Prompts:
         sampling: Sampling,
         numbers: range,
         open_model: Callable[[], tuple[Responder, Generate]],
-        rooms: Mapping[str, int] | None = None,
     ) -> Parts:
         """Return a model's finished responses; `open_model` is called only where parts are unfinished.
 
-        `rooms`: most tokens of a response by `prompt_key`, where they are fewer than the model's own.
         With `sampling.endpoint` a server responds, which is checked first, and `open_model` is not called.
         """
         config = self.run.config
@@ -174,8 +172,6 @@ class Prompts:
             "model": source.digest,
             "numbers": [numbers.start, len(numbers)],
         }
-        if rooms:
-            settings["rooms"] = rooms
         is_served = config.section_of(SamplingConfig).endpoint.url is not None
         if is_served:
             settings["server"] = True
@@ -186,7 +182,7 @@ class Prompts:
         def part(index: int) -> list[dict[str, Any]]:
             responder, generate = open_model() if server is None else (server.responder, server.generate)
             records = self.parts[index]
-            return list(map(asdict, respond(records, responder, generate, sampling, numbers, rooms)))
+            return list(map(asdict, respond(records, responder, generate, sampling, numbers)))
 
         client = None if server is None else server.client
         return self.finish(f"responses of {source.name}", stage, part, client)

@@ -23,10 +23,10 @@ from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.kit import packed_logps
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.reference.model_source import find_model
 from dpo_dist.tools.chat.conversation import open_conversation
-from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
@@ -106,9 +106,8 @@ def test_responses_depend_on_the_image_alone_and_log_probs_are_those_of_the_whol
     with torch.no_grad():
         plain = row_logps(AutoModelForMultimodalLM.from_pretrained(folder / "model"), examples)
     wanted = [float(part.sum()) for part in plain.split([len(each.responses[0]) for each in examples])]
-    found = response_logps(packed, rows, 10**6, [each.images for each in examples])
+    found = [float(logps.detach().sum()) for logps in packed_logps(packed, examples, 10**6)]
     assert found == pytest.approx(wanted, abs=1e-4)
-    assert response_logps(packed, rows, 10**6, [(), None, ()])[1] is None
 
 
 def test_a_model_of_text_is_refused_and_without_the_key_records_with_images_are_dropped(
