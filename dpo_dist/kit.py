@@ -3,9 +3,9 @@
 Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids) and `dpo_dist.foundation`.
 
 - **A verb**: `extension.py` in a tool's folder has an `Extension`, with `Verb`s, keys and `Rule`s; `unused`,
-  `unused_beside`, `LOSS` and `to_unset` make rules and remedies, `needs_of` and `check_rules`
-  check them. `run_verb` runs a verb with its configuration, `checked_console` and `check_start` check what it
-  needs, `dry_run` answers `--check`. `write_command` writes the command of another verb.
+  `unused_beside`, `LOSS` and `to_unset` make rules and remedies, `needs_of` and `check_rules` check them.
+  `run_verb` runs a verb with its configuration, `check_start` checks what it needs, `dry_run` answers
+  `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
   `LossKind`, `Offload`, `OptimizerKind`, `ParallelismKind`, `ReferenceMode`, `UNSET`.
   `load_run_config` reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors);
@@ -25,7 +25,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
 - **Evaluations**: `evaluation_cells` are the table of `EVALUATION_METRICS` of one, `count_trained` counts
   prompts that a model knows from its training. `bootstrap_intervals` and `wilson_interval` are intervals of
   means and shares, of values in a `Column`.
-- **A run at work**: `train` trains; a `Run` has its configuration, processes and console, and `joined_run` is
+- **A run at work**: a `Run` has its configuration, processes and console, and `joined_run` is
   one in which each process loads whole models; `unsharded_loading` and `return_memory` are for these.
 - **A model's files**: a `ModelSource` is checked, loaded to generate (`load`) and to score (`load_packed`);
   `find_files` finds one, `find_model` also names it by a digest. `description_folder` and
@@ -131,7 +131,6 @@ if TYPE_CHECKING:
         finite,
         is_collapsed,
     )
-    from dpo_dist.training.run import train
     from dpo_dist.training.start.dry_run import dry_run
     from dpo_dist.training.start.footprint import (
         GPUS_PER_NODE,
@@ -143,7 +142,7 @@ if TYPE_CHECKING:
     from dpo_dist.training.start.inputs import check_shapes
     from dpo_dist.training.start.named_models import locate_model, short_name
     from dpo_dist.training.start.open_run import DEFAULT_TOKENS, Run, joined_run
-    from dpo_dist.training.start.preflight import check_groups, check_start, checked_console
+    from dpo_dist.training.start.preflight import check_groups, check_start
     from dpo_dist.training.start.prepared_data import prepare_data, saved_by_tree
 
 _NAMES = {
@@ -187,7 +186,6 @@ _NAMES = {
     "training.export": "checkpoint_as_model merge_adapter",
     "training.reporting.history": "RunHistory",
     "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed",
-    "training.run": "train",
     "training.start.dry_run": "dry_run",
     "training.start.footprint": """
         GPUS_PER_NODE Footprint Shapes policy_without_weights teacher_without_weights
@@ -195,7 +193,7 @@ _NAMES = {
     "training.start.inputs": "check_shapes",
     "training.start.named_models": "locate_model short_name",
     "training.start.open_run": "DEFAULT_TOKENS Run joined_run",
-    "training.start.preflight": "check_groups check_start checked_console",
+    "training.start.preflight": "check_groups check_start",
     "training.start.prepared_data": "prepare_data saved_by_tree",
 }
 """The same names by the module that has them; a test compares them with the imports above."""

@@ -19,28 +19,28 @@ NAMES = """
     Offload OptimizerKind ParallelismKind PathBelow PreferenceDataset
     ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
     bootstrap_intervals can_mix_lengths check_groups check_rules check_shapes
-    check_start check_writable checked_console checkpoint_as_model complete_config context_length
+    check_start check_writable checkpoint_as_model complete_config context_length
     count_trained description_folder digest_model dry_run evaluation_cells existing_run extend
     final_and_best find_files find_metric find_model find_stop_ids finite fits
     has_products image_inputs in_chunks is_checkpoint is_collapsed joined_run kinds_using
     load_config load_encoder load_run_config local_model_folder locate_model
     loss_kinds loss_unit matmul_peak merge_adapter needs_of packed_logps
     parse_overrides policy_without_weights prepare_data results_name return_memory run_keys run_verb
-    saved_by_tree short_name strip_key teacher_without_weights to_unset to_yaml train
+    saved_by_tree short_name strip_key teacher_without_weights to_unset to_yaml
     unsharded_loading unused unused_beside value_at wilson_interval write_command
 """
 """All names of the kit: a new one is a decision."""
 ELSEWHERE = {
-    "config.compose": "Composition names_chosen read_keys",
+    "config.compose": "read_keys",
     "config.identity": "settings",
-    "config.keys": "group_folders preset_names strip_indices verb_keys",
-    "config.load": "changed_keys load_command saved_config",
+    "config.keys": "strip_indices verb_keys",
+    "config.load": "changed_keys saved_config",
     "config.losses": "KINDS",
     "config.metrics": "EXCESS GROUP_METRICS MARGIN_PERCENTILES is_evaluation",
     "config.mistakes": "explained",
     "config.rules": "without_evaluations",
     "config.run_folder": "checkpoint_step",
-    "config.schema": "ConsoleStyle ExportedWeights ImagesConfig",
+    "config.schema": "ExportedWeights ImagesConfig",
     "config.verbs": "VERBS",
     "distributed.memory": "explain_out_of_memory",
     "distributed.processes.world": "Interrupted Stops",
@@ -50,7 +50,6 @@ ELSEWHERE = {
     "model.exactness": "Agree",
     "model.files.folder": "check_tokenizer_files model_folder",
     "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
-    "model.library_internals": "fill_conversions",
     "model.packed": "rope_limit",
     "objective.metrics": "PairValues",
     "reference.engine": "fault_agreement load_reference",

@@ -21,7 +21,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, rais
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunFolder, check_start, run_verb
 from dpo_dist.tools.sweep.points import Points, load_points
-from dpo_dist.tools.sweep.training import PointTrainer, is_finished, warm_up
+from dpo_dist.tools.sweep.training import PointTrainer, is_finished
 
 
 def main(points: Points) -> int:
@@ -30,7 +30,6 @@ def main(points: Points) -> int:
     first = next(iter(points.values()))
     folder = SweepFolder(Path(first.run.root) / f"sweep-{first.run.name}")
     with open_console(folder.rank_log, first.console.style) as console:
-        warm_up()
         from dpo_dist.tools.sweep.results import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
 
         settings = first.section_of(SweepConfig)
