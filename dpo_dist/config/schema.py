@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
@@ -24,7 +24,6 @@ from dpo_dist.foundation.fields import (
     Names,
     NonEmpty,
     Place,
-    as_entry,
     key,
     key_facts,
     schema,
@@ -380,19 +379,6 @@ class MetricsConfig:
     means are the metrics `custom/NAME`."""
 
 
-@schema
-class MemberConfig:
-    """One entry of `export.average`; a bare string is its `path`."""
-
-    path: NonEmpty = key(...)
-    """Folder of a whole model, such as `export` writes."""
-    weight: float = key(1.0, gt=0)
-    """Weight in the mean; the weights are divided by their sum."""
-
-
-Member = Annotated[
-    MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
-]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm"})
 
@@ -410,19 +396,14 @@ class ExportConfig:
     of `model/` (`trainer.final`)."""
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
-    average: list[Member] = key([])
-    """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
-    """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
-    of its files."""
     check: bool = key(True)
     """Before the folder gets its name, load it by transformers and compare its weights with the trained
     ones."""
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
-    `-merged`; with `export.average`, `<run.dir>/exported/average`."""
+    `-merged`."""
     tool: ExportTool | None = key(None)
     """Print the command by which `lm-eval` or `vllm` reads `model/`, or a folder that other keys of `export`
     name."""
