@@ -7,7 +7,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   `run_verb` runs a verb with its configuration, `check_start` checks what it needs, `dry_run` answers
   `--check`. `write_command` writes the command of another verb.
 - **Configuration**: `RunConfig` with `ModelConfig`, `LossConfig`, and the values `Dtype`, `Direction`,
-  `LossKind`, `Offload`, `OptimizerKind`, `ParallelismKind`, `ReferenceMode`, `UNSET`.
+  `LossKind`, `Offload`, `ParallelismKind`, `ReferenceMode`, `UNSET`.
   `load_run_config` reads words, of which `parse_overrides` knows the grammar (`FAILURES` are its errors);
   `complete_config` checks a changed one, `to_yaml` writes one. `run_keys` has all keys, `fits` says whether a
   key takes a value, `value_at` has it.
@@ -94,7 +94,6 @@ if TYPE_CHECKING:
         Dtype,
         ModelConfig,
         Offload,
-        OptimizerKind,
         ParallelismKind,
         ReferenceMode,
         RunConfig,
@@ -162,7 +161,7 @@ _NAMES = {
     """,
     "config.run_folder": "PathBelow RunFolder check_writable existing_run is_checkpoint strip_key",
     "config.schema": """
-        UNSET Direction Dtype ModelConfig Offload OptimizerKind ParallelismKind ReferenceMode
+        UNSET Direction Dtype ModelConfig Offload ParallelismKind ReferenceMode
         RunConfig
     """,
     "distributed.deepspeed_config": "unsharded_loading",

@@ -16,7 +16,7 @@ NAMES = """
     ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE LOSS
     LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column Direction Dtype
     Engine Extension Footprint LossConfig LossKind MetricsRow ModelConfig ModelSource NotFiniteError
-    Offload OptimizerKind ParallelismKind PathBelow PreferenceDataset
+    Offload ParallelismKind PathBelow PreferenceDataset
     ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
     bootstrap_intervals can_mix_lengths check_groups check_rules check_shapes
     check_start check_writable checkpoint_as_model complete_config context_length

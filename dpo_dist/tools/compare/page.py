@@ -15,8 +15,7 @@ _Row = Mapping[str, Any]
 _ROOM = 4_000_000  # characters of texts
 _VERDICTS = {1.0: "wins", 0.5: "ties", 0.0: "loses"}
 _ANSWERS = (
-    "The largest differences of scores come first. Marked words are not in the first model's answer. Texts "
-    "of data and models can be offensive or private."
+    "The largest differences of scores come first. Texts of data and models can be offensive or private."
 )
 _SAMPLED = (
     "These answers are sampled at a temperature of {}, and unlikely words can make a small model look "

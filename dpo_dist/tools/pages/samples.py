@@ -22,7 +22,7 @@ _MOST_WORST = 6
 _MOST_SHOWN = 10
 _MEASURED_CHARACTERS = 2000
 _SECTION_CHARACTERS = 900_000
-CAUTION = "Marked words are not in the first response. Texts of data and models can be offensive or private."
+CAUTION = "Texts of data and models can be offensive or private."
 
 
 def faults(responses: AnswersRow) -> list[str]:

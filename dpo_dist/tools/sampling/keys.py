@@ -14,8 +14,8 @@ class SamplesConfig:
     """Responses of the policy to held-out prompts at evaluations."""
 
     prompts: int | None = key(None, ge=0)
-    """Prompts of the evaluation data that the policy responds to at every evaluation while this takes at most
-    a minute and a tenth of the training time; null: 8, before the first step and after the last; 0: none."""
+    """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8, before the
+    first step and after the last; 0: none."""
 
 
 _URL: Any = {

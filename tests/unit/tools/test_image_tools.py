@@ -203,7 +203,7 @@ def test_people_compare_responses_beside_the_image(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("is_encoded", [True, False])
-def test_the_doctor_counts_images_and_tells_records_apart_by_them(
+def test_the_doctor_tells_records_apart_by_their_images(
     folder: Path, tmp_path: Path, is_encoded: bool
 ) -> None:
     names = ["red", "green", "blue", "red"]
@@ -216,10 +216,6 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     tokenizer = TOKENIZER if is_encoded else None
     found = examine(data, tokenizer, processor=processor)
     report = found.sources[0]
-    images = report["images"]
-    assert (images["records"], images["images"], images["different"]) == (4, 4, 3)
-    assert (images["pixels"]["smallest"], images["pixels"]["largest"]) == (3000, 3000)
-    assert (images["tokens"] or {}).get("largest") == (4 if is_encoded else None)
     assert report["dropped"]["image_unreadable"]["count"] == 1
     assert (found.across["duplicates"], found.across["repeated_prompts"]) == (1, 1)
     facts = Observer(data, tokenizer, processor=processor).observe(records(folder, "many.jsonl"))
@@ -240,7 +236,6 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     write_doctor_page(run, replace(found, shown=pairs), data, DoctorConfig())
     page = run.doctor_page.read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
-    assert "4 in 4 records, 3 different ones" in page
 
 
 def test_the_doctor_finds_tags_that_are_no_places(folder: Path) -> None:

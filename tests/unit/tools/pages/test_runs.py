@@ -1,7 +1,6 @@
 """Several runs, on a page and as a table: settings that differ, the best values, what cannot be compared."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -118,9 +117,7 @@ def test_curves_are_over_pairs_and_prompts_beside_each_other(runs: list[RunFolde
     assert "1,920 0.4 0.41 0.4 0.41" in curves, "the last pairs of runs a and c"
     assert "960 0.55 0.56 0.4 0.41 0.55 0.56" in curves, "those of run b"
     assert "run-a after step 60 3 tokens It is Berlin." in shown
-    assert re.search(
-        r"run-b after step 60 3 tokens; \d+ % of its words not in run-a after step 60 It is Rome \.", shown
-    )
+    assert "run-b after step 60 3 tokens It is Rome." in shown
 
 
 def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:

@@ -1,33 +1,13 @@
-"""Responses side by side: different words marked; which samples of a run its page shows."""
+"""Responses side by side; which samples of a run its page shows."""
 
 import json
 from pathlib import Path
 
-import pytest
-
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.pages.answers import answer_blocks, mark_differences
+from dpo_dist.tools.pages.answers import answer_blocks
 from dpo_dist.tools.pages.blocks import Answers, Text
 from dpo_dist.tools.pages.samples import choose, samples_section, worst_pairs
 from tests.support.sample_files import GOOD, sample, write_samples
-
-
-@pytest.mark.parametrize(
-    ("text", "other", "passages"),
-    [
-        ("A cat stood on a mat", "The cat sat on the mat", ["A", "stood", "a"]),
-        ("a b", "a b c d", []),
-        ("a\n\n    b", "a b", []),
-        # Words of scripts without spaces are compared by character.
-        ("我们今天去北京大学", "我们昨天去清华大学", ["今", "北京"]),
-        # A vowel sign stays with its letter, a family of emoji is one word.
-        ("हिन्दी में", "हिन्दू में", ["हिन्दी"]),
-    ],
-)
-def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: list[str]) -> None:
-    pieces, _ = mark_differences(text, other)
-    assert [piece for piece, kind in pieces if kind] == passages
-    assert "".join(piece for piece, _ in pieces) == text
 
 
 def test_the_worst_and_some_at_random_are_shown() -> None:
@@ -61,8 +41,8 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
     # The response of step 0 is the reference's.
     names = [name for name, _, _ in answers.responses]
     assert names == ["reference", "step 1,000,300", "step 300", "chosen"]
-    marked = [text for _, _, pieces in answers.responses for text, kind in pieces if kind == "different"]
-    assert marked[:2] == ["six", "five"]
+    texts = ["".join(text for text, _ in pieces) for _, _, pieces in answers.responses]
+    assert ["six" in texts[1], "five" in texts[2]] == [True, True]
     assert (answers.title, answers.notes) == ("Question 1?", "qa: chosen at random")
     texts = [block.text for block in samples_section(RunFolder(tmp_path)) if isinstance(block, Text)]
     sentence = "Responses of the policy after step 1,000,300 to 1 held-out prompt; all are in samples/"
