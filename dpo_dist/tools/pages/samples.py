@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from dpo_dist.config.run_folder import checkpoint_step
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import number, pluralize
-from dpo_dist.kit import RunFolder
+from dpo_dist.kit import RunFolder, checkpoint_step
 from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
 from dpo_dist.tools.pages.blocks import PageBlock, Text, titled_section
 from dpo_dist.tools.text_facts import text_facts

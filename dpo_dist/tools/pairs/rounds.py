@@ -8,14 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.load import changed_keys, saved_config
 from dpo_dist.data import SourceConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.text import aligned, without_secrets
-from dpo_dist.kit import ReferenceMode, RunConfig, RunFolder, to_yaml, value_at, write_command
-from dpo_dist.model.files.folder import model_folder
+from dpo_dist.kit import (
+    ReferenceMode,
+    RunConfig,
+    RunFolder,
+    changed_keys,
+    model_folder,
+    saved_config,
+    to_yaml,
+    value_at,
+    write_command,
+)
 from dpo_dist.tools.launching import launcher_command, run_command
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (

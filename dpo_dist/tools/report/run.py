@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.metrics import GROUP_METRICS, MARGIN_PERCENTILES
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import COUNTS_OF_OTHERS
 from dpo_dist.foundation import files
@@ -16,6 +15,8 @@ from dpo_dist.foundation.text import duration, number, percent, pluralize, size,
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import (
     ALL,
+    GROUP_METRICS,
+    MARGIN_PERCENTILES,
     METRICS,
     PREFIX,
     MetricsRow,

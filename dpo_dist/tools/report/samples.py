@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.kit import (
     Engine,
+    Inputs,
+    Interrupted,
     NotFiniteError,
     PreferenceDataset,
     ReferenceMode,
@@ -23,15 +24,14 @@ from dpo_dist.kit import (
     context_length,
     find_stop_ids,
     load_config,
+    load_reference,
 )
-from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.sampling.generate import Request, generate_together
 from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import texts_after
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.tools.text_facts import sample_metrics, text_facts
-from dpo_dist.training.start.inputs import Inputs
 
 _Row = dict[str, Any]
 _BATCH_TOKENS = 16384

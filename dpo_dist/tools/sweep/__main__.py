@@ -77,9 +77,8 @@ def check(points: Points) -> CheckReport:
     Points that load the same inputs are checked once. A point with other inputs has facts about them.
     """
     check_points(points)
-    from dpo_dist.kit import dry_run  # noqa: PLC0415  (slow)
+    from dpo_dist.kit import dry_run, start_in_words  # noqa: PLC0415  (slow)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.start.dry_run import start_in_words  # noqa: PLC0415  (slow)
 
     loaded = dict[str, CheckReport]()
     facts = list[tuple[str, str]]()

@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import STATE
 from dpo_dist.config.schema import (
     AdapterConfig,
@@ -462,7 +463,8 @@ def test_an_adapter_with_parts_for_images_merges_and_goes_on(
 def assert_card_loads(folder: Path, config: RunConfig, expected: dict[str, Tensor]) -> None:
     """The code of the model card loads these tensors from the folder."""
     config = replace(config, data=replace(config.data, train=[SourceConfig("a.jsonl")]))
-    text = model_card(config, summary(["a"], []), {}, {}, "AutoModelForImageTextToText")
+    content = {**summary(["a"], []), "settings": settings(config)}
+    text = model_card(config, content, {}, {}, "AutoModelForImageTextToText")
     code = text.partition("```python\n")[2].partition("```")[0]
     found: dict[str, Any] = {}
     exec(code.replace("'.'", repr(str(folder))), found)
