@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dpo_dist.data import DataSource, SourceConfig
 from dpo_dist.kit import (
+    LOSS,
     UNSET,
     Rule,
     RunConfig,
@@ -129,3 +130,23 @@ def check_pairs(config: RunConfig) -> None:
     check_function(pairs)
     for source in config.data.train:
         DataSource(source).check(of_prompts=pairs.method is not PairsMethod.scores)
+
+
+_RULES_OF_EVERY_VERB = [
+    Rule(
+        "model.adapter.path!=null pairs.rounds!=0",
+        "each round merges its adapter into the model, so that the next one has no adapter to continue",
+        "merge the adapter of model.adapter.path into its base, and set model.path to the result",
+    ),
+    Rule(
+        f"pairs.rounds!=0 {LOSS}",
+        "each round trains the model that responds, and a reward model gives no responses",
+        "train the reward model first, and name it in pairs.reward_model",
+        lambda c: c.loss.of_scores,
+    ),
+]
+
+
+def rules_of_verb(_verb: str) -> list[Rule]:
+    """Return the rules, which are the same for every verb."""
+    return _RULES_OF_EVERY_VERB

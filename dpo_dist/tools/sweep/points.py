@@ -12,7 +12,8 @@ from hydra.errors import HydraException
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.remedies import COMMAND_LINE, Typed
-from dpo_dist.kit import RunConfig, load_run_config, parse_overrides, run_keys, value_at
+from dpo_dist.kit import Rule, RunConfig, load_run_config, parse_overrides, run_keys, value_at
+from dpo_dist.tools.sweep.extension import SweepConfig
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
 """The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
@@ -102,3 +103,14 @@ def _texts(override: Override) -> list[str]:
         return list(islice(override.sweep_string_iterator(), _MOST_POINTS + 1))
     except (ArithmeticError, ValueError, HydraException):
         return []
+
+
+def _has_no_such_part(config: RunConfig) -> bool:
+    index, parts = config.section_of(SweepConfig).share
+    return index >= parts
+
+
+def rules_of_verb(_verb: str) -> list[Rule]:
+    """Return the rule, which is the same for every verb."""
+    remedy = "set sweep.part to I/N with I from 1 to N"
+    return [Rule("sweep.part", "there is no such part", remedy, _has_no_such_part)]
