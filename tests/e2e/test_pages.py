@@ -76,9 +76,7 @@ def hover(watched: Watched, share: float) -> None:
 
 def test_the_page_of_a_run(tmp_path: Path, browser: Any) -> None:
     run = made_run(tmp_path, HOSTILE, HOSTILE)
-    run.last_evaluation.scores.write_text("".join(f'{{"margin": {at / 50 - 1}}}\n' for at in range(200)))
-    change(run.last_evaluation.results, "all", "eval_rewards/margins/p05", value=0.25)
-    watched = assert_readable(browser, write_page(run), 5)
+    watched = assert_readable(browser, write_page(run), 4)
     assert watched.page.locator(".badge.warning", has_text="completed").is_visible()
     assert watched.page.locator(".mark", has_text="U+202E").first.is_visible()
     assert legend(watched) == ["step 30", "loss 0.4", "loss (evaluation) 0.41"]
@@ -199,7 +197,6 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     assert page.get_by_role("row", name="optim.lr 0.0001 0.05 0.0001", exact=True).is_visible()
     assert legend(watched)[0] == "pair 24"  # 4 steps of 6 pairs, 8 of 3
     assert legend(watched)[-1].endswith("at 12")
-    assert page.locator(".prompt").count() == 2
     assert_inert(watched)
     scores = [
         json.loads(line) for line in (tmp_path / "fast/evaluation/scores.jsonl").read_text().splitlines()
