@@ -80,6 +80,12 @@ def _parser(**texts: Any) -> Arguments:
         metavar="DIR",
         help="add your own presets and experiments: DIR/experiment/NAME.yaml",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="start N processes; without it one for each GPU, or as many as the launcher or SLURM starts",
+    )
     return parser
 
 
@@ -107,6 +113,12 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
         while "=" not in word and rest and not re.search(others, rest[0]):
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
+    if options.processes is not None:  # `dpo-dist VERB` takes it out of the command
+        remedy = (
+            "remove it, or start the verb by dpo-dist VERB --processes N, outside of a launcher's process"
+        )
+        mistake = ConfigError("--processes has no effect here", where=Typed("--processes"), remedy=remedy)
+        options.mistakes.append(mistake)
     if options.help and "=" in options.help:
         options.words = [options.help, *options.words]
         options.help = ""

@@ -142,10 +142,11 @@ def group_folders(own_folder: Path | None = None) -> list[Path]:
 
 
 def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
-    """Return the presets of a group."""
+    """Return the presets of a group; `mine/ipo` is one in a folder inside."""
     names: set[str] = set()
     for folder in folders:
-        names |= {path.stem for path in (folder / group).glob("*.yaml")}
+        files = (folder / group).rglob("*.yaml")
+        names |= {file.relative_to(folder / group).with_suffix("").as_posix() for file in files}
     return sorted(names)
 
 

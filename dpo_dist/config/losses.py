@@ -21,14 +21,12 @@ MODEL_COEFFICIENT = "model"
 
 @schema
 class RouterConfig:
-    """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
+    """The loss of the routers of a mixture of experts, which training adds to that of each global batch."""
 
     aux_coefficient: Literal["model"] | Annotated[float, Field(gt=0)] | None = key(
         None, accepts="model, a number above 0, or null"
     )
     """Weight of the load-balancing loss; `model`: `router_aux_loss_coef` of the model; null: none."""
-    z_coefficient: float | None = key(None, gt=0)
-    """Weight of the router z-loss (arXiv 2202.08906); null: none."""
 
 
 LossKind = StrEnum(

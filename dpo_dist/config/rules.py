@@ -247,7 +247,6 @@ RULES = (
             "model.quantization!=null",
             "reference.quantization!=null",
             "loss.router.aux_coefficient!=null",
-            "loss.router.z_coefficient!=null",
         )
     ),
     # Adapters and quantized weights.
@@ -405,19 +404,13 @@ RULES = (
         lambda c: c.optim.warmup_ratio == 0,
     ),
     Rule(
-        "optim.warmup_steps optim.warmup_from_zero=false trainer.max_steps!=null",
+        "optim.warmup_steps trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
         lambda c: (
             f"set optim.warmup_steps={(c.trainer.max_steps or 0) // 10}"
             + f", or raise trainer.max_steps above {c.optim.warmup_steps}"
         ),
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
-    ),
-    Rule(
-        "optim.warmup_from_zero=true optim.warmup_steps optim.warmup_ratio",
-        "optim.warmup_from_zero has no effect without a warm-up",
-        "remove it, or set optim.warmup_steps",
-        lambda c: not (c.optim.warmup_ratio if c.optim.warmup_steps is None else c.optim.warmup_steps),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
     unused("optim.decay_ratio", "optim.schedule=wsd"),

@@ -299,9 +299,6 @@ class OptimConfig:
     """Share of all steps that warm up the learning rate; the first of w such steps has lr / w."""
     warmup_steps: int | None = key(None, ge=0)
     """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
-    warmup_from_zero: bool = key(False)
-    """Warm up as transformers does, one step later: the first step has rate 0 and changes no weight, the step
-    after the w of the warm-up has `lr`, which a shorter run never reaches."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
     """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`; 0: one step more would have 0."""
     decay_ratio: float = key(0.2, gt=0, le=1)

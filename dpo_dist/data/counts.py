@@ -336,15 +336,18 @@ def count_lines(counts: Mapping[str, int]) -> list[str]:
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records, and how each source was read."""
     total = DataCounts.from_numbers(counts)
-    lines = [f"{name} data: {total.kept_in_words}", *total.dropped_lines()]
-    lines += count_lines(total.changed)
-    for numbers in counts["sources"]:
+    sources = counts["sources"]
+    forms = f": {total.forms_in_words}" if len(sources) == 1 else ""
+    lines = [f"{name} data: {total.kept_in_words}{forms}", *total.dropped_lines()]
+    changed = Counter(total.changed)
+    del changed[LEFT_IN_TRAIN]  # the training data say what was held out
+    lines += count_lines(changed)
+    for numbers in sources:
         source = DataCounts.from_numbers(numbers)
-        records = f"{numbers['path']}: {pluralize(source.kept, 'record')}"
-        if len(counts["sources"]) > 1:
+        if len(sources) > 1:
             dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
             records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
-        lines.append(f"  {records}: {source.forms_in_words}")
+            lines.append(f"  {records}: {source.forms_in_words}")
         lines += source.unread_lines()
     return lines
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.process import outside_of_launch
 from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 
@@ -42,7 +43,7 @@ def run_command(command: str, key: str, screen: Path | None = None) -> tuple[int
                 shlex.split(command),
                 stdout=output,
                 stderr=errors,
-                env={**os.environ, LAUNCHER_VARIABLE: str(os.getpid())},
+                env={**outside_of_launch(os.environ), LAUNCHER_VARIABLE: str(os.getpid())},
                 start_new_session=True,
             )
         except (OSError, ValueError) as fault:  # no such program; a quote that is not closed

@@ -1,6 +1,5 @@
 """Rules for `pairs`, checked before torch is imported and processes join."""
 
-import os
 from pathlib import Path
 
 from dpo_dist.data import DataSource, SourceConfig
@@ -109,12 +108,6 @@ _RULES = (
     ),
     Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
-    Rule(
-        f"pairs.launcher {_ROUNDS}",
-        f"{_NO_ROUNDS}: it is started by one process",
-        "run dpo-dist pairs, and set pairs.launcher='accelerate launch ...'",
-        lambda _: int(os.environ.get("WORLD_SIZE", "1")) > 1,
-    ),
 )
 
 

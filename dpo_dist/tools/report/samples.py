@@ -143,7 +143,7 @@ class RunSamples:
             tokens = sum(row["tokens"] for row in self.reference)
             prompts = pluralize(len(self.prompts), "held-out prompt")
             again = "at every evaluation" if self.at_every_evaluation else "after the last step"
-            self.run.say(
+            self.run.note(
                 f"samples: responses to {prompts}, {tokens:,} tokens, took "
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
                 "samples.prompts=0 turns them off"
@@ -252,7 +252,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         samples.prompts = samples.prompts[: len(samples.reference)]
     policy_responds = samples.policy_starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
-        run.say("samples: loading the reference to generate its responses")
+        run.note("samples: loading the reference to generate its responses")
         engine = load_reference(
             files, config.model, config.reference, config.data.max_length, run.world, inputs.processor
         )
