@@ -20,6 +20,7 @@ from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.reference.model_source import ModelSource
+from dpo_dist.tools.pairs import __main__ as verb
 from dpo_dist.tools.pairs.make_pairs import (
     PairResults,
     different_prompts,
