@@ -381,6 +381,7 @@ def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said
 @pytest.mark.usefixtures("in_folder")
 def test_rounds_are_done_by_the_first_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     done = list[str]()
+    monkeypatch.setattr(verb, "check_pairs", lambda _: None)
     monkeypatch.setattr(verb, "run_rounds", lambda *_: done.append(os.environ["RANK"]) or 0)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
