@@ -531,17 +531,6 @@ RULES = (
     unused("export.merge", "model.adapter!=null", "train an adapter"),
     unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
-    unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
-    *(
-        unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
-        for key in ("export.merge", "export.weights")
-    ),
-    Rule(
-        "export.average!=[]",
-        "an average has two members or more, each once",
-        "list several folders, each once (weight: 2 counts double); for a single one set export.checkpoint",
-        lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
-    ),
 )
 """The rules of every verb, in the order of the checks."""
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
@@ -24,7 +24,6 @@ from dpo_dist.foundation.fields import (
     Names,
     NonEmpty,
     Place,
-    as_entry,
     key,
     key_facts,
     schema,
@@ -365,19 +364,6 @@ class MetricsConfig:
     `custom/NAME`."""
 
 
-@schema
-class MemberConfig:
-    """One entry of `export.average`; a bare string is its `path`."""
-
-    path: NonEmpty = key(...)
-    """Folder of a whole model, such as `export` writes."""
-    weight: float = key(1.0, gt=0)
-    """Weight in the mean; the weights are divided by their sum."""
-
-
-Member = Annotated[
-    MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
-]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm"})
 
@@ -394,12 +380,8 @@ class ExportConfig:
     """`latest`, `best` (by `trainer.keep_best`), or a name: `step-000100`; null: that of `model/`."""
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
-    average: list[Member] = key([])
-    """Folders of whole models whose mean is written in place of a checkpoint."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
-    """Precision of the written weights; null: `model.dtype`, of a merged base that of its files."""
     check: bool = key(True)
     """Load the folder by transformers, and compare its weights with the trained ones."""
     output: NonEmpty | None = key(None)

@@ -148,25 +148,14 @@ def test_the_adapter_and_its_checkpoint_score_as_in_the_run(trained: Path) -> No
     assert_equals_the_run(trained)
 
 
-def test_merged_models_have_the_log_probs_of_training_and_a_mean(
-    assets: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_merged_models_have_the_log_probs_of_training(assets: Path, trained: Path) -> None:
     exported(trained, "export.merge=true")
-    merged, half = trained / "exported/step-000004-merged", tmp_path / "half"
+    merged = trained / "exported/step-000004-merged"
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
     assert model.dtype is torch.float32
     assert_last_log_probs(model, assets, trained)
     for file in (assets / "model").glob("tokenizer*"):
         assert (merged / file.name).read_bytes() == file.read_bytes()
-
-    exported(trained, "export.checkpoint=step-2", "export.merge=true", f"export.output={half}")
-    exported(trained, f"export.average=[{half},{merged}]")
-    mean, first, second = (
-        AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for folder in (trained / "exported/average", half, merged)
-    )
-    for name, weight in mean.items():
-        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
 
 
 def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_path: Path) -> None:

@@ -13,8 +13,16 @@ import sys
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.kit import UNSET, RunConfig, check_rules, check_writable, local_model_folder, needs_of, run_verb
-from dpo_dist.model.files.folder import check_tokenizer_files
+from dpo_dist.kit import (
+    UNSET,
+    RunConfig,
+    check_rules,
+    check_tokenizer_files,
+    check_writable,
+    local_model_folder,
+    needs_of,
+    run_verb,
+)
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 

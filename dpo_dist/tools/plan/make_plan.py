@@ -20,7 +20,6 @@ from dpo_dist.kit import (
     GPUS_PER_NODE,
     LossConfig,
     ModelConfig,
-    OptimizerKind,
     RunConfig,
     Shapes,
     check_groups,
@@ -47,8 +46,6 @@ _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _OF_A_NODE = [f"zero3 parallelism.shard_size={GPUS_PER_NODE}"]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
-_MOST_TIMES = 16  # as many GPUs are tried where nothing fits
-_GAIN = 0.99  # of the present time: advice that saves less is none
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _QUANTIZED: list[_Setting] = [
     ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
@@ -109,8 +106,10 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         if suggested:
             lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})")
         else:
-            ways = _instead(found)
-            lines.append(f"nothing fits{'; what fits: ' * bool(ways)}{', or '.join(ways)}")
+            lines.append(
+                "nothing fits: more GPUs (plan.gpus), optim.kind=adamw_8bit or model.adapter.r=16 need less "
+                "on each"
+            )
     return Plan(found.fits, lines, content)
 
 
@@ -168,10 +167,9 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        ways = _with_less_traffic(found)
         lines.append(
-            f"communication-bound: exchanging weights takes longer than computing{'; ' * bool(ways)}"
-            f"{', or '.join(ways)}"
+            "communication-bound: exchanging weights takes longer than computing; larger steps "
+            "(trainer.global_batch_pairs) or fewer GPUs exchange less, and plan.suggest=true tries the rest"
         )
     return lines
 
@@ -182,68 +180,16 @@ def _check(config: RunConfig, causal_lm: Any, gpus: int) -> None:
     check_shapes(causal_lm, config.data.longest, config.parallelism)
 
 
-def _try(found: Estimate, config: RunConfig, gpus: int | None = None) -> Estimate | None:
+def _try(found: Estimate, config: RunConfig) -> Estimate | None:
     """Return the estimate of a changed run of the same model; None if it is refused, or does not fit."""
-    machine = found.machine._replace(gpus=gpus or found.machine.gpus)
     causal_lm = found.shapes.causal_lm
     try:
         changed = complete_config(config)
-        _check(changed, causal_lm, machine.gpus)
+        _check(changed, causal_lm, found.machine.gpus)
     except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
         return None
-    tried = estimate(changed, found.data, machine, causal_lm, found.shapes.teacher)
+    tried = estimate(changed, found.data, found.machine, causal_lm, found.shapes.teacher)
     return tried if tried.fits else None
-
-
-def _with_less_traffic(found: Estimate) -> list[str]:
-    """Return what shortens an epoch in which exchanging weights takes longest, and fits."""
-    config = found.config
-    seconds = found.hours()["epoch_seconds"][0]
-    ways = []
-    for words in (
-        f"trainer.global_batch_pairs={2 * config.trainer.global_batch_pairs}",
-        *(f"parallelism={kind}" for kind in _OF_A_NODE),
-        "parallelism.reduce_in_float32=false",
-    ):
-        try:
-            changed = load_run_config(words.split(), saved=yaml.safe_load(to_yaml(config)))
-        except ConfigError:
-            continue
-        tried = _try(found, changed)
-        if tried and tried.hours()["epoch_seconds"][0] < _GAIN * seconds:
-            ways.append(f"set {words}")
-    half = found.machine.gpus // 2
-    fewer = _try(found, config, half) if half else None
-    if fewer and fewer.hours()["epoch_seconds"][0] < _GAIN * 2 * seconds:
-        ways.append(f"take {pluralize(half, 'GPU')} for fewer GPU hours")
-    return ways
-
-
-def _instead(found: Estimate) -> list[str]:
-    """Return what fits where nothing does: more GPUs, or settings that train something else."""
-    ways = []
-    gpus = 2 * found.machine.gpus
-    while gpus <= _MOST_TIMES * found.machine.gpus:
-        suggested, _ = _suggest(found, gpus)
-        if suggested:
-            ways.append(f"plan.gpus={gpus} {suggested}")
-            break
-        gpus *= 2
-    has_small_states = found.config.optim.kind is OptimizerKind.adamw_8bit
-    has_adapter = found.config.model.adapter is not None
-    for words, is_set in (("optim.kind=adamw_8bit", has_small_states), ("model.adapter.r=16", has_adapter)):
-        if is_set:
-            continue
-        try:
-            config = load_run_config([words], saved=yaml.safe_load(to_yaml(found.config)))
-        except ConfigError:  # the run cannot have it
-            continue
-        causal_lm = _without_weights(config.model)
-        smaller = estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher)
-        suggested, _ = _suggest(smaller)
-        if suggested:
-            ways.append(f"{words} {suggested}")
-    return ways
 
 
 def _span(fast: float, slow: float) -> str:
@@ -327,11 +273,8 @@ def _shape(path: str) -> Mapping[str, Any] | None:
     return own_table(Path(__file__).with_name("shapes.yaml")).get(path)
 
 
-def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list[float]]:
-    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits.
-
-    `gpus`: a number in place of the machine's.
-    """
+def _suggest(found: Estimate) -> tuple[str | None, list[float]]:
+    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits."""
     seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
@@ -356,7 +299,7 @@ def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list
         except ConfigError:
             continue
         changed = replace(base, model=replace(base.model, gradient_checkpointing=layers))
-        tried = _try(found, changed, gpus)
+        tried = _try(found, changed)
         if tried and tried.largest:
             seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
     fastest = min(seconds, key=lambda words: seconds[words], default=None)

@@ -24,9 +24,17 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.user_code import find_function, user_function
-from dpo_dist.kit import ModelConfig, context_length, description_folder, digest_model, load_config
-from dpo_dist.model.files.folder import model_folder
-from dpo_dist.model.files.load import load_tokenizer, load_weights, tokenizer_digest
+from dpo_dist.kit import (
+    ModelConfig,
+    context_length,
+    description_folder,
+    digest_model,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    model_folder,
+    tokenizer_digest,
+)
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
 from dpo_dist.tools.sampling.client import Client, RefusedError
 from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts

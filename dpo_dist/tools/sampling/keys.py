@@ -47,7 +47,7 @@ class SamplingConfig:
     """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or what the model's context
     leaves."""
     temperature: float | None = key(None, ge=0)
-    """0: greedy; null: 0.7 at evaluations, else 1, the only one at which `compare`'s KL is unbiased."""
+    """0: greedy; null: 0.7 at evaluations, else 1."""
     top_p: float = key(1.0, gt=0, le=1)
     """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
@@ -57,11 +57,11 @@ class SamplingConfig:
 
 @schema
 class CompareConfig:
-    """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
+    """Two models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
     models: list[NonEmpty] = key([])
-    """PATH or NAME=PATH of runs, checkpoints, folders of models or adapters, hub names; the first is the base
-    of KL and win rates."""
+    """Two of PATH or NAME=PATH: a run, checkpoint, folder of a model or adapter, or hub name. The win rate is
+    that of the second one."""
     prompts: int = key(128, ge=1)
     """Number of different prompts, chosen by a hash."""
 

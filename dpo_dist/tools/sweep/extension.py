@@ -31,5 +31,5 @@ EXTENSION = Extension(
         ),
     },
     sections={"sweep": section(SweepConfig, free=True, verbs="sweep")},
-    rules="dpo_dist.tools.sweep.rules",
+    rules="dpo_dist.tools.sweep.points",
 )

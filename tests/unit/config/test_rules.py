@@ -21,7 +21,6 @@ LIVE = "reference.mode=live"
 EVERY = "loss.sync_reference.every=2"
 NF4 = "model.adapter.r=8 model.quantization=nf4 parallelism.kind=ddp"
 EVALUATED = "data.eval_share=0.1 trainer.eval_every=10"
-AVERAGE = "export.average=[a,b]"
 TERMS = "loss.terms=[{kind:sigmoid},{kind:%s}]"
 
 # The words of a command, and the first key that the error names.
@@ -109,10 +108,6 @@ REFUSED = [
     ("export.merge=true", "export.merge"),
     ("export.weights=ema", "export.weights"),
     ("export.confirm=true", "export.confirm"),
-    (f"{AVERAGE} export.checkpoint=best", "export.checkpoint"),
-    ("export.average=[a]", "export.average"),
-    (f"{AVERAGE} export.merge=true model.adapter.r=2", "export.merge"),
-    (f"{AVERAGE} export.weights=ema trainer.ema_decay=0.9", "export.weights"),
     ("reference=none loss.terms=[{kind:sft},{kind:sigmoid}]", "reference.mode"),
     ("loss=simpo reference.mode=cached", "reference.mode"),
     (f"{LIVE} loss.reference_free=true", "reference.mode"),

@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import weight_files
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_weights
-from dpo_dist.model.files.save import ignored_tensors, write_mean
+from dpo_dist.model.files.save import ignored_tensors
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.stored import expand, quantize_fp8, quantize_mxfp4
 
@@ -162,12 +162,6 @@ def test_ignored_tensors_are_written_as_plain_ones(tmp_path: Path) -> None:
     ignored = ignored_tensors(causal_lm, tmp_path, torch.bfloat16)
     assert {*ignored} == {extra}
     torch.testing.assert_close(ignored[extra].float(), weights[extra], atol=0.02, rtol=0.1)
-
-
-def test_a_quantized_folder_is_not_averaged(tmp_path: Path) -> None:
-    written(tmp_path, "qwen3")
-    with pytest.raises(ConfigError, match="are quantized"):
-        write_mean(tmp_path / "mean", [(1.0, tmp_path)], None)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def step_row(step: int) -> Row:
 
 def evaluation_row(step: int) -> Row:
     metrics = {key: value for key, value in step_row(step).items() if key not in ("step", "grad_norm")}
-    sampled = {"length": 100.0, "finished": 1.0, "distinct_3": 0.9, "empty": 0.0, "refusals": 0.02}
-    sampled |= {"language_changed": 0.0, "prompts": 50.0}
+    sampled = {"length": 100.0, "finished": 1.0, "distinct_3": 0.9, "empty": 0.0}
+    sampled |= {"prompts": 50.0}
     metrics |= {f"samples/{key}": value for key, value in sampled.items()} | {"pairs": 400.0}
     return {"step": step} | {f"eval_{key}": value for key, value in metrics.items()}
 
