@@ -47,7 +47,7 @@ CASES = [
          before=written("odd.jsonl", '{"frage": "a", "gut": "b", "schlecht": "c"}\n' * 5),
          to_do="data.train='[{path: odd.jsonl, fields: {prompt: COLUMN"),
     Case("column that no record has", of("fields: {prompt: frage, chosen: chosen, rejected: rejected}"),
-         "records has a column of fields", "train.jsonl", "frage",
+         "records has this column", "train.jsonl", "frage",
          to_do="correct the column"),
     Case("too many broken lines", "data.train=[a.jsonl] data.max_bad_share=0.01",
          "1 of 23 records cannot be used", "a.jsonl", "unparsable 1", joins=True,

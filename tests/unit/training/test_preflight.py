@@ -418,7 +418,7 @@ SHARED_PROMPTS = "evaluation prompts are in the training data"
 @pytest.mark.parametrize(
     ("overrides", "limit", "faults"),
     [
-        ("data.text_as_messages=false", 5, ["the chat template is not applied", SHARED_PROMPTS]),
+        ("data.text_as_messages=false", 5, [SHARED_PROMPTS]),
         ("", 5, [SHARED_PROMPTS]),
         ("", None, ["the evaluation data are the training data"]),
         ("data.drop_eval_prompts=true", 5, []),
