@@ -17,7 +17,9 @@ import dpo_dist
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.extensions import ask
 from dpo_dist.config.keys import (
+    FIRST_KEYS,
     Key,
+    all_keys,
     group_folders,
     is_within,
     key_rows,
@@ -184,8 +186,10 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
     top_sections = (name for name in section_meanings() if "." not in name)
     sections = {name: section_meanings()[name] for name in top_sections if name in keys}
     presets = presets_of(keys, folders)
+    first = [(name, all_keys()[name].meaning.split(". ")[0]) for name in FIRST_KEYS if name in keys]
     text = [
         about.strip(),
+        *(["\nmost used keys:", *_columns(first)] if first else []),
         "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
         *_columns(sections.items()),
         "\npresets (GROUP=PRESET, +experiment=NAME):",

@@ -408,7 +408,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
         if model.forks_states and lacks_delta_kernels(model.causal_lm):
             run.warn(
                 "flash-linear-attention is not installed: plain PyTorch computes the delta rule, which takes "
-                f"longer (docs/scaling.md); {install_extra('hybrid')}"
+                f"longer (docs/models.md); {install_extra('hybrid')}"
             )
     return policy
 

@@ -43,7 +43,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     models = compared_models(config.section_of(CompareConfig).models)
     config.data.check_has_evaluation_data("compare models on", "with responses or without")
     for source in config.data.eval_sources:
-        DataSource(source).check(of_prompts=True)
+        DataSource(source, "data.eval" if config.data.eval else "data.train").check(of_prompts=True)
     ChatTemplate.check_file(config.data.chat_template)
     locations = [model.location for model in models]
     revision = Rule(

@@ -20,7 +20,7 @@ from dpo_dist.tools.pages.charts import histogram
 from dpo_dist.tools.pages.render import page
 
 FORMAT = 1
-"""Version of the schema of doctor.json, in docs/doctor.md."""
+"""Version of the schema of doctor.json, in docs/output.schema.json."""
 
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55

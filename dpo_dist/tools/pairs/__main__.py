@@ -1,7 +1,7 @@
 """Make preference records: `dpo-dist pairs pairs.method=scores data.train=[scored.jsonl] ...`.
 
 `accelerate launch -m dpo_dist pairs ...` shares the work among processes. The same command again continues
-after the finished parts. docs/evaluate.md has a command for each method.
+after the finished parts. docs/pairs.md has a command for each method.
 """
 
 import os

@@ -22,7 +22,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.read.plain import parse_json
-from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.fields import plain
@@ -40,6 +39,7 @@ from dpo_dist.tools.pairs.files import (
 )
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import PairsMethod
+from dpo_dist.tools.written_records import as_fields
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000

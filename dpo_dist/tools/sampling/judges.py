@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
-from dpo_dist.data.records import as_fields
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
@@ -39,6 +38,7 @@ from dpo_dist.kit import (
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
 from dpo_dist.tools.sampling.client import Client, RefusedError
 from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts
+from dpo_dist.tools.written_records import as_fields, context_fields
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
@@ -375,7 +375,7 @@ class EndpointJudge:
         return verdicts[0] if verdicts and verdicts[0] in _VERDICTS else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
-        fields = {"conversation": question.prompt, **question.record.context_fields(), **responses}
+        fields = {"conversation": question.prompt, **context_fields(question.record), **responses}
         content: Any = json.dumps(fields, ensure_ascii=False)
         if question.record.images:
             content = [{"type": "text", "text": content}]

@@ -227,7 +227,7 @@ def _records(look: _DryRun) -> None:
         ("data.eval", data.eval, look.evaluation),
     ):
         for index, source in enumerate(sources):
-            looks.append(partial(_source, look, DataSource(source), f"{key}[{index}]", found))
+            looks.append(partial(_source, look, DataSource(source, key), f"{key}[{index}]", found))
         looks.append(partial(_images, look, found))
     make_all(looks)
 
@@ -342,8 +342,6 @@ def _faults(
         text = f"in {without_tools:,} of {counts.kept:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
-    if trains and counts.is_mostly_plain:
-        faults.append(("the chat template is not applied", counts.plain_warning()))
     trained, evaluated = map(_prompts, (train, evaluation))
     shared = int(np.isin(evaluated, trained).sum())
     are_all = bool(np.isin(trained, evaluated).all())

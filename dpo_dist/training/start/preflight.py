@@ -243,7 +243,11 @@ def _scoring_model(path: str | None, key: str) -> None:
 
 def _sources(start: _Start) -> None:
     data = start.config.data
-    make_all(partial(DataSource(source).check, data) for source in [*data.train, *data.eval])
+    make_all(
+        partial(DataSource(source, f"data.{name}").check, data)
+        for name in ("train", "eval")
+        for source in getattr(data, name)
+    )
 
 
 def _template(start: _Start) -> None:

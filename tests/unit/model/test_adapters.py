@@ -208,7 +208,7 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
         start_folder(config_of(base, base))
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 OF_MERGING = "head = base.get_output_embeddings()\n"
 
 

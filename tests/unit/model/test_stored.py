@@ -169,7 +169,7 @@ def test_ignored_tensors_are_written_as_plain_ones(tmp_path: Path) -> None:
     [
         ({"weight_block_size": [32, 32]}, "weight_scale_inv has"),
         ({"quant_method": "awq"}, "use the original model"),
-        ({"quant_method": "compressed-tensors"}, "by the lines of docs/scaling.md (bases in 8 or 4 bits)"),
+        ({"quant_method": "compressed-tensors"}, "by the lines of docs/models.md (bases in 8 or 4 bits)"),
     ],
 )
 def test_what_is_not_understood_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ class ExaminedSource:
         return leak_tests([pair.differences for pair in pairs], [pair.prompt for pair in pairs])
 
     def report(self) -> dict[str, Any]:
-        """Return the entry of doctor.json; docs/doctor.md describes its fields."""
+        """Return the entry of doctor.json; docs/output.schema.json describes its fields."""
         sides = dict[str, dict[str, Any]]()
         for side, characters, lengths, cuts in zip(
             SIDES, self._characters, self._tokens, self._cuts, strict=True
