@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Creates .venv and installs the packages that constraints.txt pins, with those of the tools (doctor, compare, ...); with
-# "dev", also those of the tests. Does nothing if all are installed. PYTHON selects the interpreter.
+# Creates .venv and installs the packages that constraints.txt pins; with "dev", also those of the
+# tests. Does nothing if all are installed. PYTHON selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"
@@ -24,7 +24,7 @@ find_python() {
     return 1
 }
 
-if [[ -x .venv/bin/python ]] && .venv/bin/python scripts/check_installed.py tools ${extra:+"$extra"}; then
+if [[ -x .venv/bin/python ]] && .venv/bin/python scripts/check_installed.py ${extra:+"$extra"}; then
     exit 0
 fi
 if [[ ! -x .venv/bin/python ]] || ! is_recent .venv/bin/python; then
@@ -34,4 +34,4 @@ if [[ ! -x .venv/bin/python ]] || ! is_recent .venv/bin/python; then
 fi
 echo "installing the packages that constraints.txt pins; the first time takes some minutes" >&2
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[tools${extra:+,$extra}]"
+    --constraint constraints.txt --editable ".${extra:+[$extra]}"
