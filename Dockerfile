@@ -46,9 +46,9 @@ RUN if [ "$FLASH_ATTN" = 1 ]; then \
         && pip install --constraint constraints.txt --no-build-isolation "flash-attn==$FLASH_ATTN_VERSION"; \
     fi
 
-# Optional dependencies of pyproject.toml: the extra `tools`, and those in EXTRAS, such as quantization (bitsandbytes) and liger.
+# Optional dependencies of pyproject.toml in EXTRAS, such as quantization (bitsandbytes) and liger.
 ARG EXTRAS=
-RUN for extra in tools $EXTRAS; do \
+RUN for extra in $EXTRAS; do \
         python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' \
                 "$extra" > extra.txt \
         && pip install --constraint constraints.txt --requirement extra.txt || exit 1; \
