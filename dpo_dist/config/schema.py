@@ -276,7 +276,8 @@ class ParallelismConfig:
 LearningRateSchedule = StrEnum(
     "LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
 )
-OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit", "muon"])
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16", "adamw_8bit", "muon"])
+SumsDtype = StrEnum("SumsDtype", ["auto", "bf16", "fp32"])
 
 
 @schema
@@ -284,12 +285,18 @@ class OptimConfig:
     """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_8bit`: states of 2 bytes a weight in place of 8 (bitsandbytes, the `quantization`
-    extra); `muon`: Muon for matrices (arXiv 2502.16982). `adamw_8bit` takes no offload, and a run resumes
-    with it on as many processes and the same parallelism only. `muon` leaves embeddings, output layer,
-    stacked experts, biases and norms to AdamW, with the same `lr` and `weight_decay`; it needs `zero2` or
-    `ddp`, and computes in bf16: runs on other numbers of processes differ by more rounding. Master weights
-    are float32."""
+    """`adamw`; `adamw_bf16`: weights, gradients and both moments in bf16, 8 bytes a weight in place of 18,
+    rounded up or down by a chance that depends on `trainer.seed`, the step and the weight alone;
+    `adamw_8bit`: states of 2 bytes a weight in place of 8 (bitsandbytes, the `quantization` extra); `muon`:
+    Muon for matrices (arXiv 2502.16982). `adamw_bf16` needs `model.dtype=bf16`, and takes no offload, as
+    `adamw_8bit`, with which a run resumes on as many processes and the same parallelism only. `muon` leaves
+    embeddings, output layer, stacked experts, biases and norms to AdamW, with the same `lr` and
+    `weight_decay`; it needs `zero2` or `ddp`, and computes in bf16: runs on other numbers of processes differ
+    by more rounding. Master weights are float32, but those of `adamw_bf16`, which has none."""
+    sums: SumsDtype = key(SumsDtype.auto)
+    """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
+    other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it
+    from about 32 micro-batches a step of a process; not with `ddp`."""
     lr: float = key(1e-6, gt=0, le=1)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
@@ -315,6 +322,13 @@ class OptimConfig:
     """Decay rates of the first and second moments of AdamW; the momentum of `muon` is always 0.95."""
     max_grad_norm: float | None = key(1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is clipped to this norm. null: none is clipped."""
+
+    @property
+    def dtype_of_sums(self) -> Dtype:
+        """Return the dtype in which gradients are added over micro-batches."""
+        if self.sums is not SumsDtype.auto:
+            return Dtype(self.sums)
+        return Dtype.bf16 if self.kind is OptimizerKind.adamw_bf16 else Dtype.fp32
 
 
 FinalModel = StrEnum("FinalModel", ["last", "best"])

@@ -42,6 +42,7 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     checkpoint_step,
 )
+from dpo_dist.distributed.adamw_bf16 import round_by_chance
 from dpo_dist.distributed.checkpoint.slices import (
     SHARDS,
     WEIGHT,
@@ -157,8 +158,12 @@ class SavedSlices:
         parts = dict.fromkeys(part for part, _, weight in of_weights if weight in shapes)
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
-    def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones."""
+    def load_into(self, slices: Iterable[Slice], seed: int = 0) -> None:
+        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones.
+
+        float32 values become bf16 by the chance of `seed`: to the nearest, all moves of a weight below half a
+        step of bf16 would be lost.
+        """
         with reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
@@ -183,10 +188,12 @@ class SavedSlices:
                         last = min(piece.start + target.numel(), stop)
                         if first < last:
                             values = opened(file).get_slice(key)[first - start : last - start]
+                            if values.dtype is torch.float32 and target.dtype is torch.bfloat16:
+                                values = round_by_chance(values, seed, "load", key, first)
                             target[first - piece.start : last - piece.start].copy_(values)
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
-        """Return a whole weight or optimizer state in host memory; trained weights are float32."""
+        """Return a whole weight or optimizer state in host memory; trained weights are float32, or bf16."""
         with reading_errors(self.folder):
             pieces = []
             for _, _, file in self._ranges[f"{part}/{name}"]:

@@ -61,7 +61,9 @@ def module(tmp_path: Path) -> Iterator[ModuleType]:
 def test_each_difference_of_ranks_is_one_fact(
     facts: Callable[..., dict[str, str]], module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user_function("tests.support.own_loss:hinge", "loss.function")  # the checkout is a folder of the user's, too
+    user_function(
+        "tests.support.own_loss:hinge", "loss.function"
+    )  # the checkout is a folder of the user's, too
     before = facts()
 
     def changed(config: RunConfig | None = None) -> list[str]:
