@@ -162,7 +162,7 @@ def in_bf16(folder: Path, **options: Any) -> ModelConfig:
 
 def test_equal_gradients_give_equal_weights_in_8_bytes_a_weight(worlds: Worlds) -> None:
     # So many layers that DeepSpeed's bucket, of about two of them, is small beside them.
-    model = in_bf16(write_model(worlds.folder / "deep", layers=24))
+    model = in_bf16(write_model(worlds.folder / "deep", layers=12))
     places = {
         "1 zero3": (1, ZERO3, 8.0),
         "2 zero3": (2, ZERO3, 8 / 2),
@@ -215,12 +215,13 @@ def test_real_gradients_differ_over_worlds_as_little_as_with_float32_masters(wor
         [alone] = worlds.run(f"{kind} 1", job, 1, ZERO3)
         [two, _] = worlds.run(f"{kind} 2", job, 2, ZERO2)
         gaps[kind] = np.abs(np.subtract(alone["losses"], two["losses"])).max()
-        assert alone["losses"][-1] < alone["losses"][1]
-        print(kind, alone["losses"], two["losses"])
-    print(gaps)
-    one = worlds.saved("masters 1")
-    other = worlds.saved("bf16 1")
-    print({k: float((one[k].float() - other[k].float()).norm() / one[k].float().norm()) for k in one})
+        for rows in range(len(ROWS)):
+            assert alone["losses"][rows + 4] < alone["losses"][rows], "it learns"
+    assert gaps["bf16"] < 2 * gaps["masters"]  # measured: 1.3
+    in_float32 = worlds.saved("masters 1")
+    for key, tensor in worlds.saved("bf16 1").items():
+        off = (tensor.float() - in_float32[key]).norm() / in_float32[key].norm()
+        assert off < 0.1, key  # measured: 0.05, of a bias that began as 0
 
 
 def test_float32_states_are_continued_by_chance_and_bf16_states_as_they_are(worlds: Worlds) -> None:
