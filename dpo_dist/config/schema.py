@@ -285,14 +285,14 @@ class OptimConfig:
     """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_bf16`: weights, gradients and both moments in bf16, 8 bytes a weight in place of 18,
-    rounded up or down by a chance that depends on `trainer.seed`, the step and the weight alone;
-    `adamw_8bit`: states of 2 bytes a weight in place of 8 (bitsandbytes, the `quantization` extra); `muon`:
-    Muon for matrices (arXiv 2502.16982). `adamw_bf16` needs `model.dtype=bf16`, and takes no offload, as
-    `adamw_8bit`, with which a run resumes on as many processes and the same parallelism only. `muon` leaves
-    embeddings, output layer, stacked experts, biases and norms to AdamW, with the same `lr` and
+    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `adamw_8bit`: states of 2 bytes a
+    weight in place of 8 (bitsandbytes, the `quantization` extra); `muon`: Muon for matrices (arXiv
+    2502.16982). `adamw_bf16` rounds weights and moments up or down by a chance that depends on
+    `trainer.seed`, the step and the weight alone; it needs `model.dtype=bf16`. `adamw_bf16` and `adamw_8bit`
+    take no offload, and a run resumes with `adamw_8bit` on as many processes and the same parallelism only.
+    `muon` leaves embeddings, output layer, stacked experts, biases and norms to AdamW, with the same `lr` and
     `weight_decay`; it needs `zero2` or `ddp`, and computes in bf16: runs on other numbers of processes differ
-    by more rounding. Master weights are float32, but those of `adamw_bf16`, which has none."""
+    by more rounding. Master weights are float32; `adamw_bf16` has none."""
     sums: SumsDtype = key(SumsDtype.auto)
     """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
     other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it

@@ -27,19 +27,19 @@ _PIECE = 2**22
 _LOW_BITS = 2**16 - 1
 
 
-class Keys(NamedTuple):
+class ChanceKeys(NamedTuple):
     """Four integers of 32 bits, with a sign, that choose the random bits of a piece of a weight."""
 
     of_weight: tuple[int, int]
     of_second: tuple[int, int]
 
 
-def keys_of(seed: int, purpose: str, name: str, piece: int) -> Keys:
+def keys_of(seed: int, purpose: str, name: str, piece: int) -> ChanceKeys:
     """Return the keys of a piece of a weight, by its number; `purpose` is the step, or another use."""
     text = f"{seed} {purpose} {piece} {name}".encode()
     digest = hashlib.blake2b(text, digest_size=16).digest()
     a, b, c, d = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in range(0, 16, 4))
-    return Keys((a, b), (c, d))
+    return ChanceKeys((a, b), (c, d))
 
 
 def random_bits(elements: Tensor, keys: tuple[int, int]) -> Tensor:
@@ -67,7 +67,7 @@ def rounded(exact: Tensor, bits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Piece:
+class _Piece:
     """Elements of piece `number` of a weight, from its element `place`; in a range they begin at `offset`."""
 
     number: int
@@ -80,13 +80,13 @@ class Piece:
         return torch.arange(self.place, self.place + self.length, dtype=torch.int32, device=device)
 
 
-def pieces(first: int, length: int) -> Iterator[Piece]:
+def _pieces(first: int, length: int) -> Iterator[_Piece]:
     """Yield the pieces of a range of a weight that begins at its element `first`."""
     offset = 0
     while offset < length:
         number, place = divmod(first + offset, _PIECE)
         count = min(_PIECE - place, length - offset)
-        yield Piece(number, place, offset, count)
+        yield _Piece(number, place, offset, count)
         offset += count
 
 
@@ -94,7 +94,7 @@ def round_by_chance(exact: Tensor, seed: int, purpose: str, name: str, first: in
     """Return float32 values in bf16, by chance: those of the weight `name` from its element `first`."""
     values = exact.contiguous().view(-1)
     result = torch.empty_like(values, dtype=torch.bfloat16)
-    for piece in pieces(first, len(values)):
+    for piece in _pieces(first, len(values)):
         keys = keys_of(seed, purpose, name, piece.number)
         bits = random_bits(piece.elements(values.device), keys.of_weight)
         part = values.narrow(0, piece.offset, piece.length)
@@ -102,7 +102,7 @@ def round_by_chance(exact: Tensor, seed: int, purpose: str, name: str, first: in
     return result.view(exact.shape)
 
 
-class Rates(NamedTuple):
+class UpdateRates(NamedTuple):
     """The numbers of an update of AdamW; `bias` are 1 less the powers of the decay rates."""
 
     lr: float
@@ -112,7 +112,7 @@ class Rates(NamedTuple):
     eps: float
 
 
-def update(tensors: Sequence[Tensor], elements: Tensor, keys: Keys, rates: Rates) -> None:
+def update(tensors: Sequence[Tensor], elements: Tensor, keys: ChanceKeys, rates: UpdateRates) -> None:
     """Update weights and both moments in place, by gradients.
 
     Args:
@@ -171,11 +171,11 @@ class AdamWBF16(torch.optim.Optimizer):
         step = state[STEP]
         beta1, beta2 = group["betas"]
         bias = 1 - beta1**step, 1 - beta2**step
-        rates = Rates(group["lr"], group["weight_decay"], (beta1, beta2), bias, group["eps"])
+        rates = UpdateRates(group["lr"], group["weight_decay"], (beta1, beta2), bias, group["eps"])
         all_tensors = flat.detach(), flat.grad, state[FIRST], state[SECOND]
         for weight, start, first, length in self.ranges[flat]:
             name = self.names[weight]
-            for piece in pieces(first, length):
+            for piece in _pieces(first, length):
                 tensors = [tensor.narrow(0, start + piece.offset, piece.length) for tensor in all_tensors]
                 keys = keys_of(self._seed, str(step), name, piece.number)
                 update(tensors, piece.elements(flat.device), keys, rates)
