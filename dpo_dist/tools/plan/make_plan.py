@@ -47,6 +47,8 @@ _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _OF_A_NODE = [f"zero3 parallelism.shard_size={GPUS_PER_NODE}"]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
+_NO_OFFLOAD = {"offload_optimizer": "none", "offload_parameters": "none"}
+_IN_BF16 = "optim.kind=adamw_bf16"
 _MOST_TIMES = 16  # as many GPUs are tried where nothing fits
 _GAIN = 0.99  # of the present time: advice that saves less is none
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
@@ -108,6 +110,8 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         content["suggested"] = suggested
         if suggested:
             lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})")
+            if "offload" in suggested:
+                lines += [f"or on the GPUs alone: {way}" for way in _smaller(found, _IN_BF16)]
         else:
             ways = _instead(found)
             lines.append(f"nothing fits{'; what fits: ' * bool(ways)}{', or '.join(ways)}")
@@ -229,21 +233,25 @@ def _instead(found: Estimate) -> list[str]:
             ways.append(f"plan.gpus={gpus} {suggested}")
             break
         gpus *= 2
-    has_small_states = found.config.optim.kind is OptimizerKind.adamw_8bit
-    has_adapter = found.config.model.adapter is not None
-    for words, is_set in (("optim.kind=adamw_8bit", has_small_states), ("model.adapter.r=16", has_adapter)):
-        if is_set:
-            continue
-        try:
-            config = load_run_config([words], saved=yaml.safe_load(to_yaml(found.config)))
-        except ConfigError:  # the run cannot have it
-            continue
-        causal_lm = _without_weights(config.model)
-        smaller = estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher)
-        suggested, _ = _suggest(smaller)
-        if suggested:
-            ways.append(f"{words} {suggested}")
+    if found.config.optim.kind is not OptimizerKind.adamw_bf16:
+        ways += _smaller(found, _IN_BF16)
+    if found.config.model.adapter is None:
+        ways += _smaller(found, "model.adapter.r=16")
     return ways
+
+
+def _smaller(found: Estimate, words: str) -> list[str]:
+    """Return `words` with what fits beside them, in a list; [] if nothing does."""
+    former = yaml.safe_load(to_yaml(found.config))
+    former["parallelism"] |= _NO_OFFLOAD
+    try:
+        config = load_run_config([words], saved=former)
+    except ConfigError:  # the run cannot have it
+        return []
+    causal_lm = _without_weights(config.model)
+    smaller = estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher)
+    suggested, _ = _suggest(smaller)
+    return [f"{words} {suggested}"] if suggested else []
 
 
 def _span(fast: float, slow: float) -> str:
@@ -335,7 +343,7 @@ def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list
     seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
-    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}
+    former["parallelism"] |= _NO_OFFLOAD
     former["parallelism"] |= {"shard_size": None, "experts": 1}
     quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
