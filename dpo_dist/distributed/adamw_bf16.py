@@ -24,6 +24,7 @@ STEP = "step"
 # Elements of a weight that share a key, and are updated together. With another number, or another text of the
 # key, a checkpoint would be continued by another chance.
 _PIECE = 2**22
+_IN_CACHE = 2**15  # elements that a CPU updates at a time: 24 ns each, 70 if all of a piece
 _LOW_BITS = 2**16 - 1
 
 
@@ -80,12 +81,13 @@ class _Piece:
         return torch.arange(self.place, self.place + self.length, dtype=torch.int32, device=device)
 
 
-def _pieces(first: int, length: int) -> Iterator[_Piece]:
-    """Yield the pieces of a range of a weight that begins at its element `first`."""
+def _pieces(first: int, length: int, device: torch.device) -> Iterator[_Piece]:
+    """Yield the pieces of a range of a weight that begins at its element `first`, on a CPU in parts."""
+    most = _IN_CACHE if device.type == "cpu" else _PIECE
     offset = 0
     while offset < length:
         number, place = divmod(first + offset, _PIECE)
-        count = min(_PIECE - place, length - offset)
+        count = min(_PIECE - place, length - offset, most)
         yield _Piece(number, place, offset, count)
         offset += count
 
@@ -94,7 +96,7 @@ def round_by_chance(exact: Tensor, seed: int, purpose: str, name: str, first: in
     """Return float32 values in bf16, by chance: those of the weight `name` from its element `first`."""
     values = exact.contiguous().view(-1)
     result = torch.empty_like(values, dtype=torch.bfloat16)
-    for piece in _pieces(first, len(values)):
+    for piece in _pieces(first, len(values), values.device):
         keys = keys_of(seed, purpose, name, piece.number)
         bits = random_bits(piece.elements(values.device), keys.of_weight)
         part = values.narrow(0, piece.offset, piece.length)
@@ -175,7 +177,7 @@ class AdamWBF16(torch.optim.Optimizer):
         all_tensors = flat.detach(), flat.grad, state[FIRST], state[SECOND]
         for weight, start, first, length in self.ranges[flat]:
             name = self.names[weight]
-            for piece in _pieces(first, length):
+            for piece in _pieces(first, length, flat.device):
                 tensors = [tensor.narrow(0, start + piece.offset, piece.length) for tensor in all_tensors]
                 keys = keys_of(self._seed, str(step), name, piece.number)
                 update(tensors, piece.elements(flat.device), keys, rates)

@@ -122,7 +122,9 @@ def export_checkpoint(
     dtype = own_dtype or TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
-        weight = saved.whole(name, part=part)
+        if is_whole and config.model.dtype is Dtype.bf16:
+            return saved.whole_in(dtype, name, part)
+        weight = saved.whole(name, part)
         return weight.to(dtype) if is_whole else weight
 
     with writing_errors(folder):

@@ -201,6 +201,17 @@ class SavedSlices:
                     pieces.append(opened.get_tensor(f"{part}/{name}"))
             return torch.cat(pieces).view(self.shapes[name])
 
+    def whole_in(self, dtype: torch.dtype, name: str, part: str = WEIGHT) -> Tensor:
+        """Return a whole weight or state in `dtype`; float32 becomes bf16 by a chance of its own.
+
+        To the nearest, moves of a weight below half a step of bf16 would be lost, which at rates of 1e-6 are
+        nearly all. In benchmarks/log.md: "What is learnt at small rates".
+        """
+        values = self.whole(name, part)
+        if values.dtype is torch.float32 and dtype is torch.bfloat16:
+            return round_by_chance(values, self.step, "save", f"{part}/{name}")
+        return values.to(dtype)
+
 
 @contextlib.contextmanager
 def reading_errors(folder: Path) -> Iterator[None]:
@@ -290,10 +301,11 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
         if is_sharded(weight):
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 if world.is_main:
-                    weight.copy_(saved.whole(name))
+                    weight.copy_(saved.whole_in(weight.dtype, name))
             set_reader(weight, None)
         else:
-            weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
+            read = functools.partial(saved.whole_in, weight.dtype, name)
+            weight.copy_(world.on_main(read))
     copy_shards(trained.values(), world)
 
 
