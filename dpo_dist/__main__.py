@@ -1,17 +1,21 @@
 """`dpo-dist VERB ...`, the same as `python -m dpo_dist VERB ...`; without a verb, the list of verbs."""
 
+import argparse
 import os
 import shlex
 import sys
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 import dpo_dist
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.installed import pages
-from dpo_dist.foundation.process import this_rank
+from dpo_dist.foundation.process import is_launched, this_rank
 from dpo_dist.foundation.remedies import Typed
 from dpo_dist.foundation.streams import print_line
+
+DEVICES = Path("/dev")
 
 
 def main() -> int:
@@ -35,7 +39,13 @@ def main() -> int:
         if VERBS[verb].is_one_process and this_rank() > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
             return ExitCode.completed
         python = [sys.executable, *_python_options()]
-        os.execv(sys.executable, [*python, "-m", VERBS[verb].module, *arguments])  # noqa: S606
+        module = VERBS[verb].module
+        if not VERBS[verb].is_one_process and not is_launched(os.environ):
+            processes, arguments = _take_processes(arguments)
+            if processes > 1 and {"-h", "--help"}.isdisjoint(arguments):
+                module = VERBS["launch"].module
+                arguments = ["--num_processes", str(processes), verb, *arguments]
+        os.execv(sys.executable, [*python, "-m", module, *arguments])  # noqa: S606
     is_asked = verb in ("help", "-h", "--help")
     is_mistake = verb != "" and not is_asked
     if is_mistake and ErrorPrinter().is_document:
@@ -49,6 +59,21 @@ def main() -> int:
         lines.append(f"\nthere is no verb {verb!r}; {_suggest(verb)}")
     print_line("\n".join(lines))
     return ExitCode.completed if is_asked else ExitCode.invalid
+
+
+def _take_processes(arguments: list[str]) -> tuple[int, list[str]]:
+    """Return how many processes to start, by `--processes N` or one for each GPU, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", nargs="?")
+    option, others = parser.parse_known_args(arguments)
+    if "--processes" in arguments or option.processes is not None:
+        is_number = (option.processes or "").isdecimal() and int(option.processes) > 0
+        return (int(option.processes), others) if is_number else (1, arguments)  # the verb refuses it
+    if len(list(DEVICES.glob("nvidia[0-9]*"))) < 2:  # else each command would import torch here
+        return 1, arguments
+    import torch  # noqa: PLC0415  (slow)
+
+    return torch.cuda.device_count(), arguments
 
 
 def _python_options() -> list[str]:

@@ -82,7 +82,7 @@ def table() -> str:
     lines = [["GPU", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for machine in MACHINES:
         lines.append([machine, *(largest[machine, column] for column in COLUMNS)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"|{'|'.join(line)}|\n" for line in lines)
 
 
 def readme() -> str:

@@ -5,15 +5,13 @@ Run `make docs` after a change of a key or of a kind of loss.
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.keys import key_rows, section_meanings
+from dpo_dist.config.keys import FIRST_KEYS, Key, all_keys, key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
-from dpo_dist.config.verbs import EVERY_VERB
 from dpo_dist.foundation.fields import schema_fields
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +19,8 @@ CELL = 160
 """Most characters of a cell, a phrase; the rest of a longer text is a sentence below the table."""
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 """Options of nearly all kinds: docs/losses.md has them below the table, not in each row."""
+DIGEST = "†"
+"""The mark of a key that is part of the run's digest."""
 OTHER_TYPES = {"loss.kind": "one of the [kinds](losses.md)", "loss.terms[].kind": "as `loss.kind`"}
 
 
@@ -39,8 +39,9 @@ def _with_table(page: Path, table: str) -> str:
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [heading, *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    first, *others = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([first, f"|{'---|' * len(heading)}\n", *others])
 
 
 def _loss_table() -> str:
@@ -60,37 +61,41 @@ def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
 
 
 def _key_tables() -> str:
-    """Return a table for each section of the configuration."""
-    parts = list[str]()
-    # Repetitions: these have the keys of data.train[] and of loss.options.
-    left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")
-    keys = [key for key in key_rows() if not key.name.startswith(left_out)]
+    """Return a table of the keys of most commands, and one of the others of each section."""
+    # Repetitions: these have the keys of data.train[], and the options of kinds are in the table of losses.
+    left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.", "loss.options.")
+    keys = [key for key in key_rows() if not key.name.startswith(left_out) and key.name not in FIRST_KEYS]
+    parts = ["## Most used\n", *_keys_table([all_keys()[name] for name in FIRST_KEYS])]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
     for section, meaning in sections.items():
-        rows = [key for key in keys if key.name.startswith(f"{section}.")]
-        verbs = Counter(key.verbs for key in rows).most_common(1)[0][0]
-        table = _table(
-            ("key", "type and bounds", "default", "meaning", "verbs", "digest"),
-            (
-                (
-                    f"`{key.name}`",
-                    OTHER_TYPES.get(key.name, key.type_words),
-                    f"`{key.default_words}`" if key.default_words else "-",
-                    _phrase(key.meaning)[0],
-                    "" if key.verbs == verbs else _verbs(key.verbs),
-                    "yes" if key.defines_result else "-",
-                )
-                for key in rows
-            ),
-        )
-        parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", table]
-        if notes := [f"- `{key.name}`: {rest}" for key in rows if (rest := _phrase(key.meaning)[1])]:
-            parts.append("\n".join([*notes, ""]))
+        if rows := [key for key in keys if key.name.startswith(f"{section}.")]:
+            parts += [f"## `{section}`\n", f"{meaning}\n", *_keys_table(rows)]
     return "\n".join(parts)
 
 
-def _verbs(verbs: Sequence[str]) -> str:
-    return "all verbs" if list(verbs) == EVERY_VERB.split() else ", ".join(verbs)
+def _keys_table(rows: Sequence[Key]) -> list[str]:
+    """Return the table of these keys, and the sentences below it."""
+    heading = ("key", "type and bounds", "default", "meaning")
+    table = _table(
+        heading,
+        (
+            (
+                f"`{key.name}`{DIGEST if key.defines_result else ''}",
+                _type(key),
+                f"`{key.default_words}`" if key.default_words and key.default is not None else "",
+                _phrase(key.meaning)[0],
+            )
+            for key in rows
+        ),
+    )
+    notes = [f"- `{key.name}`: {rest}" for key in rows if (rest := _phrase(key.meaning)[1])]
+    return [table, "\n".join([*notes, ""])] if notes else [table]
+
+
+def _type(key: Key) -> str:
+    """Return the type in few words: the page says how a list is written, and null that it is one."""
+    words = OTHER_TYPES.get(key.name, key.type_words).removeprefix("a ").replace(" in brackets: [a,b]", "")
+    return re.sub(",? or null", "", words) if key.default is None else words
 
 
 def _phrase(meaning: str) -> tuple[str, str]:

@@ -87,6 +87,12 @@ class PackedBatch:
         return [tuple(itertools.islice(tokens, len(pieces) - 1)) for pieces in self.layout]
 
     @property
+    def response_lengths(self) -> list[int]:
+        """Tokens of each response, whether the loss counts them or not."""
+        inputs = itertools.chain.from_iterable(pieces[1:] for pieces in self.layout)
+        return [tokens + 1 for tokens in inputs]  # the last one is no input
+
+    @property
     def tokens(self) -> int:
         """Number of tokens computed for examples; 0 for a dummy."""
         return len(self.input_ids) if len(self.keys) else 0

@@ -8,11 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_dist.config.keys import strip_indices
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import first_few
-from dpo_dist.kit import run_keys
+from dpo_dist.kit import run_keys, strip_indices
 
 _OFF = ("false", "no", "off", "0")
 """Words for a switch that is off."""

@@ -17,7 +17,9 @@ import dpo_dist
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.extensions import ask
 from dpo_dist.config.keys import (
+    FIRST_KEYS,
     Key,
+    all_keys,
     group_folders,
     is_within,
     key_rows,
@@ -80,6 +82,12 @@ def _parser(**texts: Any) -> Arguments:
         metavar="DIR",
         help="add your own presets and experiments: DIR/experiment/NAME.yaml",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="start N processes; without it one for each GPU, or as many as the launcher or SLURM starts",
+    )
     return parser
 
 
@@ -107,6 +115,12 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
         while "=" not in word and rest and not re.search(others, rest[0]):
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
+    if options.processes is not None:  # `dpo-dist VERB` takes it out of the command
+        remedy = (
+            "remove it, or start the verb by dpo-dist VERB --processes N, outside of a launcher's process"
+        )
+        mistake = ConfigError("--processes has no effect here", where=Typed("--processes"), remedy=remedy)
+        options.mistakes.append(mistake)
     if options.help and "=" in options.help:
         options.words = [options.help, *options.words]
         options.help = ""
@@ -172,8 +186,10 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
     top_sections = (name for name in section_meanings() if "." not in name)
     sections = {name: section_meanings()[name] for name in top_sections if name in keys}
     presets = presets_of(keys, folders)
+    first = [(name, all_keys()[name].meaning.split(". ")[0]) for name in FIRST_KEYS if name in keys]
     text = [
         about.strip(),
+        *(["\nmost used keys:", *_columns(first)] if first else []),
         "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
         *_columns(sections.items()),
         "\npresets (GROUP=PRESET, +experiment=NAME):",

@@ -157,7 +157,7 @@ def _composed(root: str, words: tuple[str, ...], folders: tuple[Path, ...], _: _
         if file is not None:
             places = _places(file, name, entry.package or "")
             for key, place in places.items():
-                if is_within(key, "hydra"):  # Hydra's compose ignores it without a word
+                if is_within(key, "hydra") or "/hydra/" in key:  # Hydra's compose ignores both without a word
                     raise unknown_key("hydra", place)
             every.append(places)
     return config, tuple(every)
@@ -199,7 +199,9 @@ class Composition:
                 self._layers.append(self._file(file))
             except (*FAILURES, AttributeError, TypeError) as error:  # `defaults: 5`
                 self.mistakes += explained(error, file)
-        self._layers.append(_Layer({}, list((saved or {}).items()), {}))
+        saved_keys = [key for key, _ in dotted_items(saved or {})]
+        places = dict.fromkeys(saved_keys, "the run's config.yaml")
+        self._layers.append(_Layer({}, list((saved or {}).items()), places))
         overrides, unread = parse_overrides(word for word in words if word not in files)
         if unread:
             self.mistakes.append(not_a_word(unread, verb))

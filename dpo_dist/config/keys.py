@@ -24,6 +24,15 @@ from dpo_dist.foundation.fields import (
     schemas_in,
 )
 
+FIRST_KEYS = (
+    *("model.path", "data.train", "data.eval", "data.eval_share", "data.max_length"),
+    *("loss.kind", "loss.beta", "optim.lr", "trainer.epochs", "trainer.max_steps"),
+    *("trainer.global_batch_pairs", "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.save_every"),
+    *("samples.prompts", "model.dtype", "model.gradient_checkpointing", "model.adapter"),
+    *("model.quantization", "parallelism.kind", "tracking.to", "run.name", "run.dir"),
+)
+"""The keys of most commands, which stand first in `--help` and in docs/configuration.md."""
+
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
@@ -142,10 +151,11 @@ def group_folders(own_folder: Path | None = None) -> list[Path]:
 
 
 def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
-    """Return the presets of a group."""
+    """Return the presets of a group; `mine/ipo` is one in a folder inside."""
     names: set[str] = set()
     for folder in folders:
-        names |= {path.stem for path in (folder / group).glob("*.yaml")}
+        files = (folder / group).rglob("*.yaml")
+        names |= {file.relative_to(folder / group).with_suffix("").as_posix() for file in files}
     return sorted(names)
 
 

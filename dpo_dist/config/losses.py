@@ -21,14 +21,12 @@ MODEL_COEFFICIENT = "model"
 
 @schema
 class RouterConfig:
-    """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
+    """The loss of the routers of a mixture of experts, which training adds to that of each global batch."""
 
     aux_coefficient: Literal["model"] | Annotated[float, Field(gt=0)] | None = key(
         None, accepts="model, a number above 0, or null"
     )
     """Weight of the load-balancing loss; `model`: `router_aux_loss_coef` of the model; null: none."""
-    z_coefficient: float | None = key(None, gt=0)
-    """Weight of the router z-loss (arXiv 2202.08906); null: none."""
 
 
 LossKind = StrEnum(
@@ -79,7 +77,7 @@ class DpopOptions:
     """Options of `dpop`."""
 
     penalty_weight: float = key(50.0, ge=0)
-    """`dpop`: weight of the penalty for a chosen response that is less likely than under the reference."""
+    """`dpop`: weight of the penalty for a chosen response less likely than under the reference."""
 
 
 @schema
@@ -95,7 +93,7 @@ class RewardAwareOptions:
     """Options of `reward_aware`."""
 
     scale: float = key(1.0, gt=0)
-    """`reward_aware`: factor of the score gap; the sigmoid of the product is the target probability."""
+    """`reward_aware`: factor of the score gap in the target probability."""
 
 
 @schema
@@ -145,7 +143,7 @@ class RewardOptions:
     """Options of `reward`."""
 
     centre: float = key(0.0, ge=0)
-    """`reward`: weight of the squared sum of a pair's scores, which keeps their mean near 0."""
+    """`reward`: weight of the squared sum of scores, which keeps their mean near 0."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +291,7 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.distill: KindFacts(
         "KL(teacher, policy) summed over tokens / (mean nw of the global batch), at the temperature "
-        "`loss.options.temperature`; [a teacher](#a-teacher)",
+        "`loss.options.temperature`; [a teacher](reward_models.md#a-teacher)",
         "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870",
         frozenset(),
         options=DistillOptions,
@@ -490,7 +488,7 @@ class LossConfig:
     undesirable_weight: float = key(1.0, gt=0)
     """`kto`, `apo_zero_unpaired`: weight of bad responses."""
     ld_alpha: float | None = key(None, ge=0, le=1)
-    """Weight of tokens beyond the length of the pair's shorter response (arXiv 2409.06411); null: 1."""
+    """Weight of tokens beyond the shorter response's length (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
     """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by the probability of both responses."""
     reference_free: bool = key(False, verbs="train precompute evaluate")

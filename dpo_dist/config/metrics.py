@@ -107,8 +107,6 @@ METRICS: Mapping[str, Metric] = {
     "samples/finished": Metric("ended", percent, chart="Generated responses that end"),
     "samples/distinct_3": Metric("distinct 3-grams", percent),
     "samples/longest_repeat": Metric("longest repeat", percent),
-    "samples/language_changed": Metric("language changed", percent),
-    "samples/refusals": Metric("refusals", percent),
     "samples/empty": Metric("empty", percent),
 }
 

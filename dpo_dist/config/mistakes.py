@@ -162,6 +162,8 @@ def explained(error: Exception, place: str) -> list[ConfigError]:
         case MissingConfigException() if error.missing_cfg_file:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
             return [unknown_preset(group, name, error.options or ())]
+        case HydraException():
+            remedy = "correct the file; to replace a group's preset, it lists 'override /GROUP: NAME'"
         case yaml.MarkedYAMLError() if error.problem_mark:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
             got = str(error.problem)

@@ -247,7 +247,6 @@ RULES = (
             "model.quantization!=null",
             "reference.quantization!=null",
             "loss.router.aux_coefficient!=null",
-            "loss.router.z_coefficient!=null",
         )
     ),
     # Adapters and quantized weights.
@@ -426,19 +425,13 @@ RULES = (
         lambda c: c.optim.warmup_ratio == 0,
     ),
     Rule(
-        "optim.warmup_steps optim.warmup_from_zero=false trainer.max_steps!=null",
+        "optim.warmup_steps trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
         lambda c: (
             f"set optim.warmup_steps={(c.trainer.max_steps or 0) // 10}"
             + f", or raise trainer.max_steps above {c.optim.warmup_steps}"
         ),
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
-    ),
-    Rule(
-        "optim.warmup_from_zero=true optim.warmup_steps optim.warmup_ratio",
-        "optim.warmup_from_zero has no effect without a warm-up",
-        "remove it, or set optim.warmup_steps",
-        lambda c: not (c.optim.warmup_ratio if c.optim.warmup_steps is None else c.optim.warmup_steps),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
     unused("optim.decay_ratio", "optim.schedule=wsd"),
@@ -559,17 +552,6 @@ RULES = (
     unused("export.merge", "model.adapter!=null", "train an adapter"),
     unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
-    unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
-    *(
-        unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
-        for key in ("export.merge", "export.weights")
-    ),
-    Rule(
-        "export.average!=[]",
-        "an average has two members or more, each once",
-        "list several folders, each once (weight: 2 counts double); for a single one set export.checkpoint",
-        lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
-    ),
 )
 """The rules of every verb, in the order of the checks."""
 

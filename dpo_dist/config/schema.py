@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
@@ -24,7 +24,6 @@ from dpo_dist.foundation.fields import (
     Names,
     NonEmpty,
     Place,
-    as_entry,
     key,
     key_facts,
     schema,
@@ -47,7 +46,7 @@ class FolderConfig:
     root: NonEmpty = key("output")
     """Folder of run directories, encoded data and the reference store."""
     resume: Resume = key(Resume.auto, verbs="train")
-    """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results."""
+    """`auto`: if there is a checkpoint; `must`: error without one; `never`: error with results."""
     after_checkpoint: NonEmpty | None = key(None, verbs="train", runs="this shell command is run")
     """Shell command that rank 0 runs behind the training after each checkpoint."""
 
@@ -65,8 +64,8 @@ class ConsoleConfig:
     """Messages and progress on the screen."""
 
     style: ConsoleStyle = key(ConsoleStyle.auto)
-    """`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: one JSON
-    object per line, on standard output."""
+    """`plain`: lines with date and time; `json`: an object a line, on standard output; `auto`: a live line on
+    a terminal, else `plain`."""
 
 
 TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab comet_ml aim clearml dvclive")
@@ -85,11 +84,10 @@ class TrackingConfig:
     wandb: WandbMode = key(WandbMode.auto)
     """W&B: `auto` is online if there is an API key, else offline."""
     project: str | None = key(None)
-    """Project of the run; null: `dpo_dist`, for W&B the variable WANDB_PROJECT if it is set. The variables
-    MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT win over this key; TensorBoard and DVCLive have no projects."""
+    """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT
+    win over it."""
     samples: int = key(8, ge=0, le=1000)
-    """Rows in W&B's table of samples at each evaluation, if `samples.prompts` is set. Otherwise, or with 0,
-    no text of data or responses is sent."""
+    """Rows of W&B's table of samples at each evaluation, if `samples.prompts` is set; 0: no text is sent."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -103,25 +101,22 @@ class AdapterConfig:
     """
 
     r: int | None = key(None, null_means=16, ge=1)
-    """Rank; null: 16, or as in the continued adapter."""
+    """Rank; null: 16."""
     alpha: float | None = key(None, null_means=32.0, gt=0)
-    """The update is scaled by alpha / r, for `rslora` by alpha / sqrt(r); null: 32, or as in the continued
-    adapter."""
+    """Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32."""
     target_modules: Literal["all-linear"] | Names | None = key(
         None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )
     """`all-linear` (all but the output layer), or a list of names, also with `all-linear` in it; null:
-    `all-linear`, or as in the continued adapter."""
+    `all-linear`."""
     variant: AdapterVariant | None = key(None, null_means=AdapterVariant.lora)
-    """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or as in the
-    continued adapter."""
+    """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`."""
     path: Place | None = key(None)
-    """Folder or hub name of a LoRA adapter on `model.path` to continue, such as one from supervised
-    fine-tuning. Policy and reference both start from the model with this adapter."""
+    """Folder or hub name of a LoRA adapter to continue, which sets the other keys; policy and reference start
+    from it."""
     modules_to_save: list[NonEmpty] | None = key(None, null_means=[])
-    """Modules trained in full beside the matrices, by the last parts of their names:
-    `[embed_tokens,lm_head]`, norms. Tied modules must be listed together. Null: none, or as in the continued
-    adapter."""
+    """Modules trained in full, by the last parts of their names: `[embed_tokens,lm_head]`; tied ones
+    together. Null: none."""
 
     def __post_init__(self) -> None:
         # The usual values are no defaults: with `path`, null is the value of the continued adapter.
@@ -140,9 +135,9 @@ class ImagesConfig:
     """Images in prompts: the model's tower encodes them, and its projector maps them to the text model."""
 
     train: TrainedImageParts = key(TrainedImageParts.none)
-    """Parts that are trained beside the text model: `none`, `projector`, or `tower` (with the projector)."""
+    """Parts trained beside the text model: `none`, `projector`, or `tower` (with the projector)."""
     max_pixels: int | None = key(None, ge=1)
-    """Larger images are made smaller, to at most this many pixels; null: as the model's processor does."""
+    """Larger images are made smaller, to at most this; null: as the model's processor does."""
 
 
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])
@@ -182,9 +177,7 @@ class ModelConfig:
     revision: str | None = key(None)
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = key(Dtype.bf16)
-    """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`. `fp16` scales the
-    loss: from 65,536, halved after an overflow, doubled after 1,000 updates without one; models with
-    activations above 65,504 are refused."""
+    """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."""
     attention: AttentionBackend = key(AttentionBackend.auto, free=True, verbs="train precompute evaluate")
     """Attention kernel; `auto`: the fastest."""
     gradient_checkpointing: Literal["none", "full"] | Every = key(
@@ -216,12 +209,12 @@ class ReferenceConfig:
     """The source of the reference model's log-probs."""
 
     mode: ReferenceMode = key(ReferenceMode.auto)
-    """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter off),
-    `none`; `auto`: `none`, `adapter` or `cached`, by loss and model."""
+    """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy without it), `none`;
+    `auto`: by loss and model."""
     path: Place | None = key(None, verbs="train precompute evaluate")
     """Folder or hub name of the reference model; null: `model.path`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate")
-    """Load the reference in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
+    """8 or 4 bits (bitsandbytes), whole on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
     """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
     store: NonEmpty = key("${run.root}/reference", free=True, verbs=EVERY_READER)
@@ -233,15 +226,13 @@ class TeacherConfig:
     """The model from whose distributions `distill` learns."""
 
     path: Place | None = key(None)
-    """Folder or hub name of the teacher, a model with the token ids of `model.path`."""
+    """Folder or hub name of the teacher, which has the token ids of `model.path`."""
     mode: TeacherMode = key(TeacherMode.cached, free=True)
-    """`cached`: asked once, and its distributions stored in `reference.store`; `live`: computed beside the
-    policy, for disks without room."""
+    """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy."""
     k: int = key(48, ge=1)
     """Largest probabilities of the teacher that are kept of each token."""
     drawn: int = key(16, ge=1)
-    """Tokens drawn from the other ones, which keep the gradient unbiased; they take 4 bytes each, the largest
-    ones 8."""
+    """Tokens drawn from the other ones, which keep the gradient unbiased."""
     seed: int = key(0, ge=0)
     """Seed of the draws: another one asks the teacher again."""
     offload: Offload = key(Offload.none, free=True)
@@ -253,7 +244,7 @@ class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
     kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate")
-    """ZeRO stage 3 or 2, or `ddp`: all weights on every process, optimizer states sharded (stage 1)."""
+    """ZeRO stage 3 or 2, or `ddp`: only optimizer states sharded (stage 1)."""
     offload_parameters: Offload = key(Offload.none)
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: Offload = key(Offload.none, verbs="train")
@@ -261,12 +252,11 @@ class ParallelismConfig:
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     shard_size: int | None = key(None, ge=1, verbs="train precompute")
-    """Processes, usually those of a node, over which ZeRO-3 shards weights, gradients and optimizer states
-    (MiCS, arXiv 2205.00119): each group of so many has all of them, and only gradients leave it, once a step.
-    null: all processes."""
+    """Processes, usually those of a node, over which ZeRO-3 shards (MiCS, arXiv 2205.00119); only gradients
+    leave them. null: all."""
     experts: int = key(1, ge=1, verbs="train precompute")
-    """Processes that share the experts of each layer, with ZeRO-3 or a quantized base: tokens are sent to
-    their experts, which no process gathers (expert parallelism). 1: each process computes all experts."""
+    """Processes that share the experts of each layer (expert parallelism), with ZeRO-3 or a quantized base;
+    1: none."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate")
@@ -286,13 +276,12 @@ class OptimConfig:
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
     """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `adamw_8bit`: states of 2 bytes a
-    weight in place of 8 (bitsandbytes, the `quantization` extra); `muon`: Muon for matrices (arXiv
-    2502.16982). `adamw_bf16` rounds weights and moments up or down by a chance that depends on
-    `trainer.seed`, the step and the weight alone; it needs `model.dtype=bf16`. `adamw_bf16` and `adamw_8bit`
-    take no offload, and a run resumes with `adamw_8bit` on as many processes and the same parallelism only.
-    `muon` leaves embeddings, output layer, stacked experts, biases and norms to AdamW, with the same `lr` and
-    `weight_decay`; it needs `zero2` or `ddp`, and computes in bf16: runs on other numbers of processes differ
-    by more rounding. Master weights are float32; `adamw_bf16` has none."""
+    weight in place of 8 (bitsandbytes); `muon`: Muon for matrices (arXiv 2502.16982). `adamw_bf16` rounds up
+    or down by a chance that depends on `trainer.seed`, the step and the weight alone; it needs
+    `model.dtype=bf16`. `adamw_bf16` and `adamw_8bit` take no offload, and `adamw_8bit` resumes on as many
+    processes and the same parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases
+    and norms to AdamW, needs `zero2` or `ddp`, and computes in bf16: on other numbers of processes rounding
+    differs more."""
     sums: SumsDtype = key(SumsDtype.auto)
     """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
     other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it
@@ -301,17 +290,13 @@ class OptimConfig:
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
     """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
-    warm-up, without warm-up as sqrt(10,000 / (10,000 + step)), as in transformers. `wsd` (warm-up, stable,
-    decay) is constant until its decay, which is linear."""
+    warm-up, without as sqrt(10,000 / (10,000 + step)); `wsd` is constant until its linear decay."""
     warmup_ratio: float = key(0.1, ge=0, le=1)
-    """Share of all steps that warm up the learning rate; the first of w such steps has lr / w."""
+    """Share of all steps that warm up the learning rate."""
     warmup_steps: int | None = key(None, ge=0)
     """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
-    warmup_from_zero: bool = key(False)
-    """Warm up as transformers does, one step later: the first step has rate 0 and changes no weight, the step
-    after the w of the warm-up has `lr`, which a shorter run never reaches."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
-    """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`; 0: one step more would have 0."""
+    """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`."""
     decay_ratio: float = key(0.2, gt=0, le=1)
     """Share of all steps in the decay of `wsd`."""
     weight_decay: float = key(0.0, ge=0)
@@ -319,9 +304,9 @@ class OptimConfig:
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
-    """Decay rates of the first and second moments of AdamW; the momentum of `muon` is always 0.95."""
+    """Decay of the moments of AdamW; the momentum of `muon` is 0.95."""
     max_grad_norm: float | None = key(1.0, gt=0)
-    """Largest norm of the gradient; a larger gradient is clipped to this norm. null: none is clipped."""
+    """Norm to which a larger gradient is clipped; null: none is."""
 
     @property
     def dtype_of_sums(self) -> Dtype:
@@ -339,13 +324,13 @@ class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
 
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
-    """Pairs of an optimizer step, over all processes. Where an epoch has fewer pairs than the default, a step
-    has a power of two, eight steps or more an epoch if it can, and at least 2 pairs; the run says so."""
+    """Pairs of an optimizer step, over all processes. If an epoch has fewer pairs than the default, a step
+    has a smaller power of two, and the run says so."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = key(
         "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )
-    """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
-    the GPUs of a training run, else 8192, on a CPU 2048."""
+    """Largest number of tokens in a micro-batch; gradient accumulation follows. `auto`: what fits on
+    the GPUs, on a CPU 2048."""
     epochs: float = key(1.0, verbs="train precompute", gt=0, le=1e9)
     """Passes over the training data."""
     max_steps: int | None = key(None, verbs="train precompute", ge=1)
@@ -357,25 +342,25 @@ class TrainerConfig:
     keep_last: int = key(2, ge=0, free=True)
     """Checkpoints to keep; 0: one while the run trains, none once it is complete."""
     keep_best: NonEmpty | None = key(None, free=True)
-    """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
-    value, and the best one is kept beside `keep_last`; null: none."""
+    """Evaluation metric, such as `eval_rewards/accuracies`, whose best checkpoint is saved and kept; null:
+    none."""
     patience: int | None = key(None, ge=1, free=True)
-    """End the run, as a complete one, after this many evaluations in a row without a new best value of
-    `keep_best`; null: end at the last step."""
+    """End the run after this many evaluations without a new best value of `keep_best`; null: at the last
+    step."""
     final: FinalModel = key(FinalModel.last)
     """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
-    """Steps per row of metrics, which are means over the pairs of these steps; 0: one row at the end."""
+    """Steps per row of metrics, which are means over them; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate")
-    """Seed of the data order, of a new adapter's weights, and of sampling in `pairs`."""
+    """Seed of the data order, a new adapter's weights, and sampling in `pairs`."""
     deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
     """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
     """Decay of the moving average (EMA) of the trained weights, for `export.weights=ema`; null: none. After n
-    steps the start still has the share `ema_decay`^n in it: with 0.999 61 % after 500 steps."""
+    steps the start has the share `ema_decay`^n in it: with 0.999 61 % after 500 steps."""
     prefix_tree: bool = key(True, free=True, verbs="train precompute evaluate")
     """Compute tokens with which several responses of a micro-batch begin once (docs/scaling.md); false: share
-    only the prompt of each pair."""
+    prompts only."""
     stop_after_steps: int | None = key(None, ge=1, free=True)
     """Save and exit with code 75 after this many steps of this start."""
     max_seconds: float | None = key(None, gt=0, le=1e9, free=True)
@@ -390,23 +375,10 @@ class MetricsConfig:
     """Your own metrics, beside those of docs/watching.md."""
 
     function: NonEmpty | None = key(None, runs="Python code of metrics is run")
-    """Your own function, as `module:function`, which computes named values of each pair from log-probs; their
-    means are the metrics `custom/NAME`."""
+    """Your own function, `module:function`, of log-probs; the means of its values are the metrics
+    `custom/NAME`."""
 
 
-@schema
-class MemberConfig:
-    """One entry of `export.average`; a bare string is its `path`."""
-
-    path: NonEmpty = key(...)
-    """Folder of a whole model, such as `export` writes."""
-    weight: float = key(1.0, gt=0)
-    """Weight in the mean; the weights are divided by their sum."""
-
-
-Member = Annotated[
-    MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
-]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm"})
 
@@ -420,29 +392,21 @@ class ExportConfig:
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
         pattern=r"^(latest|best|step-\d{1,18})$",
     )
-    """`latest`, `best` (by `trainer.keep_best`), or a checkpoint's name: `step-000100`; null: the checkpoint
-    of `model/` (`trainer.final`)."""
+    """`latest`, `best` (by `trainer.keep_best`), or a name: `step-000100`; null: that of `model/`."""
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
-    average: list[Member] = key([])
-    """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
-    """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
-    of its files."""
     check: bool = key(True)
-    """Before the folder gets its name, load it by transformers and compare its weights with the trained
-    ones."""
+    """Load the folder by transformers, and compare its weights with the trained ones."""
     output: NonEmpty | None = key(None)
-    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
-    `-merged`; with `export.average`, `<run.dir>/exported/average`."""
+    """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
     tool: ExportTool | None = key(None)
-    """Print the command by which `lm-eval` or `vllm` reads `model/`, or a folder that other keys of `export`
-    name."""
+    """Print the command by which `lm-eval` or `vllm` reads `model/`, or the folder of other keys of
+    `export`."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
-    uploaded as it is. The files are listed, and sent only with `export.confirm`."""
+    """Hub repository for the folder, which is private if it is new; files are listed, and sent only with
+    `export.confirm`."""
     confirm: bool = key(False)
     """Send the listed files to `export.push_to`."""
 
@@ -452,10 +416,10 @@ class EvaluationConfig:
     """The models and pairs that `dpo-dist evaluate` scores."""
 
     model: NonEmpty | Names | None = key(None, accepts="a path, or a list of paths")
-    """Folder or hub name of a model or of an adapter on `model.path`, a checkpoint
-    (`<run.dir>/checkpoints/step-000100`), or a list; null: `<run.dir>/model`."""
+    """A model, an adapter on `model.path`, a checkpoint (`<run.dir>/checkpoints/step-000100`), or a list;
+    null: `<run.dir>/model`."""
     data: list[Source] = key([])
-    """Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."""
+    """Pairs in place of `data.eval`, in the same form."""
 
     @property
     def models(self) -> list[str | None]:

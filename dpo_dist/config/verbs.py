@@ -17,7 +17,7 @@ OWN = {
     ),
     "export": Verb(
         "dpo_dist.verbs.export",
-        "write a checkpoint as a model folder; merge an adapter; average models",
+        "write a checkpoint as a model folder; merge an adapter",
         ("model.path",),
         reads_data=False,
         reuses_config=True,

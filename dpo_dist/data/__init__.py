@@ -2,7 +2,7 @@
 
 Needs nothing of the rest of this package but `foundation`, no torch for texts, and no GPU. A record is what a
 source says (`PreferenceRecord`), an example what a model reads (`Example`); a record that cannot be used is a
-`BadRecord`. docs/data_alone.md begins with five lines.
+`BadRecord`. docs/python.md#data-for-another-trainer begins with five lines.
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
   model; `SourceConfig` has one source (`Source`: also as a path); `OnBadRecord` and `TextTemplate` are values
@@ -66,53 +66,6 @@ if TYPE_CHECKING:
     from dpo_dist.data.text.render import final_tokens, trained_stops
     from dpo_dist.data.text.template import ChatTemplate
 
-__all__ = [
-    "IMAGE",
-    "NUMBERS",
-    "BadRecord",
-    "ChatTemplate",
-    "DataConfig",
-    "DataCounts",
-    "DataSource",
-    "Dialogue",
-    "EncodedExample",
-    "EncodedRecord",
-    "Example",
-    "ExpandedImage",
-    "ImageFile",
-    "ImageInput",
-    "ImageProcessor",
-    "Mask",
-    "Message",
-    "OnBadRecord",
-    "Origin",
-    "Outcome",
-    "Part",
-    "PreferenceRecord",
-    "Prompt",
-    "RawRecord",
-    "Record",
-    "Response",
-    "ScoredDataConfig",
-    "Source",
-    "SourceConfig",
-    "SourceLengths",
-    "TextTemplate",
-    "TokenIds",
-    "UnusableRecordError",
-    "describe_counts",
-    "encode_record",
-    "final_tokens",
-    "full_name",
-    "named_in_one_line",
-    "prompt_hash",
-    "read_records",
-    "source_labels",
-    "trained_stops",
-    "turns_of",
-    "write_records",
-]
-
 _NAMES = {
     "config": "DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate",
     "counts": "DataCounts Outcome describe_counts named_in_one_line",
@@ -131,6 +84,7 @@ _NAMES = {
 }
 """The same names by the module that has them; a test compares them with the imports above."""
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = [*_MODULE_OF]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -39,21 +39,21 @@ class SourceConfig:
     revision: str | None = key(None)
     """Branch, tag or commit of a hub dataset."""
     weight: float = key(1.0, gt=0, le=10**6, verbs="train precompute")
-    """How often an epoch draws each pair: 2: twice; 0.5: a seeded half of the pairs."""
+    """Draws of each pair in an epoch: 2 is twice, 0.5 a seeded half."""
     limit: int | None = key(None, ge=1)
     """Read only this many records, from the first; null: all."""
     fields: dict[str, Any] | str | None = key(
         None, accepts="a mapping, {prompt: question, chosen: answers.good}, or the name of a known shape"
     )
-    """What the columns mean: an expression for each field; null: as the known shape with these columns."""
+    """An expression for each field, or a shape's name; null: the known shape with these columns."""
     ignore: list[str] | None = key(None)
-    """Columns that are not read, keys of messages as `[].KEY`, or `*` for all others; null: none."""
+    """Columns that are not read, keys of messages as `[].KEY`, `*` for all others; null: none."""
     reader: str | None = key(None, runs="Python code of a reader of data is run")
-    """Your own function, as `module:function`, which turns a record into one of a known shape."""
+    """Your own function, `module:function`, which turns a record into one of a known shape."""
     images: NonEmpty | None = key(None, free=True)
-    """Folder of the source's image files, if `data.images` is null; null: the folder of the records."""
+    """Folder of image files, if `data.images` is null; null: that of the records."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
-    """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
+    """Name of the source in metrics and counts; null: from its path."""
 
 
 def _as_source(entry: Any) -> Any:
@@ -97,27 +97,27 @@ class DataConfig:
     images: NonEmpty | None = key(None, free=True, verbs=EVERY_READER)
     """Folder of the image files of all sources, in place of their own `images`."""
     eval_share: float = key(0.0, ge=0, lt=1)
-    """Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none."""
+    """Share of the prompts of `train` reserved as evaluation data; 0: none."""
     drop_eval_prompts: bool = key(False)
     """Keep records whose prompt is in `eval` out of the training data."""
     max_length: int = key(1024, ge=2, verbs=EVERY_READER)
     """Largest number of tokens of prompt and response together."""
     max_prompt_length: int | None = key(None, ge=1, verbs=EVERY_READER)
-    """Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit."""
+    """Largest number of tokens of a prompt, whose start is cut; null: no limit."""
     truncation: Truncation = key(Truncation.keep_start)
-    """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
-    side in proportion to its length, `drop` drops the pair."""
+    """Above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` in proportion,
+    `drop` drops the pair."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
-    """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
+    """`drop`: leave a bad record out, count and show it; `error`: end the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=EVERY_READER)
     """Largest share of records that may be dropped; more is an error."""
     text_as_messages: Literal["auto"] | bool = key("auto", verbs=EVERY_READER)
-    """Render plain-text prompts by the chat template, as a user turn; `auto`: if the tokenizer has one."""
+    """Render plain text by the chat template, as a user's turn; `auto`: if the tokenizer has one."""
     template: TextTemplate = key(TextTemplate.auto, verbs=EVERY_READER)
-    """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
-    (`literal`); `auto`: as text, with an error if most records have them."""
+    """Special tokens of the template in texts are tokens (`applied`) or text (`literal`); `auto`: text, an
+    error if most records have them."""
     chat_template: NonEmpty | None = key(None, verbs=EVERY_READER)
-    """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
+    """A file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, verbs=EVERY_READER, accepts="a mapping")
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
     trained_roles: list[Role] = key(
@@ -127,10 +127,10 @@ class DataConfig:
     untrained: list[Untrained] = key(
         ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
     )
-    """Parts of trained turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
-    around turns), or text between markers, `<note>...</note>`."""
+    """Parts of turns left out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens around turns),
+    `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
-    """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
+    """A ranking of more than two is one example, its best and worst, or all pairs."""
     unpair: bool = key(False)
     """Take pairs apart into a good and a bad response; `loss=kto` and `apo_zero_unpaired` set it."""
     cache: NonEmpty = key("${run.root}/encoded", free=True)

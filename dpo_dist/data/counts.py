@@ -18,7 +18,6 @@ _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
-_PLAIN = "chat_template_not_applied"
 _OMITTED = "content_not_rendered"
 _TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
 _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
@@ -172,20 +171,6 @@ class DataCounts:
         made = f", {pluralize(self.pairs, 'example')} made of them"
         return kept if self.pairs == self.kept else kept + made
 
-    @property
-    def is_mostly_plain(self) -> bool:
-        """Whether more than half of the kept records are plain text beside a chat template."""
-        return self.changed[_PLAIN] > self.kept / 2
-
-    def plain_in_words(self, records: str = "records") -> str:
-        """Return how many kept records are plain text beside a chat template, "" if none."""
-        plain = self.changed[_PLAIN]
-        return f"{plain:,} of {self.kept:,} {records} are {in_words(_PLAIN)}" if plain else ""
-
-    def plain_warning(self, records: str = "records") -> str:
-        """Return how many kept records are plain text beside a chat template, and what to do about them."""
-        return f"{self.plain_in_words(records)}; {reason_remedy(_PLAIN)}"
-
     def unread_lines(self) -> list[str]:
         """Return a line with the columns that nothing reads, none if there are none."""
         return [f"  not read: {named_in_one_line(self.unread)}"] if self.unread else []
@@ -296,18 +281,15 @@ class DataCounts:
         if self.kept:
             return
         left = self.changed[LEFT_IN_TRAIN]
-        if left:
-            message = "the split has no evaluation data"
-            where = "data.eval_share"
-            remedy = "raise data.eval_share"
-        else:
-            message = "no training data are left"
-            where = "data.train"
-            remedy = "lower data.eval_share"
+        remedy = "raise data.eval_share" if left else "lower data.eval_share"
         if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
             remedy = "set data.drop_eval_prompts=false, or name other sources in data.eval"
-        got = f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part"
-        raise DataError(message, where=where, got=got, remedy=remedy)
+        raise DataError(
+            "the split has no evaluation data" if left else "no training data are left",
+            where="data.eval_share" if left else "data.train",
+            got=f"{self.read} records, none usable, and {left or self.changed[HELD_OUT]} in the other part",
+            remedy=remedy,
+        )
 
 
 def counts_in_one_line(counts: Mapping[str, int]) -> str:
@@ -336,15 +318,18 @@ def count_lines(counts: Mapping[str, int]) -> list[str]:
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records, and how each source was read."""
     total = DataCounts.from_numbers(counts)
-    lines = [f"{name} data: {total.kept_in_words}", *total.dropped_lines()]
-    lines += count_lines(total.changed)
-    for numbers in counts["sources"]:
+    sources = counts["sources"]
+    forms = f": {total.forms_in_words}" if len(sources) == 1 else ""
+    lines = [f"{name} data: {total.kept_in_words}{forms}", *total.dropped_lines()]
+    changed = Counter(total.changed)
+    del changed[LEFT_IN_TRAIN]  # the training data say what was held out
+    lines += count_lines(changed)
+    for numbers in sources:
         source = DataCounts.from_numbers(numbers)
-        records = f"{numbers['path']}: {pluralize(source.kept, 'record')}"
-        if len(counts["sources"]) > 1:
+        if len(sources) > 1:
             dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
             records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
-        lines.append(f"  {records}: {source.forms_in_words}")
+            lines.append(f"  {records}: {source.forms_in_words}")
         lines += source.unread_lines()
     return lines
 

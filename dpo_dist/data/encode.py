@@ -14,7 +14,6 @@ from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.read.plain import NUMBERS
 from dpo_dist.data.records import (
-    IMAGE,
     BadRecord,
     PreferenceRecord,
     Record,
@@ -23,7 +22,6 @@ from dpo_dist.data.records import (
     training_examples,
     turns_of,
 )
-from dpo_dist.data.text.escape import has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
 from dpo_dist.data.text.thoughts import DEFAULT_MARKS
@@ -57,8 +55,6 @@ def encode_pair(
     facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
     lengths: RecordLengths | None = None
     try:
-        if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
-            raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         images, has_tags = _images(record, processor)
         rendered = render_record(record, facts, config)
         if processor is not None and images:
@@ -134,9 +130,6 @@ def _images(
         raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
     prompt = [turn.content for turn in turns_of(record.prompt)]
     responses = [[turn.content for turn in turns_of(response)] for response in record.responses]
-    in_responses = any(IMAGE in text for text in itertools.chain(*responses))
-    if in_responses or sum(text.count(IMAGE) for text in prompt) != len(record.images):
-        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
     if processor is None:
         return (), False
     if not processor.reads_several and len(record.images) > 1:

@@ -175,7 +175,7 @@ def _refused(folder: Path, cause: str) -> ConfigError:
         "the model's images cannot be processed",
         where="model.images",
         got=f"{folder}: {cause}",
-        expected="a folder of a model whose image processor works with Pillow (docs/images.md)",
+        expected="a folder of a model whose image processor works with Pillow (docs/models.md)",
         remedy="put preprocessor_config.json and processor_config.json of the model into the folder; use "
         "another model; or set model.images=null to train on text",
     )

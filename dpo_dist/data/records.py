@@ -7,7 +7,6 @@ import base64
 import hashlib
 import itertools
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from dpo_dist.foundation.types import Fields
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
+DIALOGUE_START = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT = "held_out_for_eval"
 LEFT_IN_TRAIN = "left_in_train"
@@ -35,8 +35,12 @@ COUNTS_OF_OTHERS = (HELD_OUT, LEFT_IN_TRAIN)
 """Names under which records of another `Part` are counted, which are not among those that are read."""
 MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
+MAX_TEXT_BYTES = 2**24
+"""Longest texts of a record: tokenizing them takes 160 times as many bytes."""
 IMAGE = "\ufdd1"
 """Stands for an image in the content of a message: a noncharacter, never part of interchanged text."""
+RESERVED_CHARACTER = "\ufdd0"
+"""Delimits the marks of the encoder: a noncharacter, too."""
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -178,15 +182,6 @@ class PreferenceRecord:
             content["images"] = [image.digest.hex() for image in self.images]
         return text_digest(json.dumps(content, sort_keys=True))
 
-    def context_fields(self) -> dict[str, Any]:
-        """Return tools and template arguments as values for JSON, if the record has any."""
-        fields: dict[str, Any] = {}
-        if self.tools:
-            fields["tools"] = list(map(dict, self.tools))
-        if self.template_arguments:
-            fields["chat_template_kwargs"] = dict(self.template_arguments)
-        return fields
-
 
 @dataclass(frozen=True)
 class BadRecord:
@@ -264,7 +259,7 @@ class ImageFile:
             if content is None and self.name.startswith("data:"):
                 content = base64.b64decode(self.name.partition(";base64,")[2], validate=True)
             elif content is None:
-                with self._file().open("rb") as stream:
+                with self.found().open("rb") as stream:
                     content = stream.read(MAX_RECORD_BYTES + 1)
         except (OSError, ValueError, RuntimeError) as fault:  # RuntimeError: links in a circle
             raise UnusableRecordError("image_unreadable", f"{type(fault).__name__} for its file") from fault
@@ -280,48 +275,13 @@ class ImageFile:
         return hashlib.blake2b(self.read(), digest_size=16).digest()
 
     @property
-    def recorded_state(self) -> dict[str, Any] | None:
-        """The name, the folders, and the file's state as it is read; None if the record has the content."""
-        if self.content is not None or self.name.startswith("data:"):
-            return None
-        state = f"{self._found()} {self._content_digest()}"  # in this order: it may change while it is read
-        return {"name": self.name, "folders": list(map(os.path.abspath, self.folders)), "state": state}
-
-    @property
-    def metadata_in_folders(self) -> list[str]:
-        """The metadata of the file of this name in each folder, also of one that a look-up refuses."""
-        return [_metadata(os.path.join(folder, self._path)) for folder in self.folders]  # noqa: PTH118
-
-    def is_unchanged_by_metadata(self, state: str) -> bool:
-        """Return whether the file is that of a `state`, without a look-up that resolves all links.
-
-        Also if there is no file: its copy is stored.
-        """
-        return next(filter(None, self.metadata_in_folders), "") in ("", state.partition(" ")[0])
-
-    def is_unchanged(self, state: str) -> bool:
-        """Return whether the file has the content of a `state`, or there is none."""
-        metadata, _, digest = state.partition(" ")
-        return self._found() in ("", metadata) or self._content_digest() == digest
-
-    def _found(self) -> str:
-        try:
-            return _metadata(self._file())
-        except (UnusableRecordError, OSError, ValueError, RuntimeError):
-            return ""
-
-    def _content_digest(self) -> str:
-        try:
-            return self.digest.hex()
-        except UnusableRecordError:
-            return ""
-
-    @property
-    def _path(self) -> str:
+    def path(self) -> str:
+        """The name without the scheme of local files."""
         return self.name.removeprefix("file://")
 
-    def _file(self) -> Path:
-        name = self._path
+    def found(self) -> Path:
+        """Return the file of this name. Raises UnusableRecordError: `image_unreadable`."""
+        name = self.path
         if "://" in name:
             raise UnusableRecordError("image_unreadable", "a URL is not fetched")
         roots = [Path(folder).resolve() for folder in self.folders]
@@ -331,19 +291,6 @@ class ImageFile:
                 return file
         what = "is outside the folders of images" if files else "does not exist"
         raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")
-
-
-def _metadata(file: str | Path) -> str:
-    """Return a text that changes with a file's content, and may change without; "" if the file is absent.
-
-    The change time is included because a copy can keep the modification time and the size.
-    """
-    try:
-        status = os.stat(file)  # noqa: PTH116  (of millions of files: a Path takes longer than its state)
-    except (OSError, ValueError):
-        return ""
-    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
-    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}"
 
 
 def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ranks], int]:
@@ -379,26 +326,6 @@ def parts_of(content: str) -> list[Fields]:
         if text or not content:
             parts.append({"type": "text", "text": text})
     return parts
-
-
-def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
-    """Return a prompt and responses as values for JSON; a dialogue is None: the responses contain it.
-
-    A content with images is in parts.
-    """
-    if isinstance(prompt, Dialogue):
-        return [None, *(f"{prompt.text}{response}" for response in responses)]
-    if isinstance(prompt, str):
-        return [prompt, *map(str, responses)]
-    return [[*map(_turn_fields, turns)] for turns in (prompt, *map(turns_of, responses))]
-
-
-def _turn_fields(turn: Message) -> dict[str, Any]:
-    content = parts_of(turn.content) if IMAGE in turn.content else turn.content
-    fields = {"role": turn.role, "content": content, **turn.fields}
-    if turn.is_trained is not None:
-        fields["loss_weight"] = int(turn.is_trained)
-    return fields
 
 
 def shown_key(key: Any) -> str:

@@ -45,6 +45,7 @@ from dpo_dist.encoded.store import (
     remove_parts,
     write_source,
 )
+from dpo_dist.encoded.watched_images import recorded_state
 from dpo_dist.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
 from dpo_dist.foundation.errors import DataError, DpoDistError
 from dpo_dist.foundation.files import (
@@ -296,7 +297,7 @@ def encode_records(
     for record in records:
         origin: dict[str, Any] = {"file": record.origin.source, "line": record.origin.line}
         if processor is not None and isinstance(record, PreferenceRecord):
-            origin["watched"] = list(filter(None, (image.recorded_state for image in record.images)))
+            origin["watched"] = list(filter(None, map(recorded_state, record.images)))
         readable = record if processor is None else record.readable()
         prompt = 0
         values = dict[str, Any]()

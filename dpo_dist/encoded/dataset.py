@@ -495,7 +495,7 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
             got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
             expected=f"ids below the model's vocab_size of {vocab_size}",
             remedy="use the tokenizer that belongs to the model, or give the model an embedding of "
-            "each of its tokens (docs/scaling.md, new tokens)",
+            "each of its tokens (docs/models.md, new tokens)",
         )
 
 

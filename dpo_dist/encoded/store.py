@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from dpo_dist.batching.prefixes import Row, common_tokens, image_words
 from dpo_dist.data import BadRecord, DataConfig, DataCounts, ImageFile, Origin, Outcome, SourceLengths
+from dpo_dist.encoded.watched_images import is_unchanged, is_unchanged_by_metadata, metadata_in_folders
 from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
 from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest
 from dpo_dist.foundation.tables import map_table, write_table
@@ -145,13 +146,13 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
     for batch in watched.group_by(watched.column_names).aggregate([]).to_batches(max_chunksize=10_000):
         for each in batch.to_pylist():
             file = ImageFile(None, each["name"], tuple(each["folders"].split("\0")))
-            if not file.is_unchanged_by_metadata(each["state"]):
+            if not is_unchanged_by_metadata(file, each["state"]):
                 doubtful.append((file, each["state"]))
     doubtful.sort(key=lambda each: (each[0].name, each[0].folders, each[1]))
-    files = text_digest(json.dumps([[file.metadata_in_folders, state] for file, state in doubtful]))
+    files = text_digest(json.dumps([[metadata_in_folders(file), state] for file, state in doubtful]))
     if not doubtful or recall(memo, files) is not None:
         return False
-    if all(file.is_unchanged(state) for file, state in doubtful):
+    if all(is_unchanged(file, state) for file, state in doubtful):
         remember(memo, files, "equal images")
         return False
     return True

@@ -45,7 +45,7 @@ _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
 _LEAST_BAR = 16
-_STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its level
+_STYLES = {"error": "bold red", "warning": "yellow", "verdict": "bold cyan"}  # of a line, by its first word
 # In a scheduler's log file lines of these kinds begin with date and time; results do not.
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
 _EVENTS = (*_KINDS_WITH_TIME, "step")
@@ -243,6 +243,10 @@ class Console:
         for screen in self._screens:
             screen.print("message", {"level": level, "text": text}, [line])
 
+    def note(self, text: str) -> None:
+        """Log one line without printing it: all is well, and nobody has to do anything."""
+        self._screens[0].print("message", {"level": "info", "text": text}, [text])
+
     def warn(self, text: str) -> None:
         """Print and log a warning."""
         self.say(text, "warning")
@@ -313,7 +317,10 @@ class Console:
             nonlocal first
             if self._screen is not None and total != 0:
                 self._last_shown = time.monotonic()
-                first = first or (self._last_shown, done)
+                if first is None:
+                    first = (self._last_shown, done)
+                    for screen in self._screens:  # what takes less needs no line
+                        screen.due = self._last_shown + screen.seconds
                 seconds = self._last_shown - first[0]
                 new = done - first[1]
                 share = done / total if total else None

@@ -24,7 +24,7 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from dpo_dist.foundation.installed import install_extra, with_pages
+from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.remedies import COMMAND_LINE
 from dpo_dist.foundation.streams import (
     json_stream,
@@ -280,24 +280,6 @@ def disk_error(error: BaseException) -> ConfigError | None:
     )
 
 
-_EXTRAS = dict.fromkeys(("py3langid", "sklearn"), "tools")
-"""Extras of packages, by the names that Python imports."""
-
-
-def package_error(error: BaseException) -> ConfigError | None:
-    """Return a `ConfigError` if a package of an extra is missing, else None."""
-    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
-    if package not in _EXTRAS:
-        return None
-    return ConfigError(
-        "this verb needs packages that training does not need",
-        where="the environment",
-        got=f"{package} is not installed",
-        remedy=install_extra(_EXTRAS[package]),
-        lacks=Lack.package,
-    )
-
-
 def dead_link(path: Path) -> str:
     """Return a description of a link to a missing file or folder; "" for any other path."""
     is_dead = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH114, PTH110 (no error of long names)
@@ -434,7 +416,7 @@ def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> N
             words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
         exit_code = errors.print_end(code, words)
     except Exception as bug:  # any exception: the process must not hang at exit
-        user_error = disk_error(bug) or package_error(bug)
+        user_error = disk_error(bug)
         if user_error is not None:
             exit_code = errors.print_once(user_error)
         else:

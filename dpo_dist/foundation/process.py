@@ -35,6 +35,11 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
 """Prefixes of the launchers' own variables."""
 
 
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Return whether a launcher has started this process, or a scheduler's job decides how many there are."""
+    return not {*WORLD_VARIABLES, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"}.isdisjoint(environ)
+
+
 def outside_of_launch(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables for a program of its own, which must not join the world of this process."""
     variables = {}

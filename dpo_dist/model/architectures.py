@@ -234,7 +234,7 @@ def own_coefficient(causal_lm: Any) -> float | None:
 
 def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | None:
     """Return the router losses that training adds; None if `config` asks for none."""
-    if config is None or config == RouterConfig():
+    if config is None or config.aux_coefficient is None:
         return None
     coefficient = own_coefficient(causal_lm)
     if coefficient is None:
@@ -243,11 +243,10 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
             where="loss.router",
             got=causal_lm.config.model_type,
             expected="a mixture of experts for which transformers defines one, such as mixtral or qwen3_moe",
-            remedy="set loss.router.aux_coefficient=null loss.router.z_coefficient=null",
+            remedy="set loss.router.aux_coefficient=null",
         )
     if config.aux_coefficient != MODEL_COEFFICIENT:
-        aux = None if config.aux_coefficient is None else float(config.aux_coefficient)
-        return RouterLoss(aux, config.z_coefficient)
+        return RouterLoss(float(config.aux_coefficient))
     if not coefficient:
         raise ConfigError(
             "the model's config.json has no coefficient for the load-balancing loss",
@@ -255,7 +254,7 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
             got=f"{MODEL_COEFFICIENT} for {causal_lm.config.model_type}",
             remedy="set loss.router.aux_coefficient to a number, such as 0.001",
         )
-    return RouterLoss(coefficient, config.z_coefficient)
+    return RouterLoss(coefficient)
 
 
 def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
@@ -272,6 +271,6 @@ def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
             "mixture of experts: trained without the router's load-balancing loss; "
             f"loss.router.aux_coefficient={MODEL_COEFFICIENT} adds it{hint}"
         ]
-    terms = {"load-balancing loss": added.aux, "z-loss": added.z}
-    parts = [f"{value:g} times the router's {name}" for name, value in terms.items() if value is not None]
-    return [f"mixture of experts: the loss of a step has {' and '.join(parts)}"]
+    return [
+        f"mixture of experts: the loss of a step has {added.aux:g} times the router's load-balancing loss"
+    ]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import modeling_utils
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
     Transpose,
@@ -209,11 +208,6 @@ def loading_without(names: Collection[str]) -> Iterator[None]:
 def ignored_patterns(causal_lm: Any) -> Sequence[str]:
     """Return the patterns of names in weight files that a model's class ignores on purpose."""
     return tuple(type(causal_lm)._keys_to_ignore_on_load_unexpected or ())
-
-
-def fill_conversions() -> None:
-    """Make the table of renamed weights, which transformers makes at its first use and keeps."""
-    get_checkpoint_conversion_mapping("")
 
 
 # ---- transformers: attention and checkpointing ----

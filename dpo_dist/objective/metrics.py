@@ -42,7 +42,7 @@ from dpo_dist.objective.losses import (
     log_ratios,
     score_margin,
 )
-from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST
 
 BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
@@ -168,9 +168,7 @@ class MetricPlan:
         Groups are all pairs (""), sources and lengths. Evaluations have every metric of each source.
         """
         loss = self.loss
-        router = self.loss.router
-        adds_router_losses = not self.is_evaluation
-        has_aux = adds_router_losses and router.aux_coefficient is not None
+        has_aux = not self.is_evaluation and self.loss.router.aux_coefficient is not None
         conditional = {
             AUC: loss.is_unpaired,
             MISMATCH: loss.needs_partners,
@@ -180,7 +178,6 @@ class MetricPlan:
             BATCH_REWARD: loss.has_running_reward,
             AUX_LOSS: has_aux,
             BUSIEST: has_aux,
-            Z_LOSS: adds_router_losses and router.z_coefficient is not None,
         }
         group_metrics = _LABEL_METRICS if loss.is_unpaired else GROUP_METRICS
         grouped = [metric for metric in group_metrics if metric in self.pair_metric_names]

@@ -197,7 +197,11 @@ class ReferenceProvider:
             return batch
         if not len(batch.keys):
             return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
-        values = np.concatenate(self.store.read(batch.keys))
+        entries = self.store.read(batch.keys)
+        for key, entry, tokens in zip(batch.keys.tolist(), entries, batch.response_lengths, strict=True):
+            if len(entry) != tokens:  # two wrong lengths that cancel would shift log-probs between responses
+                raise self.store.wrong_entry(key, f"{len(entry)} tokens in place of {tokens}")
+        values = np.concatenate(entries)
         scored = values if batch.mask is None else values[batch.mask]
         return replace(batch, reference_logps=torch.from_numpy(scored))
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -370,6 +371,16 @@ class LogpStore:
                 )
             entries.append(values)
         return entries
+
+    def wrong_entry(self, key: Sequence[int], fault: str) -> ReferenceModelError:
+        """Return the error of an entry that is whole, so that no start computes it again."""
+        place = shlex.join([str(self.root), "--drop", self.fingerprint.name])
+        return ReferenceModelError(
+            "a stored entry is no answer of this model",
+            where=str(self.folder),
+            got=f"entry {key[0]:016x}{key[1]:016x} has {fault}",
+            remedy=f"remove this model's entries, and start again: dpo-dist store gc {place} --yes",
+        )
 
     def write(self, keys: Keys, entries: Sequence[StoredLogps]) -> str:
         """Write entries as one shard, and return its name; a store sees the shard when it is opened again."""

@@ -4,9 +4,6 @@ The tokens that are drawn depend on the response, its place in it, and a seed al
 on any rank, in any batch and at any time.
 """
 
-import itertools
-import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +11,6 @@ import torch
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.objective.distillation import SparseRows, TeacherInputs
 from dpo_dist.reference.store import LogpStore
 
@@ -35,7 +31,7 @@ class Teacher:
         """
         if self.store is None:
             return with_uniforms(batch, self.kept, self.seed)
-        lengths = _lengths(batch)
+        lengths = batch.response_lengths
         chosen = _chosen(batch) if len(batch.keys) else []
         parts = [np.zeros((tokens, self.kept.width), dtype=np.float32) for tokens in lengths]
         for response, rows in zip(chosen, self.store.read(batch.keys[chosen]), strict=True):
@@ -43,22 +39,11 @@ class Teacher:
             if len(rows) != lengths[response]:
                 fault = f"{len(rows)} tokens in place of {lengths[response]}"
             if fault:
-                raise self._no_answer(batch.keys[response].tolist(), fault)
+                raise self.store.wrong_entry(batch.keys[response].tolist(), fault)
             parts[response] = rows
         every = np.concatenate(parts)
         counted = every if batch.mask is None else every[batch.mask]
         return replace(batch, teacher=TeacherInputs(self.kept, rows=torch.from_numpy(counted)))
-
-    def _no_answer(self, key: Sequence[int], fault: str) -> ReferenceModelError:
-        """Return the error of an entry that is whole, so that no start computes it again."""
-        assert self.store is not None
-        place = shlex.join([str(self.store.root), "--drop", self.store.fingerprint.name])
-        return ReferenceModelError(
-            "a stored entry is no answer of a teacher",
-            where=str(self.store.folder),
-            got=f"entry {key[0]:016x}{key[1]:016x} has {fault}",
-            remedy=f"remove this teacher's entries, and start again: dpo-dist store gc {place} --yes",
-        )
 
     def answer(self, batch: PackedBatch) -> PackedBatch:
         """Return a batch of `ready` on the device with its rows; collective if an engine computes them."""
@@ -73,18 +58,12 @@ def with_uniforms(batch: PackedBatch, kept: SparseRows, seed: int) -> PackedBatc
     uniforms = np.zeros((len(batch.targets), kept.drawn), dtype=np.float32)
     if len(batch.keys):
         parts = []
-        for key, tokens in zip(batch.keys.tolist(), _lengths(batch), strict=True):
+        for key, tokens in zip(batch.keys.tolist(), batch.response_lengths, strict=True):
             generator = np.random.default_rng([seed, *key])
             parts.append(generator.random((tokens, kept.drawn), dtype=np.float32))
         every = np.concatenate(parts)
         uniforms = every if batch.mask is None else every[batch.mask]
     return replace(batch, teacher=TeacherInputs(kept, uniforms=torch.from_numpy(uniforms)))
-
-
-def _lengths(batch: PackedBatch) -> list[int]:
-    """Return the tokens of each response, whether the loss counts them or not."""
-    inputs = itertools.chain.from_iterable(pieces[1:] for pieces in batch.layout)
-    return [tokens + 1 for tokens in inputs]  # the last one is no input
 
 
 def _chosen(batch: PackedBatch) -> list[int]:

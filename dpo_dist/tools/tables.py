@@ -34,23 +34,16 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
                 lines.append(line)
     facts: dict[str, object] = {}
     outcome = RunOutcome(summary["exit"])
-    facts["run"] = _OUTCOMES[outcome].format(pluralize(summary["steps"], "step"))
-    facts["time"] = ", ".join(_time_facts(rows, summary))
+    ended = _OUTCOMES[outcome].format(pluralize(summary["steps"], "step"))
+    facts["run"] = ", ".join([ended, *_time_facts(rows, summary)])
     checkpoint = summary.get("best_checkpoint")
     if checkpoint:
         path = folder.checkpoint(checkpoint["step"])
         facts["best"] = f"{path} ({checkpoint['metric']} {checkpoint['value']:.4f})"
-    facts["data"] = ", ".join(
-        f"{name}: {counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
-        for name, counts in summary.get("data", {}).items()
-        if "read" in counts
-    )
-    facts["reference"] = describe_reference(summary.get("reference", {}))
     if outcome is RunOutcome.completed:
         step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
         facts["model"] = f"{folder.model}{step_note}"
     facts["report"] = folder.report
-    facts["metrics"] = folder.metrics
     has_scores = LossKind.reward in loss_kinds(summary.get("settings") or {})
     if outcome is RunOutcome.completed and not has_scores:
         facts["talk to it"] = f"{_program()} chat {shlex.quote(str(folder))}"

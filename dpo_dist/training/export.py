@@ -1,7 +1,6 @@
-"""Write a checkpoint, or the mean of models, as a model folder: at the end of a run, and by `export`."""
+"""Write a checkpoint as a model folder: at the end of a run, and by `export`."""
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
-from dpo_dist.config.schema import Dtype, ExportConfig, ExportedWeights, ModelConfig, RunConfig
+from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
 from dpo_dist.data import ChatTemplate, DataConfig, trained_stops
 from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,
@@ -37,7 +36,6 @@ from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     description_folder,
-    has_tokenizer,
     is_adapter,
     model_folder,
     start_folder,
@@ -50,18 +48,17 @@ from dpo_dist.model.files.load import (
     load_tokenizer,
     without_weights,
 )
-from dpo_dist.model.files.manifest import check_undamaged, write_manifest
+from dpo_dist.model.files.manifest import write_manifest
 from dpo_dist.model.files.save import (
     copy_tokenizer,
     ignored_tensors,
     save_tokenizer,
     write_adapter,
-    write_mean,
     write_merged,
     write_weights,
     writing_errors,
 )
-from dpo_dist.model.files.stops import folder_stops, padding_token, set_padding, write_stops
+from dpo_dist.model.files.stops import padding_token, set_padding, write_stops
 from dpo_dist.model.files.stored import plain_config, plain_weights
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
@@ -118,14 +115,10 @@ def export_checkpoint(
     copies_weights = is_whole and bool(_untrained_names(causal_lm) or ignored_patterns(causal_lm))
     if config.export.merge or copies_weights:
         _check_base_weights(config, state)
-    own_dtype = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
-    dtype = own_dtype or TORCH_DTYPES[config.model.dtype]
+    dtype = TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
-        if is_whole and config.model.dtype is Dtype.bf16:
-            return saved.whole_in(dtype, name, part)
-        weight = saved.whole(name, part)
-        return weight.to(dtype) if is_whole else weight
+        return saved.whole_in(dtype, name, part) if is_whole else saved.whole(name, part)
 
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +140,7 @@ def export_checkpoint(
             model_files = model_folder(config.model.path, config.model.revision)
             with temporary_folder(final_name(temporary)) as adapter:  # `remove_abandoned` knows this name
                 write_adapter(adapter, causal_lm, weights, torch.float32)
-                write_merged(
-                    temporary, model_files, adapter, own_dtype, trust_remote_code=code, padding=padding
-                )
+                write_merged(temporary, model_files, adapter, dtype, trust_remote_code=code, padding=padding)
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
         _write_tokenizer(temporary, base, files, tokenizer, config)
@@ -295,26 +286,6 @@ def export_model(
         return run_card(merged, rows, summary, console.warn, versions, loader, is_evaluated=is_evaluated)
 
     export_checkpoint(checkpoint, output, config, card, replaces=False)
-
-
-def export_average(
-    members: Sequence[Path], output: Path, export: ExportConfig, model: ModelConfig, data: DataConfig
-) -> None:
-    """Write the weighted mean of models to `output`, all of it or nothing."""
-    weights = [member.weight for member in export.average]
-    shares = [(weight / sum(weights), member) for weight, member in zip(weights, members, strict=True)]
-    dtype = None if export.dtype is None else TORCH_DTYPES[Dtype(export.dtype)]
-    with writing_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for member in members:
-            check_undamaged(member, None)
-        with staged_folder(output, replaces=False) as temporary:
-            write_mean(temporary, shares, dtype)
-            stops = [*itertools.chain.from_iterable(map(folder_stops, members))]
-            if has_tokenizer(temporary):
-                stops += trained_stops(load_tokenizer(temporary, model), data)
-            write_stops(temporary, members[0], stops)
-            write_manifest(temporary, None)
 
 
 def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:

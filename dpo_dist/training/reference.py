@@ -180,7 +180,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         score = scored.engine.token_logps
         report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
         drift = describe_drift(report["drift"])
-        run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
+        run.note(f"reference check passed: stored and newly computed log-probs are {drift}")
     report |= scored.free()
     return Reference(provider, policy_starts_as_reference, report)
 
@@ -251,7 +251,7 @@ class ScoredOnce:
         run.say(f"{name}: {pluralize(filled.computed, unit)} computed, {filled.hits:,} reused{took}")
         sharing = describe_saving(filler.computed_tokens, filler.tokens)
         if filler.costs.shares_prefixes and sharing:
-            run.say(f"{name}: {sharing}")
+            run.note(f"{name}: {sharing}")
         for shard in sorted(filled.damaged):
             store = filler.store.root
             run.warn(f"the reference store has a damaged file, which is ignored: {store}/{shard}")

@@ -231,7 +231,7 @@ def _set_up(
     # The reference first: while it fills the store, no policy with its optimizer states is in memory.
     run.stops.check()
     scores = "scores" if config.loss.of_scores else "log-probs"
-    run.say(f"loading the model, and checking its packed {scores} by its plain forward")
+    run.note(f"loading the model, and checking its packed {scores} by its plain forward")
     prepared = _prepare_scored(run, inputs, engines, step0_follows=checkpoint is None)
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, world))
@@ -244,7 +244,7 @@ def _set_up(
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
     sharing = describe_prefixes(planned)
     if sharing:
-        run.say(sharing)
+        run.note(sharing)
     run.stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router, custom, prepared.teacher.teacher)
     # What a checkpoint holds, and what happens when one is committed.
@@ -299,7 +299,7 @@ def _set_up(
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
                 drift = check_drift(run, policy.token_logps, objective, *inputs.datasets_to_score[0], costs)
-            run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
+            run.note(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()
     if samples is not None:
@@ -404,11 +404,11 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
                 attention += f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
         kernel = experts_kernel(model.causal_lm)
         experts = f"; experts by {kernel}" if kernel else ""
-        run.say(f"kernels: attention by {attention}; fused layers: {model.fused}{experts}")
+        run.note(f"kernels: attention by {attention}; fused layers: {model.fused}{experts}")
         if model.forks_states and lacks_delta_kernels(model.causal_lm):
             run.warn(
                 "flash-linear-attention is not installed: plain PyTorch computes the delta rule, which takes "
-                f"longer (docs/scaling.md); {install_extra('hybrid')}"
+                f"longer (docs/models.md); {install_extra('hybrid')}"
             )
     return policy
 
@@ -426,7 +426,7 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
             how = "one response per row, padded to the longest of the micro-batch"
         run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
     elif policy.model.forks_states:
-        run.say("packed: recurrent layers compute a shared prompt once; each response starts in its state")
+        run.note("packed: recurrent layers compute a shared prompt once; each response starts in its state")
     reference_pads = engine is not None and engine.model.arrangement is Arrangement.padded
     prefixes = run.config.trainer.prefix_tree
     backend = policy.model.backend

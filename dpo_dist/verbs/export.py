@@ -1,10 +1,10 @@
 """Write a checkpoint as a plain model folder: `dpo-dist export run.dir=output/run-1a2b3c4d`.
 
 Takes the configuration of the run in `run.dir`; needs one process and no GPU. `export.checkpoint` names the
-checkpoint (default: the one in `model/`), or `export.average` models to average. `export.output` names the
-folder, which transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its
-base. `export.push_to=ORG/NAME` lists the files of an upload to the hub; `export.confirm=true` also sends
-them. `export.tool` also prints the command by which lm-eval or vLLM reads the folder.
+checkpoint (default: the one in `model/`), `export.output` the folder, which transformers loads, or peft if
+it is an adapter. `export.merge=true` adds an adapter to its base. `export.push_to=ORG/NAME` lists the files
+of an upload to the hub; `export.confirm=true` also sends them. `export.tool` also prints the command by
+which lm-eval or vLLM reads the folder.
 """
 
 import os
@@ -28,19 +28,17 @@ def main(config: RunConfig) -> int:
     """Write the folder, print its path, and upload it if configured; return the exit code."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = console_on(sys.stderr, config.console.style)
-    sources, output = find_export_paths(config)
+    checkpoint, output = find_export_paths(config)
     with warnings_off():
         # Slow to import: errors above appear at once.
-        from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
+        from dpo_dist.training.export import export_model  # noqa: PLC0415
 
         is_there = output.exists()
         if is_there:
             check_undamaged(output, Path(config.reference.store) / MEMO_FOLDER)
-        elif config.export.average:
-            export_average(sources, output, config.export, config.model, config.data)
         else:
-            export_model(config, sources[0], output, console, hook("run_card") or (lambda *_, **__: ""))
-    paths = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
+            export_model(config, checkpoint, output, console, hook("run_card") or (lambda *_, **__: ""))
+    paths = {"checkpoint": str(checkpoint), "output": str(output)}
     console.result("exported", paths, [f"{'already there' if is_there else 'written'}: {output}"])
     tool = config.export.tool
     if tool is not None:

@@ -18,7 +18,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST, RouterLoss
 from dpo_dist.training.steps.step import Objective, reduce_step
 from tests.dist.scenario import Assets, RowsAtHand, load_policy, one_step, plain_training, reference_values
 from tests.support import tiny
@@ -27,7 +27,7 @@ from tests.support.packing import plain_logps
 from tests.support.padded import padded_inputs, rows_of
 from tests.support.ranks import run_ranks
 
-LOSS = LossConfig(beta=0.5, router=RouterConfig(0.5, 0.01))
+LOSS = LossConfig(beta=0.5, router=RouterConfig(0.5))
 COUPLED = replace(LOSS, kind=LossKind.aot)
 # Pairs and token budgets: one micro-batch on each rank, several, and fewer pairs than ranks.
 STEPS: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2, 3, 4), 8192), ((5, 6, 7, 8, 9), 128), ((2,), 1))
@@ -47,7 +47,7 @@ def routed_steps(
     """Gradient norms and metrics of `STEPS`."""
     config = ModelConfig(str(model), dtype=Dtype.fp32, gradient_checkpointing=checkpointing)
     policy, dataset = load_policy(config, world), assets.dataset()
-    objective = Objective(loss, RowsAtHand.of(dataset, reference), RouterLoss(0.5, 0.01))
+    objective = Objective(loss, RowsAtHand.of(dataset, reference), RouterLoss(0.5))
     found: dict[str, Any] = {"norms": [], "means": []}
     for rows, budget in STEPS:
         sums, norm = one_step(policy, objective, dataset, rows, budget, world)
@@ -70,12 +70,11 @@ def plain_steps(
         ids, mask = padded_inputs([(prompt, response[:-1]) for prompt, response in rows_of(pairs)])
         outputs = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
         kept = [of_layer[mask.flatten().bool()] for of_layer in outputs.router_logits]
-        z_loss = torch.cat(kept).logsumexp(-1).square().mean()
         visits = [torch.bincount(of_layer.topk(2).indices.flatten()) / len(of_layer) for of_layer in kept]
         busiest = max(of_layer.max().item() for of_layer in visits)
         aux = outputs.aux_loss
-        means.append({"loss": mean.item(), AUX_LOSS: aux.item(), Z_LOSS: z_loss.item(), BUSIEST: busiest})
-        return mean + 0.5 * aux + 0.01 * z_loss
+        means.append({"loss": mean.item(), AUX_LOSS: aux.item(), BUSIEST: busiest})
+        return mean + 0.5 * aux
 
     norms = plain_training(model, [partial(total, rows) for rows, _ in STEPS])
     return {"norms": norms, "means": means}

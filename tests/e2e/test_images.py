@@ -10,13 +10,13 @@ from tests.support.image_model import image_pair, write_image_model
 from tests.support.launch import history, run_verb, summary
 from tests.support.pages import ROOT, blocks_of, in_process
 
-PAGE = "docs/images.md"
+PAGE = "docs/models.md"
 
 
 def run_scripts(folder: Path) -> None:
     """Run the Python blocks of the page, in the folder where a reader would save them."""
     os.chdir(folder)
-    for block in blocks_of(PAGE):
+    for block in blocks_of(PAGE, "Try it"):
         if block.language == "python":
             exec(compile(block.text, PAGE, "exec"), {})
 
@@ -38,7 +38,7 @@ def ask(folder: Path) -> None:
 
 def test_a_model_learns_what_only_the_picture_says_as_the_page_shows(tmp_path: Path) -> None:
     in_process(run_scripts, tmp_path)
-    screens = "".join(block.text for block in blocks_of(PAGE) if block.language == "console")
+    screens = "".join(block.text for block in blocks_of(PAGE, "Try it") if block.language == "console")
     command = next(line for line in screens.splitlines() if line.startswith("$ dpo-dist train "))
     overrides = [*shlex.split(command)[3:], "tracking=off"]
     ended = run_verb("train", overrides, cwd=tmp_path)

@@ -215,7 +215,7 @@ def test_labelled_responses_are_shown_as_records_with_an_auc(overrides: Override
     ended = run_verb("evaluate", [f"run.dir={tmp_path}/run", f"evaluation.data=[{tmp_path}/inverted.jsonl]"])
     assert ended.code == 0, ended.output
     results = json.loads(run.evaluation.results.read_text())
-    assert results["all"]["intervals"]["eval_rewards/auc"][0] > 0.5
+    assert results["all"]["eval_rewards/auc"] > 0.5
     assert (results["all"]["eval_good"], results["all"]["eval_bad"]) == (20, 20)
     scores = [json.loads(line) for line in run.evaluation.scores.read_text().splitlines()]
     assert set(scores[0]) == {"source", "file", "line", "reward", "logp", "reference_logp", "tokens", "label"}

@@ -19,7 +19,7 @@ from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.sweep.figure import figures
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
-from tests.support.comparison_files import answer, model, results, row, win, write_comparison
+from tests.support.comparison_files import answer, model, results, row, write_comparison
 from tests.support.doctor_data import diagnosis
 from tests.support.launch import run_verb, train
 from tests.unit.tools.pages.made_run import HOSTILE, change, made_run
@@ -76,9 +76,7 @@ def hover(watched: Watched, share: float) -> None:
 
 def test_the_page_of_a_run(tmp_path: Path, browser: Any) -> None:
     run = made_run(tmp_path, HOSTILE, HOSTILE)
-    run.last_evaluation.scores.write_text("".join(f'{{"margin": {at / 50 - 1}}}\n' for at in range(200)))
-    change(run.last_evaluation.results, "all", "eval_rewards/margins/p05", value=0.25)
-    watched = assert_readable(browser, write_page(run), 5)
+    watched = assert_readable(browser, write_page(run), 4)
     assert watched.page.locator(".badge.warning", has_text="completed").is_visible()
     assert watched.page.locator(".mark", has_text="U+202E").first.is_visible()
     assert legend(watched) == ["step 30", "loss 0.4", "loss (evaluation) 0.41"]
@@ -100,18 +98,17 @@ def test_the_page_of_several_runs(tmp_path: Path, browser: Any) -> None:
 
 
 def test_the_page_of_a_comparison(tmp_path: Path, browser: Any) -> None:
-    names = "base", "beta 0.3", HOSTILE
-    content = results(
-        [model("base", None, 0.41), model(names[1], 6.5, 0.6), model(HOSTILE, 14.0, 0.62)],
-        [win("base", names[1], 0.4)],
-    )
-    rows = [row(at, {name: answer(f"text {at}", at % 2 * len(name)) for name in names}) for at in range(6)]
-    hostile = {name: answer(HOSTILE, finished=False) for name in names}
+    content = results([model("base", 0.41), model(HOSTILE, 0.62)], 0.6)
+    rows = []
+    for at in range(6):
+        both = {"base": answer(f"text {at}", 0.0), HOSTILE: answer(f"text {at}", at % 2)}
+        rows.append(row(at, both, credit=0.5))
+    hostile = {name: answer(HOSTILE, finished=False) for name in ("base", HOSTILE)}
     rows[0] = row(1, hostile, prompt=HOSTILE, source=HOSTILE)
     file = write_comparison(tmp_path, content, rows)
     write_comparison_page(ComparisonFolder(tmp_path), content)
-    watched = assert_readable(browser, file, 1)
-    assert watched.page.get_by_role("cell", name="60 % * [54, 66]").is_visible(), "it excludes one half"
+    watched = assert_readable(browser, file, 0)
+    assert watched.page.get_by_text("at a rate of 0.600 [0.540, 0.660]").is_visible()
     prompts = watched.page.locator(".prompt:visible")
     assert prompts.count() == 6
     assert "Question 1" in prompts.first.inner_text(), "the largest difference of scores"
@@ -200,7 +197,6 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     assert page.get_by_role("row", name="optim.lr 0.0001 0.05 0.0001", exact=True).is_visible()
     assert legend(watched)[0] == "pair 24"  # 4 steps of 6 pairs, 8 of 3
     assert legend(watched)[-1].endswith("at 12")
-    assert page.locator(".prompt").count() == 2
     assert_inert(watched)
     scores = [
         json.loads(line) for line in (tmp_path / "fast/evaluation/scores.jsonl").read_text().splitlines()

@@ -156,6 +156,8 @@ def notebook(folder: Path, blocks: list[Block]) -> None:
 def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
-    blocks = [block for block in blocks_of("docs/python.md") if block.language == "python"]
+    elsewhere = blocks_of("docs/python.md", "Data for another trainer")  # tests/unit/data/test_data_alone.py
+    blocks = [block for block in blocks_of("docs/python.md") if block not in elsewhere]
+    assert {block.language for block in blocks} == {"python"}
     assert len(blocks) == 12
     in_process(notebook, tmp_path, blocks)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.e2e.conftest import Overrides
 from tests.support.image_model import QUESTION, write_image_model, write_pictures
-from tests.support.launch import TIMINGS, history, run_verb, train
+from tests.support.launch import TIMINGS, history, log, run_verb, train
 from tests.support.tiny_model import write_model
 
 SAMPLES = ["samples.prompts=3", "sampling.max_new_tokens=8", "sampling.temperature=0"]
@@ -90,14 +90,14 @@ def test_without_the_key_8_prompts_are_sampled_before_the_first_step_and_after_t
     data = f"data.eval=[{assets}/eval.jsonl,{assets}/train.jsonl]"
     ends = ["trainer.max_steps=6", "trainer.keep_best=eval_distance/rejected", "trainer.patience=1"]
     usual = overrides(data, "trainer.eval_every=1", *ends, "samples.prompts=null")
-    screen = train([*usual, "sampling.max_new_tokens=2", "optim.lr=5e-3"]).output
+    train([*usual, "sampling.max_new_tokens=2", "optim.lr=5e-3"])
     last = int(history(tmp_path / "run")[-1]["step"])
     assert last < 6
     names = ["reference.jsonl", "step-000000.jsonl", f"step-{last:06d}.jsonl"]
     assert sorted(file.name for file in (tmp_path / "run/samples").iterdir()) == names
     assert len(rows(tmp_path / "run", last)) == 8
-    assert "samples: responses to 8 held-out prompts, " in screen
-    assert "about as long after the last step; samples.prompts=0 turns them off" in screen
+    assert "samples: responses to 8 held-out prompts, " in log(tmp_path / "run")
+    assert "about as long after the last step; samples.prompts=0 turns them off" in log(tmp_path / "run")
 
 
 def test_the_reference_responds_also_if_the_policy_cannot(
@@ -111,8 +111,8 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     whole, run = tmp_path / "whole", tmp_path / "run"
     train([*usual, *SAMPLES, f"run.dir={whole}"])
     assert run_verb("train", [*usual, "trainer.stop_after_steps=1"]).code == 75
-    resumed = train([*usual, *SAMPLES], processes=2)
-    assert "samples: loading the reference to generate its responses" in resumed.output
+    train([*usual, *SAMPLES], processes=2)
+    assert "samples: loading the reference to generate its responses" in log(run)
     for name in ("reference.jsonl", "step-000002.jsonl"):
         assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()
     start = rows(whole, 0)

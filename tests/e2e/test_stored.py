@@ -97,7 +97,7 @@ def test_an_adapter_trains_and_merges(
 ) -> None:
     train(run_of(base, assets, tmp_path, LORA, f"parallelism={parallelism}"), processes=2)
     run = tmp_path / "run"
-    ended = run_verb("export", [f"run.dir={run}", "export.merge=true", "export.dtype=fp32"])
+    ended = run_verb("export", [f"run.dir={run}", "export.merge=true"])
     assert ended.code == 0, ended.output
     assert_last_log_probs(opened(run / "exported/step-000002-merged", family), assets, run)
 

@@ -35,7 +35,7 @@ def test_the_recorded_trajectory_is_reached(way: str, tmp_path: Path) -> None:
     scenario = write_scenario(tmp_path)
     # The parent of warm processes has no GPU.
     ended = train([*overrides(scenario, "sigmoid"), f"run.dir={tmp_path}/run", *WAYS[way]], cold=True)
-    assert re.search(r"world: .*\bcuda\b", ended.output), ended.output
+    assert re.search(r"model: .*\bcuda\b", ended.output), ended.output
     rows = history(tmp_path / "run")
     for row in rows:
         assert "loss" not in row or 0 < row.pop("memory/peak_allocated_bytes") <= row.pop(

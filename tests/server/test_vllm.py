@@ -195,7 +195,9 @@ def test_an_adapter_on_experts_is_refused_and_its_merged_model_is_exact(tmp_path
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     lora = LoraConfig(r=8, target_modules=[], target_parameters=experts, init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
-    write_merged(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter", None, trust_remote_code=False)
+    write_merged(
+        tmp_path / "merged", tmp_path / "base", tmp_path / "adapter", torch.float32, trust_remote_code=False
+    )
     for name in ("base", "merged"):
         tokenizer.save_pretrained(tmp_path / name)
     words = ["--dtype", "float32", "--enable-lora", "--lora-modules", f"own={tmp_path / 'adapter'}"]

@@ -20,7 +20,7 @@ from tests.simulated_cuda.runs import run_module, run_train
 from tests.support.cpu_adam import stand_in_for_cpu_adam
 from tests.support.invented import write_pairs
 from tests.support.killed_runs import assert_same_run
-from tests.support.launch import Finished, history, row_name, run_verb
+from tests.support.launch import Finished, history, log, row_name, run_verb
 from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
@@ -107,11 +107,11 @@ def on_cpu(assets: Path, base: str) -> Path:
     return run
 
 
-def assert_on_cuda(finished: Finished, code: int = 0) -> None:
+def assert_on_cuda(run: Path, finished: Finished, code: int = 0) -> None:
     assert finished.code == code, finished.output
-    assert re.search(r"^.*world: .*\bcuda\b", finished.output, re.MULTILINE), finished.output
+    assert re.search(r"^.*model: .*\bcuda\b", finished.output, re.MULTILINE), finished.output
     kernels = r"kernels: attention by (varlen|sdpa|the model itself); fused layers: none"
-    assert re.search(kernels, finished.output)
+    assert re.search(kernels, log(run))
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -138,7 +138,7 @@ def test_every_way_of_computing_is_that_of_the_cpu(
     wanted, run = on_cpu(assets, base), tmp_path / "run"
     keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
     overrides = command(assets, run, base, *keys)
-    assert_on_cuda(run_train(overrides, processes=processes, prepare=on_device))
+    assert_on_cuda(run, run_train(overrides, processes=processes, prepare=on_device))
     assert_as_on_cpu(run, wanted)
     if base == "rows":  # the code of this model generates otherwise than its forward computes
         assert not (run / "samples").exists()
@@ -166,8 +166,8 @@ def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
     """With the variable-length attention of GPUs, which the CPU does not have, and micro-batches that fit."""
     run = tmp_path / "run"
     ended = run_train(command(assets, run, "bf16", "trainer.micro_batch_tokens=auto"), prepare=smooth)
-    assert_on_cuda(ended)
-    assert "micro-batches: up to 32,768 tokens (about " in ended.output
+    assert_on_cuda(run, ended)
+    assert "micro-batches: up to 32,768 tokens (about " in log(run)
     assert re.search(r"training takes about .* to .*, at 50 % to 35 % of the measured peak", ended.output)
     exact, rounded = (history(on_cpu(assets, base)) for base in ("full", "bf16"))
     # The few values of one quantity are taken together: a drift of one value may be small by chance.
@@ -199,10 +199,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(assets: Path, tmp_path: Path) -> 
     overrides = {
         run: command(assets, run / "run", "saved", "parallelism.kind=ddp") for run in (whole, killed)
     }
-    assert_on_cuda(run_train(overrides[whole]))
+    assert_on_cuda(whole / "run", run_train(overrides[whole]))
     kill = partial(kill_in_an_update, killed / "run")
-    assert_on_cuda(run_train(overrides[killed], prepare=kill), -signal.SIGKILL)
-    assert_on_cuda(run_train(overrides[killed]))
+    assert_on_cuda(killed / "run", run_train(overrides[killed], prepare=kill), -signal.SIGKILL)
+    assert_on_cuda(killed / "run", run_train(overrides[killed]))
     assert_same_run(killed, whole)
 
 
@@ -213,7 +213,7 @@ def full_after_the_first_step() -> None:
 
 def test_memory_that_ends_in_the_second_step_is_an_error_with_a_remedy(assets: Path, tmp_path: Path) -> None:
     ended = run_train(command(assets, tmp_path / "run", "saved"), prepare=full_after_the_first_step)
-    assert_on_cuda(ended, 2)
+    assert_on_cuda(tmp_path / "run", ended, 2)
     assert "GPU memory is exhausted" in ended.output
     assert ("step 1/4" in ended.output, "step 2/4" in ended.output) == (True, False), ended.output
     assert re.search(r"to do: .*trainer.micro_batch_tokens", ended.output), ended.output

@@ -27,7 +27,7 @@ SAVED_OR_FREED = re.compile(
     r"distributed/(checkpoint/slices|memory).py:\d+ (?!<genexpr>)"
 )  # without the reads of Adam's step
 ADAPTER = "model.adapter={r:4} reference.mode=adapter"
-ROUTERS = "loss.router.aux_coefficient=0.1 loss.router.z_coefficient=0.01"
+ROUTERS = "loss.router.aux_coefficient=0.1"
 MASKED = "data.untrained=[formatting] model.gradient_checkpointing=full"  # tokens without loss in responses
 WAYS = {
     "ddp, a live reference": (1, "experts", f"parallelism.kind=ddp reference.mode=live {ROUTERS}"),

@@ -4,48 +4,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-STYLE = {"length": 100.0, "finished": 1.0, "refusals": 0.02, "empty": 0.0}
+
+def model(name: str, score: float | None = None, **others: Any) -> dict[str, Any]:
+    """A model of `comparison.json`; the interval is 0.03 on both sides of the score."""
+    interval = None if score is None else [score - 0.03, score + 0.03]
+    shares = {"tokens": 100.0, "finished": 1.0, "empty": 0.0, "prompts_also_in_train": None}
+    named = {"name": name, "path": f"output/{name}/model", "score": score, "score_interval": interval}
+    return {**named, **shares, **others}
 
 
-def model(name: str, kl: float | None = None, score: float | None = None, **style: float) -> dict[str, Any]:
-    """A model of `comparison.json`; intervals are 10 % of the KL, 0.03 of the score, 5 % of the style."""
-    own = STYLE | style
-    return {
-        **{"name": name, "path": f"output/{name}/model", "kl": kl, "score": score},
-        "kl_interval": None if kl is None else [0.9 * kl, 1.1 * kl],
-        "score_interval": None if score is None else [score - 0.03, score + 0.03],
-        "style": own,
-        "style_intervals": {metric: [0.95 * value, 1.05 * value] for metric, value in own.items()},
-    }
-
-
-def win(first: str, second: str, rate: float) -> dict[str, Any]:
-    """The win rate of `first` over `second`, with an interval of 0.06 on both sides."""
-    interval = [rate - 0.06, rate + 0.06]
-    return {"first": first, "second": second, "ties": 0, "rate": rate, "interval": interval}
-
-
-def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
-    """The content of `comparison.json`; the first model is the base."""
-    judge = "reward model helpfulness" if wins else None
-    told = {"base": models[0]["name"], "prompts": 100, "judge": judge, "judge_compares": False}
-    found = {
-        "models": models,
-        "wins": wins,
-        "differences": [],
-        "counts": {},
-        "sampling": {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
-    }
-    return {**told, **found, **others}
+def results(models: list[dict[str, Any]], rate: float | None, **others: Any) -> dict[str, Any]:
+    """The content of `comparison.json`; the interval is 0.06 on both sides of the rate."""
+    interval = None if rate is None else [rate - 0.06, rate + 0.06]
+    verdicts = {"wins": 60, "ties": 10, "losses": 30, "not_judged": 0}
+    judge = None if rate is None else "reward model helpfulness"
+    sampling = {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    found = {"models": models, "rate": rate, "interval": interval, **verdicts, "sampling": sampling}
+    return {"prompts": 100, "judge": judge, "counts": {}, **found, **others}
 
 
 def answer(text: str, score: float | None = None, finished: bool = True) -> dict[str, Any]:
-    told = {"text": text, "tokens": len(text.split()), "finished": finished, "score": score}
-    return {**told, "logp": -20.0, "base_logp": -25.0}
+    return {"text": text, "tokens": len(text.split()), "finished": finished, "score": score}
 
 
 def row(number: int, responses: dict[str, dict[str, Any]], **others: Any) -> dict[str, Any]:
-    told = {"prompt_id": f"{number:016x}", "prompt": f"Question {number}?", "source": "qa"}
+    told = {"prompt_id": f"{number:016x}", "prompt": f"Question {number}?", "source": "qa", "credit": None}
     return {**told, "chosen": f"The chosen response {number}.", "responses": responses, **others}
 
 

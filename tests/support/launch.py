@@ -112,6 +112,11 @@ def history(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.removeprefix("eval_") not in TIMINGS} for row in rows]
 
 
+def log(run_dir: Path) -> str:
+    """The log of rank 0, which also has what is not printed."""
+    return (run_dir / "logs" / "rank-0.log").read_text()
+
+
 def summary(run_dir: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run_dir / "dpo_metrics" / "summary.json").read_text())
     return content

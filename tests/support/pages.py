@@ -20,9 +20,12 @@ class Block:
     text: str
 
 
-def blocks_of(page: str) -> list[Block]:
-    """The blocks of a page of the project that have a language."""
+def blocks_of(page: str, section: str = "") -> list[Block]:
+    """The blocks of a page of the project, or of the section with this heading, that have a language."""
     text = (ROOT / page).read_text()
+    if section:
+        text = re.split(rf"^#+ {section}$", text, flags=re.MULTILINE)[1]
+        text = re.split(r"^##+ ", text, flags=re.MULTILINE)[0]
     return [Block(*found) for found in _BLOCK.findall(text)]
 
 

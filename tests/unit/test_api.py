@@ -48,7 +48,7 @@ def test_a_command_of_another_verb_than_train_is_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
     first = next(line for line in page.splitlines() if line.startswith("    dpo-dist compare"))
     config = api.load_run_config(shlex.split(first)[2:])
-    assert config.compare.models == ["base=./base", "output/a", "beta05=output/b"]
+    assert config.compare.models == ["base=./base", "output/a"]
     assert [source.path for source in config.data.eval] == ["held_out.jsonl"]
 
 

@@ -16,7 +16,7 @@ FACE = "dpo_dist.data"
 TRAINER = """
     DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate
     DataSource Part full_name read_records source_labels write_records
-    BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record prompt_hash
+    BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record UnusableRecordError prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
     trained_stops Example ImageInput Mask TokenIds
     DataCounts Outcome SourceLengths describe_counts named_in_one_line
@@ -29,7 +29,7 @@ MODULES_FOR_TOOLS = {
     "images": "decode_image",
     "read.files": "store_image",
     "read.plain": "parse_json",
-    "records": "COUNTS_OF_OTHERS as_fields",
+    "records": "COUNTS_OF_OTHERS parts_of",
     "text.escape": "THOUGHT_FIELDS any_of",
     "text.tokenizer": "TokenizerFacts tokenizer_facts",
 }

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.command_line import saved_values, split_words
-from dpo_dist.config.keys import key_rows, run_keys
+from dpo_dist.config.command_line import saved_values, split_words, usage
+from dpo_dist.config.keys import FIRST_KEYS, key_rows, run_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.metrics import AGREEMENT, ENTROPIES, PAIR_METRICS
@@ -18,7 +18,7 @@ from dpo_dist.config.named_code import NAMED_CODE
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.records import NOT_KEPT
 from dpo_dist.foundation.errors import Arguments, ExitCode
-from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST
 from dpo_dist.tools.sweep.points import load_points
 from scripts.write_key_docs import CELL, pages
 
@@ -51,7 +51,7 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 
 def test_every_metric_and_every_kind_of_loss_is_described() -> None:
-    others = (AGREEMENT, AUX_LOSS, BUSIEST, Z_LOSS)
+    others = (AGREEMENT, AUX_LOSS, BUSIEST)
     assert sorted(first_column("watching.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + others)
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
 
@@ -59,6 +59,16 @@ def test_every_metric_and_every_kind_of_loss_is_described() -> None:
 def test_tables_of_keys_and_losses_are_those_of_the_declarations() -> None:
     stale = [page.name for page, text in pages().items() if page.read_text() != text]
     assert stale == [], "run scripts/write_key_docs.py"
+
+
+def test_keys_that_most_commands_name_stand_first() -> None:
+    pages = (ROOT / "README.md", ROOT / "docs/getting_started.md")
+    commands = [words for page in pages for words in commands_of(page.read_text()) if words[:1] == ["train"]]
+    named = {word.partition("=")[0] for words in commands for word in words if "=" in word}
+    assert {key for key in named & {*KEYS} if "." in key} - {*FIRST_KEYS} == set()
+    assert first_column("configuration.md", "key") == [*FIRST_KEYS]
+    listed = re.findall(r"^  (\w+\.\w+)  ", usage("dpo-dist train", "", KEYS, []), re.MULTILINE)
+    assert listed == [*FIRST_KEYS]
 
 
 def test_every_exit_code_is_described() -> None:
@@ -124,7 +134,8 @@ def test_pages_write_a_verb_in_one_way() -> None:
 
 
 def test_every_file_of_the_trainer_is_on_the_page_about_the_architecture() -> None:
-    named = " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs/architecture.md").read_text()))
+    page = re.sub(r"```.*?```", "", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+    named = " ".join(re.findall(r"`([^`]+)`", page))
     words = set(re.findall(r"\w+", named))
     files = [file for file in (ROOT / "dpo_dist").rglob("*.py") if not file.stem.startswith("__")]
     missing = {file for file in files if file.stem not in words and not {"tools", "compat"} & {*file.parts}}
@@ -184,6 +195,9 @@ def test_a_command_of_a_page_is_one_that_the_program_takes(
 ) -> None:
     """Files and runs are there, with the keys that every run has; models and data are not."""
     verb, *others = words
+    if "--processes" in others:  # a word for the command that starts the verb
+        place = others.index("--processes")
+        del others[place : place + 2]
     monkeypatch.chdir(tmp_path)
     named = [word for word in others if word.endswith(".yaml")]
     runs = [Path(word.removeprefix("run.dir=")) for word in others if word.startswith("run.dir=")]

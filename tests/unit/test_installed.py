@@ -10,7 +10,7 @@ import pytest
 from dpo_dist.config.command_line import explain
 from dpo_dist.config.keys import group_folders
 from dpo_dist.foundation import installed
-from dpo_dist.foundation.errors import ConfigError, package_error
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import install_extra, pages, with_pages
 from tests.support.launch import ROOT
 
@@ -53,19 +53,12 @@ def test_an_extra_is_installed_by_its_packages(extra: str, monkeypatch: pytest.M
     assert words == ["pip", "install", *every[extra]]
 
 
-@pytest.mark.parametrize("module", ["py3langid", "sklearn"])
-def test_a_tool_without_its_package_names_it(module: str) -> None:
-    error = package_error(ModuleNotFoundError("none", name=f"{module}.part"))
-    assert error is not None
-    assert {"sklearn": "scikit-learn"}.get(module, module) in error.remedy
-
-
 def test_no_file_installs_a_package_that_no_index_has() -> None:
     """Whoever registers its name would be installed; a checkout's form is `CHECKOUT[extra]`."""
     wrong = [
         "pip install dpo_dist",
         "uv add 'dpo-dist[trl]'",
-        "dpo_dist[tools] @ url",
+        "dpo_dist[judge] @ url",
         "pip install -U dpo-dist",
     ]
     right = ["pip install '/a/dpo_dist[trl]'", "pip install 'CHECKOUT[trl]'", "pip install -c ~/dpo-dist ."]
@@ -82,7 +75,7 @@ def test_no_file_installs_a_package_that_no_index_has() -> None:
 
 def test_errors_name_extras_that_there_are() -> None:
     named = set(re.findall(r"""install_extra\(["'](\w+)""", TEXTS))
-    assert {"cloud", "judge", "tools"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
+    assert {"cloud", "judge"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
 
 
 def test_a_wheel_has_all_presets_but_those_that_need_the_demos_files() -> None:

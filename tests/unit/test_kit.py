@@ -13,52 +13,27 @@ pytestmark = pytest.mark.slow
 
 KIT = "dpo_dist.kit"
 NAMES = """
-    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS FAILURES GPUS_PER_NODE LOSS
-    LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS TORCH_DTYPES UNSET Column Direction Dtype
-    Engine Extension Footprint LossConfig LossKind MetricsRow ModelConfig ModelSource NotFiniteError
-    Offload OptimizerKind PackedCausalLM ParallelismKind PathBelow PreferenceDataset
-    ReferenceMode Rule Run RunConfig RunFolder RunHistory Shapes Verb WrongGenerationError
-    bootstrap_intervals can_mix_lengths check_groups check_rules check_shapes
-    check_start check_writable checked_console checkpoint_as_model complete_config context_length
-    count_trained description_folder digest_model dry_run evaluation_cells existing_run extend
-    final_and_best find_files find_metric find_model find_stop_ids finite fits
-    has_products hub_commit image_inputs in_chunks is_checkpoint is_collapsed joined_run kinds_using
-    load_config load_encoder load_run_config local_model_folder locate_model
-    loss_kinds loss_unit matmul_peak merge_adapter needs_of packed_logps
-    parse_overrides policy_without_weights prepare_data results_name return_memory run_keys run_verb
-    saved_by_tree short_name strip_key teacher_without_weights to_unset to_yaml train
-    unsharded_loading unused unused_beside value_at wilson_interval write_command
+    ACCURACIES ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS EXCESS FAILURES GPUS_PER_NODE
+    GROUP_METRICS KINDS LOSS LOSS_METRICS MAIN MARGIN_PERCENTILES METRICS PREFIX REACHED_SHARES TERMS
+    TORCH_DTYPES UNSET VERBS Column Direction Dtype Engine Extension Footprint
+    ImagesConfig Inputs Interrupted LossConfig LossKind MetricsRow ModelConfig ModelSource
+    NotFiniteError Offload PairValues ParallelismKind PathBelow PreferenceDataset PromptImages
+    ReferenceMode Reporting Rule Run RunConfig RunFolder RunHistory Shapes Stops Verb
+    WrongGenerationError bootstrap_intervals can_mix_lengths changed_keys check_contents_at_hand
+    check_groups check_rules check_shapes check_start check_tokenizer_files check_writable
+    checkpoint_as_model checkpoint_step complete_config context_length count_trained description_folder
+    digest_model dry_run evaluation_cells existing_run explain_out_of_memory explained extend
+    fault_agreement final_and_best find_files find_metric find_model find_stop_ids finite fits
+    has_products image_inputs in_chunks in_order is_checkpoint is_collapsed is_evaluation joined_run
+    kinds_using load_config load_encoder load_reference load_run_config load_tokenizer load_weights
+    local_model_folder locate_model loss_kinds loss_unit matmul_peak merge_adapter model_folder needs_of
+    no_progress on_every_rank packed_logps parse_overrides policy_without_weights prepare_data read_keys
+    results_name return_memory rope_limit run_keys run_verb saved_by_tree saved_config short_name
+    start_in_words strip_indices strip_key teacher_without_weights to_unset to_yaml tokenizer_digest
+    unsharded_loading unused unused_beside value_at verb_keys wilson_interval without_evaluations
+    write_command
 """
 """All names of the kit: a new one is a decision."""
-ELSEWHERE = {
-    "config.compose": "Composition names_chosen read_keys",
-    "config.identity": "settings",
-    "config.keys": "group_folders preset_names strip_indices verb_keys",
-    "config.load": "changed_keys load_command saved_config",
-    "config.losses": "KINDS",
-    "config.metrics": "EXCESS GROUP_METRICS MARGIN_PERCENTILES is_evaluation",
-    "config.mistakes": "explained",
-    "config.rules": "without_evaluations",
-    "config.run_folder": "checkpoint_step",
-    "config.schema": "ConsoleStyle ExportedWeights ImagesConfig",
-    "config.verbs": "VERBS",
-    "distributed.memory": "explain_out_of_memory",
-    "distributed.processes.world": "Interrupted Stops",
-    "encoded.build": "EncodingProgress no_progress",
-    "encoded.dataset": "PromptImages",
-    "encoded.workers": "in_order",
-    "model.exactness": "Agree",
-    "model.files.folder": "check_tokenizer_files model_folder",
-    "model.files.load": "check_contents_at_hand load_tokenizer load_weights tokenizer_digest",
-    "model.library_internals": "fill_conversions",
-    "model.packed": "rope_limit",
-    "objective.metrics": "PairValues",
-    "reference.engine": "fault_agreement load_reference",
-    "training.reporting.protocols": "Reporting",
-    "training.start.dry_run": "start_in_words",
-    "training.start.inputs": "Inputs on_every_rank",
-}
-"""What tools take from modules of the trainer themselves, by the module: this list may only shrink."""
 GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")
 OPEN = ("dpo_dist.kit", "dpo_dist.data", "dpo_dist.foundation", *(guest.rstrip(".") for guest in GUESTS))
 """Rooms from which a tool takes what it likes; test_border.py lists what it takes from `data`."""
@@ -75,7 +50,7 @@ def test_a_tool_takes_from_the_trainer_what_the_kit_has() -> None:
                 elif not f"{home}.{name}.".startswith(tuple(f"{room}." for room in OPEN)):
                     others.add((home.removeprefix("dpo_dist").removeprefix("."), name))
     assert used == set(NAMES.split())
-    assert others == {(home, name) for home, names in ELSEWHERE.items() for name in names.split()}
+    assert others == set(), "there is no other door"
 
 
 def test_the_trainer_takes_nothing_from_the_kit() -> None:

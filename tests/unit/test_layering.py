@@ -44,7 +44,7 @@ ROOMS = {
     "deepspeed": r"distributed\.",
     "wandb": r"training\.reporting\.wandb_run",
     "hydra": r"config\.|tools\.sweep\.points",
-    "omegaconf": r"config\.|tools\.sweep\.points",
+    "omegaconf": r"config\.",
     "torch": r"(?!config\.|foundation\.)",
     "torch.distributed": r"(?!objective\.)",
     **dict.fromkeys(("benchmarks", "examples", "scripts", "tests"), r"\b\B"),

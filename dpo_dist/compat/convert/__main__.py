@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.compat.convert.translate import translate
-from dpo_dist.config.compose import read_keys
-from dpo_dist.config.mistakes import explained
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after, raise_all
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.kit import FAILURES, run_keys
+from dpo_dist.kit import FAILURES, explained, read_keys, run_keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,12 +15,11 @@ from dpo_dist.compat.other_trainers import (
     is_foreign,
     is_switch,
 )
-from dpo_dist.config.keys import verb_keys
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, choices
 from dpo_dist.foundation.text import HIDDEN, without_secrets
 from dpo_dist.foundation.types import as_tree
-from dpo_dist.kit import fits, parse_overrides, run_keys
+from dpo_dist.kit import fits, parse_overrides, run_keys, verb_keys
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}

@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
 from dpo_dist.data.read.plain import from_json, is_given, to_number
-from dpo_dist.data.records import UnusableRecordError, shown_key
+from dpo_dist.data.records import DIALOGUE_START, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
 _ROW = "row"
@@ -33,8 +33,8 @@ class ExpressionError(ValueError):
 class Expression:
     """An expression, parsed once.
 
-    `columns` are those that it reads; the `optional` ones may be absent: COLUMN|default(none).
-    Raises ExpressionError.
+    `columns` are those that it reads; the `optional` ones may be absent: COLUMN|default(none). `keys`
+    has the pairs of COLUMN|map(attribute='KEY'). Raises ExpressionError.
     """
 
     def __init__(self, text: str):
@@ -50,10 +50,10 @@ class Expression:
         for node in every:
             _check(node)
         self.columns = frozenset(node.name for node in every if isinstance(node, nodes.Name))
-        with_default = [
-            node.node for node in every if isinstance(node, nodes.Filter) and node.name == _DEFAULT
-        ]
-        self.optional = frozenset(node.name for node in with_default if isinstance(node, nodes.Name))
+        filters = [node for node in every if isinstance(node, nodes.Filter)]
+        of_columns = [(each.node.name, each) for each in filters if isinstance(each.node, nodes.Name)]
+        self.optional = frozenset(column for column, each in of_columns if each.name == _DEFAULT)
+        self.keys = [(column, key) for column, each in of_columns for key in _keys_of_items(each)]
 
     def __call__(self, record: Fields) -> Any:
         """Return the value for a record; a column that it lacks is None.
@@ -75,6 +75,12 @@ class Expression:
 def expression(text: str) -> Expression:
     """Return an expression, parsed once in a process. Raises ExpressionError."""
     return Expression(text)
+
+
+def _keys_of_items(node: nodes.Filter) -> list[str]:
+    """Return the key of ITEMS|map(attribute='KEY'), none for another filter."""
+    paths = [option.value for option in node.kwargs if node.name == "map"]
+    return [str(path.value).partition(".")[0] for path in paths if isinstance(path, nodes.Const)]
 
 
 class _Columns(NodeTransformer):
@@ -108,7 +114,7 @@ def _check(node: nodes.Node) -> None:
         if any(key in keys[:place] for place, key in enumerate(keys)):
             raise ExpressionError(_TWICE)
     if isinstance(node, nodes.Filter | nodes.Test):
-        known: Mapping[str, Any] = _FILTERS if isinstance(node, nodes.Filter) else _TYPES
+        known: Mapping[str, Any] = _FILTERS if isinstance(node, nodes.Filter) else _TESTS
         if node.name not in known or node.dyn_args or node.dyn_kwargs:
             raise ExpressionError(f"{node.name}: there are only {', '.join(known)}")
 
@@ -270,7 +276,13 @@ _FILTERS: dict[str, Callable[..., Any]] = _OF_ITEMS | {
     "selectattr": _select_by,
     _DEFAULT: lambda value, _instead: value,  # also for a part without a value: see `_filtered`
 }
-_TYPES: dict[str, Any] = {"none": type(None), "string": str, "mapping": Mapping, "list": list}
+_TESTS: dict[str, Callable[[Any], bool]] = {
+    "none": lambda value: value is None,
+    "string": lambda value: isinstance(value, str),
+    "mapping": lambda value: isinstance(value, Mapping),
+    "list": lambda value: isinstance(value, list),
+    "dialogue": lambda value: isinstance(value, str) and DIALOGUE_START.match(value) is not None,
+}
 _PARTS = (nodes.Pair, nodes.Operand, nodes.Keyword, nodes.Slice)
 
 
@@ -297,7 +309,7 @@ _MEANINGS: dict[type[nodes.Node], Callable[[Any, Fields], Any]] = {
     nodes.Not: lambda node, record: not _flag(node.node, record),
     nodes.CondExpr: lambda n, record: _value(n.expr1 if _flag(n.test, record) else n.expr2, record),
     nodes.Compare: _compare,
-    nodes.Test: lambda node, record: isinstance(_value(node.node, record), _TYPES[node.name]),
+    nodes.Test: lambda node, record: _TESTS[node.name](_value(node.node, record)),
     nodes.Filter: _filtered,
     nodes.Concat: lambda node, record: "".join(_as_text(_value(part, record)) for part in node.nodes),
     nodes.Add: _arithmetic,

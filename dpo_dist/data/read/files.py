@@ -38,8 +38,6 @@ _OTHER_KINDS = {
 _BLOCK_BYTES = 2**20
 _SAMPLE_BYTES = 2**23
 _BATCH_RECORDS = 64
-# Added for each line to the bytes since the last record: millions of empty lines would take minutes.
-_LINE_BYTES = 64
 # Compressed text expands less than this: a file that expands more could fill the memory or the disk.
 _MAX_EXPANSION = 100
 # An Arrow array of texts holds less than 2**31 bytes; Python needs a multiple of it.
@@ -125,9 +123,7 @@ def _not_an_array(content: Any, path: str) -> DataError:
     lists = [name for name in names if isinstance(content[name], list)]
     has_records = len(lists) == 1 and all(isinstance(entry, Mapping) for entry in content[lists[0]])
     remedy = "write the records as one list, or as a .jsonl with one object per line"
-    if Path(path).name == "tokenizer.json" or Path(path).with_name("config.json").is_file():
-        remedy = "this is a file of a model, whose folder belongs to model.path: name a file of records"
-    elif has_records:
+    if has_records:
         new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
         records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
         code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
@@ -297,11 +293,9 @@ class _Bounded(io.RawIOBase):
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     # Bytes, because lines of text would also end at Unicode separators.
-    blank = 0
     for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), start=1):
-        blank = blank + len(line) + _LINE_BYTES if line.isspace() else 0
-        _check_size(max(blank, len(line)), number)
-        if not blank:
+        _check_size(len(line), number)
+        if not line.isspace():
             try:
                 value = parse_json(line)
             except ValueError as fault:
@@ -311,10 +305,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _check_size(size: int, line: int) -> None:
     if size > MAX_RECORD_BYTES:
-        lines = MAX_RECORD_BYTES // _LINE_BYTES
-        raise ValueError(
-            f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes, or {lines:,} lines, without the end of a record"
-        )
+        raise ValueError(f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes without the end of a record")
 
 
 def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
@@ -330,7 +321,7 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
             if not has_header and line.strip():
                 _check_header(line, path, separator)
                 has_header = True
-            size += len(line) + _LINE_BYTES
+            size += len(line)
             _check_size(size, number)
             yield line
 
@@ -339,17 +330,9 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
     header = next(filter(None, rows), [])
     _check_columns(list(filter(str.strip, header)), path)
     # Excel writes columns without a name for cells that look empty; pandas has its index in the first one.
-    nameless = [column for column, name in enumerate(header) if column and not name.strip()]
+    header = [name if name.strip() else f"column {number}" for number, name in enumerate(header, start=1)]
     line = rows.line_num + 1
     for cells in rows:
-        filled = [column for column in nameless if "".join(cells[column : column + 1]).strip()]
-        if filled:
-            raise DataError(
-                "a column of the table has values, but no name",
-                where=f"{path}:{line}",
-                got=f"column {filled[0] + 1} of {len(header)}",
-                remedy="name the column in the first line of the table, or remove it",
-            )
         if len(cells) > len(header):
             yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
         elif not _is_utf8("".join(cells)):
@@ -373,12 +356,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
         kinds = {separator: kind for kind, separator in _SEPARATORS.items()}
-        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
-        read = (
-            f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
-        )
-        code = shlex.quote(f"import pandas; {read}.to_csv({json.dumps(str(new))}, index=False)")
-        remedy = f"python -c {code} writes commas; then read {new}"
+        remedy = f"save the table with {separator!r} between its columns"
         if other in kinds:
             remedy = f"rename the file to {kinds[other]}"
         raise DataError(

@@ -65,7 +65,9 @@ def place_images(
     tags = _tags(contents, pattern)
     has_places = not is_plain and not isinstance(prompt, Dialogue)
     if not beside and not parts and has_places:
-        beside = _files_of_tags(tags)
+        # None, if a tag names no file.
+        files = [tag.groupdict().get("file") or "" for tag in tags]
+        beside = files if all(files) else []
     if not beside and not parts:
         return prompt, ()
     # The number of places for the images beside the messages, and what to call them if it is another.
@@ -91,9 +93,10 @@ def place_images(
         contents[first_of_user] = IMAGE * places + contents[first_of_user]
     if not parts and len(tags) < len(beside):
         # LLaMA-Factory and ms-swift count the tags of a response too.
-        counts = [len(tags) + _number_of_tags(response) for response in responses]
-        if len(beside) in counts:
-            raise UnusableRecordError("image_in_response", "a response has a tag <image>")
+        for response in responses:
+            in_response = sum(len(_TAG.findall(turn.content)) for turn in turns_of(response))
+            if len(tags) + in_response == len(beside):
+                raise UnusableRecordError("image_in_response", "a response has a tag <image>")
     if places != len(beside):
         raise UnusableRecordError("image_count", f"{pluralize(len(beside), 'image')}, {what}")
     texts = [*contents, *(turn.content for response in responses for turn in turns_of(response))]
@@ -114,16 +117,6 @@ def _tags(contents: Sequence[str], pattern: re.Pattern[str]) -> list[re.Match[st
         if _may_have_tags(content):
             tags += pattern.finditer(content)
     return tags
-
-
-def _files_of_tags(tags: Sequence[re.Match[str]]) -> list[str]:
-    """Return the files that tags name; none if a tag names no file."""
-    files = [tag.groupdict().get("file") or "" for tag in tags]
-    return files if all(files) else []
-
-
-def _number_of_tags(response: Response) -> int:
-    return sum(len(_TAG.findall(turn.content)) for turn in turns_of(response))
 
 
 def _with_content(turn: Message, content: str) -> Message:

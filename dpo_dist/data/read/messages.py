@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ ROLES: dict[str, str] = _TABLE["roles"] | {role: role for role in _TABLE["plain_
 CALLING: list[str] = _TABLE["calling_roles"]
 ARGUMENTS: list[str] = _TABLE["arguments"]
 _SAID_BY = ("role", "content"), ("from", "value")
+_OPENS_OBJECT = re.compile(r"\s*\[?\s*\{")
 _KEYS = ("calls", "thoughts", "weights", "images", "kept")
 _KNOWN = frozenset().union(*_SAID_BY, *(_TABLE[name] for name in _KEYS))
 _OF_CALLS = frozenset((*_TABLE["of_calls"], *ARGUMENTS))
@@ -59,10 +61,10 @@ def is_messages(value: Any) -> bool:
 
 def spelled_as(value: Any) -> str:
     """Return the filter that reads the messages that a text spells, in JSON or as Python; "": none."""
-    start = value.lstrip()[:200] if isinstance(value, str) else ""
+    if not isinstance(value, str) or not _OPENS_OBJECT.match(value):
+        return ""
     for quote, way in (('"', "|fromjson"), ("'", "|frompython")):
-        keys = [{f"{quote}{key}{quote}" in start for key in said_by} for said_by in _SAID_BY]
-        if start.startswith(("[{", "{")) and {True} in keys:
+        if any(all(f"{quote}{key}{quote}" in value for key in said_by) for said_by in _SAID_BY):
             return way
     return ""
 
@@ -220,24 +222,23 @@ def read_history(history: Any, keys: MessageKeys) -> Messages:
 
 def read_tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
-    read: list[Fields] = []
     try:
         tools = [without_nulls(from_json(tool)) for tool in (value if isinstance(value, list) else [value])]
-    except ValueError as fault:
-        raise UnusableRecordError("invalid_tools", "a tool is no JSON") from fault
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
-            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-        schema = next((name for name in _TABLE["schemas"] if function.get(name)), None)
-        if schema and not function.get("parameters"):
-            others = {name: each for name, each in function.items() if name not in (schema, "parameters")}
-            function = {**others, "parameters": function[schema]}
-        if "function" in tool:
-            read.append({**tool, "function": function})
-        else:
-            read.append({"type": "function", "function": function} if "name" in tool else tool)
-    return tuple(read)
+        return tuple(map(_tool, tools))
+    except (AttributeError, TypeError, ValueError) as fault:
+        raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind") from fault
+
+
+def _tool(tool: Fields) -> Fields:
+    function = dict(tool.get("function", tool))
+    if not isinstance(function.get("name", ""), str):
+        raise TypeError("a name that is no text")
+    schema = next((name for name in _TABLE["schemas"] if function.get(name)), None)
+    if schema and not function.get("parameters"):
+        function["parameters"] = function.pop(schema)
+    if "function" in tool:
+        return {**tool, "function": function}
+    return {"type": "function", "function": function} if "name" in tool else tool
 
 
 def read_messages(prompt: Any, responses: Fields, keys: MessageKeys) -> tuple[Prompt, Sequence[Response]]:

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import combinations
 from typing import Any
 
 from dpo_dist.data.read.expressions import expression
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.messages import (
+    OF_KEYS,
     MessageKeys,
     given_images,
     is_messages,
@@ -23,8 +27,9 @@ from dpo_dist.data.records import (
     FIRST_TURN,
     IMAGE,
     LAST_TURN,
-    MAX_RECORD_BYTES,
+    MAX_TEXT_BYTES,
     NOT_KEPT,
+    RESERVED_CHARACTER,
     BadRecord,
     Dialogue,
     Message,
@@ -42,8 +47,13 @@ from dpo_dist.foundation.types import Fields
 
 CONTEXT = {"system", "history", "tools", "template_arguments"}
 """Fields of chats: a source that declares one has turns as prompts, also in records without a value."""
-RESPONSE_FIELDS = (("pair",), ("chosen", "rejected"), ("responses",), ("completion",))
-"""How responses are declared: [chosen, rejected], both by name, a list, or one."""
+RESPONSE_FIELDS = {
+    ("pair",): {"scores"},
+    ("chosen", "rejected"): {"scores"},
+    ("responses",): {"scores", "ranks", "best_first"},
+    ("completion",): {"label"},
+}
+"""How responses are declared: [chosen, rejected], both by name, a list, or one; what may tell their worth."""
 FIELDS = (
     *(
         "prompt",
@@ -63,6 +73,9 @@ FIELDS = (
 )
 FORMS = ("", "text", "dialogue", "implicit")
 """How texts are read: by what they are, always as texts, as dialogues (HH-RLHF), without a prompt (TRL)."""
+TURN = "|turn"
+_LONGEST_VERDICT = 40
+_LAST_PART = re.compile(r"(?:(.*)(?:[\W_]|(?<=[^\W\d_])(?=\d)|(?<=[a-z])(?=[A-Z])))?(.+)", re.DOTALL)
 _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
@@ -72,7 +85,7 @@ class Reading:
 
     `fields`: an expression for each. `form`: one of `FORMS`. `when`: an expression, true of each record.
     `ignored`: columns, or `*` for all others. `is_chat`: whether every prompt is turns; None: not known yet.
-    `notes`: columns that are not read, in words. `reserved`: columns that must not be among these.
+    `notes`: columns that are not read, in words. `reserved`: what the `bare_name` of none of these may be.
     """
 
     fields: Mapping[str, str]
@@ -90,15 +103,61 @@ class Reading:
         """The columns that are read."""
         return frozenset().union(*(expression(text).columns for text in (self.when, *self.fields.values())))
 
+    @cached_property
+    def keys_of_items(self) -> Mapping[str, frozenset[str]]:
+        """The columns with lists of which only some keys of their items are read, and these keys."""
+        read = dict[str, frozenset[str]]()
+        for text in self.fields.values():
+            for column, key in expression(text).keys:
+                if column not in self.fields.values():
+                    read[column] = read.get(column, frozenset()) | {key}
+        return read
+
     def unread(self, record: Fields) -> list[str]:
-        """Return the columns of a record that have a value, and are neither read nor ignored."""
-        names = () if "*" in self.ignored else _without(tuple(record), self.columns, self.ignored)
-        return [name for name in names if is_given(record[name])]
+        """Return the columns of a record that have a value, and are neither read nor ignored.
+
+        Of lists of which only some keys are read, these are the other keys: COLUMN[].KEY.
+        """
+        if "*" in self.ignored:
+            return []
+        unread = [name for name in _without(tuple(record), self.columns) if is_given(record[name])]
+        for column, keys in self.keys_of_items.items():
+            items = record.get(column)
+            for item in items if isinstance(items, list) else ():
+                if isinstance(item, Mapping):
+                    others = [key for key in _without(tuple(item), keys) if is_given(item[key])]
+                    unread += [f"{column}{OF_KEYS}{key}" for key in others]
+        return [name for name in dict.fromkeys(unread) if name not in self.ignored]
 
 
 @lru_cache(maxsize=256)
-def _without(names: tuple[str, ...], *known: frozenset[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in frozenset().union(*known))
+def _without(names: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in known)
+
+
+@lru_cache(maxsize=1024)
+def bare_name(name: str) -> str:
+    """Return a name without what people write in several ways: its case, separators, and a plural's s."""
+    return re.sub(r"[\W_]+", "", str(name).rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
+
+
+@lru_cache(maxsize=256)
+def _last_parts(columns: tuple[str, ...]) -> dict[str, str]:
+    """Return what tells columns of one kind apart: `a` of answer_a, if answer_b is there."""
+    found = [match for match in map(_LAST_PART.fullmatch, map(str, columns)) if match]
+    stems = Counter(match[1] for match in found)
+    return {match[0]: match[2].casefold() for match in found if stems[match[1]] > 1}
+
+
+def _named_by(side: Any, columns: Sequence[str]) -> list[str]:
+    """Return the columns of which a side may be the name: a verdict, where an answer is meant.
+
+    It is the whole name; or what tells it from others, or one character, as theirs.
+    """
+    word = bare_name(side) if isinstance(side, str) and len(side) <= _LONGEST_VERDICT else ""
+    lasts = _last_parts(tuple(columns)) if word else {}
+    by_part = [name for name, last in lasts.items() if word == last or len(word) == len(last) == 1]
+    return by_part + [name for name in columns if word and word == bare_name(name)]
 
 
 def parse_record(record: Fields, reading: Reading, origin: Origin) -> Record:
@@ -136,13 +195,20 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
         raise UnusableRecordError("other_shape", f"not {reading.shape}: {reading.when}")
     values = {name: expression(text)(record) for name, text in fields.items()}
     unread = reading.unread(record)
-    reserved = tuple(name for name in unread if name in reading.reserved)
-    if reserved:
-        raise UnusableRecordError("unread_column", ", ".join(reserved), reserved)
     # The prompt and the responses.
     responses, scores = _responses(values)
-    _check_texts(record, {"prompt": values.get("prompt"), **responses}, reading)
-    prompt, texts = _read(values.get("prompt"), responses, reading)
+    # A side that an expression looks up is an answer.
+    columns = [side for name, side in responses.items() if fields.get(name) in record]
+    named = {name for side in columns for name in _named_by(side, unread)}
+    suspects = tuple(name for name in unread if name in named or bare_name(name) in reading.reserved)
+    if suspects:
+        raise UnusableRecordError("unread_column", ", ".join(map(shown_key, suspects)), suspects)
+    asked = values.get("prompt")
+    text = asked
+    if fields.get("prompt", "").endswith(TURN) and isinstance(asked, list):
+        text = next((turn.get("content") for turn in asked if isinstance(turn, Mapping)), None)
+    _check_texts({"prompt": text, **responses}, reading)
+    prompt, texts = _read(asked, responses, reading)
     if reading.is_chat or (reading.is_chat is None and any(name in values for name in CONTEXT)):
         prompt = (*_before(values, turns_of(prompt, "user"), reading.keys), *turns_of(prompt, "user"))
     elif reading.is_chat is False and not isinstance(prompt, str | Dialogue):
@@ -220,10 +286,10 @@ def _ranking(values: Fields) -> tuple[dict[str, Any], tuple[float, ...] | None]:
     return {f"rank {rank}": item for rank, item in enumerate(items, start=1)}, scores
 
 
-def _check_texts(record: Fields, texts: Fields, reading: Reading) -> None:
+def _check_texts(texts: Fields, reading: Reading) -> None:
     """Check that texts are texts, and not messages in JSON, or the name of a column."""
     for name, value in texts.items():
-        if isinstance(value, str) and name != "prompt" and value in record:
+        if isinstance(value, str) and name != "prompt" and value in reading.columns:
             detail = f"{name} is the name of a column, {shown_key(value)}, not a text"
             raise UnusableRecordError("expression_failed", detail)
         if reading.form != "text" and spelled_as(value):
@@ -313,14 +379,15 @@ def check_content(record: PreferenceRecord) -> None:
     responses = [*map(turns_of, record.responses)]
     values = [*map(_values, (prompt, *responses))]
     try:
-        plain = _json([values, record.tools, record.template_arguments])
+        texts = [values, record.tools, record.template_arguments]
+        plain = json.dumps(texts, ensure_ascii=False, default=str)
         size = len(plain.encode())
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
-    if size > MAX_RECORD_BYTES:
-        raise UnusableRecordError("unparsable", f"{size:,} bytes, more than {MAX_RECORD_BYTES:,}")
-    if plain.count(IMAGE) != len(record.images):
-        raise UnusableRecordError("reserved_character", f"a text has the noncharacter U+{ord(IMAGE):X}")
+    if size > MAX_TEXT_BYTES:
+        raise UnusableRecordError("unparsable", f"{size:,} bytes of texts, more than {MAX_TEXT_BYTES:,}")
+    if plain.count(IMAGE) != len(record.images) or RESERVED_CHARACTER in plain:
+        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0 or U+FDD1")
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:
@@ -328,7 +395,7 @@ def check_content(record: PreferenceRecord) -> None:
         answers = [turn for turn in turns if turn.role == "assistant"]
         if not any(_has_content(turn) for turn in answers if turn.is_trained is not False):
             raise UnusableRecordError("empty_response")
-    if len(set(map(_json, values[1:]))) < len(responses):
+    if any(one == other for one, other in combinations(values[1:], 2)):
         raise UnusableRecordError("identical_responses")
 
 
@@ -338,7 +405,3 @@ def _values(turns: Messages) -> list[tuple[str, str, Fields]]:
 
 def _has_content(turn: Message) -> bool:
     return bool(turn.content.strip() or turn.fields)
-
-
-def _json(values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)

@@ -1,12 +1,14 @@
 """How a source is read: by its own `fields`, or by the known shape that its columns have."""
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.read.expressions import ExpressionError, expression
@@ -17,7 +19,9 @@ from dpo_dist.data.read.reading import (
     FIELDS,
     FORMS,
     RESPONSE_FIELDS,
+    TURN,
     Reading,
+    bare_name,
     parse_prompt,
     parse_record,
 )
@@ -44,57 +48,100 @@ _OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknow
 _OF_SOURCE |= {"unknown_label"}
 _READ_BESIDE = ("system", "history", "tools", "images", "loss_weight", "soft_label", "margin", "keep")
 """Fields that a column of the same name can be read as, whatever the responses are."""
-_ORDERS = {"scores", "ranks", "best_first"}
-_NEEDS = {
-    "label": {"completion"},
-    "scores": {"chosen", "pair", "responses"},
-    "ranks": {"responses"},
-    "best_first": {"responses"},
-}
-"""Fields that only one of others gives a meaning."""
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 _SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]
 _BESIDE = [(field, text) for field, texts in _TABLE["beside"].items() for text in texts]
 
 
+class _First(NamedTuple):
+    """A source, the key that has it, and its first good records."""
+
+    source: SourceConfig
+    key: str
+    rows: list[Fields]
+    places: list[Origin]
+
+    @property
+    def columns(self) -> dict[str, None]:
+        """The columns of these records, in their order."""
+        return dict.fromkeys(chain.from_iterable(self.rows))
+
+
 def declared(
-    records: Iterator[RawRecord], source: SourceConfig, *, of_prompts: bool = False
+    records: Iterator[RawRecord],
+    source: SourceConfig,
+    *,
+    key: str = "data.train",
+    of_prompts: bool = False,
 ) -> tuple[Reading, Iterator[RawRecord]]:
     """Return how a source is read, by its `fields` or its first records, and all of its records.
 
-    `of_prompts`: records without responses have a shape, too. Raises ConfigError: the fields are wrong;
-    DataError: no known shape fits, or several do, or none of the first records can be read.
+    `key`: of the source, for errors. `of_prompts`: records without responses have a shape, too. Raises
+    ConfigError: the fields are wrong; DataError: no known shape fits, or several do, or none of the first
+    records can be read.
     """
-    first = list[RawRecord]()
-    rows = list[Fields]()
-    for raw in islice(records, _MOST_BAD):
-        first.append(raw)
-        if not isinstance(raw[0], BadRecord):
-            rows.append(raw[0])
-        if len(rows) == FIRST_RECORDS:
+    seen = list[RawRecord]()
+    first = _First(source, key, [], [])
+    for record, place in islice(records, _MOST_BAD):
+        seen.append((record, place))
+        if not isinstance(record, BadRecord):
+            first.rows.append(record)
+            first.places.append(place)
+        if len(first.rows) == FIRST_RECORDS:
             break
-    columns = dict.fromkeys(chain.from_iterable(rows))
+    rows = first.rows
     if source.fields is None:
-        reading = _recognised(source, rows, columns, of_prompts=of_prompts)
+        reading = _recognised(first, of_prompts=of_prompts)
     else:
-        reading = _declared(source, columns)
-    notes = {name: _note(rows, name) for name in columns if name not in reading.columns | reading.ignored}
+        reading = _declared(source, first.columns)
+    if rows:
+        _check_ignored(source, first.columns)
+    unread = dict.fromkeys(chain.from_iterable(map(reading.unread, rows)))
+    notes = {name: shown_key(name) + _few_values(rows, name) for name in unread}
     reading = replace(reading, notes=notes, reserved=_reserved())
     parse = parse_prompt if of_prompts else parse_record
     parsed = [parse(row, reading, Origin(source.path, 0)) for row in rows]
     faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
     if rows and len(faults) == len(rows):
-        raise _of_first(source, reading, rows, faults[0])
+        raise _of_first(first, reading, faults)
     prompts = [record.prompt for record in parsed if not isinstance(record, BadRecord)]
     is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
-    return replace(reading, is_chat=is_chat if prompts else None), chain(first, records)
+    return replace(reading, is_chat=is_chat if prompts else None), chain(seen, records)
 
 
 @cache
 def _reserved() -> frozenset[str]:
-    """Return names of columns that must be read or ignored: they may change what is trained."""
+    """Return plain names of columns that must be read or ignored: they may change what is trained."""
     of_trainers = [shape["columns"] for shape in _SHAPES.values() if not shape.get("public")]
-    return _columns_of(text for _, text in _BESIDE).union(FIELDS, _TABLE["reserved"], *of_trainers)
+    beside = _columns_of(text for _, text in _BESIDE)
+    return frozenset(map(bare_name, chain(beside, FIELDS, _TABLE["reserved"], *of_trainers)))
+
+
+def _check_ignored(source: SourceConfig, columns: Mapping[str, None]) -> None:
+    """Check that a source has the columns that it ignores; one of a reserved name may come later."""
+    unknown = {name for name in source.ignore or () if OF_KEYS not in name}.difference(columns, "*")
+    missing = [name for name in unknown if bare_name(name) not in _reserved()]
+    if missing:
+        raise _no_column(f"ignore of {source.path}", missing, columns, "correct or remove the name")
+
+
+def _no_column(where: str, missing: Iterable[str], columns: Iterable[str], remedy: str) -> DataError:
+    return DataError(
+        f"none of the first {FIRST_RECORDS} records has this column",
+        where=where,
+        got=", ".join(sorted(missing)),
+        expected=", ".join(map(_as_expression, islice(columns, _MAX_SHOWN))),
+        remedy=remedy,
+    )
+
+
+def _as_expression(name: str) -> str:
+    """Return a column as a user writes it in `fields`; a name that is no word is row["A NAME"]."""
+    shown = shown_key(name)
+    with suppress(ExpressionError):
+        if shown != name or expression(name).columns == {name}:
+            return shown
+    return as_written([f"row[{json.dumps(name, ensure_ascii=False)}]"])[1:-1]
 
 
 def _columns_of(texts: Iterable[str]) -> frozenset[str]:
@@ -108,13 +155,8 @@ def _declared(source: SourceConfig, columns: Mapping[str, None]) -> Reading:
     optional = [expression(text).optional for text in reading.fields.values()]
     missing = reading.columns.difference(columns, *optional)
     if missing and columns:
-        raise DataError(
-            f"none of the first {FIRST_RECORDS} records has a column of fields",
-            where=where,
-            got=", ".join(sorted(missing)),
-            expected=", ".join(map(shown_key, islice(columns, _MAX_SHOWN))),
-            remedy="correct the column; one that records may lack is COLUMN|default(none)",
-        )
+        remedy = "correct the column; one that records may lack is COLUMN|default(none)"
+        raise _no_column(where, missing, columns, remedy)
     return reading
 
 
@@ -126,8 +168,11 @@ def _own(source: SourceConfig, where: str) -> Reading:
     fields = {name: str(text) for name, text in given.items()}
     kinds = [kind for kind in RESPONSE_FIELDS if not fields.keys().isdisjoint(kind)]
     is_one = len(kinds) == 1 and fields.keys() >= set(kinds[0])
+    orders = fields.keys() & set().union(*RESPONSE_FIELDS.values())
+    is_ordered = len(orders) <= 1 and is_one and orders <= RESPONSE_FIELDS[kinds[0]]
+    is_true = fields.get("best_first", "true").lower() == "true"
     is_read = fields.keys() <= set(FIELDS) and form in FORMS and isinstance(keys, list)
-    if not is_one or not is_read or not _is_ordered(fields):
+    if not (is_ordered and is_true and is_read):
         raise ConfigError(
             "fields do not say what the responses are, or have a name that nothing reads",
             where=where,
@@ -147,16 +192,9 @@ def _own(source: SourceConfig, where: str) -> Reading:
                 where=where,
                 got=f"{name}: {text}: {fault}",
                 expected="an expression over the columns, such as answers[0].text",
-                remedy="correct it; docs/data.md has the language",
+                remedy='correct it; a column whose name is no word is row["A NAME"]',
             ) from fault
     return _with_ignored(Reading(fields, form), source, {"keys": keys})
-
-
-def _is_ordered(fields: Mapping[str, str]) -> bool:
-    """Return whether what says which response is better is read, and said once."""
-    is_used = all(not fields.keys().isdisjoint(needs) for name, needs in _NEEDS.items() if name in fields)
-    is_true = fields.get("best_first", "true").lower() == "true"
-    return is_used and is_true and len(_ORDERS & fields.keys()) <= 1
 
 
 def _with_ignored(reading: Reading, source: SourceConfig, shape: Mapping[str, Any]) -> Reading:
@@ -200,10 +238,34 @@ def _reading(name: str, source: SourceConfig, columns: Mapping[str, None]) -> Re
     return reading
 
 
-def _recognised(
-    source: SourceConfig, rows: Sequence[Fields], columns: Mapping[str, None], *, of_prompts: bool
-) -> Reading:
+def _recognised(first: _First, *, of_prompts: bool) -> Reading:
     """Return the reading of the one known shape that fits."""
+    source = first.source
+    fits = _fitting(first.rows, of_prompts=of_prompts)
+    readings = [_reading(name, source, first.columns) for name in fits]
+    if len(readings) == 1:
+        return readings[0]
+    if not first.rows:
+        return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
+    message = _odd_one(first, of_prompts=of_prompts)
+    if not readings:
+        raise _unlike(first, message or "the columns are none of the known shapes: say what they mean")
+    every = frozenset().union(*(reading.columns for reading in readings))
+    ways = []
+    for reading in readings:
+        ignore = [*(source.ignore or ()), *sorted(every - reading.columns)]
+        ways.append(_line(first, fields=reading.shape, ignore=ignore))
+    raise DataError(
+        message or f"the columns have {len(ways)} known meanings",
+        where=source.path,
+        got=", ".join(reading.shape for reading in readings),
+        remedy="\n    ".join(["write the source as one of these", *ways]),
+    )
+
+
+def _fitting(rows: Sequence[Fields], *, of_prompts: bool) -> list[str]:
+    """Return the names of the shapes that fit records, without those that are a part of another."""
+    columns = dict.fromkeys(chain.from_iterable(rows))
     # A column of nulls counts only if no shape fits without: tables have them for other records.
     filled = {name for name in columns if any(row.get(name) is not None for row in rows)}
     fits = list[str]()
@@ -214,25 +276,18 @@ def _recognised(
             if _fits(shape, rows, columns, counted, of_prompts=is_prompts)
         ]
     sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
-    fits = [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
-    readings = [_reading(name, source, columns) for name in fits]
-    if len(readings) == 1:
-        return readings[0]
-    if not rows:
-        return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
-    if not readings:
-        raise _unlike(source, rows, "the columns are none of the known shapes: say what they mean")
-    every = frozenset().union(*(reading.columns for reading in readings))
-    ways = []
-    for reading in readings:
-        ignore = [*(source.ignore or ()), *sorted(every - reading.columns)]
-        ways.append(_line(source, fields=reading.shape, ignore=ignore))
-    raise DataError(
-        f"the columns have {len(ways)} known meanings",
-        where=source.path,
-        got=", ".join(reading.shape for reading in readings),
-        remedy="\n    ".join(["write the source as one of these", *ways]),
-    )
+    return [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
+
+
+def _odd_one(first: _First, *, of_prompts: bool) -> str:
+    """Return which record has another shape than those before it; "" if the first one has none."""
+    known = set(_fitting(first.rows[:1], of_prompts=of_prompts))
+    for row, place in zip(first.rows, first.places, strict=True):
+        fits = known.intersection(_fitting([row], of_prompts=of_prompts))
+        if known and not fits:
+            return f"{place} is not {' or '.join(sorted(known))}, as the records before it"
+        known = fits
+    return ""
 
 
 def _fits(
@@ -257,62 +312,60 @@ def _fits(
         return False
 
 
-def _unread(reading: Reading, rows: Sequence[Fields]) -> frozenset[str]:
-    """Return the columns of the first records with reserved names that are neither read nor ignored."""
-    return _reserved().intersection(chain.from_iterable(map(reading.unread, rows)))
-
-
 # What to do about a source that cannot be read.
 
 
-def _line(source: SourceConfig, **changes: Any) -> str:
+def _line(first: _First, **changes: Any) -> str:
     """Return the source with other keys, as a user writes it on the command line."""
-    return f"data.train={shlex.quote(f'[{as_written(replace(source, **changes))}]')}"
+    return f"{first.key}={shlex.quote(f'[{as_written(replace(first.source, **changes))}]')}"
 
 
-def _unlike(source: SourceConfig, rows: Sequence[Fields], message: str, remedy: str = "") -> DataError:
+def _unlike(first: _First, message: str, remedy: str = "") -> DataError:
     """Return the error with the columns of a source, and the lines to complete."""
-    columns = dict.fromkeys(chain.from_iterable(rows))
-    listed = [f"{shown_key(name)}: {_type(rows, name)}" for name in islice(columns, _MAX_SHOWN)]
-    example = _line(source, fields=dict.fromkeys(("prompt", "chosen", "rejected"), "COLUMN"))
+    columns = islice(first.columns, _MAX_SHOWN)
+    listed = [f"{_as_expression(name)}: {_type(first.rows, name)}" for name in columns]
+    example = _line(first, fields=dict.fromkeys(("prompt", "chosen", "rejected"), "COLUMN"))
     return DataError(
         message,
-        where=source.path,
+        where=first.source.path,
         got="\n    ".join(["columns", *listed]),
         remedy=f"{remedy or f'replace each COLUMN by one of them: {example}'}\n{_TABLE['help']}".rstrip(),
     )
 
 
-def _of_first(source: SourceConfig, reading: Reading, rows: Sequence[Fields], fault: BadRecord) -> DataError:
+def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> DataError:
     """Return the error of a source whose first records all fail, with the line that reads them."""
     fields: dict[str, Any] = dict(reading.fields)
-    ignore = [*(source.ignore or ())]
-    match fault.reason:
+    ignore = [*(first.source.ignore or ())]
+    reason = faults[0].reason
+    match reason:
         case "spelled_messages":
             # Each text that one of the records spells in JSON, or as Python prints it.
             for name, text in reading.fields.items():
-                ways = [spelled_as(expression(text)(row)) for row in rows]
-                fields[name] += next(filter(None, ways), "")
-            remedy = f"read them: {_line(source, fields=fields)}; or add form: text to train the JSON itself"
+                spelled = text.removesuffix(TURN)
+                ways = filter(None, (spelled_as(expression(spelled)(row)) for row in first.rows))
+                fields[name] = next((spelled + way for way in ways), text)
+            remedy = f"read them: {_line(first, fields=fields)}; or add form: text to train the JSON itself"
         case "unknown_label":
             fields["label"] += ' == "GOOD"'
-            remedy = f"name the good label in place of GOOD: {_line(source, fields=fields)}"
+            remedy = f"name the good label in place of GOOD: {_line(first, fields=fields)}"
         case "unread_column":
-            names = sorted(_unread(reading, rows))
-            remedy = f"ignore them, if no response depends on them: {_line(source, ignore=ignore + names)}"
+            names = sorted({name for fault in faults if fault.reason == reason for name in fault.unread})
+            remedy = f"ignore them, if no response depends on them: {_line(first, ignore=ignore + names)}"
             read = {name: name for name in names if name in _READ_BESIDE}
             if read:
                 read |= {"form": reading.form} if reading.form else {}
-                remedy += f"; or read them: {_line(source, fields=fields | read)}"
+                remedy += f"; or read them: {_line(first, fields=fields | read)}"
         case "unknown_key":
-            values = [expression(text)(row) for text in fields.values() for row in rows]
+            values = [expression(text)(row) for text in fields.values() for row in first.rows]
             keys = sorted(set().union(*(unknown_keys(value, reading.keys) for value in values)))
-            given = _line(source, fields={**fields, "keys": [key.removeprefix(OF_KEYS) for key in keys]})
-            remedy = f"ignore them, if nothing depends on them: {_line(source, ignore=ignore + keys)}; or, "
+            given = _line(first, fields={**fields, "keys": [key.removeprefix(OF_KEYS) for key in keys]})
+            remedy = f"ignore them, if nothing depends on them: {_line(first, ignore=ignore + keys)}; or, "
             remedy += f"if the chat template reads them: {given}"
         case _:
-            remedy = f"correct the expressions: {_line(source, fields=fields)}"
-    return _unlike(source, rows, f"none of the first {len(rows)} records can be read: {fault.why}", remedy)
+            remedy = f"correct the expressions: {_line(first, fields=fields)}"
+    message = f"none of the first {len(first.rows)} records can be read: {faults[0].why}"
+    return _unlike(first, message, remedy)
 
 
 def _few_values(rows: Sequence[Fields], name: str) -> str:
@@ -320,10 +373,6 @@ def _few_values(rows: Sequence[Fields], name: str) -> str:
     values = {str(row[name]) for row in rows if is_given(row.get(name))}
     is_few = 0 < len(values) <= _FEW_VALUES < len(rows) and all(len(value) <= _SHORT for value in values)
     return f" ({', '.join(sorted(map(shown_key, values)))})" if is_few else ""
-
-
-def _note(rows: Sequence[Fields], name: str) -> str:
-    return shown_key(name) + _few_values(rows, name)
 
 
 def _type(rows: Sequence[Fields], name: str) -> str:

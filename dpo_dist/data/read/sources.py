@@ -27,7 +27,6 @@ from dpo_dist.data.read.files import (
     numbered_records,
     read_file,
 )
-from dpo_dist.data.read.plain import parse_json
 from dpo_dist.data.read.reading import Reading, parse_prompt, parse_record
 from dpo_dist.data.read.shapes import FIRST_RECORDS, declared
 from dpo_dist.data.records import BadRecord, RawRecord, Record
@@ -70,10 +69,12 @@ class DataSource:
         DataError: this user may not read the source.
     """
 
-    def __init__(self, source: SourceConfig | str):
+    def __init__(self, source: SourceConfig | str, key: str = "data.train"):
+        """Args: the source, or its path; the key that has it, for errors."""
         if isinstance(source, str):
             source = SourceConfig(path=source)
         self.config = resolve_source(source)
+        self._key = key
         # Of a pinned source at a URL: a digest of what its file system said of its files.
         self._listing = ""
         # How its records are read: known when the first of them has been.
@@ -137,7 +138,7 @@ class DataSource:
         return self._declared(records, of_prompts=of_prompts)
 
     def _declared(self, records: Iterator[RawRecord], *, of_prompts: bool) -> Iterator[RawRecord]:
-        self._reading, records = declared(records, self.config, of_prompts=of_prompts)
+        self._reading, records = declared(records, self.config, key=self._key, of_prompts=of_prompts)
         yield from records
 
     def _snapshot(self) -> Path:
@@ -276,14 +277,14 @@ class DataSource:
 
         config = self.config
         if is_url(self.path):
-            pinned = DataSource(config)
+            pinned = DataSource(config, self._key)
             pinned._listing = _listing(remote_files(config))
             return pinned
         if self.files() is not None:
             return self
         with _as_data_error(config):
             commit = HfApi().resolve_revision(self.path, repo_type="dataset", revision=config.revision)
-        return DataSource(replace(config, revision=commit.resolved))
+        return DataSource(replace(config, revision=commit.resolved), self._key)
 
     def encoding_identity(self, memo: Path) -> dict[str, Any]:
         """Return what decides, of a pinned source, the token ids of its records, but the files of images.
@@ -357,20 +358,17 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
         value = getattr(source, key)
         if value is not None:
             folders = "" if key == "revision" else " and folders"
-            instead = "; limit: 1000 reads the first 1,000 records" if "[" in value else ""
             raise ConfigError(
                 f"{key} has no effect on this source",
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is for Hub datasets{folders}{instead}",
+                remedy=f"remove {key}: it is for Hub datasets{folders}",
             )
 
 
 def _missing(file: Path) -> DataError:
-    names = str(file).split()
-    is_list = len(names) > 1 and all(Path(name).expanduser().is_file() for name in names)
-    similar = ",".join(names) if is_list else similar_path(file)
+    similar = similar_path(file)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),
@@ -498,17 +496,10 @@ def _saved_records(folder: Path, source: SourceConfig, folders: Sequence[Path]) 
 
     root = folder.resolve()
     with _as_data_error(source):
-        names = [
-            root / split
-            for file in root.glob("dataset_dict.json")
-            for split in parse_json(file.read_bytes())["splits"]
-        ]
-        states = [(file, parse_json(file.read_bytes())["_data_files"]) for file in root.rglob("state.json")]
-    names += [file.parent / entry["filename"] for file, entries in states for entry in entries]
-    _check_below(root, (Path(os.path.normpath(name)) for name in names), source, "the saved dataset")
-    with _as_data_error(source):
-        saved = load_from_disk(str(folder))
+        saved = load_from_disk(str(root), keep_in_memory=False)
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
+    names = (entry["filename"] for dataset in splits.values() for entry in dataset.cache_files)
+    _check_below(root, (Path(os.path.normpath(name)) for name in names), source, "the saved dataset")
     rows = enumerate(dataset_rows(_chosen_split(source, splits)), start=1)
     return numbered_records(rows, source.path, folders)
 

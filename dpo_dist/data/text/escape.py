@@ -15,20 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import tokenizers
 
 from dpo_dist.data.library_internals import with_backend
-from dpo_dist.data.records import UnusableRecordError
+from dpo_dist.data.records import RESERVED_CHARACTER, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
 
 THOUGHT_TAGS = ("<think>", "</think>")
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-# A Unicode noncharacter, never part of interchanged text: it delimits marks.
-RESERVED_CHARACTER = "\ufdd0"
 
 _LITERAL = f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}"
 _ESCAPED_CHARACTER = "\\ufdd0"
@@ -124,17 +119,6 @@ def token_alias(token: str) -> str:
     return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
 
 
-def has_reserved(value: Any) -> bool:
-    """Return whether a text of messages or of a nested value, or a key of it, has the reserved character."""
-    plain = json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "__dict__", None))
-    return RESERVED_CHARACTER in plain
-
-
-WINDOW = 2**20
-"""Characters of a text that are tokenized together."""
-OVERLAP = 2**14
-"""Characters that two windows of a longer text share."""
-
 Encoded: TypeAlias = tuple[list[int], list[int]]
 """The token ids of a text, and the position of the first character of each, or none."""
 
@@ -152,12 +136,11 @@ def tokenize_texts(
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = literal
-        short = [text for text in texts if len(text) <= WINDOW]
-        encoded = iter(_encoded_whole(backend, short, with_starts))
-        return [
-            next(encoded) if len(text) <= WINDOW else _encoded_in_windows(backend, text, with_starts)
-            for text in texts
-        ]
+        if not with_starts:  # without positions it takes a fifth less time
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [(each.ids, []) for each in encoded]
+        encoded = backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(each.ids, [start for start, _ in each.offsets]) for each in encoded]
     if with_starts:
         raise ConfigError(
             "the loss counts a part of the responses, but the tokenizer returns no positions of tokens",
@@ -168,55 +151,6 @@ def tokenize_texts(
         )
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=literal)
     return [(ids, []) for ids in encoded["input_ids"]]
-
-
-def _encoded_whole(backend: Any, texts: Sequence[str], with_starts: bool) -> list[Encoded]:
-    if not with_starts:  # without positions it takes a fifth less time
-        return [
-            (encoding.ids, [])
-            for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
-
-
-def _encoded_in_windows(backend: Any, text: str, with_starts: bool) -> Encoded:
-    """Return the tokens of a long text, from windows that overlap: whole it takes 160 bytes a character.
-
-    A token depends on few characters around it, so that two windows agree on the tokens in the middle of what
-    they share; there the second takes over. If they do not agree, as in an endless number whose digits are
-    grouped, the text is tokenized whole.
-    """
-    ids = list[int]()
-    starts = list[int]()
-    objects = dict[int, int]()  # one for each id, however often it occurs
-
-    def window(begin: int) -> npt.NDArray[np.int64]:
-        """Return the places and the ids of a window's tokens, int64 [tokens, 2]."""
-        [(new, offsets)] = _encoded_whole(backend, [text[begin : begin + WINDOW]], with_starts=True)
-        return np.stack([np.array(offsets, dtype=np.int64) + begin, np.array(new, dtype=np.int64)], axis=1)
-
-    def keep(tokens: npt.NDArray[np.int64]) -> None:
-        ids.extend(objects.setdefault(token, token) for token in tokens[:, 1].tolist())
-        if with_starts:
-            starts.extend(tokens[:, 0].tolist())
-
-    begin = 0
-    tokens = window(begin)
-    while begin + WINDOW < len(text):
-        in_overlap = np.flatnonzero(tokens[:, 0] >= begin + WINDOW - OVERLAP)
-        begin = int(tokens[in_overlap[0], 0]) if len(in_overlap) else len(text)
-        following = window(begin)
-        first = begin + OVERLAP // 4
-        last = begin + 3 * OVERLAP // 4
-        shared, again = (side[(first <= side[:, 0]) & (side[:, 0] < last)] for side in (tokens, following))
-        if not len(shared) or not np.array_equal(shared, again) or (np.diff(shared[:, 0]) < 0).any():
-            return _encoded_whole(backend, [text], with_starts)[0]
-        cut = shared[len(shared) // 2, 0]
-        keep(tokens[tokens[:, 0] < cut])
-        tokens = following[following[:, 0] >= cut]
-    keep(tokens)
-    return ids, starts
 
 
 def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> Tokenizer:

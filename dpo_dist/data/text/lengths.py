@@ -71,9 +71,7 @@ class SourceLengths:
 
 def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str | None:
     """Return the remedy to set limits that make the data of all sources usable; None if there are none."""
-    lengths = np.concatenate([source.lengths for source in sources])
-    totals = lengths[:, :2].sum(axis=1)
-    records = len(lengths) + sum(source.unusable for source in sources)
+    totals = np.concatenate([source.lengths[:, :2].sum(axis=1) for source in sources])
     longest = int(totals.max(initial=1))
     steps = range(_STEP * (limits.max_length // _STEP + 1), longest + _STEP, _STEP)
 
@@ -82,13 +80,7 @@ def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str 
 
     at = bisect_left(steps, 1, key=lambda step: accepted(replace(limits, max_length=step)))
     tried = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
-    for step in (*steps[at : at + 1], *steps[-1:]):
+    for step in steps[at : at + 1]:
         tried[f"data.max_length={step}"] = replace(limits, max_length=step)
-    lines = list[str]()
-    for word, changed in tried.items():
-        if accepted(changed):
-            usable = sum(source.kept(changed) for source in sources)
-            cuts = (totals > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
-            effect = f"keeps {usable:,} of {records:,}" if cuts.any() else "cuts none"
-            lines.append(f"{word} ({effect})")
-    return f"set {' or '.join(lines)}" if lines else None
+    fitting = [word for word, changed in tried.items() if accepted(changed)]
+    return f"set {' or '.join(fitting)}" if fitting else None

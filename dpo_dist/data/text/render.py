@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from dataclasses import dataclass, replace
 from dpo_dist.data.config import DataConfig, TextTemplate
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.records import (
-    IMAGE,
     Dialogue,
     Message,
     Messages,
@@ -196,32 +194,26 @@ def _by_template(
         template.check_arguments(config.template_arguments or ())
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **arguments, **tools})
-    chat.check_keys([*messages, *itertools.chain(*responses)])
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
     # What the template left out.
     changes = set(rendered.changes)
     if len(arguments) < len(record.template_arguments):
         changes.add("unknown_template_argument")
-    texts = list(map(facts.marks.spell, rendered.responses))
-    conversations = [facts.marks.spell(rendered.prompt) + text for text in texts]
-    tool_names = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
-    before = [*_contents(messages, facts.thoughts), *tool_names]
-    are_words_written = True
-    for conversation, text, turns in zip(conversations, texts, responses, strict=True):
-        # A part of a response may also stand in the prompt: a tool's name, or a short answer.
-        said = [*_contents(turns, facts.thoughts), _thought(turns[-1], facts.thoughts)]
-        are_words_written &= _is_written(conversation, before) and _is_written(text, said)
     omitted = [chat.omitted(messages, turns, context) for turns in responses]
     keys = sorted(set().union(*omitted) - {CONTENT, CALLS})
     if keys:
         raise UnusableRecordError(
             "unread_content", f"the chat template does not write {', '.join(keys)} of a message", tuple(keys)
         )
-    if not are_words_written or any(omitted):
+    texts = list(map(facts.marks.spell, rendered.responses))
+    thoughts = [_thought(turns[-1], facts.thoughts) for turns in responses]
+    if any(omitted) or any(said not in text for said, text in zip(thoughts, texts, strict=True)):
         changes.add("content_not_rendered")
     # A template that does not read `tools` may still write their names, in calls.
     reads_tools = re.search(r"\btools\b", chat.template) is not None
-    has_names = all(name in text for name in tool_names for text in conversations)
+    tool_names = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
+    prompt = facts.marks.spell(rendered.prompt)
+    has_names = all(name in prompt + text for name in tool_names for text in texts)
     if record.tools and not (reads_tools and has_names):
         changes.add("tools_not_rendered")
     # Where a model would stop, or a content looks like turns.
@@ -235,31 +227,12 @@ def _by_template(
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
 
-def _contents(turns: Messages, thoughts: ThoughtMarks) -> list[str]:
-    """Return the texts of contents that a template writes: it may leave out or change those with thoughts."""
-    texts = list[str]()
-    for turn in turns:
-        has_thought = thoughts.is_in(turn.content) or DEFAULT_MARKS.is_in(turn.content)
-        if not has_thought:
-            texts += turn.content.split(IMAGE)
-    return texts
-
-
 def _thought(message: Message, thoughts: ThoughtMarks) -> str:
     """Return the thought of a message, from its content or a field; "" if it has none."""
     for marks in (thoughts, DEFAULT_MARKS):
         if marks.is_in(message.content):
             return marks.spelled(message.content)
-    return message_thought(message) or ""
-
-
-def _is_written(text: str, parts: Iterable[str]) -> bool:
-    """Return whether a rendered text has all parts, perhaps as JSON."""
-    for part in map(str.strip, parts):
-        as_json = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-        if part not in text and not any(form in text for form in as_json):
-            return False
-    return True
+    return (message_thought(message) or "").strip()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from datetime import datetime
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.data.records import IMAGE, Message, Messages, UnusableRecordError, parts_of, shown_key
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, Marks, any_of
+from dpo_dist.data.records import IMAGE, RESERVED_CHARACTER, Message, Messages, UnusableRecordError, parts_of
+from dpo_dist.data.text.escape import THOUGHT_FIELDS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields, Tokenizer
 
@@ -57,18 +57,6 @@ def _parsed(template: str) -> nodes.Template:
 def argument_names(template: str) -> frozenset[str]:
     """Return the names that a template may read besides messages and tools. Raises ConfigError."""
     return frozenset(find_undeclared_variables(_parsed(template))) - _OWN_VARIABLES
-
-
-@lru_cache(maxsize=8)
-def key_names(template: str) -> frozenset[str]:
-    """Return all names that may be keys of a message in a template: its attributes, and its texts.
-
-    Whatever the variable is called, and however it reads them: `m.key`, `m['key']`, `m.get('key')`,
-    `'key' in m`, `messages | map(attribute='key')`, a macro's argument.
-    """
-    tree = _parsed(template)
-    texts = {text.value for text in tree.find_all(nodes.Const) if isinstance(text.value, str)}
-    return frozenset(texts | {attribute.attr for attribute in tree.find_all(nodes.Getattr)})
 
 
 class ChatTemplate:
@@ -228,7 +216,6 @@ class ChatRenderer:
         self.template = template
         self._marks = marks
         self._in_parts = roles_in_parts(tokenizer, template)
-        self.keys = key_names(template)
         self._omitted: dict[str, frozenset[str]] = {}
 
     def _plain(self, message: Message) -> dict[str, Any]:
@@ -295,14 +282,6 @@ class ChatRenderer:
             detail = "the chat template changes a text with a special token in it"
             raise UnusableRecordError("special_token_in_text", detail)
         return escaped
-
-    def check_keys(self, messages: Iterable[Message]) -> None:
-        """Check that the template names the data's own keys of messages. Raises UnusableRecordError."""
-        unusual = {name for message in messages for name in message.fields.keys() - _USUAL_FIELDS}
-        unread = sorted(map(shown_key, unusual - self.keys))
-        if unread:
-            detail = f"a message has {', '.join(unread)}, which the chat template does not read"
-            raise UnusableRecordError("unread_content", detail, tuple(unread))
 
     def omitted(self, prompt: Messages, response: Messages, context: Forms = NO_CONTEXT) -> frozenset[str]:
         """Return the keys of messages that the output of the template leaves out: contents, calls and others.

@@ -6,7 +6,8 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
+from dpo_dist.data.records import RESERVED_CHARACTER
+from dpo_dist.data.text.escape import THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.text.template import (
     ChatRenderer,
     ChatTemplate,

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from dpo_dist.data.records import Message, Messages, UnusableRecordError
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS
+from dpo_dist.data.records import RESERVED_CHARACTER, Message, Messages, UnusableRecordError
+from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.template import ChatRenderer, Forms, Turns
 from dpo_dist.data.text.tokenizer import TokenizerFacts
 

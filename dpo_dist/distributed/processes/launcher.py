@@ -41,6 +41,8 @@ def launch(arguments: Sequence[str]) -> int:
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # torch's launcher then handles no other
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # lists its own defaults
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torch's launcher does, with a warning
         for number in stop_signals():
             signal.signal(number, _pass_on)
         launch_command(parsed)

@@ -47,7 +47,7 @@ _UNMERGED_TYPES = (
 )
 MERGE = (
     "merge the adapter into its base, whose output layer first gets a weight of its own, by the lines of "
-    "docs/scaling.md (an adapter of supervised fine-tuning), and set model.path to the result"
+    "docs/models.md (an adapter of supervised fine-tuning), and set model.path to the result"
 )
 """The remedy for an adapter that peft can merge."""
 # Keys of an adapter's kind and size: a continued adapter has them in its own files, so none may be set.

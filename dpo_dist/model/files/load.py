@@ -140,7 +140,7 @@ def load_config(
         remedy = "use the original model; model.quantization=nf4 quantizes it while it is loaded"
         if method == "compressed-tensors":
             remedy = (
-                f"write it once in bf16 by the lines of docs/scaling.md (bases in 8 or 4 bits), or {remedy}"
+                f"write it once in bf16 by the lines of docs/models.md (bases in 8 or 4 bits), or {remedy}"
             )
         raise ConfigError(
             "the weight files of the model are quantized in a way that is not read",

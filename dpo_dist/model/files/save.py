@@ -1,4 +1,4 @@
-"""Write model folders: trained weights, an adapter merged into its base, the mean of several models."""
+"""Write model folders: trained weights, an adapter merged into its base."""
 
 import contextlib
 import itertools
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_dist.config.keys import to_unset
@@ -25,11 +24,8 @@ from dpo_dist.model.files.folder import (
     GENERATION_CONFIG,
     PEFT_PREFIX,
     TOKENIZER_FILES,
-    check_weights,
-    local_model_folder,
     modules_on_disk,
     read_model_json,
-    stored_quantization,
     weight_files,
 )
 from dpo_dist.model.files.stops import set_padding
@@ -38,7 +34,6 @@ from dpo_dist.model.layers import gives_scores, output_layer
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.model.lora import TRAINED, saved_modules
 
-_KEY = "export.average"
 # The files that describe how a model reads images and sounds.
 _PROCESSORS = "*processor_config.json"
 _ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
@@ -180,12 +175,12 @@ def write_merged(
     folder: Path,
     base: Path,
     adapter: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     *,
     trust_remote_code: bool,
     padding: int | None = None,
 ) -> None:
-    """Merge the LoRA adapter in `adapter` into the model in `base`; write it, by default in the base's dtype.
+    """Merge the LoRA adapter in `adapter` into the model in `base`, and write it.
 
     The whole model is in host memory in float32, so that sums are rounded once. `padding` is the id of a
     reward model's padding token; None: the adapter is of a language model.
@@ -212,11 +207,10 @@ def write_merged(
     if was_tied and inner is not outer and torch.equal(inner, outer):  # peft keeps two copies
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
-    target = dtype or described.get_text_config().dtype or described.dtype or torch.float32
     for weight in merged.parameters():  # buffers, as the biases of DeepSeek's routers, stay float32
-        weight.data = weight.data.to(target)
+        weight.data = weight.data.to(dtype)
     changes = {"tie_word_embeddings": False} if was_tied and not _is_tied(merged) else {}
-    write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, target), base, changes)
+    write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, dtype), base, changes)
 
 
 def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
@@ -259,57 +253,3 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
             with open_file(file) as tensors:
                 unread |= {name: tensors.get_tensor(name) for name in filter(is_ignored, tensors.keys())}
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in unread.items()}
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        if file.suffix != ".json":
-            tensors |= load_file(file)
-    return tensors
-
-
-def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch.dtype | None) -> None:
-    """Write the mean of whole models of one kind, computed in float32, with the first model's other files.
-
-    The coefficients in `members` sum to 1. Equal weights do not change. Without `dtype`, each weight has the
-    first model's dtype.
-    """
-    (_, first), *others = members
-    for member in (path for _, path in members):
-        local_model_folder(str(member), None, _KEY)
-        check_weights(weight_files(member), _KEY)
-        if stored_quantization(member) is not None:
-            raise ConfigError(
-                "the weight files of a model to average are quantized",
-                where=_KEY,
-                got=str(member),
-                remedy="name models that were trained: their folders have plain weights",
-            )
-    kind = _kind(first)
-    base = _tensors(first)
-    mean = {name: weight.float() for name, weight in base.items()}
-    for coefficient, member in others:
-        other = _tensors(member)
-        differing = list(base.keys() ^ other.keys())
-        differing += [name for name in base.keys() & other.keys() if base[name].shape != other[name].shape]
-        if differing or _kind(member) != kind:
-            raise ConfigError(
-                "the models to average differ in kind or in sizes",
-                where=_KEY,
-                got=f"{member}: {min(differing, default=_kind(member))}",
-                expected=f"a model as in {first}",
-                remedy="name models that were trained from the same model",
-            )
-        for name, total in mean.items():  # not in place: `mean` and `base` share float32 weights
-            mean[name] = total + coefficient * (other[name].float() - base[name].float())
-    mean = {name: weight.to(dtype or base[name].dtype) for name, weight in mean.items()}
-    ignored = shutil.ignore_patterns("*.safetensors*", "README.md")
-    shutil.copytree(first, folder, ignore=ignored, dirs_exist_ok=True)
-    save_torch_state_dict(mean, folder, max_shard_size="5GB")
-    if dtype is not None:
-        write_description(folder / CONFIG_FILE, json.loads((first / CONFIG_FILE).read_bytes()), dtype)
-
-
-def _kind(folder: Path) -> str:
-    return str(json.loads((folder / CONFIG_FILE).read_bytes()).get("model_type"))

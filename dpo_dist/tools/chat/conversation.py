@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.kit import (
     Dtype,
+    ImagesConfig,
     NotFiniteError,
     RunConfig,
     RunHistory,

@@ -1,1 +1,1 @@
-"""Ask several models the same prompts."""
+"""Ask two models the same prompts."""

@@ -1,7 +1,7 @@
-"""Compare models: `dpo-dist compare 'compare.models=[base=./base,output/a]' data.eval=[FILE]`.
+"""Compare two models: `dpo-dist compare 'compare.models=[base=./base,output/a]' data.eval=[FILE]`.
 
-Asks every model the same held-out prompts, and writes responses side by side, style, KL to the first model
-and, with a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`), scores and win rates.
+Asks both the same held-out prompts, and writes a page with their answers side by side and, with a judge
+(`pairs.reward_model`, `pairs.function` or `pairs.endpoint`), scores and the win rate of the second one.
 `accelerate launch -m dpo_dist compare ...` shares the work among processes. The same command again continues
 after the finished parts. docs/evaluate.md explains the files.
 """
@@ -15,7 +15,7 @@ from dpo_dist.tools.compare.start import check_comparison
 
 
 def main(config: RunConfig) -> int:
-    """Write the comparison of `compare.models`; return the exit code."""
+    """Write the comparison of both models; return the exit code."""
     models = check_comparison(config)
     folder = ComparisonFolder(config.run.path)
     with open_console(folder.rank_log, config.console.style) as console:

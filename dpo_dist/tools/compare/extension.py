@@ -8,7 +8,7 @@ EXTENSION = Extension(
     verbs={
         "compare": Verb(
             "dpo_dist.tools.compare",
-            "ask several models the same prompts, side by side",
+            "ask two models the same prompts, side by side",
             takes_training=False,
             takes_word="compare.models",
             reads=(

@@ -1,24 +1,21 @@
-"""Compare models, from prompts to files; each model's weights are loaded once."""
+"""Ask two models the same prompts, have their answers judged, and write the result."""
 
 import heapq
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 
 import dpo_dist
 from dpo_dist.data import (
     DataConfig,
     DataSource,
     Dialogue,
-    Example,
-    ImageInput,
     Part,
     PreferenceRecord,
     Prompt,
@@ -33,26 +30,21 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import (
-    ModelSource,
-    PackedCausalLM,
+    Column,
     Run,
     RunConfig,
+    bootstrap_intervals,
     check_writable,
     checkpoint_as_model,
     count_trained,
-    hub_commit,
     in_chunks,
     joined_run,
-    packed_logps,
     return_memory,
-    unsharded_loading,
 )
 from dpo_dist.tools.compare.folder import ComparisonFolder
-from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
-from dpo_dist.tools.sampling.generate import Request, Sample, generate
-from dpo_dist.tools.sampling.judges import Judge, open_judge
+from dpo_dist.tools.sampling.judges import Judge, Question, open_judge
 from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
     Parts,
@@ -64,19 +56,15 @@ from dpo_dist.tools.sampling.prompts import (
     good_records,
     open_judge_together,
 )
-from dpo_dist.tools.sampling.respond import (
-    Completions,
-    Responder,
-    open_responder,
-    usable_prompt,
-)
-from dpo_dist.tools.sampling.settings import Sampling, sampling_for
+from dpo_dist.tools.sampling.respond import Completions, open_generator
+from dpo_dist.tools.sampling.settings import sampling_for
 
 _Row = dict[str, Any]
 PROMPTS_AT_ONCE = 16
 """Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
-_BATCH_TOKENS = 16384
-"""Most tokens of a process's batch: rows times the longest prompt with its response."""
+WON = 1.0
+TIED = 0.5
+LOST = 0.0
 
 
 def held_out(
@@ -115,170 +103,8 @@ def held_out(
     return [prompt for *_, prompt in sorted(prompts, key=lambda entry: entry[1])], labels
 
 
-@dataclass(eq=False)
-class ComparedModel:
-    """A model of the comparison; a process loads its weights at its first part.
-
-    `path` is as configured; the name in the results is `source.name`. `logps` score the model's responses
-    under itself, `base_logps` under the base: None if the base has other tokens.
-    """
-
-    path: str
-    source: ModelSource
-    prompts: Prompts
-    responses: Parts = field(init=False)
-    logps: Parts = field(init=False)
-    base_logps: Parts | None = None
-
-    @property
-    def name(self) -> str:
-        """The model's name in the results."""
-        return self.source.name
-
-    @property
-    def _sampling(self) -> Sampling:
-        return sampling_for("compare", self.prompts.run.config.section_of(SamplingConfig))
-
-    @cached_property
-    def responder(self) -> Responder:
-        """The model's tokenizer and stop tokens."""
-        config = self.prompts.run.config
-        return open_responder(self.source, config.model, config.data)
-
-    @cached_property
-    def _packed(self) -> PackedCausalLM:
-        config = self.prompts.run.config
-        longest = config.data.max_length + self._sampling.max_new_tokens
-        if self.responder.longest is not None:
-            longest = min(longest, self.responder.longest)
-        world = self.prompts.run.world
-        with unsharded_loading(world):
-            processor = self.responder.processor
-            return self.source.load_packed(config.model, longest, world.device, processor)
-
-    def room(self, record: PreferenceRecord) -> int | None:
-        """Return the most tokens of a response to a prompt; None: the model cannot be asked."""
-        prompt = usable_prompt(record, self.responder, self._sampling)
-        if isinstance(prompt, str):
-            return None
-        return self._sampling.room(len(prompt.prompt_ids), self.responder.longest)
-
-    def respond(self, rooms: Mapping[str, int]) -> None:
-        """Generate the responses that are missing; collective. All models share a prompt's random numbers.
-
-        `rooms`: most tokens of a response by `prompt_key`.
-        """
-
-        def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-            with self._packed.unpacked() as causal_lm:
-                return generate(causal_lm, requests, sampling, self.responder.stop_ids, _BATCH_TOKENS)
-
-        self.responses = self.prompts.responses(
-            self.source,
-            self._sampling,
-            range(1),
-            lambda: (self.responder, samples),
-            rooms,
-        )
-
-    def score(self, other: "ComparedModel") -> Parts:
-        """Return the log-probs of the other model's responses under this model; collective.
-
-        A row is `{"logp": ...}`: the sum over the tokens of a response, null without a response.
-        """
-        settings = {
-            "responses": other.responses.folder.name,
-            "model": self.source.digest,
-            "attention": str(self.prompts.run.config.model.attention),
-        }
-
-        def part(index: int) -> list[_Row]:
-            rows = [Completions.from_row(row) for row in other.responses.read(index)]
-            logps = response_logps(self._packed, rows, _BATCH_TOKENS, self._images(index, rows))
-            return [{"logp": logp} for logp in logps]
-
-        title = f"log-probs of {other.name}"
-        if other is not self:
-            title += f"'s responses under {self.name}"
-        return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
-
-    def _images(self, index: int, rows: Sequence[Completions]) -> list[tuple[ImageInput, ...] | None]:
-        """Return the images of each prompt of a part; None if it has another number of placeholders.
-
-        A model with the same tokens may divide an image into more or fewer; a response may have some, too.
-        """
-        responder = self.responder
-        images_of_prompts = list[tuple[ImageInput, ...] | None]()
-        for record, row in zip(self.prompts.parts[index], rows, strict=True):
-            prompt = usable_prompt(record, responder, None) if record.images and row.completions else ""
-            images = () if isinstance(prompt, str) else responder.images(prompt)
-            places = 0
-            if responder.processor:
-                placeholder_id = responder.processor.placeholder_id
-                for ids in (row.prompt_ids, *(completion.ids for completion in row.completions)):
-                    places += ids.count(placeholder_id)
-            has_all = places == sum(image.tokens for image in images)
-            images_of_prompts.append(images if has_all else None)
-        return images_of_prompts
-
-    def free(self) -> None:
-        """Free the memory of the weights."""
-        vars(self).pop("_packed", None)
-        return_memory()
-
-    def rows(self, index: int) -> Iterator[tuple[str | None, _Row]]:
-        """Yield by prompt why the model cannot be asked (or None), and its response for `answers.jsonl`."""
-        logps = self.logps.read(index)
-        base = self.base_logps
-        base_rows = [{"logp": None}] * len(logps) if base is None else base.read(index)
-        for row, logp, base_logp in zip(self.responses.read(index), logps, base_rows, strict=True):
-            completions = Completions.from_row(row)
-            response = {}
-            for completion in completions.completions:
-                response = {
-                    "text": completion.content,
-                    "tokens": completion.tokens,
-                    "finished": completion.finished,
-                    **logp,
-                    "base_logp": base_logp["logp"],
-                    "logp_tokens": len(completion.ids),
-                }
-            yield completions.dropped, response
-
-
-@torch.inference_mode()
-def response_logps(
-    packed: PackedCausalLM,
-    rows: Sequence[Completions],
-    budget: int,
-    images: Sequence[tuple[ImageInput, ...] | None] = (),
-) -> list[float | None]:
-    """Return the sum of the log-probs of each row's response, in nats; None without a response.
-
-    `images` are those of each prompt, none by default; None: the response is not scored.
-    """
-    sums: list[float | None] = [None] * len(rows)
-    indices = []
-    examples = []
-    for index, (row, prompt_images) in enumerate(zip(rows, images or [()] * len(rows), strict=True)):
-        if not row.completions or prompt_images is None:
-            continue
-        ids = np.array(row.completions[0].ids, dtype=np.int32)
-        if not len(ids):
-            sums[index] = 0.0  # a response without tokens has probability 1
-            continue
-        prompt_ids = np.array(row.prompt_ids, dtype=np.int32)
-        indices.append(index)
-        examples.append(Example(prompt_ids, (ids,), images=prompt_images))
-    for index, logps in zip(indices, packed_logps(packed, examples, budget), strict=True):
-        sums[index] = float(logps.cpu().double().sum())
-    return sums
-
-
-def compare_models(
-    config: RunConfig, models: Sequence[NamedModel], console: Console
-) -> dict[str, Any] | None:
-    """Write the responses of all models and the results; return the results on rank 0."""
+def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Console) -> _Row | None:
+    """Write the answers of both models and the result; return the result on rank 0."""
     folder = ComparisonFolder(config.run.path)
     # Without a lock two starts would write the same parts.
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
@@ -287,58 +113,55 @@ def compare_models(
         most = config.section_of(CompareConfig).prompts
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, most, console.say))
-        parts = list(in_chunks(records, PROMPTS_AT_ONCE))
-        prompts = Prompts(run, folder.comparison_parts, parts)
+        prompts = Prompts(run, folder.comparison_parts, list(in_chunks(records, PROMPTS_AT_ONCE)))
         judge, judge_facts = open_judge_together(run)
-        speakers = []
+        sampling = sampling_for("compare", config.section_of(SamplingConfig))
+        answers = []
+        facts = []
         for model in models:
-            source = find_model_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
-            source = replace(source, name=model.name)
-            speakers.append(ComparedModel(model.path, source, prompts))
-        # A model that reads more gets no more room than the others: a longer response is not a better model.
-        rooms = dict[str, int]()
-        for record in itertools.chain(*parts):
-            of_speakers = {speaker.room(record) for speaker in speakers}
-            tokens = {room for room in of_speakers if room is not None}
-            if len(tokens) > 1:
-                rooms[record.prompt_key()] = min(tokens)
-        # One model at a time is in memory; the base, which scores all, comes last.
-        base, *others = speakers
-        for speaker in (*others, base):
-            speaker.respond(rooms)
-            speaker.logps = speaker.score(speaker)
-            if speaker is not base:
-                speaker.free()
-        base.base_logps = base.logps
-        base_vocabulary = base.responder.tokenizer.get_vocab().items()
-        for speaker in others:
-            if speaker.responder.tokenizer.get_vocab().items() <= base_vocabulary:  # the same tokens
-                speaker.base_logps = base.score(speaker)
-            else:
-                console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
-        base.free()
-        judgement_parts: Parts | None = None
-        if judge is not None:
+            location = whole_model(model, folder.comparison_models, run)
+            source = replace(find_model_together(location, run, MODELS_KEY), name=model.name)
+            open_model = cache(partial(open_generator, source, config.model, config.data, world.device))
+            answers.append(prompts.responses(source, sampling, range(1), open_model))
+            facts.append({"name": model.name, "path": model.path, "digest": source.digest})
+            open_model.cache_clear()  # the next model needs the memory
+            return_memory()
 
-            def judgements(index: int) -> list[_Row]:
-                answers = (map(Completions.from_row, speaker.responses.read(index)) for speaker in speakers)
-                texts_of_prompts = []
-                for row in zip(*answers, strict=True):
-                    texts = [answer.completions[0].content for answer in row if answer.completions]
-                    if len(texts) < len(speakers):
-                        texts = []  # a prompt that a model cannot be asked is not judged
-                    texts_of_prompts.append(texts)
-                records = prompts.parts[index]
-                return judge_texts(
-                    records, texts_of_prompts, judge, in_pairs=compares(config.section_of(PairsConfig))
-                )
+        def judged(index: int) -> list[_Row]:
+            pairs = zip(*(_texts(parts, index) for parts in answers), strict=True)
+            return judge_pairs(prompts.parts[index], list(pairs), judge)
 
-            folders = [speaker.responses.folder.name for speaker in speakers]
-            settings = {"responses": folders, "judge": judge_facts}
-            stage = prompts.stage("judgements", settings)
-            judgement_parts = prompts.finish("judgements", stage, judgements, judge.client)
+        settings = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
+        client = None if judge is None else judge.client
+        judgements = prompts.finish("judgements", prompts.stage("judgements", settings), judged, client)
+
+        def write() -> _Row:
+            counts = Counter[str]()
+            files.remove_abandoned(folder.comparison)
+            with files.staged_file(folder.comparison_answers) as temporary:
+                rows = _rows(prompts, [model.name for model in models], answers, judgements, labels, counts)
+                if not files.write_lines(temporary, rows):
+                    raise DataError(
+                        "no prompt can be used with both models",
+                        where="data.eval",
+                        got="; ".join(line.strip() for line in count_lines(counts)),
+                        remedy="raise data.max_length, lower sampling.max_new_tokens, or use other data",
+                    )
+                found = comparison(files.read_lines(temporary), [model.name for model in models])
+            hashes = [prompt_hash(record.prompt, record.images) for record in records]
+            for row, fact in zip(found["models"], facts, strict=True):
+                count = count_trained(str(fact["path"]), hashes, "prompt", console)
+                row.update(fact, prompts_also_in_train=count)
+            settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+            about = {"judge": judge and str(judge), "counts": dict(sorted(counts.items()))}
+            results = {**about, **found, "sampling": settings, "version": dpo_dist.__version__}
+            files.write_json(folder.comparison_results, files.for_json(results))
+            for line in count_lines(counts):
+                console.say(line)
+            return results
+
         with console.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, judge, judgement_parts, labels))
+            return world.on_main(write)
 
 
 def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
@@ -352,48 +175,96 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
         return str(run.world.on_main(write))
 
 
+def _texts(parts: Parts, index: int) -> Iterator[str | None]:
+    """Yield a model's answer to each prompt of a part; None: the model cannot be asked."""
+    for row in map(Completions.from_row, parts.read(index)):
+        yield row.completions[0].content if row.completions else None
+
+
+def judge_pairs(
+    records: Sequence[PreferenceRecord], pairs: Sequence[tuple[str | None, ...]], judge: Judge | None
+) -> list[_Row]:
+    """Return for each prompt the `scores` of both answers, the `credit` of the second, and judge's `counts`.
+
+    The judge sees each different answer once, and no empty one. Equal answers tie, and an empty one loses;
+    without a usable score the credit is null. None: a model cannot be asked, and the judge is not either.
+    """
+    questions = []
+    for record, pair in zip(records, pairs, strict=True):
+        texts = [text for text in dict.fromkeys(pair) if text is not None and text.strip()]
+        is_asked = judge is not None and texts and None not in pair
+        questions.append(Question(record, tuple(texts)) if is_asked else None)
+    asked = [question for question in questions if question is not None]
+    judgements = iter([] if judge is None else judge.judge(asked))
+    rows = []
+    for pair, question in zip(pairs, questions, strict=True):
+        scores: list[float | None] = [None, None]
+        counts = dict[str, int]()
+        if question is not None:
+            judgement = next(judgements)
+            by_text = dict(zip(question.responses, judgement.scores, strict=True))
+            scores = [by_text.get(str(text)) for text in pair]
+            counts = dict(sorted((+judgement.counts).items()))
+        second_credit = None if judge is None or None in pair else credit(list(map(str, pair)), scores)
+        rows.append({"scores": scores, "credit": second_credit, "counts": counts})
+    return rows
+
+
+def credit(texts: Sequence[str], scores: Sequence[float | None]) -> float | None:
+    """Return what the second of two answers gets: 1 if it is better, one half for a tie; None if unknown."""
+    first, second = texts
+    score, other = scores
+    if first == second or not (first.strip() or second.strip()):
+        return TIED
+    if not second.strip():
+        return LOST
+    if not first.strip():
+        return WON
+    if score is None or other is None:
+        return None
+    return TIED if score == other else float(other > score)
+
+
 def _rows(
-    speakers: Sequence[ComparedModel],
-    judgement_parts: Parts | None,
-    labels: Mapping[str, str],
+    prompts: Prompts,
+    names: Sequence[str],
+    answers: Sequence[Parts],
+    judgements: Parts,
+    labels: dict[str, str],
     counts: Counter[str],
 ) -> Iterator[_Row]:
     """Yield the rows of `answers.jsonl`.
 
-    A prompt that some model cannot be asked has no row; `counts` gets its reason, and the judge's counts.
+    A prompt that a model cannot be asked has no row; `counts` gets its reason, and the judge's counts.
     """
-    names = [speaker.name for speaker in speakers]
-    for index, records in enumerate(speakers[0].prompts.parts):
-        judgements = [{}] * len(records) if judgement_parts is None else judgement_parts.read(index)
-        rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
-        for record, row, judgement in zip(records, rows, judgements, strict=True):
-            counts.update(judgement.get("counts", {}))
-            reasons = [reason for reason, _ in row if reason]
+    for index, records in enumerate(prompts.parts):
+        columns = (map(Completions.from_row, parts.read(index)) for parts in answers)
+        rows = zip(records, judgements.read(index), zip(*columns, strict=True), strict=True)
+        for record, judgement, models in rows:
+            counts.update(judgement["counts"])
+            reasons = [model.dropped for model in models if model.dropped]
             if reasons:
                 counts[DROPPED_PROMPT_PREFIX + reasons[0]] += 1
                 continue
-            scores = judgement.get("scores", [None] * len(speakers))
             responses = {}
-            for name, (_, response), score in zip(names, row, scores, strict=True):
-                responses[name] = {**response, "score": score}
+            for name, model, score in zip(names, models, judgement["scores"], strict=True):
+                each = model.completions[0]
+                fields = {"text": each.content, "tokens": each.tokens, "finished": each.finished}
+                responses[name] = {**fields, "score": score}
             key = record.prompt_key()
-            answer: _Row = {
+            row: _Row = {
                 "prompt_id": key[:16],
                 "prompt": prompt_text(record.prompt),
                 "source": labels[key],
                 "chosen": turns_of(record.responses[0])[-1].content if record.responses else None,
                 "responses": responses,
+                "credit": judgement["credit"],
             }
             if record.images:
-                answer["images"] = thumbnails(record.images)
+                row["images"] = thumbnails(record.images)
             if record.labelled_side:
-                answer["label"] = "good" if record.labelled_side == "chosen" else "bad"
-            if judgement_parts is not None:
-                pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
-                answer["verdicts"] = [
-                    {"first": first, "second": second, "credit": credit} for (first, second), credit in pairs
-                ]
-            yield answer
+                row["label"] = "good" if record.labelled_side == "chosen" else "bad"
+            yield row
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -407,54 +278,55 @@ def prompt_text(prompt: Prompt) -> str:
     return with_marks("\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt))
 
 
-def _write(
-    speakers: Sequence[ComparedModel],
-    judge: Judge | None,
-    judgement_parts: Parts | None,
-    labels: Mapping[str, str],
-) -> dict[str, Any]:
-    run = speakers[0].prompts.run
-    folder = ComparisonFolder(run.folder.path)
-    console = run.console
-    counts = Counter[str]()
-    sampling = asdict(sampling_for("compare", run.config.section_of(SamplingConfig)))
-    names = [speaker.name for speaker in speakers]
-    files.remove_abandoned(folder.comparison)
-    with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
-        if not files.write_lines(temporary, _rows(speakers, judgement_parts, labels, counts)):
-            raise DataError(
-                "no prompt can be used with every model",
-                where="data.eval",
-                got="; ".join(line.strip() for line in count_lines(counts)),
-                remedy="raise data.max_length, lower sampling.max_new_tokens, or use other data",
-            )
-        sections = comparison(files.read_lines(temporary), names)
-    for speaker, row in zip(speakers, sections["models"], strict=True):
-        row |= {
-            "path": speaker.path,
-            "digest": speaker.source.digest,
-            "revision": hub_commit(speaker.source.folder),
+def comparison(rows: Iterable[_Row], names: Sequence[str]) -> _Row:
+    """Return the parts of `comparison.json` that the rows of `answers.jsonl` decide."""
+    rows = list(rows)
+    credits_of_second = [row["credit"] for row in rows]
+    known = [each["score"] for row in rows for each in row["responses"].values() if each["score"] is not None]
+    columns = {"rate": _column(credits_of_second)}
+    models = list[_Row]()
+    for place, name in enumerate(names):
+        responses = [row["responses"][name] for row in rows]
+        scores = []
+        for each in responses:
+            # A model that is silent where it would be bad is not better for it.
+            is_silent = bool(known) and not each["text"].strip()
+            scores.append(min(known) if is_silent else each["score"])
+        columns[f"score {place}"] = _column(scores)
+        model: _Row = {
+            "name": name,
+            "tokens": fmean(each["tokens"] for each in responses),
+            "finished": fmean(each["finished"] for each in responses),
+            "empty": fmean(not each["text"].strip() for each in responses),
         }
-    records = itertools.chain(*speakers[0].prompts.parts)
-    prompts = [prompt_hash(record.prompt, record.images) for record in records]
-    in_train = {each.name: count_trained(each.path, prompts, "prompt", console) for each in speakers}
-    results: dict[str, Any] = files.for_json(
-        {
-            "base": names[0],
-            "judge": judge and str(judge),
-            "judge_compares": judge is not None and compares(run.config.section_of(PairsConfig)),
-            **sections,
-            "prompts_also_in_train": in_train,
-            "counts": dict(sorted(counts.items())),
-            "sampling": {name: value for name, value in sampling.items() if name != "seed"},
-            "version": dpo_dist.__version__,
-        }
+        models.append(model)
+    ends = bootstrap_intervals(columns, np.arange(len(rows), dtype=np.uint64), lowest={"rate": 0.0})
+    for place, model in enumerate(models):
+        key = f"score {place}"
+        model |= {"score": _mean(columns[key]), "score_interval": ends.get(key)}
+    return {
+        "prompts": len(rows),
+        "models": models,
+        "wins": credits_of_second.count(WON),
+        "ties": credits_of_second.count(TIED),
+        "losses": credits_of_second.count(LOST),
+        "not_judged": credits_of_second.count(None),
+        "rate": _mean(columns["rate"]),
+        "interval": ends.get("rate"),
+    }
+
+
+def _column(values: Sequence[float | None]) -> tuple[Column, Column]:
+    """Return the values, and how often each is known."""
+    return (
+        np.array([value or 0.0 for value in values], dtype=np.float64),
+        np.array([value is not None for value in values], dtype=np.float64),
     )
-    files.write_json(folder.comparison_results, results)
-    if +counts:
-        for line in count_lines(counts + Counter(prompts=sections["prompts"])):
-            console.say(line)
-    return results
+
+
+def _mean(column: tuple[Column, Column]) -> float | None:
+    values, counts = column
+    return float(values.sum() / counts.sum()) if counts.any() else None
 
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> CheckReport:
@@ -471,5 +343,5 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> Check
     judge = open_judge(config.section_of(PairsConfig), config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()
-    lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
+    lines.append(f"judge: {judge or 'none, so no scores and no win rate'}")
     return CheckReport([("", line) for line in lines])

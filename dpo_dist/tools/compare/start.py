@@ -43,7 +43,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     models = compared_models(config.section_of(CompareConfig).models)
     config.data.check_has_evaluation_data("compare models on", "with responses or without")
     for source in config.data.eval_sources:
-        DataSource(source).check(of_prompts=True)
+        DataSource(source, "data.eval" if config.data.eval else "data.train").check(of_prompts=True)
     ChatTemplate.check_file(config.data.chat_template)
     locations = [model.location for model in models]
     revision = Rule(
@@ -53,20 +53,20 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
         lambda c: c.model.path not in locations,
     )
     check_rules(config, [revision])
-    check_rules(config, [*endpoint_rules(lambda _: len(models)), _ONE_JUDGE])
+    check_rules(config, [*endpoint_rules(lambda _: 2), _ONE_JUDGE])
     check_function(config.section_of(PairsConfig))
     return models
 
 
 def compared_models(entries: list[str]) -> list[NamedModel]:
-    """Return the models of `compare.models`."""
-    if len(entries) < 2:
+    """Return the two models of `compare.models`."""
+    if len(entries) != 2:
         raise ConfigError(
-            "a comparison needs two models",
+            "a comparison has two models",
             where=MODELS_KEY,
             got=as_written(entries),
-            expected="the base and at least one other model",
-            remedy="name them, for example 'compare.models=[base=./base,output/a,beta05=output/b]'",
+            remedy="name them, for example 'compare.models=[base=./base,output/a]'; of three models each two "
+            "have a comparison",
         )
     models = []
     for entry in map(str.strip, entries):
@@ -76,13 +76,12 @@ def compared_models(entries: list[str]) -> list[NamedModel]:
         if match:
             name, path = map(str.strip, match.groups())
         models.append(NamedModel(name or short_name(path), path, locate_model(path, MODELS_KEY)))
-    names = [model.name for model in models]
-    twice = next((model for model in models if names.count(model.name) > 1), None)
-    if twice is not None:
+    first, second = models
+    if first.name == second.name:
         raise ConfigError(
-            "two models have the same name",
+            "both models have the same name",
             where=MODELS_KEY,
-            got=f"{twice.name}: {', '.join(model.path for model in models if model.name == twice.name)}",
+            got=f"{first.name}: {first.path}, {second.path}",
             remedy="name them: 'compare.models=[first=PATH,second=PATH]'",
         )
     return models

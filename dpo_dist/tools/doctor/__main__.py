@@ -2,7 +2,7 @@
 
 Takes the configuration of the training run (also the one in `run.dir`), or `data.train` alone. Needs one
 process, no GPU and no weights. Encodes the data into `data.cache`, where training finds them. Exit code 1:
-findings (docs/doctor.md).
+findings (docs/data.md#the-doctor).
 """
 
 import json
@@ -13,8 +13,16 @@ import sys
 from dpo_dist.data import ChatTemplate, DataSource
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.kit import UNSET, RunConfig, check_rules, check_writable, local_model_folder, needs_of, run_verb
-from dpo_dist.model.files.folder import check_tokenizer_files
+from dpo_dist.kit import (
+    UNSET,
+    RunConfig,
+    check_rules,
+    check_tokenizer_files,
+    check_writable,
+    local_model_folder,
+    needs_of,
+    run_verb,
+)
 from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 
@@ -22,8 +30,9 @@ from dpo_dist.tools.doctor.folder import DoctorFolder
 def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
     check_rules(config, needs_of("doctor"))
-    for source in [*config.data.train, *config.data.eval]:
-        DataSource(source).check()
+    for key, sources in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
+        for source in sources:
+            DataSource(source, key).check()
     ChatTemplate.check_file(config.data.chat_template)
     if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Record, SourceConfig, source_labels
-from dpo_dist.encoded.build import EncodingProgress, no_progress
-from dpo_dist.encoded.workers import in_order
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.types import ProgressOf, Tokenizer
 from dpo_dist.kit import (
@@ -16,6 +14,8 @@ from dpo_dist.kit import (
     LossConfig,
     RunConfig,
     in_chunks,
+    in_order,
+    no_progress,
 )
 from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
 from dpo_dist.tools.doctor.measures.duplicates import Comparison
@@ -81,7 +81,7 @@ def diagnose(config: RunConfig, progress: ProgressOf) -> Diagnosis:
 def examine(
     config: DataConfig,
     tokenizer: "Tokenizer | None",
-    progress: EncodingProgress = no_progress,
+    progress: Callable[[str], AbstractContextManager[Callable[..., None]]] = no_progress,
     processor: ImageProcessor | None = None,
 ) -> Diagnosis:
     """Read `config.train` and `config.eval` as streams, and check them.

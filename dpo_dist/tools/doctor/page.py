@@ -20,7 +20,7 @@ from dpo_dist.tools.pages.charts import histogram
 from dpo_dist.tools.pages.render import page
 
 FORMAT = 1
-"""Version of the schema of doctor.json, in docs/doctor.md."""
+"""Version of the schema of doctor.json, in docs/output.schema.json."""
 
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
@@ -94,16 +94,6 @@ def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[PageB
             cut = f", {number(side['cut'])} cut (by {number(side['cut_tokens'])} tokens)"
         limit = max_length if side["tokens"] else None
         yield histogram(f"{name}{cut}", side[unit], unit, limit, _percentiles(side[unit]))
-    images = source["images"]
-    if images:
-        different = pluralize(images["different"], "different one")
-        yield Text(
-            f"{images['images']:,} in {pluralize(images['records'], 'record')}, {different}", title="Images"
-        )
-        for name in ("in_a_record", "pixels", "tokens"):
-            if images[name]:
-                title = f"Images: {name.replace('_', ' ')}"
-                yield histogram(title, images[name], "images", note=_percentiles(images[name]))
     leaks = [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS]
     if leaks:
         rows = []

@@ -1,19 +1,17 @@
-"""Show answers: prompts with the responses of models side by side, and different words marked.
+"""Show answers: prompts with the responses of models side by side.
 
 A row of answers is a line of `samples/step-*.jsonl` or `comparison/answers.jsonl`: `prompt`, `responses` by
 name, the first one the base, and perhaps `chosen` with its `label`, and `images`. A response has `text` and
-perhaps `tokens`, `finished`, `score`, `logp` and `base_logp`.
+perhaps `tokens`, `finished` and `score`.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from difflib import SequenceMatcher
 from typing import Any
 
-from dpo_dist.foundation.text import number, percent, pluralize
+from dpo_dist.foundation.text import number, pluralize
 from dpo_dist.tools.pages.blocks import Answers, PageBlock, Piece, Text
 from dpo_dist.tools.pages.thumbnails import ThumbnailRoom
-from dpo_dist.tools.text_facts import WORD
 
 AnswersRow = Mapping[str, Any]
 
@@ -62,7 +60,7 @@ def _title(prompt: str) -> str:
 
 
 def _column(response: AnswersRow, first: AnswersRow, base: str) -> tuple[str, list[Piece]]:
-    """Return a response's notes and marked pieces; words are compared with those of the first one."""
+    """Return a response's notes and text."""
     notes = []
     if response.get("tokens") is not None:
         notes.append(pluralize(response["tokens"], "token"))
@@ -70,38 +68,9 @@ def _column(response: AnswersRow, first: AnswersRow, base: str) -> tuple[str, li
         notes.append("did not end")
     if response.get("score") is not None:
         notes.append(f"score {number(response['score'])}")
-    if response is not first and None not in (response.get("logp"), response.get("base_logp")):
-        notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
     text = response["text"][:_LONGEST_TEXT]
-    other = first["text"][:_LONGEST_TEXT]
-    pieces = [(text, "")] if text.strip() else []
-    if pieces and other.strip() and response is not first:
-        pieces, share = mark_differences(text, other)
-        note = f"{percent(share)} of its words not in {base}"
-        if text == other:
-            note = f"the same text as {base}"
-        notes.append(note)
+    if response is not first and text.strip() and response["text"] == first["text"]:
+        notes.append(f"the same text as {base}")
     if len(response["text"]) > _LONGEST_TEXT:
         notes.append(f"first {_LONGEST_TEXT:,} of {len(response['text']):,} characters")
-    return "; ".join(notes), pieces
-
-
-def mark_differences(text: str, other: str) -> tuple[list[Piece], float]:
-    """Return the pieces of a text and the share of its words that `other` lacks, white space aside.
-
-    Letters of scripts without spaces are words. In a long text frequent words do not anchor the comparison.
-    """
-    words = list(WORD.finditer(text))
-    matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))
-    pieces: list[Piece] = []
-    new = end = 0
-    for kind, start, stop, _, _ in matcher.get_opcodes():
-        if start < stop:
-            begin = words[start].start()
-            before = end
-            end = words[stop - 1].end()
-            is_new = kind != "equal"
-            new += (stop - start) * is_new
-            pieces += [(text[before:begin], ""), (text[begin:end], "different" * is_new)]
-    pieces.append((text[end:], ""))
-    return [piece for piece in pieces if piece[0]], new / max(len(words), 1)
+    return "; ".join(notes), [(text, "")] if text.strip() else []

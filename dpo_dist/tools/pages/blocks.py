@@ -15,7 +15,7 @@ from dpo_dist.tools.pages.thumbnails import Thumbnails
 FloatArray = NDArray[np.float64]
 Interval = Sequence[float] | None
 Piece = tuple[str, str]
-"""A part of a text, and its CSS classes: some of "different special trained cut omitted role"."""
+"""A part of a text, and its CSS classes: some of "special trained cut omitted role"."""
 LineRole = Literal["line", "light", "mean", "evaluation", "spike", "noise", "point", "bar"]
 """What a line of a chart is: "light" are the values behind their mean, "noise" is a dashed level."""
 

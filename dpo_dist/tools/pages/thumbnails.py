@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_dist.data import IMAGE, Example, ImageFile, ImageInput, Mask, TokenIds, UnusableRecordError
 from dpo_dist.data.images import decode_image
-from dpo_dist.encoded.dataset import PromptImages
+from dpo_dist.kit import PromptImages
 
 Thumbnails = Sequence[str | None]
 """Data URIs of small JPEG files; None for an image that cannot be read, or has no room."""

@@ -1,7 +1,7 @@
 """Make preference records: `dpo-dist pairs pairs.method=scores data.train=[scored.jsonl] ...`.
 
 `accelerate launch -m dpo_dist pairs ...` shares the work among processes. The same command again continues
-after the finished parts. docs/evaluate.md has a command for each method.
+after the finished parts. docs/pairs.md has a command for each method.
 """
 
 import os
@@ -20,17 +20,16 @@ def main(config: RunConfig) -> int:
     """Write the preference records of `config.pairs`; return the exit code."""
     check_pairs(config)
     pairs = config.section_of(PairsConfig)
+    # Rounds start the processes of their stages, and the other methods have no model.
+    is_alone = bool(pairs.rounds) or pairs.method in (PairsMethod.scores, PairsMethod.people)
+    if is_alone and os.environ.get("RANK", "0") != "0":
+        return ExitCode.completed
     if pairs.rounds:
         return run_rounds(config, console_on(sys.stderr, config.console.style).say)
-    is_alone = pairs.method in (
-        PairsMethod.scores,
-        PairsMethod.people,
-    )  # without a model
-    if not is_alone or os.environ.get("RANK", "0") == "0":
-        with open_console(RunFolder(config.run.path).rank_log, config.console.style) as console:
-            from dpo_dist.tools.pairs.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
+    with open_console(RunFolder(config.run.path).rank_log, config.console.style) as console:
+        from dpo_dist.tools.pairs.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
 
-            make_pairs(config, console)
+        make_pairs(config, console)
     return ExitCode.completed
 
 

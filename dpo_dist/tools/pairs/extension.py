@@ -15,5 +15,5 @@ EXTENSION = Extension(
         ),
     },
     sections={"pairs": section(PairsConfig, free=True, verbs="pairs")},
-    rules="dpo_dist.tools.pairs.rules",
+    rules="dpo_dist.tools.pairs.start",
 )

@@ -10,12 +10,12 @@ import dpo_dist
 from dpo_dist.data import DataConfig, DataSource, PreferenceRecord, Response
 from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.files import store_image
-from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.sampling.prompts import Read, good_records
+from dpo_dist.tools.written_records import as_fields, context_fields
 
 
 def training_records(
@@ -39,7 +39,7 @@ def pair_fields(
     """
     prompt, chosen, rejected = as_fields(record.prompt, responses)
     fields = {} if prompt is None else {"prompt": prompt}
-    fields |= {"chosen": chosen, "rejected": rejected, **record.context_fields()}
+    fields |= {"chosen": chosen, "rejected": rejected, **context_fields(record)}
     if scores is not None:
         fields["score_chosen"], fields["score_rejected"] = scores
     return {**fields, "provenance": dict(provenance)}

@@ -13,7 +13,6 @@ import numpy as np
 
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
-from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
@@ -48,6 +47,7 @@ from dpo_dist.tools.sampling.respond import (
     open_generator,
 )
 from dpo_dist.tools.sampling.settings import sampling_for
+from dpo_dist.tools.written_records import as_fields, context_fields
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64
@@ -280,7 +280,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             **results.facts,
         }
         images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
-        yield {**row, **record.context_fields(), "provenance": provenance, **images}
+        yield {**row, **context_fields(record), "provenance": provenance, **images}
 
 
 def pairs_from_models(run: Run) -> None:

@@ -22,7 +22,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.read.plain import parse_json
-from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.fields import plain
@@ -40,6 +39,7 @@ from dpo_dist.tools.pairs.files import (
 )
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import PairsMethod
+from dpo_dist.tools.written_records import as_fields
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
@@ -310,7 +310,7 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
 
     `annotators`: each one's number of judgements, and the share of decided ones for the left side (position
     bias if far from 0.5). `between`: for every two annotators `items` that both judged, `agreed` (share of
-    equal verdicts) and `kappa` (Cohen 1960; null if undefined).
+    equal verdicts).
     """
     by_annotator: dict[str, dict[str, Annotation]] = defaultdict(dict)
     for each in judgements:
@@ -323,15 +323,11 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
         share = statistics.fmean(lefts) if lefts else None
         annotators[name] = {"judged": len(by_item), "left_share": share}
     for names in itertools.combinations(sorted(by_annotator), 2):
-        from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
-
         first, second = (by_annotator[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
-        row = {"annotators": list(names), "items": len(pairs), "agreed": None, "kappa": None}
+        row = {"annotators": list(names), "items": len(pairs), "agreed": None}
         if pairs:
             row["agreed"] = statistics.fmean(verdict == other for verdict, other in pairs)
-        if len(set(itertools.chain(*pairs))) > 1:  # with one verdict kappa would divide by 0
-            row["kappa"] = float(cohen_kappa_score(*zip(*pairs, strict=True)))
         between.append(row)
     return {"annotators": annotators, "between": between}
 
@@ -340,8 +336,6 @@ def label_pairs(
     folder: PairsFolder, data: DataConfig, limit: int | None, seed: int, console: Console
 ) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
-    import sklearn.metrics  # noqa: F401, PLC0415  (a missing package shows before people judge)
-
     say = console.say
     settings = {
         "method": str(PairsMethod.people),

@@ -1,28 +1,30 @@
 """Rounds of sampling, scoring, pairing and training: a loop of the verbs `pairs` and `train`."""
 
-import contextlib
 import json
 import os
-import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
-from dpo_dist.config.load import changed_keys, saved_config
 from dpo_dist.data import SourceConfig
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.fields import plain, schema_fields
-from dpo_dist.foundation.signals import stop_signals
-from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import aligned, without_secrets
-from dpo_dist.kit import ReferenceMode, RunConfig, RunFolder, to_yaml, value_at, write_command
-from dpo_dist.model.files.folder import model_folder
+from dpo_dist.kit import (
+    ReferenceMode,
+    RunConfig,
+    RunFolder,
+    changed_keys,
+    model_folder,
+    saved_config,
+    to_yaml,
+    value_at,
+    write_command,
+)
+from dpo_dist.tools.launching import launcher_command, run_command
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (
     PairsConfig,
@@ -67,41 +69,9 @@ def check_settings(config: RunConfig, folder: PairsFolder) -> None:
         )
 
 
-def _launcher(command: str | None) -> str:
-    """Return the launcher's command: this one, else this Python, or `dpo-dist launch` for several GPUs."""
-    if command is not None:
-        return command
-    import torch  # noqa: PLC0415  (slow, and only needed here)
-
-    python = shlex.quote(sys.executable)
-    return f"{python} -m dpo_dist launch" if torch.cuda.device_count() > 1 else python
-
-
-def run_command(command: str) -> int:
-    """Run a command to its end and return its exit code; signals to stop are passed on to it."""
-    received: list[int] = []
-    try:
-        # In a session of its own: else Ctrl-C would reach the command twice, directly and from this process.
-        process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
-            shlex.split(command), stdout=output_descriptor(), start_new_session=True
-        )
-    except (OSError, ValueError) as fault:  # no such program; a quote that is not closed
-        raise ConfigError(
-            "the launcher cannot be started",
-            where="pairs.launcher",
-            got=f"{command}: {first_line(fault)}",
-            remedy="set it to the words before -m dpo_dist, such as 'dpo-dist launch'",
-        ) from None
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):  # the command has just ended
-            os.killpg(process.pid, number)
-
-    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def run_stage(command: str) -> int:
+    """Run the command of a stage and return its exit code; a signal that ended it ends this process, too."""
+    code, received = run_command(command, "pairs.launcher")
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received and code not in _REASONS:
@@ -208,7 +178,7 @@ class _Rounds:
         self.say(f"{stage_name}: samples of {stage.model.path}")
         below = folder.path / "sampling"
         folder.pairs_samples.unlink(missing_ok=True)  # an earlier start wrote it
-        code = self.run(write_command("pairs", stage, below, _launcher(pairs.launcher)))
+        code = self.run(write_command("pairs", stage, below, launcher_command(pairs.launcher)))
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)
         samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -248,7 +218,9 @@ class _Rounds:
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"
         code = self.run(
-            write_command("train", stage, below, _launcher(self.config.section_of(PairsConfig).launcher))
+            write_command(
+                "train", stage, below, launcher_command(self.config.section_of(PairsConfig).launcher)
+            )
         )
         if code == ExitCode.preempted:
             self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
@@ -294,7 +266,7 @@ class _Rounds:
         return replace(config, model=replace(first, path=policy, revision=None), reference=reference)
 
 
-def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
+def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_stage) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
     return _Rounds(config, PairsFolder(config.run.path), say, run).do()
 

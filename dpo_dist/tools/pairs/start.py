@@ -1,10 +1,10 @@
 """Rules for `pairs`, checked before torch is imported and processes join."""
 
-import os
 from pathlib import Path
 
 from dpo_dist.data import DataSource, SourceConfig
 from dpo_dist.kit import (
+    LOSS,
     UNSET,
     Rule,
     RunConfig,
@@ -108,12 +108,6 @@ _RULES = (
     ),
     Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
-    Rule(
-        f"pairs.launcher {_ROUNDS}",
-        f"{_NO_ROUNDS}: it is started by one process",
-        "run dpo-dist pairs, and set pairs.launcher='accelerate launch ...'",
-        lambda _: int(os.environ.get("WORLD_SIZE", "1")) > 1,
-    ),
 )
 
 
@@ -129,3 +123,23 @@ def check_pairs(config: RunConfig) -> None:
     check_function(pairs)
     for source in config.data.train:
         DataSource(source).check(of_prompts=pairs.method is not PairsMethod.scores)
+
+
+_RULES_OF_EVERY_VERB = [
+    Rule(
+        "model.adapter.path!=null pairs.rounds!=0",
+        "each round merges its adapter into the model, so that the next one has no adapter to continue",
+        "merge the adapter of model.adapter.path into its base, and set model.path to the result",
+    ),
+    Rule(
+        f"pairs.rounds!=0 {LOSS}",
+        "each round trains the model that responds, and a reward model gives no responses",
+        "train the reward model first, and name it in pairs.reward_model",
+        lambda c: c.loss.of_scores,
+    ),
+]
+
+
+def rules_of_verb(_verb: str) -> list[Rule]:
+    """Return the rules, which are the same for every verb."""
+    return _RULES_OF_EVERY_VERB

@@ -13,15 +13,15 @@ class PlanConfig:
     """The machines that `plan`, and two lines of `train --check`, compute for."""
 
     gpus: int | None = key(None, ge=1)
-    """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
+    """Number of GPUs, 8 to a node; null: this machine's, or else 8."""
     gpu: GpuKind | None = key(None)
     """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
     network: float = key(50.0, gt=0, verbs="plan")
-    """GB a second of a GPU to GPUs of other nodes: 50 of a network of 400 Gbit/s for each."""
+    """GB a second of a GPU to GPUs of other nodes: 50 is 400 Gbit/s."""
     price: float | None = key(None, gt=0, verbs="plan")
     """Price of one GPU hour, in any currency."""
     pairs: int | None = key(None, ge=1)
-    """Pairs in an epoch; null: counted in local `data.train`, or from the cards of the presets' datasets."""
+    """Pairs in an epoch; null: counted in local `data.train`, or those of the presets' datasets."""
     tokens_per_pair: float | None = key(None, gt=1)
     """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
     suggest: bool = key(False, verbs="plan")

@@ -20,7 +20,6 @@ from dpo_dist.kit import (
     GPUS_PER_NODE,
     LossConfig,
     ModelConfig,
-    OptimizerKind,
     RunConfig,
     Shapes,
     check_groups,
@@ -48,9 +47,6 @@ _OF_A_NODE = [f"zero3 parallelism.shard_size={GPUS_PER_NODE}"]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
 _NO_OFFLOAD = {"offload_optimizer": "none", "offload_parameters": "none"}
-_IN_BF16 = "optim.kind=adamw_bf16"
-_MOST_TIMES = 16  # as many GPUs are tried where nothing fits
-_GAIN = 0.99  # of the present time: advice that saves less is none
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _QUANTIZED: list[_Setting] = [
     ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
@@ -108,13 +104,14 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     if config.section_of(PlanConfig).suggest:
         suggested, seconds = _suggest(found)
         content["suggested"] = suggested
+        needs_host = suggested is not None and "offload" in suggested
+        in_bf16 = _in_bf16(found) if needs_host or suggested is None else ""
         if suggested:
             lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})")
-            if "offload" in suggested:
-                lines += [f"or on the GPUs alone: {way}" for way in _smaller(found, _IN_BF16)]
-        else:
-            ways = _instead(found)
-            lines.append(f"nothing fits{'; what fits: ' * bool(ways)}{', or '.join(ways)}")
+        if in_bf16:
+            lines.append(f"{'or on the GPUs alone' if suggested else 'nothing fits but'}: {in_bf16}")
+        elif suggested is None:
+            lines.append("nothing fits: more GPUs (plan.gpus) or model.adapter.r=16 need less on each")
     return Plan(found.fits, lines, content)
 
 
@@ -172,10 +169,9 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        ways = _with_less_traffic(found)
         lines.append(
-            f"communication-bound: exchanging weights takes longer than computing{'; ' * bool(ways)}"
-            f"{', or '.join(ways)}"
+            "communication-bound: exchanging weights takes longer than computing; larger steps "
+            "(trainer.global_batch_pairs) or fewer GPUs exchange less, and plan.suggest=true tries the rest"
         )
     return lines
 
@@ -186,72 +182,32 @@ def _check(config: RunConfig, causal_lm: Any, gpus: int) -> None:
     check_shapes(causal_lm, config.data.longest, config.parallelism)
 
 
-def _try(found: Estimate, config: RunConfig, gpus: int | None = None) -> Estimate | None:
+def _try(found: Estimate, config: RunConfig) -> Estimate | None:
     """Return the estimate of a changed run of the same model; None if it is refused, or does not fit."""
-    machine = found.machine._replace(gpus=gpus or found.machine.gpus)
     causal_lm = found.shapes.causal_lm
     try:
         changed = complete_config(config)
-        _check(changed, causal_lm, machine.gpus)
+        _check(changed, causal_lm, found.machine.gpus)
     except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
         return None
-    tried = estimate(changed, found.data, machine, causal_lm, found.shapes.teacher)
+    tried = estimate(changed, found.data, found.machine, causal_lm, found.shapes.teacher)
     return tried if tried.fits else None
 
 
-def _with_less_traffic(found: Estimate) -> list[str]:
-    """Return what shortens an epoch in which exchanging weights takes longest, and fits."""
-    config = found.config
-    seconds = found.hours()["epoch_seconds"][0]
-    ways = []
-    for words in (
-        f"trainer.global_batch_pairs={2 * config.trainer.global_batch_pairs}",
-        *(f"parallelism={kind}" for kind in _OF_A_NODE),
-        "parallelism.reduce_in_float32=false",
-    ):
-        try:
-            changed = load_run_config(words.split(), saved=yaml.safe_load(to_yaml(config)))
-        except ConfigError:
-            continue
-        tried = _try(found, changed)
-        if tried and tried.hours()["epoch_seconds"][0] < _GAIN * seconds:
-            ways.append(f"set {words}")
-    half = found.machine.gpus // 2
-    fewer = _try(found, config, half) if half else None
-    if fewer and fewer.hours()["epoch_seconds"][0] < _GAIN * 2 * seconds:
-        ways.append(f"take {pluralize(half, 'GPU')} for fewer GPU hours")
-    return ways
-
-
-def _instead(found: Estimate) -> list[str]:
-    """Return what fits where nothing does: more GPUs, or settings that train something else."""
-    ways = []
-    gpus = 2 * found.machine.gpus
-    while gpus <= _MOST_TIMES * found.machine.gpus:
-        suggested, _ = _suggest(found, gpus)
-        if suggested:
-            ways.append(f"plan.gpus={gpus} {suggested}")
-            break
-        gpus *= 2
-    if found.config.optim.kind is not OptimizerKind.adamw_bf16:
-        ways += _smaller(found, _IN_BF16)
-    if found.config.model.adapter is None:
-        ways += _smaller(found, "model.adapter.r=16")
-    return ways
-
-
-def _smaller(found: Estimate, words: str) -> list[str]:
-    """Return `words` with what fits beside them, in a list; [] if nothing does."""
+def _in_bf16(found: Estimate) -> str:
+    """Return how the run fits with `adamw_bf16`; "" if it does not, or has it already."""
+    if found.config.optim.kind == "adamw_bf16":
+        return ""
     former = yaml.safe_load(to_yaml(found.config))
     former["parallelism"] |= _NO_OFFLOAD
+    words = "optim.kind=adamw_bf16"
     try:
         config = load_run_config([words], saved=former)
     except ConfigError:  # the run cannot have it
-        return []
-    causal_lm = _without_weights(config.model)
-    smaller = estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher)
-    suggested, _ = _suggest(smaller)
-    return [f"{words} {suggested}"] if suggested else []
+        return ""
+    causal_lm = found.shapes.causal_lm
+    suggested, _ = _suggest(estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher))
+    return f"{words} {suggested}" if suggested else ""
 
 
 def _span(fast: float, slow: float) -> str:
@@ -335,11 +291,8 @@ def _shape(path: str) -> Mapping[str, Any] | None:
     return own_table(Path(__file__).with_name("shapes.yaml")).get(path)
 
 
-def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list[float]]:
-    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits.
-
-    `gpus`: a number in place of the machine's.
-    """
+def _suggest(found: Estimate) -> tuple[str | None, list[float]]:
+    """Return the overrides that fit with the shortest epoch, and its seconds; None if nothing fits."""
     seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
@@ -364,7 +317,7 @@ def _suggest(found: Estimate, gpus: int | None = None) -> tuple[str | None, list
         except ConfigError:
             continue
         changed = replace(base, model=replace(base.model, gradient_checkpointing=layers))
-        tried = _try(found, changed, gpus)
+        tried = _try(found, changed)
         if tried and tried.largest:
             seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
     fastest = min(seconds, key=lambda words: seconds[words], default=None)

@@ -9,9 +9,6 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from dpo_dist.config.identity import settings
-from dpo_dist.config.losses import KINDS
-from dpo_dist.config.schema import ExportedWeights
 from dpo_dist.data import DataConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields
@@ -19,6 +16,7 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
 from dpo_dist.kit import (
     ACCURACIES,
+    KINDS,
     MAIN,
     PREFIX,
     TERMS,
@@ -94,7 +92,7 @@ def model_card(
         pairs_in_words = f"{pluralize(pairs, unit)} ({seen:,} with repetitions)"
     head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
     # The settings of the run; paths are shortened to their last part.
-    values = {key: value for key, value in settings(config).items() if key not in _PATHS}
+    values = {key: value for key, value in summary["settings"].items() if key not in _PATHS}
     if config.loss.of_scores:
         values = {key: value for key, value in values.items() if not key.startswith("reference.")}
     batch = "trainer.global_batch_pairs"
@@ -106,7 +104,7 @@ def model_card(
     if start is not None:
         values["model.adapter"] = {**values["model.adapter"], "path": start}
     averaged = ""
-    if config.export.weights is not ExportedWeights.last:
+    if config.export.weights == "ema":
         averaged = f"{config.trainer.ema_decay:g}"
     best = summary.get("best_checkpoint") if "model_step" in summary else None
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(

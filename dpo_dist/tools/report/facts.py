@@ -6,20 +6,20 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from dpo_dist.config.losses import KINDS
-from dpo_dist.config.metrics import is_evaluation
 from dpo_dist.foundation import text
 from dpo_dist.foundation.files import read_fields
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import (
     ACCURACIES,
+    KINDS,
     METRICS,
     PREFIX,
     LossKind,
     MetricsRow,
     RunFolder,
     finite,
+    is_evaluation,
     loss_kinds,
     loss_unit,
 )

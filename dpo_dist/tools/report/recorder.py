@@ -13,13 +13,15 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.kit import (
+    Inputs,
     MetricsRow,
+    PairValues,
     PreferenceDataset,
+    Reporting,
     Run,
     RunConfig,
     RunFolder,
 )
-from dpo_dist.objective.metrics import PairValues
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.report.card import run_card
@@ -28,8 +30,6 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.sampling.keys import SamplesConfig
 from dpo_dist.tools.tables import closing_table
-from dpo_dist.training.reporting.protocols import Reporting
-from dpo_dist.training.start.inputs import Inputs
 
 _WORST = 8
 

@@ -5,9 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dpo_dist.config.metrics import GROUP_METRICS, MARGIN_PERCENTILES
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import COUNTS_OF_OTHERS
 from dpo_dist.foundation import files
@@ -16,6 +13,8 @@ from dpo_dist.foundation.text import duration, number, percent, pluralize, size,
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import (
     ALL,
+    GROUP_METRICS,
+    MARGIN_PERCENTILES,
     METRICS,
     PREFIX,
     MetricsRow,
@@ -37,15 +36,13 @@ from dpo_dist.tools.pages.blocks import (
     above_interval,
     titled_section,
 )
-from dpo_dist.tools.pages.charts import charts_of_run, distribution, histogram
+from dpo_dist.tools.pages.charts import charts_of_run
 from dpo_dist.tools.pages.render import flat, page
 from dpo_dist.tools.pages.samples import CAUTION, samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, data_findings, last
 from dpo_dist.tools.report.verdict import RUN_RULES
 from dpo_dist.tools.tables import describe_reference
 
-_BINS = 32  # of the histogram of margins
-_ROOM = 0.02  # the share of its width that is free on both sides
 _NO_PROOF = (
     "No rule of the verdict found a fault. That does not prove that the model is good: read its responses, "
     "and evaluate it on other data."
@@ -233,13 +230,13 @@ def _curves(charts: Sequence[Chart]) -> list[PageBlock]:
 
 
 def _accuracy(facts: PageFacts, folder: RunFolder) -> list[PageBlock]:
-    """Return the section on accuracy and margin, by source, with their histogram and the worst pairs."""
+    """Return the section on accuracy and margin, by source, with the worst pairs."""
     table = _by_source(facts)
     if table is None:
         return []
     unit = facts.run.unit
     note = _OF_PAIRS if unit == "pair" else _OF_RECORDS
-    blocks: list[PageBlock] = [table, Text(f"{note} {_REWARD}", "note"), *_margins(facts, folder)]
+    blocks: list[PageBlock] = [table, Text(f"{note} {_REWARD}", "note")]
     worst = worst_pairs(folder.last_evaluation.worst) if facts.evaluation else []
     if worst:
         title = "Evaluation pairs with the lowest margins"
@@ -391,26 +388,6 @@ def _cell(value: float | None, ends: Interval) -> str:
     if value is None:
         return ""
     return above_interval(number(value), number(ends[0], 3), number(ends[1], 3)) if ends else number(value)
-
-
-def _margins(facts: PageFacts, folder: RunFolder) -> Iterator[Chart]:
-    """Yield the histogram of the margin over the pairs of the last evaluation."""
-    if f"eval_{MARGIN_PERCENTILES[0]}" not in (facts.evaluation.get(ALL) or {}):
-        return  # labelled records have no margin of their own, and some losses none
-    rows = files.read_lines(folder.last_evaluation.scores)
-    margins = np.array([row["margin"] for row in rows if row.get("margin") is not None])
-    if not len(margins):
-        return
-    low, high = np.percentile(margins, (1, 99))
-    room = _ROOM * max(high - low, abs(high), abs(low)) or 1.0
-    # With 0 inside, so that the line of guessing is drawn.
-    edges = np.linspace(min(low, 0.0) - room, max(high, 0.0) + room, _BINS + 1)
-    right = percent(float((margins > 0).mean()))
-    note = (
-        f"{pluralize(len(margins), 'pair')}, median {number(float(np.median(margins)))}; {right} above 0, "
-        "the dashed line; the outer bars have all that is further out"
-    )
-    yield histogram("Margins of the evaluation pairs", distribution(margins, edges), "margin", 0.0, note)
 
 
 def _records(title: str, counts: Fields, unit: str) -> Iterator[PageBlock]:

@@ -1,4 +1,4 @@
-"""Compare several runs on a page and in a table: differing settings, last evaluations, curves, samples."""
+"""Compare several runs on a page and in a table: differing settings, last evaluations, curves."""
 
 import itertools
 import math
@@ -39,7 +39,6 @@ from dpo_dist.tools.pages.blocks import (
     titled_section,
 )
 from dpo_dist.tools.pages.charts import Curves, charts_of_runs
-from dpo_dist.tools.pages.samples import samples_side_by_side
 from dpo_dist.tools.report.facts import values
 from dpo_dist.tools.report.run import PageFacts
 
@@ -134,7 +133,6 @@ def compare_runs(
         title = "Other settings, versions and hardware that differ"
         blocks.append(Folded(title, [_settings(labels, others)]))
     blocks += _curves(facts, groups, kinds)
-    blocks += samples_side_by_side(dict(zip(labels, folders, strict=True)))
     write_text(page, render.page(f"{len(facts)} runs", blocks))
     lines = table.lines()
     for other in tables[1:]:

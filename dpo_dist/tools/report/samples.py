@@ -2,20 +2,20 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
-from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.kit import (
     Engine,
+    Inputs,
+    Interrupted,
     NotFiniteError,
     PreferenceDataset,
     ReferenceMode,
@@ -24,27 +24,19 @@ from dpo_dist.kit import (
     context_length,
     find_stop_ids,
     load_config,
+    load_reference,
 )
-from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.sampling.generate import Request, generate_together
 from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import texts_after
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
-from dpo_dist.tools.text_facts import (
-    detect_language,
-    is_refusal,
-    language_identifier,
-    sample_metrics,
-    text_facts,
-)
-from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.tools.text_facts import sample_metrics, text_facts
 
 _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
-_MOST_SHARE = 0.1  # of the training time, beside `_MOST_SECONDS`, for samples before the last ones
 
 
 @dataclass(frozen=True)
@@ -66,8 +58,6 @@ class RunSamples:
         at_every_evaluation: whether the policy responds at evaluations between the first and the last one.
         policy_starts_as_reference: whether the policy equals the reference before the first step.
         reference: the reference's response to each prompt; None if not known.
-        seconds: what the latest responses took on this rank.
-        has_skipped: whether an evaluation had no time for responses.
         faults: why models cannot respond, each said once.
     """
 
@@ -79,8 +69,6 @@ class RunSamples:
     at_every_evaluation: bool = True
     policy_starts_as_reference: bool = False
     reference: list[_Row] | None = None
-    seconds: float = 0.0
-    has_skipped: bool = False
     faults: set[str] = field(default_factory=set)
 
     def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
@@ -90,7 +78,7 @@ class RunSamples:
         gives a warning and no metrics. `is_last`: whether the run ends after this step.
         """
         is_between = step != 0 and not is_last
-        if is_between and not (self.at_every_evaluation and self._has_time(step)):
+        if is_between and not self.at_every_evaluation:
             return {}
         responses = self.reference if step == 0 and self.policy_starts_as_reference else None
         responses = responses or self._ask(policy, self.prompts)
@@ -118,27 +106,6 @@ class RunSamples:
             responses = {model: responses[number] for model, responses in by_model.items()}
             rows.append({**prompt.fields, **fields, "responses": responses})
         write_text(file, "".join(map(json_line, rows)))
-
-    def _has_time(self, step: int) -> bool:
-        """Return whether responses after `step` leave samples a small share of the run; else say so once.
-
-        Rank 0 decides by its clock for all ranks.
-        """
-
-        def is_left() -> bool:
-            spent = self.run.clock.read()["seconds"]
-            most: float = _MOST_SECONDS + _MOST_SHARE * spent.get("training", 0.0)
-            return bool(spent.get("samples", 0.0) + self.seconds <= most)
-
-        has_time = self.run.world.on_main(is_left)
-        if not has_time and not self.has_skipped:
-            self.has_skipped = True
-            self.run.say(
-                f"samples: none after step {step}, since they take {duration(self.seconds)}: before the last "
-                "step all samples together may take a minute and a tenth of the training time; "
-                "a larger trainer.eval_every or a smaller samples.prompts leaves time for them"
-            )
-        return has_time
 
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
@@ -176,7 +143,7 @@ class RunSamples:
             tokens = sum(row["tokens"] for row in self.reference)
             prompts = pluralize(len(self.prompts), "held-out prompt")
             again = "at every evaluation" if self.at_every_evaluation else "after the last step"
-            self.run.say(
+            self.run.note(
                 f"samples: responses to {prompts}, {tokens:,} tokens, took "
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
                 "samples.prompts=0 turns them off"
@@ -202,7 +169,6 @@ class RunSamples:
         if not requests:
             return []
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
-        started = time.monotonic()
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
             with self.run.clock.measure("samples"), self.run.console.heartbeat(doing):
@@ -217,7 +183,6 @@ class RunSamples:
                 self.run.warn(f"no samples: {fault}; the training itself does not generate")
             self.faults.add(str(fault))
             return None
-        self.seconds = time.monotonic() - started
         return [
             {
                 "text": texts_after(list(sample.ids), request.prompt_ids, self.tokenizer)[0],
@@ -227,15 +192,10 @@ class RunSamples:
             for sample, request in zip(samples, requests, strict=True)
         ]
 
-    def _metrics(self, prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
-        chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
-        facts = []
-        for row, chosen_text in zip(responses, chosen, strict=True):
-            fact = text_facts(row["text"], row["tokens"], row["finished"])
-            # A refusal counts only if the chosen response does not refuse.
-            facts.append(replace(fact, refusals=fact.refusals and not is_refusal(chosen_text)))
-        languages = list(map(detect_language, chosen))
-        return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
+    @staticmethod
+    def _metrics(prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
+        facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
+        return {prefix + name: value for name, value in sample_metrics(facts).items()}
 
 
 def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
@@ -279,8 +239,6 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         )
     if not prompts:
         return None
-    if run.world.is_main and language_identifier() is None:
-        run.say(f"samples: languages are not checked; to check them, {install_extra('tools')}")
     samples = RunSamples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
@@ -294,7 +252,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         samples.prompts = samples.prompts[: len(samples.reference)]
     policy_responds = samples.policy_starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
-        run.say("samples: loading the reference to generate its responses")
+        run.note("samples: loading the reference to generate its responses")
         engine = load_reference(
             files, config.model, config.reference, config.data.max_length, run.world, inputs.processor
         )

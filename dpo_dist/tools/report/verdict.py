@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dpo_dist.config.metrics import EXCESS
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent, pluralize
-from dpo_dist.kit import PREFIX, MetricsRow, is_collapsed
+from dpo_dist.kit import EXCESS, PREFIX, MetricsRow, is_collapsed
 from dpo_dist.tools.findings import Finding, Level
 from dpo_dist.tools.report.facts import (
     MARGIN,

@@ -18,11 +18,16 @@ from transformers import (
 )
 
 from dpo_dist.data import ImageInput, TokenIds
-from dpo_dist.distributed.processes.world import Stops
-from dpo_dist.kit import Engine, NotFiniteError, WrongGenerationError, can_mix_lengths, extend
-from dpo_dist.model.exactness import Agree
-from dpo_dist.model.packed import rope_limit
-from dpo_dist.reference.engine import fault_agreement
+from dpo_dist.kit import (
+    Engine,
+    NotFiniteError,
+    Stops,
+    WrongGenerationError,
+    can_mix_lengths,
+    extend,
+    fault_agreement,
+    rope_limit,
+)
 from dpo_dist.tools.sampling.settings import Sampling
 
 
@@ -108,7 +113,7 @@ def may_mix_lengths(
     sampling: Sampling,
     stop_ids: Collection[int],
     device: torch.device,
-    agree: Agree = str,
+    agree: Callable[[str], str] = str,
     *,
     is_synchronised: bool = False,
 ) -> bool:

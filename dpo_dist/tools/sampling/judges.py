@@ -19,18 +19,26 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
-from dpo_dist.data.records import as_fields
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.user_code import find_function, user_function
-from dpo_dist.kit import ModelConfig, context_length, description_folder, digest_model, load_config
-from dpo_dist.model.files.folder import model_folder
-from dpo_dist.model.files.load import load_tokenizer, load_weights, tokenizer_digest
+from dpo_dist.kit import (
+    ModelConfig,
+    context_length,
+    description_folder,
+    digest_model,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    model_folder,
+    tokenizer_digest,
+)
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
 from dpo_dist.tools.sampling.client import Client, RefusedError
 from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts
+from dpo_dist.tools.written_records import as_fields, context_fields
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
@@ -367,7 +375,7 @@ class EndpointJudge:
         return verdicts[0] if verdicts and verdicts[0] in _VERDICTS else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
-        fields = {"conversation": question.prompt, **question.record.context_fields(), **responses}
+        fields = {"conversation": question.prompt, **context_fields(question.record), **responses}
         content: Any = json.dumps(fields, ensure_ascii=False)
         if question.record.images:
             content = [{"type": "text", "text": content}]

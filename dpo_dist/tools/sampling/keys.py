@@ -14,8 +14,8 @@ class SamplesConfig:
     """Responses of the policy to held-out prompts at evaluations."""
 
     prompts: int | None = key(None, ge=0)
-    """Prompts of the evaluation data that the policy responds to at every evaluation while this takes at most
-    a minute and a tenth of the training time; null: 8, before the first step and after the last; 0: none."""
+    """Held-out prompts that the policy responds to at evaluations; null: 8, at the first and last; 0:
+    none."""
 
 
 _URL: Any = {
@@ -31,12 +31,12 @@ class ServerConfig:
     url: str | None = key(None, **_URL)
     """Address up to the version: `http://localhost:8000/v1`; null: this program generates."""
     model: NonEmpty | None = key(None)
-    """Name under which the server serves the model; null: its name in `compare.models`, or its path."""
+    """Name of the model at the server; null: its name in `compare.models`, or its path."""
     parallel: int = key(16, ge=1)
-    """Requests that each process sends at a time; one asks for all samples of a prompt."""
+    """Requests of a process at a time, each for all samples of a prompt."""
     reload: NonEmpty | None = key(None)
-    """Command after which the server serves other weights, such as a new round's, run without a shell;
-    `{model}` is their folder. null: you start the server again."""
+    """Command that loads other weights, run without a shell; `{model}` is their folder. null: you start the
+    server again."""
 
 
 @schema
@@ -44,11 +44,10 @@ class SamplingConfig:
     """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
 
     max_new_tokens: int | None = key(None, ge=1)
-    """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or, if that is less, what the
-    prompt leaves of the model's context."""
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or what the model's context
+    leaves."""
     temperature: float | None = key(None, ge=0)
-    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
-    bias only at 1."""
+    """0: greedy; null: 0.7 at evaluations, else 1."""
     top_p: float = key(1.0, gt=0, le=1)
     """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
@@ -58,13 +57,13 @@ class SamplingConfig:
 
 @schema
 class CompareConfig:
-    """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
+    """Two models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
     models: list[NonEmpty] = key([])
-    """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
-    of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
+    """Two of PATH or NAME=PATH: a run, checkpoint, folder of a model or adapter, or hub name. The win rate is
+    that of the second one."""
     prompts: int = key(128, ge=1)
-    """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
+    """Number of different prompts, chosen by a hash."""
 
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
@@ -83,7 +82,7 @@ class EndpointConfig:
     model: NonEmpty | None = key(None)
     """Name of the model, as the endpoint lists it; needed with `url`."""
     verdicts: Verdicts = key(Verdicts.compare)
-    """`compare`: two responses at a time, in both orders; `grade`: each response alone, from 1 to 10."""
+    """`compare`: two responses, in both orders; `grade`: each alone, from 1 to 10."""
     criterion: NonEmpty = key(
         "the better response is more helpful, honest and harmless, and follows the instructions"
     )
@@ -95,18 +94,16 @@ class PairsConfig:
     """Preference records made of the prompts of `data.train`, or of the scores in it."""
 
     method: PairsMethod = key(PairsMethod.scores)
-    """`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`:
-    responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people."""
+    """By `scores` of the data; `samples` of models, scored by a judge; `delta` of a stronger and a weaker
+    model; `people`."""
     limit: int | None = key(None, ge=1)
-    """Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: all,
-    or 1000 for `people`."""
+    """Different prompts to use; `scores`: records, `people`: comparisons. null: all, 1000 for `people`."""
     select: PairSelection = key(PairSelection.best_worst)
-    """Pairs of a prompt, by scores: best and worst, best and a random one, or all."""
+    """By scores: best and worst, best and a random one, or all pairs."""
     margin: float = key(0.0, ge=0)
-    """Make a pair only if its scores differ by more than this; equal scores never make one."""
+    """A pair's scores differ by more than this."""
     models: list[str] = key([])
-    """Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then the
-    weaker one. Empty: `model.path`."""
+    """Models that respond, as folders or hub names; `delta`: the stronger one first. Empty: `model.path`."""
     samples: int = key(4, ge=1)
     """Responses of each model to a prompt; `delta` takes one."""
     unfinished: DropOrKeep = key(DropOrKeep.drop)
@@ -117,13 +114,13 @@ class PairsConfig:
     """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=RESPONDING)
     prompt_parts: int = key(1, ge=1)
-    """Divide the prompts into this many parts, by their contents; each round takes the next part."""
+    """Parts of the prompts, by their contents, of which each round takes the next."""
     prompt_part: int = key(0, ge=0)
     """The part to use, of `prompt_parts`; with rounds, of the first round."""
     rounds: int = key(0, ge=0)
     """Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only."""
     reference: RoundReference = key(RoundReference.previous)
-    """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
+    """Reference of a round's training: the `first` policy, or that of the `previous` round."""
     launcher: NonEmpty | None = key(None)
-    """Command that starts the processes of a round, written before `-m dpo_dist VERB`; it must return their
-    exit code; null: `dpo-dist launch` with several GPUs, else one process."""
+    """Command before `-m dpo_dist VERB` that starts a round's processes; null: `dpo-dist launch` with several
+    GPUs, else one process."""

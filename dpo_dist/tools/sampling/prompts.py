@@ -22,7 +22,6 @@ from dpo_dist.data import (
 )
 from dpo_dist.data.config import TEMPLATE_DATE
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
@@ -31,12 +30,14 @@ from dpo_dist.kit import (
     ModelSource,
     Run,
     RunConfig,
+    check_contents_at_hand,
     description_folder,
+    explain_out_of_memory,
     find_files,
     find_model,
+    on_every_rank,
     unsharded_loading,
 )
-from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
@@ -49,7 +50,6 @@ from dpo_dist.tools.sampling.respond import (
 )
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
-from dpo_dist.training.start.inputs import on_every_rank
 
 _FAILED = "failed"
 
@@ -161,11 +161,9 @@ class Prompts:
         sampling: Sampling,
         numbers: range,
         open_model: Callable[[], tuple[Responder, Generate]],
-        rooms: Mapping[str, int] | None = None,
     ) -> Parts:
         """Return a model's finished responses; `open_model` is called only where parts are unfinished.
 
-        `rooms`: most tokens of a response by `prompt_key`, where they are fewer than the model's own.
         With `sampling.endpoint` a server responds, which is checked first, and `open_model` is not called.
         """
         config = self.run.config
@@ -174,8 +172,6 @@ class Prompts:
             "model": source.digest,
             "numbers": [numbers.start, len(numbers)],
         }
-        if rooms:
-            settings["rooms"] = rooms
         is_served = config.section_of(SamplingConfig).endpoint.url is not None
         if is_served:
             settings["server"] = True
@@ -186,7 +182,7 @@ class Prompts:
         def part(index: int) -> list[dict[str, Any]]:
             responder, generate = open_model() if server is None else (server.responder, server.generate)
             records = self.parts[index]
-            return list(map(asdict, respond(records, responder, generate, sampling, numbers, rooms)))
+            return list(map(asdict, respond(records, responder, generate, sampling, numbers)))
 
         client = None if server is None else server.client
         return self.finish(f"responses of {source.name}", stage, part, client)

@@ -149,12 +149,8 @@ def respond(
     generate_samples: Generate,
     sampling: Sampling,
     numbers: range,
-    rooms: Mapping[str, int] | None = None,
 ) -> list[Completions]:
-    """Return the completions of each prompt, in order.
-
-    `numbers`: which of a prompt's samples to make; `rooms`: see `Prompts.responses`.
-    """
+    """Return the completions of each prompt, in order; `numbers`: which of a prompt's samples to make."""
     prompts = [usable_prompt(record, responder, sampling) for record in records]
     requests = []
     for record, prompt in zip(records, prompts, strict=True):
@@ -163,8 +159,6 @@ def respond(
         key = record.prompt_key()
         images = responder.images(prompt)
         room = sampling.room(len(prompt.prompt_ids), responder.longest)
-        if rooms:
-            room = min(room, rooms.get(key, room))
         requests += [Request(prompt.prompt_ids, key, number, images, room) for number in numbers]
     try:
         samples = iter(generate_samples(requests, sampling))

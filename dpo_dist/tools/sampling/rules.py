@@ -1,9 +1,7 @@
 """Rules between the keys of how models respond."""
 
-from dpo_dist.config.rules import without_evaluations
-from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.fields import schema_fields
-from dpo_dist.kit import LOSS, Rule, RunConfig, unused, unused_beside
+from dpo_dist.kit import LOSS, VERBS, Rule, RunConfig, unused, unused_beside, without_evaluations
 from dpo_dist.tools.sampling.keys import (
     CompareConfig,
     PairsConfig,

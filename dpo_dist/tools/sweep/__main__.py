@@ -21,7 +21,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, rais
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunFolder, check_start, run_verb
 from dpo_dist.tools.sweep.points import Points, load_points
-from dpo_dist.tools.sweep.training import PointTrainer, is_finished, warm_up
+from dpo_dist.tools.sweep.training import PointTrainer, is_finished
 
 
 def main(points: Points) -> int:
@@ -30,7 +30,6 @@ def main(points: Points) -> int:
     first = next(iter(points.values()))
     folder = SweepFolder(Path(first.run.root) / f"sweep-{first.run.name}")
     with open_console(folder.rank_log, first.console.style) as console:
-        warm_up()
         from dpo_dist.tools.sweep.results import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
 
         settings = first.section_of(SweepConfig)
@@ -78,9 +77,8 @@ def check(points: Points) -> CheckReport:
     Points that load the same inputs are checked once. A point with other inputs has facts about them.
     """
     check_points(points)
-    from dpo_dist.kit import dry_run  # noqa: PLC0415  (slow)
+    from dpo_dist.kit import dry_run, start_in_words  # noqa: PLC0415  (slow)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.start.dry_run import start_in_words  # noqa: PLC0415  (slow)
 
     loaded = dict[str, CheckReport]()
     facts = list[tuple[str, str]]()

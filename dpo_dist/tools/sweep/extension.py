@@ -9,10 +9,10 @@ class SweepConfig:
     """How the points of a sweep are run."""
 
     part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
-    """The part of the points that this job trains, in an array of N jobs."""
+    """The part of the points that this job trains, of N jobs."""
     launcher: NonEmpty | None = key(None)
-    """Command before `-m dpo_dist train` that starts the processes of a point; null:
-    `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
+    """Command before `-m dpo_dist train` that starts a point's processes; null: `dpo-dist launch` with
+    several GPUs, else one process."""
 
     @property
     def share(self) -> tuple[int, int]:
@@ -31,5 +31,5 @@ EXTENSION = Extension(
         ),
     },
     sections={"sweep": section(SweepConfig, free=True, verbs="sweep")},
-    rules="dpo_dist.tools.sweep.rules",
+    rules="dpo_dist.tools.sweep.points",
 )

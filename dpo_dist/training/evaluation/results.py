@@ -1,6 +1,5 @@
 """Compute and write the results of an evaluation: metrics with intervals, and the scores of every pair."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,18 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
+from dpo_dist.config.metrics import ALL, METRICS, results_name
 from dpo_dist.config.run_folder import EvaluationFolder
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.intervals import (
-    ENDS,
-    FEWEST_PROMPTS,
     Column,
     bootstrap_intervals,
-    resamples,
-    with_width,
 )
 from dpo_dist.objective.metrics import (
     CustomMetrics,
@@ -36,42 +31,6 @@ _Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 
 _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
-
-
-def contrasts(
-    rewards: Column, is_good: _Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
-) -> dict[str, tuple[float, tuple[float, float] | None]]:
-    """Return margin and AUC of labelled records, each with its interval by resampling prompts.
-
-    All arguments are [records]. Empty if a label is missing. Both intervals are None if a label
-    has fewer than `FEWEST_PROMPTS` prompts, or a resample lacks a label.
-    """
-    different, places = np.unique(rewards, return_inverse=True)
-
-    def measure(weights: Column) -> tuple[float, float]:
-        good, bad = (np.bincount(places, weights * side, len(different)) for side in (is_good, ~is_good))
-        if not (good.any() and bad.any()):
-            return math.nan, math.nan
-        margin = good @ different / good.sum() - bad @ different / bad.sum()
-        auc = good @ (np.cumsum(bad) - bad / 2) / (good.sum() * bad.sum())
-        return float(margin), float(auc)
-
-    margin, auc = measure(np.ones(len(rewards)))
-    if not np.isfinite([margin, auc, *different]).all():
-        return {}
-    _, clusters = np.unique(prompts, return_inverse=True)
-    fewest_prompts = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
-    margin_interval: tuple[float, float] | None = None
-    auc_interval: tuple[float, float] | None = None
-    if fewest_prompts >= FEWEST_PROMPTS:
-        draws = resamples(int(clusters.max()) + 1, seed)
-        table = [measure(draw[clusters].astype(float)) for draw in draws]
-        ends = np.quantile(table, ENDS, axis=0)
-        if np.isfinite(ends).all():  # else some resample lacks a label
-            (low_margin, low_auc), (high_margin, high_auc) = ends.tolist()
-            margin_interval = (low_margin, high_margin)
-            auc_interval = with_width(low_auc, high_auc, fewest_prompts, 0.0)
-    return {"rewards/margins": (margin, margin_interval), AUC: (auc, auc_interval)}
 
 
 def results(
@@ -126,17 +85,7 @@ def _group_results(
     row["eval_prompts"] = len(np.unique(prompts))
     row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if plan.loss.is_unpaired:
-        records = labelled_columns(values)
-        rewards = records["reward"].astype(float)
-        is_good = records["label"]
-        groups = {"": np.ones_like(is_good), **{name: each.numpy() for name, each in members.items()}}
-        for group, within in groups.items():
-            estimates = contrasts(rewards[within], is_good[within], prompts[within], seed)
-            for metric, (estimate, ends) in estimates.items():
-                key = f"eval_{metric}{group}"
-                row[key] = estimate
-                if ends:
-                    row["intervals"][key] = list(ends)
+        is_good = labelled_columns(values)["label"]
         row["eval_good"] = int(is_good.sum())
         row["eval_bad"] = int((~is_good).sum())
     if plan.loss.compares_pairs and len(values):

@@ -67,7 +67,7 @@ class Recorder:
             judgement, lines = self.reporting.closing_verdict(self.run.folder, rows, final_summary)
             final_summary |= judgement
         self.metrics.close(final_summary)
-        lines = [*self.reporting.write_report(self.run, rows, final_summary), *lines]
+        lines += self.reporting.write_report(self.run, rows, final_summary)
         self.trackers.finish(outcome.value, final_summary)
         self.run.console.result("summary", {"run_dir": str(self.run.folder.path), **final_summary}, lines)
 

@@ -227,7 +227,7 @@ def _records(look: _DryRun) -> None:
         ("data.eval", data.eval, look.evaluation),
     ):
         for index, source in enumerate(sources):
-            looks.append(partial(_source, look, DataSource(source), f"{key}[{index}]", found))
+            looks.append(partial(_source, look, DataSource(source, key), f"{key}[{index}]", found))
         looks.append(partial(_images, look, found))
     make_all(looks)
 
@@ -342,8 +342,6 @@ def _faults(
         text = f"in {without_tools:,} of {counts.kept:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
-    if trains and counts.is_mostly_plain:
-        faults.append(("the chat template is not applied", counts.plain_warning()))
     trained, evaluated = map(_prompts, (train, evaluation))
     shared = int(np.isin(evaluated, trained).sum())
     are_all = bool(np.isin(trained, evaluated).all())
@@ -426,16 +424,16 @@ def _first_records(
 
 CHECKS = (
     *FILE_CHECKS,
-    CheckRow("run.dir", _run_dir, Stage.policy),
-    CheckRow("model.path", _policy, Stage.policy),
-    CheckRow("data.chat_template", _template, Stage.models),
-    CheckRow("evaluation.model", _evaluated, Stage.models),
-    CheckRow("loss", _loss, Stage.models),
-    CheckRow("metrics.function", _metrics, Stage.models),
-    CheckRow("reference", _reference, Stage.models),
-    CheckRow("teacher", _teacher, Stage.models),
-    CheckRow("data.train, data.eval", _records, Stage.data),
-    CheckRow("trainer", _steps, Stage.run),
+    CheckRow(_run_dir, Stage.policy),
+    CheckRow(_policy, Stage.policy),
+    CheckRow(_template, Stage.models),
+    CheckRow(_evaluated, Stage.models),
+    CheckRow(_loss, Stage.models),
+    CheckRow(_metrics, Stage.models),
+    CheckRow(_reference, Stage.models),
+    CheckRow(_teacher, Stage.models),
+    CheckRow(_records, Stage.data),
+    CheckRow(_steps, Stage.run),
 )
 """The checks of `--check` in their order. A start makes those without torch alike, and the others with all
 records, on all processes."""

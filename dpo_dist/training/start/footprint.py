@@ -373,12 +373,12 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     fit = f"about {size(needs.total_bytes(longest))} of {size(memory)} on each GPU"
     if longest > run.micro_batch_tokens:
         fit += f" for a pair of {longest:,}"
-    if not needs.fits(longest, memory):
-        fit = (
-            f"warning: {fit}: the longest pair may not fit; `dpo-dist plan plan.suggest=true` "
-            "looks for settings that fit"
-        )
-    run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
+    line = f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})"
+    if needs.fits(longest, memory):
+        run.note(line)
+    else:
+        remedy = "`dpo-dist plan plan.suggest=true` looks for settings that fit"
+        run.warn(f"{line}: the longest pair may not fit; {remedy}")
 
 
 def quantized_weights(causal_lm: Any) -> int:

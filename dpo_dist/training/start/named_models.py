@@ -131,8 +131,8 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
     return config, [EvaluatedModel(path, is_checkpoint(Path(path))) for path in paths]
 
 
-def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
-    """Return the checkpoint, or the model folders of `export.average`, and the folder to write.
+def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
+    """Return the checkpoint, and the folder to write.
 
     Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist; with
     `export.tool` alone it is the run's `model/`, if that is there.
@@ -149,26 +149,23 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
         )
     is_plain = replace(config.export, tool=None) == ExportConfig()
     if config.export.tool is not None and is_plain and run.model.is_dir():
-        return [run.model], run.model
-    sources = [Path(member.path).expanduser() for member in config.export.average]
-    name = "average"
-    if not sources:
-        folders = checkpoint_folders(run.checkpoints)
-        best = best_checkpoint(run.checkpoints)
-        takes_best = config.trainer.final is FinalModel.best and best is not None
-        choice = config.export.checkpoint or ("best" if takes_best else "latest")
-        latest = folders[0].name if folders else None
-        name = {"best": best, "latest": latest}.get(choice) or choice
-        sources = [path for path in folders if checkpoint_step(path.name) == checkpoint_step(name)][:1]
-        if not sources:
-            raise ConfigError(
-                "this run does not have this checkpoint",
-                where="export.checkpoint",
-                got=choice,
-                expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
-                remedy=f"name one of these checkpoints (`best` needs trainer.keep_best), or use {run.model}",
-            )
-        name = sources[0].name
+        return run.model, run.model
+    folders = checkpoint_folders(run.checkpoints)
+    best = best_checkpoint(run.checkpoints)
+    takes_best = config.trainer.final is FinalModel.best and best is not None
+    choice = config.export.checkpoint or ("best" if takes_best else "latest")
+    latest = folders[0].name if folders else None
+    step = checkpoint_step({"best": best, "latest": latest}.get(choice) or choice)
+    checkpoint = next((path for path in folders if checkpoint_step(path.name) == step), None)
+    if checkpoint is None:
+        raise ConfigError(
+            "this run does not have this checkpoint",
+            where="export.checkpoint",
+            got=choice,
+            expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
+            remedy=f"name one of these checkpoints (`best` needs trainer.keep_best), or use {run.model}",
+        )
+    name = checkpoint.name
     if config.export.weights is ExportedWeights.ema:
         name += "-ema"
     if config.export.merge:
@@ -178,4 +175,4 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     if os.path.lexists(output) and config.export.push_to is None and config.export.tool is None:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
-    return sources, output
+    return checkpoint, output

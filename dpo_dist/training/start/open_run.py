@@ -81,6 +81,10 @@ class Run:
         """Print a line; on rank 0 only."""
         self.console.say(text)
 
+    def note(self, text: str) -> None:
+        """Write a line to the log only."""
+        self.console.note(text)
+
     def warn(self, text: str) -> None:
         """Print a warning; on rank 0 only."""
         self.console.warn(text)
@@ -197,14 +201,6 @@ def say_header(run: Run) -> None:
     train = first_few([source.path for source in config.data.train])
     evaluation = first_few([source.path for source in config.data.eval])
     run.say(f"run directory: {run.folder}")
-    run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    if world.device.type == "cpu" and not has_products(Dtype.bf16):
-        for hint in hints_on_cpu(config.model, config.optim):
-            run.say(f"hint: this CPU has no instructions for bf16{hint}")
-    run.say(f"data: {train}; evaluation: {evaluation or share}")
-    warning = rate_warning(config.model.adapter, config.optim)
-    if warning:
-        run.warn(warning)
     groups = ""
     if world.sequence is not None:
         groups += f", in groups of {world.sequence.ranks} for sequence parallelism"
@@ -212,7 +208,15 @@ def say_header(run: Run) -> None:
         groups += f", in groups of {world.experts.ranks} that share experts"
     if world.shards is not None:
         groups += f", with a copy of the weights in each {world.shards.ranks}"
-    run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
+    place = f"{processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}"
+    run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}, {place}")
+    if world.device.type == "cpu" and not has_products(Dtype.bf16):
+        for hint in hints_on_cpu(config.model, config.optim):
+            run.say(f"hint: this CPU has no instructions for bf16{hint}")
+    run.say(f"data: {train}; evaluation: {evaluation or share}")
+    warning = rate_warning(config.model.adapter, config.optim)
+    if warning:
+        run.warn(warning)
 
 
 def rate_warning(adapter: AdapterConfig | None, optim: OptimConfig) -> str:

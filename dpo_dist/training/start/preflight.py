@@ -63,9 +63,8 @@ other models, with the first records, with all of these. A stage needs what thos
 
 
 class CheckRow(NamedTuple):
-    """A check of a start: what it is about, the function that raises an error, and the stage."""
+    """A check of a start: the function that raises an error, and the stage."""
 
-    about: str
     check: Callable[[Any], None]
     stage: Stage
 
@@ -244,7 +243,11 @@ def _scoring_model(path: str | None, key: str) -> None:
 
 def _sources(start: _Start) -> None:
     data = start.config.data
-    make_all(partial(DataSource(source).check, data) for source in [*data.train, *data.eval])
+    make_all(
+        partial(DataSource(source, f"data.{name}").check, data)
+        for name in ("train", "eval")
+        for source in getattr(data, name)
+    )
 
 
 def _template(start: _Start) -> None:
@@ -304,18 +307,18 @@ def _folders(start: _Start) -> None:
 
 
 FILE_CHECKS = (
-    CheckRow("the newest checkpoint", _checkpoint, Stage.files),
-    CheckRow("loss.function", _loss_function, Stage.files),
-    CheckRow("packages", _packages, Stage.files),
-    CheckRow("tracking.to", _trackers, Stage.files),
-    CheckRow("model.fused", _compiled_shards, Stage.files),
-    CheckRow("parallelism", _groups, Stage.files),
-    CheckRow("model.path, model.adapter.path", _policy, Stage.files),
-    CheckRow("reference.path", _reference, Stage.files),
-    CheckRow("teacher.path", _teacher, Stage.files),
-    CheckRow("data.train, data.eval", _sources, Stage.files),
-    CheckRow("data.chat_template", _template, Stage.files),
-    CheckRow("what is in run.dir", _run_folder, Stage.files),
-    CheckRow("folders to write", _folders, Stage.files),
+    CheckRow(_checkpoint, Stage.files),
+    CheckRow(_loss_function, Stage.files),
+    CheckRow(_packages, Stage.files),
+    CheckRow(_trackers, Stage.files),
+    CheckRow(_compiled_shards, Stage.files),
+    CheckRow(_groups, Stage.files),
+    CheckRow(_policy, Stage.files),
+    CheckRow(_reference, Stage.files),
+    CheckRow(_teacher, Stage.files),
+    CheckRow(_sources, Stage.files),
+    CheckRow(_template, Stage.files),
+    CheckRow(_run_folder, Stage.files),
+    CheckRow(_folders, Stage.files),
 )
 """The checks that need no torch, in their order."""

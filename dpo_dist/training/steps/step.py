@@ -45,7 +45,7 @@ from dpo_dist.objective.metrics import (
     pair_values,
     wins,
 )
-from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST, RouterLoss, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.teacher import Teacher
@@ -243,8 +243,7 @@ class RouterTerms:
         self._selected: Tensor | None = None
         self._count = int(world.is_main)
         others = list(routed[1:])
-        is_unseen = loss.aux is not None and not routed
-        for host_batch in batches[1:] if is_unseen else ():
+        for host_batch in () if routed else batches[1:]:
             policy.train(False)
             batch = host_batch.to(world.device)
             if policy.model.arrangement is Arrangement.packed:
@@ -260,15 +259,13 @@ class RouterTerms:
 
         The first call of a step is collective. `loss` is already divided by the global batch's pairs.
         """
-        if self._loss.aux is not None and self._selected is None:
+        if self._selected is None:
             self._selected = self._world.sum_replicas(self._unseen + selections(routing))
-        parts = self._loss.parts(routing, self._selected, self._tokens)
-        values = dict(parts)
+        part = self._loss.part(routing, self._selected, self._tokens)
         count = self._count
         self._count = 0
-        if self._selected is not None:
-            values[BUSIEST] = self._selected.max() / self._tokens * count
-        return loss + self._loss.weighted(parts), sums.plus_values(values, count)
+        values = {AUX_LOSS: part, BUSIEST: self._selected.max() / self._tokens * count}
+        return loss + self._loss.aux * part, sums.plus_values(values, count)
 
 
 def train_step(

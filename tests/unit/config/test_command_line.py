@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
+import torch
 import yaml
 
 import dpo_dist.__main__
 from dpo_dist.compat.convert import __main__ as convert
-from dpo_dist.config.command_line import explain, run_verb, usage
+from dpo_dist.config.command_line import explain, run_verb, split_words, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings, verb_keys
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.process import WORLD_VARIABLES
 from dpo_dist.tools.chat import __main__ as chat
 from dpo_dist.tools.report import __main__ as report
 from dpo_dist.verbs import store
@@ -349,6 +351,60 @@ def test_train_with_the_option_of_hydra_is_the_sweep(option: str, monkeypatch: p
     monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
     dpo_dist.__main__.main()
     assert programs == [[sys.executable, "-m", VERBS["sweep"].module, "loss.beta=0.1,0.2", "my.yaml"]]
+
+
+GPUS = [f"nvidia{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "files", "variables", "launched"),
+    [
+        ("train a=1", GPUS, {}, "--num_processes 4 train a=1"),
+        ("evaluate a=1 --check", GPUS, {}, "--num_processes 4 evaluate a=1 --check"),
+        ("train --processes 2 a=1", GPUS, {}, "--num_processes 2 train a=1"),
+        ("train a=1 --processes=2", [], {}, "--num_processes 2 train a=1"),
+        ("train a=1 --processes 1", GPUS, {}, ""),
+        ("train a=1", GPUS[:1], {}, ""),
+        ("train --help", GPUS, {}, ""),
+        ("doctor a=1", GPUS, {}, ""),
+        ("train a=1", GPUS, {"LOCAL_RANK": "0"}, ""),
+        ("train a=1", GPUS, {"SLURM_JOB_ID": "7"}, ""),
+    ],
+)
+def test_a_verb_of_several_processes_starts_one_for_each_gpu_outside_of_a_launcher(
+    typed: str,
+    files: list[str],
+    variables: dict[str, str],
+    launched: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in WORLD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(dpo_dist.__main__, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(files))
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", *typed.split()])
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _python, words: started.append(words))
+    dpo_dist.__main__.main()
+    [[_python, _option, module, *arguments]] = started
+    verb, *rest = typed.replace(" --processes 1", "").split()
+    if launched:
+        assert (module, arguments) == ("dpo_dist.verbs.launch", launched.split())
+    else:
+        assert (module, arguments) == (VERBS[verb].module, rest)
+
+
+def test_a_number_of_processes_that_nothing_can_start_is_an_error() -> None:
+    for typed in ("--processes 2", "--processes 0"):
+        [mistake] = split_words(typed.split()).mistakes
+        assert "dpo-dist VERB --processes N" in mistake.remedy
+    with pytest.raises(ConfigError, match="invalid int value"):
+        split_words(["--processes", "all"])
 
 
 @pytest.mark.parametrize(

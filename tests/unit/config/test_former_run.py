@@ -115,6 +115,15 @@ def test_a_config_that_cannot_be_read_is_named_by_its_path(text: str, tmp_path: 
     assert raised.value.where.endswith(str(file))
 
 
+def test_a_wrong_value_of_a_run_is_not_blamed_on_a_preset(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("lr: 1.0e-05", "lr: fast"))
+    with pytest.raises(ConfigError, match=r"optim\.lr cannot have this value") as found:
+        evaluated(f"run.dir={tmp_path}/run")
+    assert found.value.where == "the run's config.yaml"
+
+
 TRUST = "if you trust this code, add "
 CODE = {
     "data.train": [{"path": "a", "reader": "my_reader:read"}],

@@ -230,6 +230,11 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         cluster__b=HEADER + "reference: {offload: cpu}\ndefaults: [{override /tracking: 'off'}]\n",
         samples__many="prompts: 64\n",
     )
+    inside = Path("conf/loss/team/ipo.yaml")
+    inside.parent.mkdir()
+    inside.write_text("kind: ipo\nbeta: 0.9\n")
+    config = configured("--config-dir conf loss=team/ipo")
+    assert (config.loss.kind, config.loss.beta) == ("ipo", 0.9), "a preset in a folder of its group"
     config = configured(
         "--config-dir conf +experiment=mine +cluster=[a,b] samples=many data.eval=[e] trainer.eval_every=5"
     )
@@ -289,7 +294,8 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
         (HEADER + "defaults: [base, override /loss: ipo]\n", "there is no experiment named 'base'"),
         (HEADER + "defaults: [override /loss: ipoo]\n", "did you mean loss=ipo?"),
         (HEADER + "defaults: [optional override /model: gone]\n", "there is no model named 'gone'"),
-        (HEADER + "defaults: [/loss: ipo]\n", "use 'override loss: ipo'"),
+        (HEADER + "defaults: [override /hydra/job_logging: none]\n", "there is no key 'hydra'"),
+        (HEADER + "defaults: [/loss: ipo]\n", "it lists 'override /GROUP: NAME'"),
         (HEADER + "defaults: [/loss@loss: ipo]\n", "use 'override loss: ipo'"),
         (HEADER + "defaults: [override /loss: '${pick}']\npick: ipo\n", "interpolation '${pick}'"),
         (HEADER + "defaults: [mine]\n", "this cannot be read"),

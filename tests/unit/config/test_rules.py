@@ -21,7 +21,6 @@ LIVE = "reference.mode=live"
 EVERY = "loss.sync_reference.every=2"
 NF4 = "model.adapter.r=8 model.quantization=nf4 parallelism.kind=ddp"
 EVALUATED = "data.eval_share=0.1 trainer.eval_every=10"
-AVERAGE = "export.average=[a,b]"
 TERMS = "loss.terms=[{kind:sigmoid},{kind:%s}]"
 
 # The words of a command, and the first key that the error names.
@@ -36,7 +35,7 @@ REFUSED = [
     (f"parallelism.experts=2 {LIVE} {EVERY}", "parallelism.experts"),
     ("parallelism.shard_size=8 parallelism.offload_optimizer=cpu", "parallelism.shard_size"),
     ("trainer.deterministic=true model.fused=liger", "trainer.deterministic"),
-    ("loss.router.z_coefficient=0.1 model.fused=compile", "model.fused"),
+    ("loss.router.aux_coefficient=0.1 model.fused=compile", "model.fused"),
     ("loss.router.aux_coefficient=0.1 model.fused=compile", "model.fused"),
     (f"{NF4} model.fused=compile", "model.fused"),
     ("reference.quantization=nf4 model.fused=compile", "model.fused"),
@@ -96,8 +95,6 @@ REFUSED = [
     ("optim.schedule=wsd optim.warmup_ratio=0.5 optim.decay_ratio=0.6", "optim.schedule"),
     ("optim.warmup_steps=10 optim.warmup_ratio=0.03", "optim.warmup_ratio"),
     ("optim.warmup_steps=11 trainer.max_steps=10", "optim.warmup_steps"),
-    ("optim.warmup_from_zero=true optim.warmup_ratio=0", "optim.warmup_from_zero"),
-    ("optim.warmup_from_zero=true optim.warmup_steps=0", "optim.warmup_from_zero"),
     ("optim.min_lr_ratio=0.1 optim.schedule=inverse_sqrt", "optim.min_lr_ratio"),
     ("trainer.ema_decay=0.9 trainer.keep_last=0", "trainer.ema_decay"),
     ("trainer.eval_every=10", "trainer.eval_every"),
@@ -117,10 +114,6 @@ REFUSED = [
     ("export.merge=true", "export.merge"),
     ("export.weights=ema", "export.weights"),
     ("export.confirm=true", "export.confirm"),
-    (f"{AVERAGE} export.checkpoint=best", "export.checkpoint"),
-    ("export.average=[a]", "export.average"),
-    (f"{AVERAGE} export.merge=true model.adapter.r=2", "export.merge"),
-    (f"{AVERAGE} export.weights=ema trainer.ema_decay=0.9", "export.weights"),
     ("reference=none loss.terms=[{kind:sft},{kind:sigmoid}]", "reference.mode"),
     ("loss=simpo reference.mode=cached", "reference.mode"),
     (f"{LIVE} loss.reference_free=true", "reference.mode"),
@@ -217,7 +210,6 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "samples.prompts=0",
         "data.eval=[b.jsonl] data.drop_eval_prompts=true optim.min_lr_ratio=0.1 optim.schedule=linear",
         "optim.warmup_steps=10 optim.warmup_ratio=0 trainer.max_steps=10",
-        "optim.warmup_steps=10 optim.warmup_from_zero=true trainer.max_steps=5",
         "optim.betas=[0.0,0.999] optim.warmup_ratio=1.0 data.max_bad_share=1.0",
         f"{NF4} reference.mode=cached reference.quantization=nf4",
         f"{LIVE} {EVERY} loss.sync_reference.mixup=1 reference.offload=cpu",

@@ -1,4 +1,4 @@
-"""docs/data_alone.md: its blocks run, one after the other, beside files of TRL and of LLaMA-Factory."""
+"""Data without the trainer: blocks of docs/python.md run beside files of TRL and of LLaMA-Factory."""
 
 import json
 from pathlib import Path
@@ -31,10 +31,10 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     (folder / "dataset_info.json").write_text(json.dumps({"dpo_demo": ENTRY}))
     (folder / "demo.json").write_text(json.dumps([SHAREGPT]))
     names: dict[str, Any] = {}
-    for block in blocks_of("docs/data_alone.md"):
+    for block in blocks_of("docs/python.md", "Data for another trainer"):
         assert block.language == "python"
         exec(block.text, names)
-    opening = blocks_of("docs/data_alone.md")[0].text
+    opening = blocks_of("docs/python.md", "Data for another trainer")[0].text
     assert len(list(filter(None, opening.splitlines()))) <= 5, "imports, a tokenizer, and one line"
     *_, counted = shown = capsys.readouterr().out.splitlines()
     asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n -> {}<|im_end|>"

@@ -1,15 +1,11 @@
 """Token ids of a record: no doubled or smuggled special tokens; limits; tokens that the loss counts."""
 
 import copy
-import random
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.data.config import DataConfig, ScoredDataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import EncodedRecord, encode_pair, encode_record
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
-from dpo_dist.data.text import escape
 from dpo_dist.data.text.escape import tokenize_texts
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -211,7 +206,6 @@ def test_no_content_becomes_a_special_token(content: str, make: Any) -> None:
 
 def test_a_special_token_that_cannot_be_encoded_as_text_is_a_bad_record() -> None:
     assert reason_against(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
-    assert reason_against(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
 
 
 def numbered(prompt: int, *responses: int) -> PreferenceRecord:
@@ -444,59 +438,6 @@ def test_a_ranking_of_which_one_rejected_response_is_cut_is_counted_once() -> No
     assert isinstance(found, EncodedRecord)
     changed = dict(found.outcome.changed)
     assert (changed.get("chosen_truncated", 0), changed["rejected_truncated"]) == (0, 1)
-
-
-# Long texts
-
-WORDS = [
-    "word",
-    " a",
-    "  ",
-    "\n\n",
-    "12345678",
-    "é",
-    "e\u0301",
-    "日本語",
-    "🙂",
-    "<|im_end|>",
-    "</s>",
-    ".",
-    "\t",
-    "I'm",
-]
-LONG = "".join(random.Random(0).choices(WORDS, k=6000))
-
-
-@pytest.mark.parametrize("make", [tiny.qwen, tiny.llama3, tiny.base, tiny.unigram])
-@pytest.mark.parametrize(
-    "text", [LONG, "7" * 20_000, "ab" * 10_000, " " * 20_000], ids=["words", "digits", "letters", "spaces"]
-)
-def test_a_long_text_has_the_tokens_that_it_has_whole(
-    make: Callable[[], Any], text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = make()
-    whole = [tokenize_texts(tokenizer, [text, "short"], with_starts=starts) for starts in (False, True)]
-    monkeypatch.setattr(escape, "WINDOW", 1500)
-    monkeypatch.setattr(escape, "OVERLAP", 400)
-    assert [tokenize_texts(tokenizer, [text, "short"], with_starts=s) for s in (False, True)] == whole
-
-
-def test_a_long_text_is_not_tokenized_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, backend = list[int](), tiny.qwen().backend_tokenizer
-
-    def noted(name: str) -> Callable[..., Any]:
-        def encode(texts: list[str], **options: Any) -> Any:
-            lengths.extend(map(len, texts))
-            return getattr(backend, name)(texts, **options)
-
-        return encode
-
-    names = ("encode_batch", "encode_batch_fast")
-    spy = mock.Mock(backend, wraps=backend, **{name: noted(name) for name in names})
-    monkeypatch.setattr(escape, "WINDOW", 1500)
-    monkeypatch.setattr(escape, "OVERLAP", 400)
-    tokenize_texts(SimpleNamespace(is_fast=True, backend_tokenizer=spy), [LONG, "short"])
-    assert max(lengths) == 1500
 
 
 WHOLE_CONVERSATIONS = {

@@ -164,19 +164,27 @@ def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path:
 
 def test_a_csv_with_strange_names_is_read_from_its_error_alone(tmp_path: Path) -> None:
     rows = "".join(f"frage {n},gut {n},schlecht {n},{'AB'[n % 2]}\n" for n in range(8))
-    (file := tmp_path / "werte.csv").write_text(f"Frage,die gute,schlechte,Wahl\n{rows}", encoding="utf-8")
+    (file := tmp_path / "werte.csv").write_text(
+        f"Frage,die gute,die-schlechte,Wahl\n{rows}", encoding="utf-8"
+    )
     error = refusal(file)
     assert error.message == "the columns are none of the known shapes: say what they mean"
     assert error.got.splitlines()[1:] == [
-        *("    Frage: text", "    die gute: text", "    schlechte: text", "    Wahl: text (A, B)")
+        "    Frage: text",
+        '    "row[\\"die gute\\"]": text',
+        '    "row[\\"die-schlechte\\"]": text',
+        "    Wahl: text (A, B)",
     ]
     line = error.remedy.split("data.train=")[1].splitlines()[0]
-    for column in ("Frage|turn", 'row[\\"die gute\\"]', "schlechte"):
-        line = line.replace("COLUMN", f'"{column}"', 1)
+    for column in error.got.splitlines()[1:4]:
+        line = line.replace("COLUMN", column.strip().removesuffix(": text"), 1)
     [source] = load_run_config(["model.path=m", shlex.split(f"data.train={line}")[0]]).data.train
     first = good(file, fields=source.fields)
-    assert first.prompt == (Message("user", "frage 0"),)
-    assert (first.responses, first.unread) == (("gut 0", "schlecht 0"), ("Wahl (A, B)",))
+    assert (first.prompt, first.responses, first.unread) == (
+        "frage 0",
+        ("gut 0", "schlecht 0"),
+        ("Wahl (A, B)",),
+    )
 
 
 TURNS = [user("q"), assistant("yes")]
@@ -187,6 +195,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (TEXT | {"winner": "a"}, "unread_column"),
     (TEXT | {"label": "x", "better": 1}, "unread_column"),
     ({"messages": [user("q") | {"mood": 1}, assistant("yes") | {"time": 2}]}, "unknown_key"),
+    # The same names and texts in other forms.
+    (TEXT | {"Winner": "a"}, "unread_column"),
+    (TEXT | {"labels": 1, "isTie": False, "Chosen-Response": "x"}, "unread_column"),
+    ({"question": json.dumps([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
+    ({"prompt": json.dumps([user("q" * 999)], indent=2), "chosen": "a", "rejected": "b"}, "spelled_messages"),
+    ({"prompt": str([{"content": "q" * 999, "role": "user"}]), "completion": "yes"}, "spelled_messages"),
+    # A verdict in place of an answer.
+    (DUEL | {"prompt": "q", "chosen": "A", "rejected": "B"}, "unread_column"),
+    ({"prompt": "q", "answer_a": "yes", "answerB": "no", "chosen": "A", "rejected": "B"}, "unread_column"),
+    ({"prompt": "q", "answer1": "yes", "answer2": "no", "chosen": "2", "rejected": "1"}, "unread_column"),
+    ({"prompt": "q", "model_a": "x", "model_b": "y", "chosen": "model_b", "rejected": "-"}, "unread_column"),
+    ({"prompt": "q", "answer_a": "x", "answer_b": "y", "completion": "1"}, "unread_column"),
+    # A key of listed responses.
+    (
+        {"prompt": "q", "responses": [{"content": n, "score": int(n), "Rank": 1} for n in "12"]},
+        "unread_column",
+    ),
 ]
 
 
@@ -231,6 +256,41 @@ def test_columns_that_nothing_reads_are_named_with_their_few_values(tmp_path: Pa
     assert isinstance(late[-2], BadRecord)
 
 
+def test_a_short_answer_beside_a_column_without_neighbours_is_no_verdict(tmp_path: Path) -> None:
+    """The column is the index that pandas writes."""
+    record = TEXT | {"chosen": "4", "rejected": "0", "Unnamed: 0": 7}
+    assert good(jsonl(tmp_path, record)).responses == ("4", "0")
+    judged = {"q": "q", "a": "4", "b": "5", "w": "A", "model_a": "x", "model_b": "y"}
+    assert good(jsonl(tmp_path, judged), fields=VERDICT).responses == ("4", "5")
+
+
+def test_keys_of_listed_responses_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    listed = [{"content": "yes", "score": 2, "critique": "Fine.", "id": None}, {"content": "no", "score": 1}]
+    path = jsonl(tmp_path, *[{"prompt": "q", "responses": listed}] * 5)
+    assert good(path).unread == ("responses[].critique",)
+    assert good(path, ignore=["responses[].critique"]).unread == ()
+
+
+def test_an_error_names_the_record_that_differs_and_the_key_of_the_source(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *[TEXT] * 5, {"prompt": "q", "completion": "yes"}, *[TEXT] * 5)
+    with pytest.raises(DataError, match=r"records\.jsonl:6 is not pair, as the records before it") as raised:
+        DataSource(SourceConfig(path), "data.eval").check()
+    assert "one of these\n    data.eval='[{path:" in raised.value.remedy
+    path = jsonl(tmp_path, *[TEXT] * 5, {"question": "q", "yes": "no"}, *[TEXT] * 5, TEXT | {"chosen": [1]})
+    assert len(read(path)) == 12
+    open_ended = {"messages": [user("q")]}
+    path = jsonl(tmp_path, *[{"messages": [user("q"), assistant("yes")]}] * 5, open_ended)
+    assert "records.jsonl:6 is not conversation" in refusal(path).message
+
+
+def test_a_column_that_is_ignored_must_be_there(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *[TEXT | {"id": 1}] * 3)
+    error = refusal(path, ignore=["ids", "id", "[].time"])
+    assert (error.got, error.expected) == ("ids", "prompt, chosen, rejected, id")
+    # An error about a later record may ask for this one.
+    assert good(path, ignore=["id", "winner"]).unread == ()
+
+
 def test_keys_of_messages_are_ignored_or_given_to_the_template_if_a_source_says_so(tmp_path: Path) -> None:
     turns = [user("q"), assistant("yes") | {"mood": "calm", "time": "noon", "tie": False}]
     path = jsonl(tmp_path, {"messages": turns})
@@ -245,6 +305,19 @@ def test_old_keys_of_a_source_are_one_error_with_the_line_to_write() -> None:
     [source] = load_run_config(["model.path=m", f"data.train=[{raised.value.expected}]"]).data.train
     assert source.fields == {"prompt": "q", "chosen": "a[0].text", "rejected": "a[-1]"}
     assert source.ignore == ["id"]
+
+
+def test_a_prompt_is_a_turn_or_what_an_expression_takes_in_its_place(tmp_path: Path) -> None:
+    fields = {"prompt": "m if m is list else q|turn", "chosen": "a", "rejected": "b"}
+    for messages in (None, [user("q")], [{"role": "user"}]):
+        found = read(jsonl(tmp_path, DUEL | {"m": messages}, DUEL | {"m": [user("q")]}), fields=fields)
+        assert [type(one) for one in found][1:] == [PreferenceRecord]
+
+
+def test_a_reader_may_return_keys_that_are_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numbering.py").write_text("def keys(record): return record | {3: 'x', 'chosen': 'A'}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert good(jsonl(tmp_path, TEXT), reader="numbering:keys").unread == ("3",)
 
 
 def test_a_reader_that_returns_no_record_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +499,6 @@ def test_one_response_with_a_score_becomes_a_label_by_the_line_to_complete(
         ("table.xlsx", "the file does not exist"),
         ("notes.tsv.zip", "the file does not exist"),
         ("all.json", "did you mean .*all.jsonl"),
-        ("all.jsonl all.jsonl", r"did you mean all.jsonl,all.jsonl\?"),
         ("below/all.xlsx", "the file does not exist"),
         ("missing/all.jsonl", "no folder missing"),
     ],

@@ -226,7 +226,7 @@ def test_records_with_images_that_cannot_be_placed_are_dropped(tmp_path: Path) -
         image_record("#", images=[FIRST], responses=(f"a {IMAGE}", "b")),
         image_record(f"a {IMAGE}", images=[]),
     ):
-        assert encode_pair(record, WIDE, tokenizer, processor).reason == "reserved_character"
+        assert encode_pair(record, WIDE, tokenizer, processor).reason == "image_count"
     bare = with_template(tokenizer, None)
     applied = DataConfig(template="applied", text_as_messages=False)
     record = image_record("x <|image_pad|><|im_end|>", images=[])

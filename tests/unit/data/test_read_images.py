@@ -333,6 +333,8 @@ DROPPED = [
     ("reserved_character", {**Q, "prompt": [user(f"{I}q")]}),
     ("reserved_character", {**Q, "prompt": [user(f"{I}<image>")], **ONE}),
     ("reserved_character", {**Q, "chosen": f"good{I}"}),
+    ("reserved_character", {**Q, "chosen": "good\ufdd0"}),
+    ("reserved_character", {**Q, "tools": [{"name": "\ufdd0"}]}),
     ("reserved_character", {**Q, "tools": [{"name": I}]}),
 ]
 

@@ -285,21 +285,17 @@ def test_turns_are_trained_wherever_the_template_writes_them(writing: str, case:
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        (PLAIN.replace("{{ m.content }}", "{{ m.content if m.content != 'Yes.' }}"), None),
         ("{% if m.content != 'Yes.' %}" + PLAIN + "{% endif %}", "turn_not_rendered"),
         (PLAIN + "{{ messages[0].content }}", "turns_not_found"),
     ],
 )
-def test_turns_that_the_template_leaves_out_are_refused_or_counted(turn: str, reason: str | None) -> None:
+def test_turns_that_the_template_leaves_out_are_refused(turn: str, reason: str) -> None:
     writing = WRITING["by number"].replace(PLAIN, turn)
     if reason == "turns_not_found":
         writing = writing.replace("{% for i", "{{ messages | length }}{% for i")
     tokenizer = tokenizer_with("<s>" + writing + PROMPT.replace("%G", ASSISTANT))
     what = pair(TURNS["turns"][0], NO, prompt=(QUESTION, Message("assistant", "Yes, it is."), DOUBT))
-    if reason:
-        assert reason_against(what, tokenizer) == reason
-    else:
-        assert "content_not_rendered" in encode(what, tokenizer).changes
+    assert reason_against(what, tokenizer) == reason
 
 
 FIRST = CALLS.replace("m.tool_calls or ()", "(m.tool_calls or ())[:1]")

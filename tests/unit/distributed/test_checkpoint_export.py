@@ -1,7 +1,6 @@
 """A checkpoint as a model folder: the weights of any world, in the model's precision, whole or not at all."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import STATE
 from dpo_dist.config.schema import (
     AdapterConfig,
@@ -43,7 +43,7 @@ from dpo_dist.distributed.checkpoint.slices import Entries, ModelSlices, Slice, 
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_packed, without_weights
-from dpo_dist.model.files.save import write_description, write_mean, write_weights
+from dpo_dist.model.files.save import write_description, write_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.digest import description_digest, digest_model
 from dpo_dist.reference.model_source import find_model
@@ -318,16 +318,15 @@ def test_transposed_fused_and_renamed_weights_are_merged(
     assert_merged_as_by_peft(base, DORA, tmp_path)
 
 
-def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
-    base: Path, tmp_path: Path
+@pytest.mark.parametrize(("dtype", "wanted"), [(Dtype.fp32, torch.float32), (Dtype.bf16, torch.bfloat16)])
+def test_a_merged_model_has_the_precision_of_the_run(
+    dtype: Dtype, wanted: torch.dtype, base: Path, tmp_path: Path
 ) -> None:
-    config = run_of(base, dtype=Dtype.bf16, adapter=AdapterConfig(r=2, alpha=3))
+    config = run_of(base, dtype=dtype, adapter=AdapterConfig(r=2, alpha=3))
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001", config)
-    for name, wanted in ((None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        written = replace(config, export=ExportConfig(merge=True, dtype=name))
-        export_checkpoint(checkpoint, tmp_path / str(name), written)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(name), dtype="auto")
-        assert {weight.dtype for weight in model.parameters()} == {wanted}
+    export_checkpoint(checkpoint, tmp_path / "out", replace(config, export=ExportConfig(merge=True)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {weight.dtype for weight in model.parameters()} == {wanted}
 
 
 def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
@@ -338,55 +337,11 @@ def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
     bias = torch.linspace(7, 7.01, len(weights[name]))
     save_file(weights | {name: bias}, base / "model.safetensors", {"format": "pt"})
     adapter = AdapterConfig(r=2, alpha=3, target_modules=["o_proj"])
-    config = run_of(base, dtype=Dtype.bf16, adapter=adapter, export=ExportConfig(merge=True, dtype="bf16"))
+    config = run_of(base, dtype=Dtype.bf16, adapter=adapter, export=ExportConfig(merge=True))
     exported(config, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found.pop(name), bias)
     assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
-
-
-def test_the_mean_of_whole_models(base: Path, tmp_path: Path) -> None:
-    """In float32, also of members of other precision; with the other files of the first."""
-    other = write_model(tmp_path / "other", tied=False, seed=1)
-    half = AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    write_mean(tmp_path / "out", [(0.25, base), (0.75, tmp_path / "half")], None)
-    first = AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    for name, weight in half.state_dict().items():
-        torch.testing.assert_close(found[name], 0.25 * first[name] + 0.75 * weight.float())
-    for file in ("config.json", "generation_config.json", "tokenizer.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes()
-    write_mean(tmp_path / "same", [(0.3, base), (0.5, base), (0.2, base)], None)
-    same, own = (load_file(folder / "model.safetensors") for folder in (tmp_path / "same", base))
-    assert all(torch.equal(same[name], weight) for name, weight in own.items())
-    third = write_model(tmp_path / "third", tied=False, seed=2)
-    write_mean(tmp_path / "three", [(0.2, base), (0.3, other), (0.5, third)], None)
-    three = load_file(tmp_path / "three" / "model.safetensors")
-    members = [load_file(folder / "model.safetensors") for folder in (base, other, third)]
-    for name, weight in three.items():
-        parts = (share * member[name] for share, member in zip((0.2, 0.3, 0.5), members, strict=True))
-        torch.testing.assert_close(weight, sum(parts, torch.zeros_like(weight)))
-    write_mean(tmp_path / "rounded", [(0.5, base), (0.5, other)], torch.bfloat16)
-    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto")
-    assert rounded.dtype is torch.bfloat16
-
-
-def test_a_member_that_is_another_model_or_cut_is_refused(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base")
-    others = (
-        write_model(tmp_path / "other sizes", hidden_size=64),
-        write_model(tmp_path / "own output layer", tied=False),
-        write_family(tmp_path / "other family", "mistral"),
-    )
-    for other in others:
-        with pytest.raises(ConfigError, match="differ in kind or in sizes") as error:
-            write_mean(tmp_path / "out", [(0.5, base), (0.5, other)], None)
-        assert error.value.got.startswith(f"{other}: ")
-    os.truncate(others[0] / "model.safetensors", 100_000)
-    with pytest.raises(ConfigError) as error:
-        write_mean(tmp_path / "out", [(0.5, base), (0.5, others[0])], None)
-    assert error.value.where == "export.average"
 
 
 def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Path) -> None:
@@ -513,7 +468,8 @@ def test_an_adapter_with_parts_for_images_merges_and_goes_on(
 def assert_card_loads(folder: Path, config: RunConfig, expected: dict[str, Tensor]) -> None:
     """The code of the model card loads these tensors from the folder."""
     config = replace(config, data=replace(config.data, train=[SourceConfig("a.jsonl")]))
-    text = model_card(config, summary(["a"], []), {}, {}, "AutoModelForImageTextToText")
+    content = {**summary(["a"], []), "settings": settings(config)}
+    text = model_card(config, content, {}, {}, "AutoModelForImageTextToText")
     code = text.partition("```python\n")[2].partition("```")[0]
     found: dict[str, Any] = {}
     exec(code.replace("'.'", repr(str(folder))), found)
@@ -601,14 +557,12 @@ def test_a_model_that_writes_no_text_alone_is_refused_as_such(model_type: str) -
         without_weights(AutoConfig.for_model(model_type), ModelConfig("m"))
 
 
-@pytest.mark.parametrize(("run", "named"), [(Dtype.fp32, None), (Dtype.bf16, None), (Dtype.fp32, "bf16")])
-def test_all_weights_of_a_model_that_reads_images_have_one_precision(
-    run: Dtype, named: str | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("run", [Dtype.fp32, Dtype.bf16])
+def test_all_weights_of_a_model_that_reads_images_have_one_precision(run: Dtype, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "qwen3_5", torch.bfloat16)
-    exported(run_of(base, dtype=run, export=ExportConfig(dtype=named)), tmp_path / "out")
+    exported(run_of(base, dtype=run), tmp_path / "out")
     own, found = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
-    wanted = torch.float32 if run is Dtype.fp32 and named is None else torch.bfloat16
+    wanted = torch.float32 if run is Dtype.fp32 else torch.bfloat16
     assert own.keys() == found.keys()
     assert {weight.dtype for weight in found.values()} == {wanted}
     kept = [name for name in own if "visual" in name or name in FURTHER]

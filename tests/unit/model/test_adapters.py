@@ -208,7 +208,7 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
         start_folder(config_of(base, base))
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 OF_MERGING = "head = base.get_output_embeddings()\n"
 
 
@@ -261,7 +261,7 @@ def test_an_adapter_on_layers_that_share_a_weight_is_not_merged(
     by_peft = of_peft(tmp_path / "base", sft)
     refused = pytest.raises(ConfigError, match=r"layers\.1\..*q_proj and .*layers\.2\.")
     with refused if is_refused else nullcontext():
-        write_merged(tmp_path / "merged", tmp_path / "base", sft, None, trust_remote_code=False)
+        write_merged(tmp_path / "merged", tmp_path / "base", sft, torch.float32, trust_remote_code=False)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         torch.testing.assert_close(plain_logps(merged.eval(), PAIRS), by_peft, atol=1e-5, rtol=1e-5)
 

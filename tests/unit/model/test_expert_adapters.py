@@ -132,7 +132,7 @@ def test_an_adapter_is_the_merged_model_with_the_gradient_of_its_weights(
         torch.testing.assert_close(logps(model.causal_lm), start, atol=1e-6, rtol=1e-6)
 
     folder = write(tmp_path / "adapter", model)
-    write_merged(tmp_path / "merged", base, folder, None, trust_remote_code=False)
+    write_merged(tmp_path / "merged", base, folder, torch.float32, trust_remote_code=False)
     merged, by_peft = plain(tmp_path / "merged"), PeftModel.from_pretrained(plain(base), folder)
     whole = logps(merged.requires_grad_(True))
     torch.testing.assert_close(found, whole, atol=2e-6, rtol=1e-6)
@@ -192,11 +192,11 @@ def test_an_adapter_on_packed_experts_is_one_on_the_weights_that_they_stand_for(
         torch.testing.assert_close(found, weight.grad, atol=1e-6 * float(weight.grad.abs().max()), rtol=1e-6)
 
     folder = write(tmp_path / "adapter", model)
-    write_merged(tmp_path / "merged", base, folder, None, trust_remote_code=False)
+    of_files = torch.bfloat16 if is_mxfp4 else torch.float32
+    write_merged(tmp_path / "merged", base, folder, of_files, trust_remote_code=False)
     exact = PeftModel.from_pretrained(plain(base), folder).merge_and_unload()
     merged = plain(tmp_path / "merged")
     for name, weight in stacked_experts(merged).items():
-        of_files = torch.bfloat16 if is_mxfp4 else torch.float32
         assert torch.equal(weight, exact.get_parameter(name).to(of_files).float())
         assert not torch.equal(weight, plain(base).get_parameter(name))
 

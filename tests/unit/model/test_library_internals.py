@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
-    conversion_mapping,
     modeling_utils,
 )
 from transformers.core_model_loading import Transpose
@@ -42,7 +41,6 @@ from dpo_dist.model.library_internals import (
     describe_whole,
     dispatched,
     expert_updates,
-    fill_conversions,
     first_element,
     flash_attention,
     fork_states,
@@ -98,12 +96,6 @@ def test_another_configuration_shards_inside_the_block_only() -> None:
         unset_hf_deepspeed_config()
         del policy
     assert not shards_loading()
-
-
-def test_the_table_of_renamed_weights_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None)
-    fill_conversions()
-    assert conversion_mapping._checkpoint_conversion_mapping_cache is not None
 
 
 def test_transformers_transposes_by_the_shape_of_a_whole_weight() -> None:

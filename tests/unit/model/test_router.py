@@ -8,14 +8,14 @@ import torch
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import own_coefficient, router_loss
-from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
+from dpo_dist.objective.router import RouterLoss, routing_sums, selections
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, image_model
 from tests.support.packing import VOCABULARY, random_pairs
 from tests.support.padded import padded_inputs, rows_of
 from tests.unit.model.test_architectures import SHAPES
 
-LOSS = RouterLoss(1.0, None)
+LOSS = RouterLoss(1.0)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "phimoe", "qwen3_5_moe", "qwen3_next", "qwen3_vl_moe"])
@@ -29,22 +29,21 @@ def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> 
     sums = routing_sums(
         outputs.router_logits, mask.flatten().float(), causal_lm.config.get_text_config().num_experts_per_tok
     )
-    ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
+    ours = LOSS.part(sums, selections(sums), int(mask.sum()))
     torch.testing.assert_close(ours, outputs.aux_loss, rtol=1e-5, atol=0)
 
 
 def test_the_coefficient_is_that_of_the_model_or_of_the_user() -> None:
     causal_lm = tiny_causal_lm(tiny_config("mixtral", router_aux_loss_coef=0.125))
     assert router_loss(RouterConfig(), causal_lm) is None
-    assert router_loss(RouterConfig("model", 0.5), causal_lm) == RouterLoss(0.125, 0.5)
-    assert router_loss(RouterConfig(2.0), causal_lm) == RouterLoss(2.0, None)
-    assert router_loss(RouterConfig(z_coefficient=0.5), causal_lm) == RouterLoss(None, 0.5)
+    assert router_loss(RouterConfig("model"), causal_lm) == RouterLoss(0.125)
+    assert router_loss(RouterConfig(2.0), causal_lm) == RouterLoss(2.0)
 
 
 @pytest.mark.parametrize(
     ("model_type", "own", "router", "named"),
     [
-        ("qwen3", {}, RouterConfig(z_coefficient=0.1), "no load-balancing loss"),
+        ("qwen3", {}, RouterConfig(0.1), "no load-balancing loss"),
         ("doge", {"is_moe": True}, RouterConfig(0.1), "no load-balancing loss"),
         ("mixtral", {"router_aux_loss_coef": 0.0}, RouterConfig("model"), "no coefficient"),
     ],

@@ -9,16 +9,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import ExportConfig, MemberConfig, ModelConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.text.render import trained_stops
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.model.files.manifest import write_manifest
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.stops import find_stop_ids, padding_token, stop_notes, write_stops
-from dpo_dist.training.export import export_average
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
-from tests.support.tiny_model import write_model
 
 QWEN_BASE = tiny.with_template(tiny.qwen(), tiny.CHATML)
 QWEN_BASE.eos_token = "<|endoftext|>"
@@ -75,25 +71,6 @@ def test_a_template_of_the_run_has_its_own_end(tmp_path: Path) -> None:
     for choice, end in ((None, "<|eot_id|>"), (str(own), "<|end_header_id|>")):
         expected = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", end])
         assert trained_stops(tokenizer, DataConfig(chat_template=choice)) == sorted(expected)
-
-
-def test_a_mean_stops_where_its_members_do(tmp_path: Path) -> None:
-    members = [write_model(tmp_path / name, QWEN_BASE) for name in ("one", "other")]
-    (members[1] / "generation_config.json").write_text(json.dumps(SAMPLING | {"eos_token_id": [7]}))
-    average = [MemberConfig(str(member)) for member in members]
-    model, export = ModelConfig(str(members[0])), ExportConfig(average=average)
-    export_average(members, tmp_path / "out", export, model, DataConfig())
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 7, 2]
-
-
-def test_a_mean_of_a_damaged_model_is_refused(tmp_path: Path) -> None:
-    members = [write_model(tmp_path / name, QWEN_BASE) for name in ("one", "other")]
-    write_manifest(members[1], None)
-    write_model(members[1], QWEN_BASE, seed=1)
-    average = [MemberConfig(str(member)) for member in members]
-    model, export = ModelConfig(str(members[0])), ExportConfig(average=average)
-    with pytest.raises(CheckpointError, match="not as it was written"):
-        export_average(members, tmp_path / "out", export, model, DataConfig())
 
 
 def padded(tokenizer: Any, token: str | None) -> Any:

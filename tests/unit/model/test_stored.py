@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import weight_files
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_weights
-from dpo_dist.model.files.save import ignored_tensors, write_mean
+from dpo_dist.model.files.save import ignored_tensors
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.stored import expand, quantize_fp8, quantize_mxfp4
 
@@ -164,18 +164,12 @@ def test_ignored_tensors_are_written_as_plain_ones(tmp_path: Path) -> None:
     torch.testing.assert_close(ignored[extra].float(), weights[extra], atol=0.02, rtol=0.1)
 
 
-def test_a_quantized_folder_is_not_averaged(tmp_path: Path) -> None:
-    written(tmp_path, "qwen3")
-    with pytest.raises(ConfigError, match="are quantized"):
-        write_mean(tmp_path / "mean", [(1.0, tmp_path)], None)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"weight_block_size": [32, 32]}, "weight_scale_inv has"),
         ({"quant_method": "awq"}, "use the original model"),
-        ({"quant_method": "compressed-tensors"}, "by the lines of docs/scaling.md (bases in 8 or 4 bits)"),
+        ({"quant_method": "compressed-tensors"}, "by the lines of docs/models.md (bases in 8 or 4 bits)"),
     ],
 )
 def test_what_is_not_understood_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+from dpo_dist.config.identity import settings
 from dpo_dist.config.load import load_run_config
 from dpo_dist.tools.report.card import model_card
 
@@ -34,7 +35,8 @@ def summary(train: list[str], evaluated: list[str], **verdict: Any) -> dict[str,
 def card(
     overrides: list[str], content: dict[str, Any], evaluation: dict[str, Any] | None = None
 ) -> ModelCard:
-    text = model_card(load_run_config(overrides), content, evaluation or {}, VERSIONS)
+    config = load_run_config(overrides)
+    text = model_card(config, {**content, "settings": settings(config)}, evaluation or {}, VERSIONS)
     found = ModelCard(text)
     assert ModelCardData(**found.data.to_dict()).to_dict() == found.data.to_dict()
     return found
@@ -125,7 +127,7 @@ def test_names_and_texts_are_inert(name: str, tmp_path: Path) -> None:
         ["a"], ["b"], sentence=f"<script> {name}", findings=[{"rule": "x", "text": f"[a](b) {name}"}]
     )
     evaluation = {"all": OF_ALL, "b": OF_ALL}
-    text = model_card(config, content, evaluation, VERSIONS)
+    text = model_card(config, {**content, "settings": settings(config)}, evaluation, VERSIONS)
     found = ModelCard(text)
     assert found.data.license is None
     assert found.data.library_name == "transformers"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.reference.model_source import ModelSource
+from dpo_dist.tools.pairs import __main__ as verb
 from dpo_dist.tools.pairs.make_pairs import (
     PairResults,
     different_prompts,
@@ -377,10 +379,14 @@ def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said
 
 
 @pytest.mark.usefixtures("in_folder")
-def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process"):
-        check_pairs(config(*SAMPLED, "pairs.rounds=1"))
+def test_rounds_are_done_by_the_first_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+    monkeypatch.setattr(verb, "check_pairs", lambda _: None)
+    monkeypatch.setattr(verb, "run_rounds", lambda *_: done.append(os.environ["RANK"]) or 0)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert verb.main(config(*SAMPLED, "pairs.rounds=1")) == 0
+    assert done == ["0"]
 
 
 def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:

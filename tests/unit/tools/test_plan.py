@@ -453,8 +453,7 @@ def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert "disk: 85.1 GiB a checkpoint, 14.2 GiB the model\n" in text
     assert "communication-bound" not in text
     text, _ = planned("+experiment=qwen7b", "plan.gpus=64")
-    assert "set parallelism=zero3 parallelism.shard_size=8" in text
-    assert "set parallelism.reduce_in_float32=false" in text
+    assert "communication-bound" in text
 
 
 def shape(folder: Path, kind: str = "qwen2", **sizes: int) -> str:
@@ -470,32 +469,11 @@ LARGE = {  # of Qwen2.5-32B
 FULL = "model.gradient_checkpointing=full"
 
 
-def test_each_way_to_send_less_fits_and_is_faster(tmp_path: Path) -> None:
-    """18 bytes of a weight have no room in a node, as `shard_size=8` would need."""
-    words = [shape(tmp_path, **LARGE), FULL, "plan.gpus=16"]
-    text, content = planned(*words)
-    [line] = [line for line in text.splitlines() if line.startswith("communication-bound")]
-    ways = re.findall(r"set ([^,\n]+)", line)
-    assert ways
-    assert "shard_size" not in line
-    for way in ways:
-        changed = planned(*words, *way.split())[1]
-        assert changed["fits"], way
-        assert changed["epoch_seconds"][0] < content["epoch_seconds"][0], way
-    assert not planned(*words, "parallelism.shard_size=8")[1]["fits"]
-    assert "take 8 GPUs" not in line, "which have no room"
-
-
-def test_where_nothing_fits_more_gpus_or_an_adapter_do(tmp_path: Path) -> None:
-    words = [shape(tmp_path, **LARGE), "plan.gpu=rtx4090-24g"]
-    text, content = planned(*words, "plan.gpus=1", "plan.suggest=true")
+def test_where_nothing_fits_what_needs_less_is_named(tmp_path: Path) -> None:
+    words = [shape(tmp_path, **LARGE), "plan.gpu=rtx4090-24g", "plan.gpus=1"]
+    text, content = planned(*words, "plan.suggest=true")
     assert content["suggested"] is None
-    line = text.splitlines()[-1]
-    assert line.startswith("nothing fits")
-    ways = line.partition("what fits: ")[2]
-    assert [way.split()[0] for way in ways.split(", or ")] == ["plan.gpus=16", "model.adapter.r=16"]
-    for way in ways.split(", or "):
-        assert planned(*words, "plan.gpus=1", *way.split())[1]["fits"], way
+    assert text.splitlines()[-1].startswith("nothing fits: more GPUs (plan.gpus), ")
 
 
 @pytest.mark.parametrize(
@@ -571,7 +549,6 @@ def test_adamw_in_bf16_is_named_where_it_alone_fits(
 ) -> None:
     kinds = ("zero3", "zero3_offload") if offloads else ("zero3",)
     monkeypatch.setattr(make_plan_module, "_KINDS", kinds)
-    monkeypatch.setattr(make_plan_module, "_MOST_TIMES", 1)
     words = [
         shape(tmp_path, **SHAPE | {"num_hidden_layers": 6}),
         "plan.gpu=rtx4090-24g",
@@ -581,9 +558,9 @@ def test_adamw_in_bf16_is_named_where_it_alone_fits(
     text, content = planned(*words)
     assert not content["fits"]
     last = text.splitlines()[-1]
-    before = "or on the GPUs alone: " if offloads else "nothing fits; what fits: "
+    before = "or on the GPUs alone: " if offloads else "nothing fits but: "
     assert last.startswith(f"{before}optim.kind=adamw_bf16 parallelism=zero3 ")
-    settings = last.removeprefix(before).split(", or ")[0].split()
+    settings = last.removeprefix(before).split()
     assert planned(*words, *settings, "trainer.micro_batch_tokens=auto")[1]["fits"]
 
 

@@ -53,7 +53,7 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
     folder = opened.recorder.run.folder
     sentence = json.loads(folder.summary.read_bytes())["verdict"]["sentence"]
     table, verdict = map("\n".join(opened.said).index, (f"report     {folder.report}", sentence))
-    assert table < verdict
+    assert verdict < table
 
 
 def test_a_bug_in_a_report_ends_no_run_but_a_full_disk_does(

@@ -12,7 +12,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import write_text
-from dpo_dist.tools.pairs.rounds import run_command, run_rounds
+from dpo_dist.tools.launching import run_command
+from dpo_dist.tools.pairs.rounds import run_rounds
 
 pytestmark = pytest.mark.slow
 
@@ -210,7 +211,7 @@ def test_a_secret_which_no_file_has_is_no_other_setting(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("launcher", ["no-such-program", "python 'x"])
 def test_a_launcher_that_cannot_be_started_is_an_error(launcher: str) -> None:
     with pytest.raises(ConfigError, match="cannot be started"):
-        run_command(launcher)
+        run_command(launcher, "pairs.launcher")
 
 
 def test_a_preempted_training_ends_the_command_with_its_code() -> None:

@@ -101,9 +101,7 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
 
 
-def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evaluations_of_the_run(
-    tmp_path: Path,
-) -> None:
+def test_responses_have_metrics_only_at_the_evaluations_of_the_run(tmp_path: Path) -> None:
     run = Run(
         RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
     )
@@ -116,7 +114,7 @@ def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evalua
     usual = replace(usual, policy_starts_as_reference=True, reference=[refusal, refusal])
     policy = FrozenEngine.__new__(FrozenEngine)  # the reference's responses are those of step 0
     metrics = usual.write_responses(0, policy, is_last=False)
-    assert (metrics["samples/refusals"], metrics["samples/prompts"]) == (0.5, 2.0)
+    assert (metrics["samples/length"], metrics["samples/prompts"]) == (9.0, 2.0)
     assert usual.write_responses(3, policy, is_last=False) == {}
 
 
@@ -145,39 +143,6 @@ def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     assert metrics["samples/prompts"] == 1.0
     assert run.clock.read()["seconds"]["samples"] > 0
     assert lines[0].startswith("samples: responding to 1 prompt: ")
-
-
-def test_evaluations_have_samples_while_these_take_a_minute_and_a_tenth_of_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An evaluation after each 100 s of training, with 30 s of samples."""
-    told: list[str] = []
-    now = 0.0
-
-    def generate(*_: object, **__: object) -> list[Sample]:
-        nonlocal now
-        now += 30.0
-        return [Sample([5], None)]
-
-    monkeypatch.setattr(samples, "generate_together", generate)
-    monkeypatch.setattr(samples.time, "monotonic", lambda: now)
-    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
-    run = Run(config, ALONE, Console(LineScreen(told.append)))
-    run.folder.samples.mkdir()
-    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
-    asked = RunSamples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
-    policy = FrozenEngine.__new__(FrozenEngine)
-    written = []
-    for step in range(11):
-        with run.clock.measure("training"):
-            now += 100.0 if step else 0.0
-        with run.clock.measure("evaluation"):
-            if asked.write_responses(step, policy, is_last=step == 10):
-                written.append(step)
-    # With those of step 3n there are n + 2 samples: 30 (n + 2) = 60 + 10 * 3n.
-    assert written == [0, 1, 3, 6, 9, 10]
-    [line] = [line for line in told if "none after step" in line]
-    assert "a larger trainer.eval_every or a smaller samples.prompts" in line
 
 
 @pytest.mark.parametrize(("seconds", "asked"), [(1.0, 8), (25.0, 2), (400.0, 1)])

@@ -41,8 +41,8 @@ def step_row(step: int) -> Row:
 
 def evaluation_row(step: int) -> Row:
     metrics = {key: value for key, value in step_row(step).items() if key not in ("step", "grad_norm")}
-    sampled = {"length": 100.0, "finished": 1.0, "distinct_3": 0.9, "empty": 0.0, "refusals": 0.02}
-    sampled |= {"language_changed": 0.0, "prompts": 50.0}
+    sampled = {"length": 100.0, "finished": 1.0, "distinct_3": 0.9, "empty": 0.0}
+    sampled |= {"prompts": 50.0}
     metrics |= {f"samples/{key}": value for key, value in sampled.items()} | {"pairs": 400.0}
     return {"step": step} | {f"eval_{key}": value for key, value in metrics.items()}
 
@@ -183,7 +183,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("answers_broken", [row for row in certain(0.9) if "loss" in row], {}, "-0.08 -> -0.98 nats"),
     ("answers_broken", labelled(**GOOD_FALLEN), KTO, "far less likely, -1.20 -> -2.40 nats per token"),
     ("untrained_base", starting_at(-8.2, -7.0), {"vocabulary": 3000}, "among 3,000 tokens has -8.01"),
-    # docs/images.md: better than a guess, and no answer yet.
+    # docs/models.md: better than a guess, and no answer yet.
     (
         "untrained_base",
         starting_at(-3.18, -2.36),

@@ -176,7 +176,8 @@ def test_the_checkpoint_of_a_running_command_is_not_deleted(tmp_path: Path) -> N
     (tmp_path / "go").touch()
     commands.end()
     assert not commands.command.in_use()
-    assert save(5) == ["step-000005"]
+    # The command for step 4, which began just now, may still run.
+    assert {"step-000001", "step-000003"}.isdisjoint(save(5))
     saver.close()
 
 

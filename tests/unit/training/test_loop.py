@@ -85,8 +85,6 @@ def test_schedules_are_those_of_transformers_whose_warmup_is_from_zero(
     theirs = of_transformers(schedule, floor, warmup, decay, steps)
     # The warm-up of their `wsd` begins at the floor.
     for step in range(warmup if schedule is LearningRateSchedule.wsd and floor else 0, steps):
-        from_zero = replace(optim, warmup_from_zero=True)
-        assert learning_rate(from_zero, step, steps) == pytest.approx(theirs[step], rel=1e-12)
         expected = theirs[step + 1] if step < warmup else theirs[step]
         assert learning_rate(optim, step, steps) == pytest.approx(expected, rel=1e-12)
 
@@ -97,7 +95,6 @@ def test_a_warmup_longer_than_the_run_is_an_error() -> None:
     with pytest.raises(ConfigError, match="longer than the run") as error:
         check_schedule(OptimConfig(warmup_steps=6), 5)
     assert error.value.got == "6 of 5 steps"
-    check_schedule(OptimConfig(warmup_steps=6, warmup_from_zero=True), 5)
     check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup_steps=4), 5)
     with pytest.raises(ConfigError, match="and the decay are longer") as error:
         check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup_steps=4, decay_ratio=0.4), 5)

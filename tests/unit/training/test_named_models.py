@@ -45,20 +45,20 @@ def named(config: RunConfig, checkpoint: str | None) -> RunConfig:
 )
 def test_a_checkpoint_by_name(checkpoint: str | None, found: str, config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000200" / "state.json").unlink()  # its files are checked later
-    sources, output = find_export_paths(named(config, checkpoint))
-    assert sources == [tmp_path / "checkpoints" / found]
+    source, output = find_export_paths(named(config, checkpoint))
+    assert source == tmp_path / "checkpoints" / found
     assert output == tmp_path / "exported" / found
     merged = replace(config, export=ExportConfig(checkpoint=checkpoint, merge=True))
     assert find_export_paths(merged)[1] == tmp_path / "exported" / f"{found}-merged"
 
 
 def test_by_default_the_checkpoint_of_the_model_is_exported(config: RunConfig, tmp_path: Path) -> None:
-    assert find_export_paths(config)[0][0].name == "step-000200"
+    assert find_export_paths(config)[0].name == "step-000200"
     takes_best = replace(config, trainer=replace(config.trainer, final=FinalModel.best))
     (tmp_path / "config.yaml").write_text(to_yaml(takes_best))
-    assert find_export_paths(takes_best)[0][0].name == "step-000100"
+    assert find_export_paths(takes_best)[0].name == "step-000100"
     (tmp_path / "checkpoints" / "best").unlink()  # no evaluation had a finite value
-    assert find_export_paths(takes_best)[0][0].name == "step-000200"
+    assert find_export_paths(takes_best)[0].name == "step-000200"
 
 
 def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:

@@ -115,8 +115,6 @@ def test_the_command_of_an_error_about_a_json_object_writes_its_records(
 @pytest.mark.parametrize(
     ("path", "remedy"),
     [
-        ("model/tokenizer.json", "this is a file of a model"),
-        ("model", "this is a file of a model"),
         ("splits.json", "write the records as one list"),
     ],
 )

@@ -54,15 +54,6 @@ class PairFacts:
     is_call: bool = False  # a tool call against a text, or a labelled call: the form is the preference itself
 
 
-@dataclass(frozen=True)
-class ImageFacts:
-    """Facts about an image of a prompt."""
-
-    key: int  # of its file's content
-    pixels: int
-    tokens: int = -1  # its placeholders; -1: not encoded
-
-
 @dataclass(eq=False, slots=True)
 class RecordFacts:
     """Facts about a record; only a readable record has those after `detail`."""
@@ -79,7 +70,6 @@ class RecordFacts:
     changed: dict[str, int] = field(default_factory=dict)  # what encoding changes
     examples: int = 1  # into which encoding makes it
     pair: PairFacts | None = None  # None: a single response
-    images: tuple[ImageFacts, ...] = ()
     # Keys, by which records are compared.
     prompt: int = 0  # ignores case and white space
     record: int = 0  # of the prompt and all responses
@@ -138,10 +128,8 @@ class Observer:
         hash_of_prompt = prompt_hash(record.prompt, files)
         digests = [file.digest.hex() for file in files]
         texts = plain_texts(record)
-        images = list[ImageFacts]()
         for file in files:
-            width, height = decode_image(file.read()).size
-            images.append(ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height))
+            decode_image(file.read())  # raises UnusableRecordError
         prompt = texts.prompt
         responses = texts.responses
         side = record.labelled_side
@@ -160,7 +148,6 @@ class Observer:
             is_held_out=self._is_held_out(hash_of_prompt),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
-            images=tuple(images),
             prompt=prompt_key,
             record=record_key,
             hash=hash_of_prompt,
@@ -185,8 +172,6 @@ class Observer:
             uncut = encode_record(record, self._without_limits, tokenizer, self._processor)
         if not isinstance(uncut, BadRecord):
             facts.tokens = _lengths(uncut.example, record.labelled_side)
-            pictures = zip(facts.images, uncut.example.images, strict=True)
-            facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = uncut if isinstance(encoded, BadRecord) else encoded

@@ -5,7 +5,6 @@ that has more of the feature, or less, whichever is right more often; a tie coun
 """
 
 import heapq
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -175,8 +174,6 @@ class ExaminedSource:
         self._changed = Counter[str]()
         # For each of `SIDES`, how many records have each length.
         self._characters, self._tokens, self._cuts = ([Counter[int]() for _ in SIDES] for _ in range(3))
-        self._images = {name: array("Q") for name in ("key", "pixels", "tokens")}  # tokens: 1 more; 0: none
-        self._images_of_records = Counter[int]()
 
     def add(self, records: Sequence[RecordFacts]) -> None:
         """Add the facts about the next records; facts about pairs are kept for a sample only."""
@@ -186,12 +183,6 @@ class ExaminedSource:
                 if len(self._sample) > _SAMPLED_PAIRS:
                     heapq.heappop(self._sample)
             self.read += 1
-            for image in record.images:
-                self._images["key"].append(image.key)
-                self._images["pixels"].append(image.pixels)
-                self._images["tokens"].append(image.tokens + 1)
-            if record.images:
-                self._images_of_records[len(record.images)] += 1
             if record.dropped is not None:
                 self._reasons[record.dropped].add(record)
             if record.is_readable:
@@ -241,7 +232,7 @@ class ExaminedSource:
         return leak_tests([pair.differences for pair in pairs], [pair.prompt for pair in pairs])
 
     def report(self) -> dict[str, Any]:
-        """Return the entry of doctor.json; docs/doctor.md describes its fields."""
+        """Return the entry of doctor.json; docs/output.schema.json describes its fields."""
         sides = dict[str, dict[str, Any]]()
         for side, characters, lengths, cuts in zip(
             SIDES, self._characters, self._tokens, self._cuts, strict=True
@@ -269,24 +260,7 @@ class ExaminedSource:
             },
             "changed": dict(sorted(self._changed.items())),
             "sides": sides,
-            "images": self._image_facts(),
             "leaks": [dict(vars(test)) for test in self.leaks],
-        }
-
-    def _image_facts(self) -> dict[str, Any] | None:
-        if not self._images_of_records:
-            return None
-        keys, pixels, placeholders = (np.array(column) for column in self._images.values())
-        order = np.lexsort((placeholders > 0, keys))  # an image of a dropped record has no tokens
-        last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
-        encoded = last[placeholders[last] > 0]
-        return {
-            "records": self._images_of_records.total(),
-            "images": sum(count * records for count, records in self._images_of_records.items()),
-            "different": len(last),
-            "in_a_record": _spread(self._images_of_records),
-            "pixels": _spread(Counter(pixels[last].tolist())),
-            "tokens": _spread(Counter((placeholders[encoded] - np.uint64(1)).tolist())),
         }
 
     def findings(self) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from dpo_dist.data.read.plain import parse_json
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.pages.thumbnails import with_marks
-from dpo_dist.tools.text_facts import WORD, is_refusal, longest_repeat
+from dpo_dist.tools.text_facts import WORD, longest_repeat
 
 # In scripts without spaces (kana, Chinese) each character is a word; Hangul has spaces.
 _WORD = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]|_")
@@ -200,7 +200,6 @@ _FEATURES: Mapping[str, Feature] = {
     "share outside ASCII": _share("[^\x00-\x7f]"),
     "characters": lambda _, bare: math.log1p(len(bare)),
     "model name": lambda _, bare: _MODEL_NAME.search(bare) is not None,
-    "refusal": lambda _, bare: is_refusal(bare),
     "odd characters": lambda text, _: re.search(_ODD, text) is not None,
 }
 _FIRST = ("first word", "second word", "third word")

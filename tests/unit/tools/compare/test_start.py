@@ -44,25 +44,41 @@ def config(tmp_path: Path, models: str, *overrides: str) -> RunConfig:
 
 
 def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
-    paths = ("base", "run", "run/model", "run/checkpoints/step-000100", "lora/model")
-    names = ("", "beta=", "same=", "", "lora 2=")
-    written = [f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)]
-    found = compared_models([*written, "org/small", "big=org/large"])
-    assert [(model.name, model.is_checkpoint, model.location) for model in found] == [
+    def found(*written: str) -> list[tuple[str, bool, str]]:
+        return [(model.name, model.is_checkpoint, model.location) for model in compared_models([*written])]
+
+    assert found(f"{models}/base", f"beta={models}/run") == [
         ("base", False, f"{models}/base"),
         ("beta", False, f"{models}/run/model"),
+    ]
+    checkpoint = f"{models}/run/checkpoints/step-000100"
+    assert found(f"same={models}/run/model", checkpoint) == [
         ("same", False, f"{models}/run/model"),
-        ("run/step-000100", True, f"{models}/run/checkpoints/step-000100"),
+        ("run/step-000100", True, checkpoint),
+    ]
+    assert found(f"lora 2={models}/lora/model", "org/small") == [
         ("lora 2", False, f"{models}/lora/model"),
         ("small", False, "org/small"),
-        ("big", False, "org/large"),
     ]
-    assert found[1].path == f"{models}/run"
+    assert compared_models([f"{models}/base", f"beta={models}/run"])[1].path == f"{models}/run"
     with pytest.raises(ConfigError, match=r"this run directory has no model(?s:.*)step-1000000"):
         compared_models([f"{models}/base", f"{models}/open"])
     # On the command line names need no quotes.
-    line = f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"
-    assert [model.name for model in check_comparison(config(models, line))] == ["a", "run", "b c"]
+    line = f"compare.models=[a={models}/base, b c={models}/lora/model]"
+    assert [model.name for model in check_comparison(config(models, line))] == ["a", "b c"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["a"], "a comparison has two models"),
+        (["a", "b", "c"], "a comparison has two models"),
+        (["org/a", "other/a"], "both models have the same name"),
+    ],
+)
+def test_a_comparison_has_two_models_of_different_names(entries: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compared_models(entries)
 
 
 def test_keys_that_contradict_each_other(models: Path) -> None:
@@ -94,7 +110,7 @@ def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: P
     assert f"{tmp_path}/base, vocabulary of 431, a response ends with <|im_end|>" in report
     assert "function tests.support.own_judge:letter_shares" in report
     assert report.count("first records that cannot be put to the model: 1 prompt_fills_max_length") == 2
-    assert "judge: none, so no scores and win rates" in rehearsed()
+    assert "judge: none, so no scores and no win rate" in rehearsed()
     with pytest.raises(DataError, match="none of the first records"):
         rehearsed("sampling.max_new_tokens=4000")
     assert sorted(tmp_path.rglob("*")) == before

@@ -51,7 +51,6 @@ LEAKS: list[list[tuple[str, Change]]] = [
     ],
     [("typographic", on("chosen", lambda text: amid(text, "\u2014 \u2014")))],
     [("bold (the chosen side has more;", on("chosen", lambda text: amid(text, "**bold**")))],
-    [("refusal (the chosen side has more;", on("chosen", lambda text: "I can't help. " + text))],
 ]
 
 

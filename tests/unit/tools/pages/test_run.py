@@ -1,6 +1,5 @@
 """The page of a run and its verb: complete, also of a run in training."""
 
-import html
 import json
 import os
 import re
@@ -48,20 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 def test_the_page_says(made: str, heading: str, expected: str) -> None:
     assert expected in made[made.rindex(heading) :]
-
-
-def test_the_margins_of_all_evaluation_pairs_are_a_histogram_with_zero_in_it(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
-    margins: list[float | None] = [0.5, 1.0, 1.5, 2.0, 900.0, *[0.25] * 200, None]
-    scores = "".join(json.dumps({"margin": margin}) + "\n" for margin in margins)
-    run.last_evaluation.scores.write_text(scores)
-    assert "Margins of the evaluation pairs" not in shown(run), "a loss without margins of pairs"
-    change(run.last_evaluation.results, "all", "eval_rewards/margins/p05", value=0.25)
-    assert "205 pairs, median 0.25; 100 % above 0, the dashed line" in shown(run)
-    page = html.unescape(run.report.read_text())
-    [drawn] = [json.loads(text) for text in re.findall(r'data-chart="([^>]*)">', page) if '"bar"' in text]
-    assert sum(drawn["lines"][0]["ys"]) == 205, "the outlier, too"
-    assert -0.5 <= drawn["limit"] < 1, "0 is in the first bin"
 
 
 def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
