@@ -29,6 +29,7 @@ test-server: ## test against a real vLLM, with its figures: DPO_DIST_VLLM=PATH/b
 
 docs: env ## write the generated tables of docs/
 	$(BIN)/python scripts/write_key_docs.py
+	$(BIN)/python scripts/write_fits.py
 
 docs-site: env ## build a searchable site of README.md and docs/ in build/site
 	$(BIN)/mkdocs build --strict

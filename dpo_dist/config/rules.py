@@ -16,7 +16,7 @@ from dpo_dist.config.keys import all_keys, to_unset
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import nearest
-from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig, TeacherMode
+from dpo_dist.config.schema import SCHEMA, UNSET, Direction, Offload, ReferenceMode, RunConfig, TeacherMode
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.fields import as_written, schema_fields, validated
@@ -386,6 +386,27 @@ RULES = (
         "optim.kind=adamw_8bit|muon parallelism.offload_optimizer!=none",
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
         "set optim.kind=adamw, or parallelism.offload_optimizer=none",
+    ),
+    Rule(
+        "optim.kind=adamw_bf16 parallelism.offload_optimizer parallelism.offload_parameters",
+        "this optimizer updates the weights where the forward has them, on the device",
+        "set parallelism=zero3, zero2 or ddp, or optim.kind=adamw",
+        lambda c: {c.parallelism.offload_optimizer, c.parallelism.offload_parameters} != {Offload.none},
+    ),
+    Rule(
+        "optim.kind=adamw_bf16 model.dtype!=bf16",
+        "this optimizer updates weights in bf16",
+        "set model.dtype=bf16, or optim.kind=adamw",
+    ),
+    Rule(
+        "optim.sums=bf16 optim.kind!=adamw_bf16",
+        "float32 master weights take float32 gradients",
+        "remove optim.sums, or set optim.kind=adamw_bf16",
+    ),
+    Rule(
+        "optim.sums=fp32 optim.kind=adamw_bf16 parallelism.kind=ddp",
+        "with float32 sums DeepSpeed's stage 1 keeps float32 master weights",
+        "set parallelism=zero2, or remove optim.sums",
     ),
     Rule(
         "optim.kind=muon parallelism.kind=zero3",

@@ -266,7 +266,8 @@ class ParallelismConfig:
 LearningRateSchedule = StrEnum(
     "LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
 )
-OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit", "muon"])
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16", "adamw_8bit", "muon"])
+SumsDtype = StrEnum("SumsDtype", ["auto", "bf16", "fp32"])
 
 
 @schema
@@ -274,10 +275,17 @@ class OptimConfig:
     """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_8bit`: states of 2 bytes a weight in place of 8 (bitsandbytes); `muon`: Muon for
-    matrices (arXiv 2502.16982). `adamw_8bit` takes no offload, and resumes on as many processes and the same
-    parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases and norms to AdamW,
-    needs `zero2` or `ddp`, and computes in bf16: on other numbers of processes rounding differs more."""
+    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `adamw_8bit`: states of 2 bytes a
+    weight in place of 8 (bitsandbytes); `muon`: Muon for matrices (arXiv 2502.16982). `adamw_bf16` rounds up
+    or down by a chance that depends on `trainer.seed`, the step and the weight alone; it needs
+    `model.dtype=bf16`. `adamw_bf16` and `adamw_8bit` take no offload, and `adamw_8bit` resumes on as many
+    processes and the same parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases
+    and norms to AdamW, needs `zero2` or `ddp`, and computes in bf16: on other numbers of processes rounding
+    differs more."""
+    sums: SumsDtype = key(SumsDtype.auto)
+    """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
+    other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it
+    from about 32 micro-batches a step of a process; not with `ddp`."""
     lr: float = key(1e-6, gt=0, le=1)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
@@ -299,6 +307,13 @@ class OptimConfig:
     """Decay of the moments of AdamW; the momentum of `muon` is 0.95."""
     max_grad_norm: float | None = key(1.0, gt=0)
     """Norm to which a larger gradient is clipped; null: none is."""
+
+    @property
+    def dtype_of_sums(self) -> Dtype:
+        """Return the dtype in which gradients are added over micro-batches."""
+        if self.sums is not SumsDtype.auto:
+            return Dtype(self.sums)
+        return Dtype.bf16 if self.kind is OptimizerKind.adamw_bf16 else Dtype.fp32
 
 
 FinalModel = StrEnum("FinalModel", ["last", "best"])

@@ -11,6 +11,7 @@ from dpo_dist.config.schema import (
     Dtype,
     Offload,
     OptimConfig,
+    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
 )
@@ -24,6 +25,8 @@ _SQUARES_PER_LAYER = 16
 # transformers has them, are gathered alike by all ranks; and a leaf with an adapter fails if its input
 # has no gradient.
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
+SUB_GROUP = 10**8
+"""Weights that ZeRO-3 updates together with `adamw_bf16`; their gradients are copied for it."""
 
 
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
@@ -46,13 +49,19 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
     if is_wide is None:
         summed = parallelism.shard_size or int(processes)  # several copies sum theirs in float32 anyway
         is_wide = summed > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    config = _shared_config(zero, dtype)
+    if optim.kind is OptimizerKind.adamw_bf16:
+        zero["sub_group_size"] = SUB_GROUP
+        # What the optimizer updates, and the gradients that it is given. Without the second flag DeepSpeed
+        # demands CPU Adam.
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return {
-        **_shared_config(zero, dtype),
+        **config,
         "gradient_accumulation_steps": 1,
         "communication_data_type": (Dtype.fp32 if is_wide else dtype).value,
         "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
         "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": optim.dtype_of_sums.value},
     }
 
 

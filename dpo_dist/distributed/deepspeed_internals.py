@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState, SharedDict
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import (
@@ -40,7 +41,7 @@ from dpo_dist.model.lora import active_adapters, adapted_layers
 Range = tuple[nn.Parameter, int, int, int]
 """A part of a weight in a flat tensor: the weight, start in the tensor, start in the weight, length."""
 Flat = tuple[Tensor, list[Range]]
-"""A flat tensor with this rank's part of a group of master weights, and the weights' ranges in it."""
+"""A flat tensor with this rank's part of a group of trained weights, and the weights' ranges in it."""
 
 
 OWN_ATTRIBUTES = ("ds_", "applied_pre_backward_")
@@ -99,7 +100,7 @@ def reduce_in_optimizer_only(engine: Any) -> None:
 
 
 def flat_masters(engine: Any) -> list[Flat]:
-    """Return the flat float32 tensors that the optimizer of an engine updates, of any ZeRO stage."""
+    """Return the flat tensors that the optimizer of an engine updates, of any ZeRO stage."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         groups = [_ranges_of_stage_3(weights) for weights in optimizer.fp16_groups]
@@ -111,6 +112,28 @@ def flat_masters(engine: Any) -> list[Flat]:
         groups = [_ranges_of_mapping(weights) for weights in optimizer.bit16_groups]
         tensors = optimizer.single_partition_of_fp32_groups
     return list(zip(tensors, groups, strict=True))
+
+
+def join_masters(engine: Any) -> None:
+    """Let the optimizer of an engine update the model's own weights, both in bf16, and release its copies.
+
+    DeepSpeed keeps copies as master weights. ZeRO-3 means to keep none of a weight's own dtype, but compares
+    a device with its name, which is never equal.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        masters = optimizer.fp32_partitioned_groups_flat
+        for master, part in zip(masters, optimizer.fp16_partitioned_groups_flat, strict=True):
+            master.data = part.data
+        return
+    for number, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        rank = dist.get_rank(optimizer.real_dp_process_group[number])
+        master.data = optimizer.parallel_partitioned_bit16_groups[number][rank].data
+        for weight in optimizer.bit16_groups[number]:
+            mapping = weight._hp_mapping
+            if mapping is not None:  # its view of the copy would keep the copy
+                part = mapping.hp_fragment_address
+                mapping.hp_fragment = master.detach().narrow(0, part.start, part.numel)
 
 
 def shard_range(weight: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from dpo_dist.distributed.deepspeed_internals import (
@@ -20,6 +21,8 @@ from dpo_dist.distributed.deepspeed_internals import (
 )
 from dpo_dist.distributed.processes.world import ShardGroup, World
 from dpo_dist.model.experts import own_reader
+
+_PART = 2**28  # gradients that are summed at a time
 
 
 @contextlib.contextmanager
@@ -63,10 +66,11 @@ def sum_over_groups(engine: Any, world: World) -> None:
     """Make an engine's gradients, which are means over the ranks of a group, means over all; collective."""
     if world.shards is None:
         return
-    gradients = gradient_sums(engine)
-    dist.all_reduce(gradients, group=world.shards.copies)
     share = world.shards.ranks / world.size
-    gradients *= share
+    for part in torch.split(gradient_sums(engine), _PART):
+        of_part = part.float()  # in bf16 each addition would round
+        dist.all_reduce(of_part, group=world.shards.copies)
+        part.copy_(of_part.mul_(share))
     # Those of slices of experts DeepSpeed has divided by the number of all ranks.
     for of_experts in expert_gradient_sums(engine):
         of_experts.div_(share)

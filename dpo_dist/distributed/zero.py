@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, OptimConfig, OptimizerKind
+from dpo_dist.distributed.adamw_bf16 import AdamWBF16
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
@@ -24,6 +25,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     flat_masters,
     gathered_once,
     inner_optimizer,
+    join_masters,
     optimizer_tensors,
     record_gather_orders,
     reduce_in_optimizer_only,
@@ -211,11 +213,11 @@ ADAM_EPS = 1e-8
 """Added to the root of the second moment."""
 
 
-def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
+def create_optimizer(model: PackedCausalLM, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
     """Return the optimizer of the trained weights; with offload, Accelerate puts CPU Adam in its place.
 
     Decayed are all but biases and norms; and weights without a gradient, such as a vision tower's, are not,
-    so that they do not change.
+    so that they do not change. `seed`: of the chance by which `adamw_bf16` rounds.
     """
     matrices = matrices_of(model.causal_lm) if optim.kind is OptimizerKind.muon else set()
     unmoved = without_gradient(model.causal_lm)
@@ -233,6 +235,8 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
         if weights
     ]
     betas = (optim.betas[0], optim.betas[1])
+    if optim.kind is OptimizerKind.adamw_bf16:
+        return AdamWBF16(groups, optim.lr, betas, ADAM_EPS, seed)
     if optim.kind is not OptimizerKind.adamw_8bit:
         kind = MuonAndAdamW if optim.kind is OptimizerKind.muon else torch.optim.AdamW
         return kind(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
@@ -246,12 +250,18 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
 class PolicyEngine(Engine):
     """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
+    `seed`: of the chance by which `adamw_bf16` rounds.
     `loss_scale` is used in the next step; None without fp16. `has_overflowed` says that the last step was not
     applied, and that a smaller loss scale may help.
     """
 
     def __init__(
-        self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
+        self,
+        model: PackedCausalLM,
+        optim: OptimConfig,
+        world: World,
+        ema_decay: float | None = None,
+        seed: int = 0,
     ):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(communication(zero["stage"], model.hidden_size))
@@ -261,14 +271,18 @@ class PolicyEngine(Engine):
             for module in partly_used_blocks(model.causal_lm):
                 join_gradients(module)
         world.barrier()  # ranks load at unequal speed, and DeepSpeed's calls would time out
-        engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
+        engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim, seed))
         if world.size == 1:
             reduce_in_optimizer_only(engine)
         super().__init__(model, engine)
         inner = inner_optimizer(engine)
-        if isinstance(inner, MuonAndAdamW):
+        if isinstance(inner, AdamWBF16):
+            join_masters(engine)
+            inner.names = self._trained_names()
+        if isinstance(inner, AdamWBF16 | MuonAndAdamW):
             inner.ranges = dict(flat_masters(engine))
         self._world = world
+        self._seed = seed
         self._current = ""
         self._leaf_gradients = None
         if self._shards_weights:
@@ -289,7 +303,7 @@ class PolicyEngine(Engine):
                 remedy="set parallelism=zero3, which cuts weights into groups of 1e9, or optim.kind=adamw",
             )
         if ema_decay is not None:
-            self._averages = {master: master.detach().clone() for master in masters}
+            self._averages = {master: master.detach().float().clone() for master in masters}
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -378,9 +392,9 @@ class PolicyEngine(Engine):
         if not is_applied:
             drop_gradients(self._engine)
             return torch.as_tensor(math.inf, device=self._world.device)
-        # Of the float32 masters: in 16 bits a change of a thousandth would round to none.
+        # In float32: in 16 bits a change of a thousandth would round to none.
         for master, average in self._averages.items():
-            average.lerp_(master.detach(), 1 - (self._ema_decay or 0.0))
+            average.lerp_(master.detach().float(), 1 - (self._ema_decay or 0.0))
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
     def set_loss_scale(self, scale: LossScale | None) -> None:
@@ -399,12 +413,14 @@ class PolicyEngine(Engine):
         saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)
-        self._world.together(lambda: saved.load_into(slices))
+        self._world.together(lambda: saved.load_into(slices, self._seed))
         write_masters_to_model(self._engine)
 
+    def _trained_names(self) -> dict[nn.Parameter, str]:
+        return {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
+
     def _slices(self) -> OptimizerSlices:
-        names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
-        return OptimizerSlices(self._engine, names, self._world.shard_place, self._averages)
+        return OptimizerSlices(self._engine, self._trained_names(), self._world.shard_place, self._averages)
 
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""

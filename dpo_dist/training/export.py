@@ -118,8 +118,7 @@ def export_checkpoint(
     dtype = TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
-        weight = saved.whole(name, part=part)
-        return weight.to(dtype) if is_whole else weight
+        return saved.whole_in(dtype, name, part) if is_whole else saved.whole(name, part)
 
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

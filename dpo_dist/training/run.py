@@ -391,7 +391,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     if model.gives_scores:
         padding = padding_token(inputs.tokenizer, config.data)
         set_padding(model.causal_lm.config, inputs.tokenizer.convert_tokens_to_ids(padding))
-    policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
+    policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay, config.trainer.seed)
     texts = inputs.train_set.texts() if model.gives_scores else []
     run_start_check(policy, longest, world, processor=inputs.processor, texts=texts, trains=True)
     if world.device.type == "cuda":

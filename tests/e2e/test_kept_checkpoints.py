@@ -92,7 +92,7 @@ def test_the_moving_average_is_a_model_folder_too(run: Path) -> None:
     saved = SavedSlices.find(run / "checkpoints/step-000006", "engine")
     assert found.keys() == last.keys()
     for name, weight in found.items():
-        assert torch.equal(weight, saved.whole(name, "ema").bfloat16())
+        assert torch.equal(weight, saved.whole_in(torch.bfloat16, name, "ema"))
     assert any(not torch.equal(weight, last[name]) for name, weight in found.items())
     card = (folder / "README.md").read_text()
     assert "moving average over the training steps, with a decay of 0.5" in card

@@ -30,11 +30,12 @@ from dpo_dist.config.schema import (
     Dtype,
     ModelConfig,
     OptimConfig,
+    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.deepspeed_config import communication, policy_config
 from dpo_dist.distributed.deepspeed_internals import own_accelerate_state
 from dpo_dist.distributed.processes.join import leave_world, start_world
 from dpo_dist.distributed.zero import PolicyEngine
@@ -53,8 +54,18 @@ KINDS = {
     "zero3": (18, 0, ["allgather_base", "reduce_scatter_base", "allreduce", "allgather_base"]),
     "zero2": (16, 2, ["allreduce", "allgather_base"]),
     "ddp": (12, 8, ["allreduce", "allgather_base"]),
+    "zero3 adamw_bf16": (8, 0, ["allgather_base", "reduce_scatter_base", "allreduce", "allgather_base"]),
+    "zero2 adamw_bf16": (6, 2, ["allreduce", "allgather_base"]),
+    "ddp adamw_bf16": (4, 4, ["allreduce", "allgather_base"]),
 }
 """Bytes of a weight that are sharded and that are not; and the calls of a step."""
+
+
+def parts_of(kind: str) -> tuple[ParallelismKind, OptimConfig]:
+    parallelism, _, optimizer = kind.partition(" ")
+    return ParallelismKind(parallelism), OptimConfig(OptimizerKind(optimizer or "adamw"))
+
+
 SIZES = (8, 1024)
 SMALLER = 16
 """The output layer's width, vocabulary and targets; so its tensors are smaller by the square."""
@@ -109,8 +120,8 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
     gc.collect()
     before = torch.cuda.memory_allocated()
     with _rank_0_of(ranks), own_accelerate_state():
-        optim = OptimConfig()
-        parallelism = ParallelismConfig(ParallelismKind(kind), reduce_in_float32=False)
+        shards, optim = parts_of(kind)
+        parallelism = ParallelismConfig(shards, reduce_in_float32=False)
         world = start_world(policy_config(parallelism, optim, Dtype.bf16), parallelism.timeout_seconds)
         loaded = load_packed(model, ModelConfig(), 256, world.device)
         policy = PolicyEngine(loaded, optim, world)
@@ -118,9 +129,13 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
         shapes = [getattr(weight, "ds_shape", weight.shape) for weight in loaded.parameters()]
         batch = pack_unkeyed(random_pairs([(30, 20, 25), (3, 4, 1)])).to(world.device)
         for _ in range(3):  # in the second, DeepSpeed's ranks compare the order in which they gather
+            between = 0
+            if kind == "ddp adamw_bf16":  # the last backward releases gradients of other ranks' parts
+                policy.backward(policy.token_logps(batch).sum(), is_last=False)
+                between = torch.cuda.memory_allocated() - before
             with _Calls() as calls:
                 policy.backward(policy.token_logps(batch).sum(), is_last=True)
-                used = torch.cuda.memory_allocated() - before
+                used = max(between, torch.cuda.memory_allocated() - before)
                 policy.step(1e-6)
         policy.free()
         leave_world()
@@ -196,7 +211,11 @@ def test_a_step_is_as_documented_for_any_number_of_ranks(kind: str, measured: An
     for ranks in SIZES:
         found = measured["steps"][f"{kind} {ranks}"]
         calls, weights = found["calls"], sum(found["sizes"])
-        bucket = 2 * WIDTH**2 if kind == "zero3" else 0  # of gradients
+        bucket = 2 * WIDTH**2 if kind.startswith("zero3") else 0  # of gradients
+        if kind == "zero2 adamw_bf16":
+            bucket = 2 * max(found["sizes"])  # the whole gradient of what the rank has a part of
+        if kind == "ddp adamw_bf16":
+            bucket = 2 * 2 * communication(1, WIDTH)["reduce_bucket_size"]  # one is sent, one is filled
         # Two blocks of the allocator for each weight; each rank's part is aligned.
         small = 1024 * len(found["sizes"]) + 16 * ranks
         expected = sharded * weights / ranks + whole * weights
@@ -213,13 +232,19 @@ def test_a_step_is_as_documented_for_any_number_of_ranks(kind: str, measured: An
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_counts_the_bytes_of_weights_that_are_measured(kind: str) -> None:
     sharded, whole, _ = KINDS[kind]
-    config = RunConfig(model=ModelConfig(), parallelism=ParallelismConfig(ParallelismKind(kind)))
+    shards, optim = parts_of(kind)
+    config = RunConfig(model=ModelConfig(), parallelism=ParallelismConfig(shards), optim=optim)
     causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
     weights = sum(weight.numel() for weight in causal_lm.parameters())
     for ranks in (1, *SIZES):
         parts = Shapes(config, causal_lm).footprint(ranks).parts
         planned = parts["weights"] + parts["gradients"] + parts["optimizer states"]
-        assert planned == pytest.approx((sharded / ranks + whole) * weights)
+        expected = (sharded / ranks + whole) * weights
+        if kind == "zero2 adamw_bf16" and ranks > 1:
+            expected += 2 * max(weight.numel() for weight in causal_lm.parameters())
+        assert planned == pytest.approx(expected)
+        updated = 0 if optim.kind is OptimizerKind.adamw else 2 * weights / ranks
+        assert parts.get("gradients of an update", 0) == pytest.approx(updated)
 
 
 def test_one_process_does_not_reduce_its_gradients_with_themselves(measured: Any) -> None:

@@ -78,6 +78,7 @@ def start_ranks(
     dtype: Dtype = Dtype.fp32,
     timeout: int = 600,
     enter: Callable[[int], None] | None = None,
+    optim: OptimConfig = OPTIM,
 ) -> Ranks:
     """Start `scenario` on every rank of a new world; logs and results go to the new `folder`.
 
@@ -88,7 +89,7 @@ def start_ranks(
     port = reserve_port()
     processes = tuple(
         context.Process(
-            target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout, enter)
+            target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout, enter, optim)
         )
         for rank in range(size)
     )
@@ -105,9 +106,10 @@ def run_ranks(
     dtype: Dtype = Dtype.fp32,
     seconds: float = 240,
     timeout: int = 600,
+    optim: OptimConfig = OPTIM,
 ) -> list[Any]:
     """Return the result of `scenario` on each rank; no rank may fail or take longer than `seconds`."""
-    outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout).finish(seconds)
+    outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout, optim=optim).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
     return [outcome.result for outcome in outcomes]
@@ -123,6 +125,7 @@ def _be_rank(
     folder: Path,
     timeout: int,
     enter: Callable[[int], None] | None,
+    optim: OptimConfig,
 ) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -138,7 +141,7 @@ def _be_rank(
     outcome: dict[str, Any]
     parallelism = kind if isinstance(kind, ParallelismConfig) else ParallelismConfig(kind)
     try:
-        world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
+        world = start_world(policy_config(parallelism, optim, dtype), timeout_seconds=timeout)
         reports = Reports(stacks=folder / f"rank-{rank}.stacks.txt")
         with watch_world(world, reports), parallel_groups(world, parallelism) as grouped:
             outcome = {"result": scenario(grouped, folder)}

@@ -42,6 +42,7 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     checkpoint_step,
 )
+from dpo_dist.distributed.adamw_bf16 import round_by_chance
 from dpo_dist.distributed.checkpoint.slices import (
     SHARDS,
     WEIGHT,
@@ -157,8 +158,12 @@ class SavedSlices:
         parts = dict.fromkeys(part for part, _, weight in of_weights if weight in shapes)
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
-    def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones."""
+    def load_into(self, slices: Iterable[Slice], seed: int = 0) -> None:
+        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones.
+
+        float32 values become bf16 by the chance of `seed`: to the nearest, all moves of a weight below half a
+        step of bf16 would be lost.
+        """
         with reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
@@ -183,16 +188,29 @@ class SavedSlices:
                         last = min(piece.start + target.numel(), stop)
                         if first < last:
                             values = opened(file).get_slice(key)[first - start : last - start]
+                            if values.dtype is torch.float32 and target.dtype is torch.bfloat16:
+                                values = round_by_chance(values, seed, "load", key, first)
                             target[first - piece.start : last - piece.start].copy_(values)
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
-        """Return a whole weight or optimizer state in host memory; trained weights are float32."""
+        """Return a whole weight or optimizer state in host memory; trained weights are float32, or bf16."""
         with reading_errors(self.folder):
             pieces = []
             for _, _, file in self._ranges[f"{part}/{name}"]:
                 with safe_open(self.folder / file, "pt") as opened:
                     pieces.append(opened.get_tensor(f"{part}/{name}"))
             return torch.cat(pieces).view(self.shapes[name])
+
+    def whole_in(self, dtype: torch.dtype, name: str, part: str = WEIGHT) -> Tensor:
+        """Return a whole weight or state in `dtype`; float32 becomes bf16 by a chance of its own.
+
+        To the nearest, moves of a weight below half a step of bf16 would be lost, which at rates of 1e-6 are
+        nearly all. In benchmarks/log.md: "What is learnt at small rates".
+        """
+        values = self.whole(name, part)
+        if values.dtype is torch.float32 and dtype is torch.bfloat16:
+            return round_by_chance(values, self.step, "save", f"{part}/{name}")
+        return values.to(dtype)
 
 
 @contextlib.contextmanager
@@ -283,10 +301,11 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
         if is_sharded(weight):
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 if world.is_main:
-                    weight.copy_(saved.whole(name))
+                    weight.copy_(saved.whole_in(weight.dtype, name))
             set_reader(weight, None)
         else:
-            weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
+            read = functools.partial(saved.whole_in, weight.dtype, name)
+            weight.copy_(world.on_main(read))
     copy_shards(trained.values(), world)
 
 

@@ -19,6 +19,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
+from dpo_dist.distributed.adamw_bf16 import STEP, AdamWBF16
 from dpo_dist.distributed.deepspeed_internals import (
     flat_masters,
     inner_optimizer,
@@ -33,9 +34,8 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.library_internals import whole_shape
 
 SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
-WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight
+WEIGHT = "weight"  # the part that is the weight itself, for a trained one its master weight
 EMA = "ema"  # the part that is the moving average of the weight
-_STEP = "step"
 # Size at which a rank begins another file. A GPU's tensors need this much host memory at a time.
 _FILE_BYTES = 2**28
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
@@ -141,13 +141,13 @@ class OptimizerSlices:
                     yield Slice(f"{cut}, group {number}, {digest}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
-        """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
+        """Return the flat tensors that the optimizer updates, with padding; not copies."""
         return [flat for flat, _ in flat_masters(self._engine)]
 
     @property
     def step(self) -> int:
         """Return the number of updates in the optimizer states."""
-        return max((int(self._inner.state[flat].get(_STEP, 0)) for flat in self.masters()), default=0)
+        return max((int(self._inner.state[flat].get(STEP, 0)) for flat in self.masters()), default=0)
 
     def create_states(self, parts: Sequence[str], step: int) -> None:
         """Create missing optimizer states, to be filled with the states after `step` updates."""
@@ -162,16 +162,17 @@ class OptimizerSlices:
                     group["params"] = [flat]
                     inner.init_state(group, flat, 0, 0)
                     group["params"] = params
-                inner.state[flat][_STEP] = step
+                inner.state[flat][STEP] = step
             return
         is_cpu_adam = isinstance(inner, DeepSpeedCPUAdam)
+        counts = is_cpu_adam or isinstance(inner, AdamWBF16)
         for flat in self.masters() if names else []:
             states = inner.state[flat]
             # A rank's part may be only padding: it has the states of its group all the same.
             has_momentum = isinstance(inner, MuonAndAdamW) and inner.has_momentum(flat)
             for name in [name for name in names if (name == MOMENTUM) is has_momentum]:
                 states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
-            states[_STEP] = step if is_cpu_adam else torch.tensor(float(step), device=flat.device)
+            states[STEP] = step if counts else torch.tensor(float(step), device=flat.device)
         if is_cpu_adam and names:
             restore_powers(inner, step)
 

@@ -46,6 +46,7 @@ _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _OF_A_NODE = [f"zero3 parallelism.shard_size={GPUS_PER_NODE}"]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
+_NO_OFFLOAD = {"offload_optimizer": "none", "offload_parameters": "none"}
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _QUANTIZED: list[_Setting] = [
     ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
@@ -103,13 +104,14 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
     if config.section_of(PlanConfig).suggest:
         suggested, seconds = _suggest(found)
         content["suggested"] = suggested
+        needs_host = suggested is not None and "offload" in suggested
+        in_bf16 = _in_bf16(found) if needs_host or suggested is None else ""
         if suggested:
             lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})")
-        else:
-            lines.append(
-                "nothing fits: more GPUs (plan.gpus), optim.kind=adamw_8bit or model.adapter.r=16 need less "
-                "on each"
-            )
+        if in_bf16:
+            lines.append(f"{'or on the GPUs alone' if suggested else 'nothing fits but'}: {in_bf16}")
+        elif suggested is None:
+            lines.append("nothing fits: more GPUs (plan.gpus) or model.adapter.r=16 need less on each")
     return Plan(found.fits, lines, content)
 
 
@@ -190,6 +192,22 @@ def _try(found: Estimate, config: RunConfig) -> Estimate | None:
         return None
     tried = estimate(changed, found.data, found.machine, causal_lm, found.shapes.teacher)
     return tried if tried.fits else None
+
+
+def _in_bf16(found: Estimate) -> str:
+    """Return how the run fits with `adamw_bf16`; "" if it does not, or has it already."""
+    if found.config.optim.kind == "adamw_bf16":
+        return ""
+    former = yaml.safe_load(to_yaml(found.config))
+    former["parallelism"] |= _NO_OFFLOAD
+    words = "optim.kind=adamw_bf16"
+    try:
+        config = load_run_config([words], saved=former)
+    except ConfigError:  # the run cannot have it
+        return ""
+    causal_lm = found.shapes.causal_lm
+    suggested, _ = _suggest(estimate(config, found.data, found.machine, causal_lm, found.shapes.teacher))
+    return f"{words} {suggested}" if suggested else ""
 
 
 def _span(fast: float, slow: float) -> str:
@@ -278,7 +296,7 @@ def _suggest(found: Estimate) -> tuple[str | None, list[float]]:
     seconds: dict[str, list[float]] = {}
     former = yaml.safe_load(to_yaml(found.config))
     # Presets keep these.
-    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}
+    former["parallelism"] |= _NO_OFFLOAD
     former["parallelism"] |= {"shard_size": None, "experts": 1}
     quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"

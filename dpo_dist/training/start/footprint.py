@@ -33,6 +33,7 @@ from dpo_dist.config.schema import (
     TeacherMode,
     TrainerConfig,
 )
+from dpo_dist.distributed.deepspeed_config import SUB_GROUP
 from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
@@ -67,7 +68,12 @@ _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
 _CUDA_BYTES = 0.8e9  # chosen, for one process, which needs no NCCL: kernels and cuBLAS's workspaces
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
 # Size of an optimizer's states for a master weight, relative to the master weight.
-_STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
+_STATES_PER_MASTER = {
+    OptimizerKind.adamw: 2.0,
+    OptimizerKind.adamw_bf16: 2.0,
+    OptimizerKind.adamw_8bit: 0.5,
+    OptimizerKind.muon: 1.0,
+}
 # In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
 _BYTES_IN_MXFP4 = 17 / 32
@@ -149,8 +155,14 @@ class Shapes:
         return sum(weight.numel() for weight in self.causal_lm.parameters() if weight.requires_grad)
 
     @cached_property
+    def largest_trained(self) -> int:
+        """Weights in the largest trained tensor."""
+        trained = (weight for weight in self.causal_lm.parameters() if weight.requires_grad)
+        return max(map(torch.numel, trained))
+
+    @cached_property
     def states(self) -> float:
-        """Bytes of a trained weight's master weight and optimizer states."""
+        """Bytes of a trained weight in a checkpoint: the master weight, if there is one, and its states."""
         return state_bytes(self.config.optim, self.config.trainer, self.causal_lm)
 
     @property
@@ -181,18 +193,24 @@ class Shapes:
         causal_lm = self.causal_lm
         number = self.number
         stage = ZERO_STAGES[config.parallelism.kind]
-        master = self.states if config.parallelism.offload_optimizer is Offload.none else 0.0
+        of_sum = TORCH_DTYPES[config.optim.dtype_of_sums].itemsize
+        updates_weights = config.optim.kind is OptimizerKind.adamw_bf16  # no master weights
+        of_states = self.states - (number if updates_weights else 0)
+        master = of_states if config.parallelism.offload_optimizer is Offload.none else 0.0
         resident = config.parallelism.offload_parameters is Offload.none
         held = _weight_bytes(config.model.quantization, number, causal_lm)
         # In bf16, stage 1 keeps a micro-batch's gradients beside their float32 sum.
-        has_both = stage == 1 and config.model.dtype is Dtype.bf16
-        gradients = (4.0 + number * has_both) * self.trained
+        uses_bf16_optimizer = stage == 1 and config.model.dtype is Dtype.bf16 and not updates_weights
+        gradients: float = (of_sum + number * uses_bf16_optimizer) * self.trained
+        shards = self._shards(processes)
+        gradients /= 1 if stage == 1 else shards
+        if stage == 2 and shards > 1 and config.optim.dtype_of_sums is Dtype.bf16:
+            gradients += number * self.largest_trained  # each that has a part on the rank is whole there
         output = output_layer(causal_lm).weight
         chunks = 0.0 if config.model.gives_scores else 4.1 * chunk_bytes(memory)  # of logits
         head = chunks + (4.0 * output.numel() if output.requires_grad else 0.0)
         largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
         gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
-        shards = self._shards(processes)
         sharing = config.parallelism.experts
         whole = 0.0  # frozen experts are not sharded again
         if sharing > 1 and config.model.adapter is not None:
@@ -200,12 +218,13 @@ class Shapes:
         parts = {
             "weights": resident * ((held - whole) / (shards if stage == 3 else 1) + whole / sharing),
             "experts of a layer": _unpacked_bytes(config, number, causal_lm) / sharing,
-            "gradients": gradients / (1 if stage == 1 else shards),
+            "gradients": gradients,
             "optimizer states": master * self.trained / shards,
+            "gradients of an update": self._updated_together(shards) if updates_weights else 0.0,
             "gathered weights": number * gathered if stage == 3 and shards > 1 else 0.0,
             # DeepSpeed reduces 5e8 gradients at a time, in a flat float32 copy (2 GB) and its bf16 cast
             # (1 GB).
-            "reduction": 3e9 * min(1.0, self.trained / 5e8) if stage == 1 and processes > 1 else 0.0,
+            "reduction": 3e9 * min(1.0, self.trained / 5e8) if uses_bf16_optimizer and processes > 1 else 0.0,
             "output layer": head,
             **({"CUDA": _CUDA_BYTES} if processes == 1 else {"CUDA and NCCL": _CONTEXT_BYTES}),
         }
@@ -227,6 +246,13 @@ class Shapes:
         if per_token is not None:
             per_token = (per_token - self.offloaded_inputs) / config.parallelism.sequence_parallel
         return Footprint({name: part for name, part in parts.items() if part}, per_token)
+
+    def _updated_together(self, shards: int) -> float:
+        """Return the bytes of the copied gradients of weights that `adamw_bf16` updates together."""
+        together = self.trained / shards
+        if ZERO_STAGES[self.config.parallelism.kind] == 3:
+            together = min(together, max(SUB_GROUP, self.largest_trained / shards))
+        return self.number * together
 
     @property
     def offloaded_inputs(self) -> float:
@@ -303,7 +329,7 @@ def teacher_without_weights(config: RunConfig, shape: Mapping[str, Any] | None =
 
 
 def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = None) -> float:
-    """Return the bytes of master weight and optimizer states per trained weight, as in a checkpoint.
+    """Return the bytes of weight or master weight and states per trained weight, as in a checkpoint.
 
     Without the model, Muon is counted as if all weights were matrices, which are the fewest bytes.
     """
@@ -312,7 +338,9 @@ def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = Non
         trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
         by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
         states += 1 - by_muon  # the other weights have AdamW's second state
-    return 4.0 * (1 + states + (trainer.ema_decay is not None))
+    number = 2.0 if optim.kind is OptimizerKind.adamw_bf16 else 4.0
+    average = 4.0 if trainer.ema_decay is not None else 0.0
+    return number * (1 + states) + average
 
 
 def disk_bytes(config: RunConfig, weights: int, trained: int, states: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ Engines are real, of one process.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -20,7 +20,14 @@ from torch.nn.functional import linear
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import (
+    AttentionBackend,
+    Dtype,
+    OptimConfig,
+    OptimizerKind,
+    ParallelismConfig,
+    ParallelismKind,
+)
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
@@ -31,6 +38,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     gradient_sums,
     inner_optimizer,
     is_sharded,
+    join_masters,
     keep_from_broadcast,
     optimizer_tensors,
     own_accelerate_state,
@@ -227,6 +235,34 @@ def test_the_inner_optimizer_updates_master_weights_which_are_written_to_the_mod
         for weight in model.parameters():
             shard = shard_of(weight)
             assert ((weight if shard is None else shard.view(-1)[: whole_numel(weight)]) == 0.25).all()
+
+
+@pytest.mark.parametrize("kind", ["zero3", "zero2", "ddp"])
+def test_the_optimizer_can_update_the_weights_of_the_model_itself(kind: str) -> None:
+    with made(kind, Dtype.bf16, OptimConfig(OptimizerKind.adamw_bf16)) as (engine, model):
+        masters = [flat for flat, _ in flat_masters(engine)]
+        assert {master.dtype for master in masters} == {torch.bfloat16}
+
+        def storages(tensors: Iterable[Tensor]) -> set[int]:
+            return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+        shards = [shard_of(weight) for weight in model.parameters()]
+        weights = [
+            weight if shard is None else shard
+            for weight, shard in zip(model.parameters(), shards, strict=True)
+        ]
+        assert storages(masters).isdisjoint(storages(weights)), "else join_masters has nothing to do"
+        join_masters(engine)
+        assert storages(masters) <= storages(weights)
+        for value in (0.25, 0.5):
+            for master in masters:
+                master.detach().fill_(value)
+            assert all((weight == value).all() for weight in weights)
+            set_learning_rate(engine, 0.1)
+            backward(engine)
+            engine.step()
+            assert not all((weight == value).all() for weight in weights)
+            assert storages(masters) <= storages(weights)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -19,9 +19,11 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
+from dpo_dist.tools.plan import make_plan as make_plan_module
 from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
 from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
 from dpo_dist.training.start.footprint import PROCESS_BYTES
+from scripts import write_fits
 from tests.support import tiny
 from tests.support.doctor_data import agent_records, clean_pairs, write
 from tests.support.families import tiny_config
@@ -516,53 +518,8 @@ def test_the_bytes_are_those_of_the_longest_pair(tmp_path: Path) -> None:
     assert ratio == pytest.approx(100_000 / 32_768)
 
 
-SIZES = {  # of Qwen2.5: hidden size, MLP, layers, heads of queries and keys, vocabulary, tied; and Llama 3
-    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
-    "3B": (2048, 11_008, 36, 16, 2, 151_936, True),
-    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
-    "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
-    "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
-    "70B": (8192, 28_672, 80, 64, 8, 128_256, False),
-}
-ADAPTED = ["parallelism=ddp", "model.adapter.r=16"]
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ("24 GB", ["plan.gpu=rtx4090-24g", "plan.gpus=1"]),
-        ("48 GB", ["plan.gpu=l40s-48g", "plan.gpus=1"]),
-        ("80 GB", ["plan.gpu=h100-80g", "plan.gpus=1"]),
-        ("8 of 80 GB", ["plan.gpu=h100-80g", "plan.gpus=8"]),
-    ],
-)
-def test_the_table_of_what_fits_is_that_of_plan(row: str, words: list[str], tmp_path: Path) -> None:
-    [line] = re.findall(rf"^\| {row} \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    columns = (
-        ["parallelism=zero3" if "8 of" in row else "parallelism=ddp"],
-        ADAPTED,
-        [*ADAPTED, "model.quantization=nf4"],
-    )
-
-    def fits(size: str, *more: str) -> bool:
-        hidden, width, layers, queries, keys, vocabulary, tied = SIZES[size]
-        sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
-        heads = {"num_attention_heads": queries, "num_key_value_heads": keys, "vocab_size": vocabulary}
-        path = shape(tmp_path / size, **sizes, **heads, tie_word_embeddings=tied)
-        return bool(planned(path, FULL, *words, *more)[1]["fits"])
-
-    for cell, settings in zip(line.split("|"), columns, strict=True):
-        largest, _, others = cell.strip().partition(", ")
-        if not largest:
-            continue
-        assert fits(largest, *settings), cell
-        following = [*SIZES, ""][[*SIZES].index(largest) + 1]
-        assert not following or not fits(following, *settings), cell
-        if others:
-            assert others == f"with `optim.kind=adamw_8bit` or two nodes {following}"
-            assert fits(following, *settings, "optim.kind=adamw_8bit")
-            assert fits(following, *settings, "plan.gpus=16")
+def test_the_table_of_what_fits_is_that_of_plan() -> None:
+    assert write_fits.README.read_text() == write_fits.readme(), "run scripts/write_fits.py"
 
 
 SMALL = [
@@ -584,6 +541,27 @@ def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", "plan.suggest=true")[1]
     assert not lora["fits"]
     assert lora["suggested"] == "parallelism=ddp model.gradient_checkpointing=full"
+
+
+@pytest.mark.parametrize("offloads", [True, False], ids=["only offloaded", "not at all"])
+def test_adamw_in_bf16_is_named_where_it_alone_fits(
+    offloads: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kinds = ("zero3", "zero3_offload") if offloads else ("zero3",)
+    monkeypatch.setattr(make_plan_module, "_KINDS", kinds)
+    words = [
+        shape(tmp_path, **SHAPE | {"num_hidden_layers": 6}),
+        "plan.gpu=rtx4090-24g",
+        "plan.gpus=1",
+        "plan.suggest=true",
+    ]
+    text, content = planned(*words)
+    assert not content["fits"]
+    last = text.splitlines()[-1]
+    before = "or on the GPUs alone: " if offloads else "nothing fits but: "
+    assert last.startswith(f"{before}optim.kind=adamw_bf16 parallelism=zero3 ")
+    settings = last.removeprefix(before).split()
+    assert planned(*words, *settings, "trainer.micro_batch_tokens=auto")[1]["fits"]
 
 
 def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(

@@ -88,3 +88,23 @@ def test_models_of_other_forms_have_their_trained_and_their_other_tensors(
     save_file(changed, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match="the model that this run started from has changed"):
         export_checkpoint(checkpoint, tmp_path / "again", config)
+
+
+def test_moves_below_a_step_of_bf16_are_in_the_written_model_in_the_mean(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "model")
+    model = ModelConfig(path=str(base), dtype=Dtype.bf16)
+    config = RunConfig(model=model, reference=ReferenceConfig(store=f"{tmp_path}/store"))
+    start = {name: weight.bfloat16().float() for name, weight in weights_of(config).items()}
+    moved = {name: weight * (1 + 2.0**-11) for name, weight in start.items()}
+    checkpoint = checkpoint_of(moved, tmp_path / "step-000001", config)
+    for out in ("one", "two"):
+        export_checkpoint(checkpoint, tmp_path / out, config)
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    shares = []
+    for name, weight in one.items():
+        assert weight.dtype is torch.bfloat16
+        assert torch.equal(weight, two[name]), "the same model from the same checkpoint"
+        way = moved[name] - start[name]
+        if way.any():  # not of biases, which are 0
+            shares.append((weight.float() - start[name]).abs().sum() / way.abs().sum())
+    assert float(torch.stack(shares).mean()) == pytest.approx(1, abs=0.1)

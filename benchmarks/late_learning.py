@@ -1,0 +1,164 @@
+"""How much of what DPO learns at its small rates is in the bf16 weights that run and are saved?
+
+    python benchmarks/late_learning.py MODEL PAIRS.jsonl RATE STEPS
+
+Trains the last four layers of a Llama in three ways from the same pairs: with float32 master weights and a
+bf16 forward, by `adamw_bf16`, and in float32 throughout. Prints how far the loss of training pairs and of
+held-out ones falls, and the held-out accuracy, of the weights that the optimizer has, and of a bf16 model of
+them, rounded to the nearest and by chance. All are evaluated in float32.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_dist.distributed.adamw_bf16 import AdamWBF16, round_by_chance
+
+BEFORE, BEHIND = 16, 16  # tokens of a pair before and after its responses begin to differ
+PAIRS, OF_A_STEP = 8, 2
+BETA = 0.1
+LAYERS = 4
+
+
+def read_pairs(path: str, tokenizer: Any) -> Tensor:
+    """Token ids of pairs, [pairs, 2, tokens]."""
+    pairs = []
+    with Path(path).open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            both = [tokenizer(record[side])["input_ids"] for side in ("chosen", "rejected")]
+            same = next((k for k, (a, b) in enumerate(zip(*both, strict=False)) if a != b), 0)
+            if same >= BEFORE and min(map(len, both)) >= same + BEHIND:
+                pairs.append([ids[same - BEFORE : same + BEHIND] for ids in both])
+    return torch.tensor(pairs[: 2 * PAIRS])
+
+
+def inputs_of_layers(model: Any, ids: Tensor) -> Tensor:
+    """The hidden states before the trained layers, of sequences [sequences, tokens]."""
+    found: list[Tensor] = []
+    layer = model.model.layers[-LAYERS]
+    hook = layer.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0]))
+    with torch.no_grad():
+        model.model(ids)
+    hook.remove()
+    return found[0]
+
+
+def margins(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Log-prob of chosen less that of rejected, [pairs]."""
+    places = torch.arange(ids.shape[1])[None]
+    angles = model.model.rotary_emb(hidden, places)
+    for layer in model.model.layers[-LAYERS:]:
+        hidden = layer(hidden, position_ids=places, position_embeddings=angles)
+    logits = model.lm_head(model.model.norm(hidden[:, BEFORE - 1 : -1])).float()
+    logps = torch.log_softmax(logits, -1).gather(2, ids[:, BEFORE:, None]).sum((1, 2))
+    return logps[0::2] - logps[1::2]
+
+
+class Trial:
+    """A model, its pairs, and the trained weights at the start."""
+
+    def __init__(self, folder: str, pairs: str):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.ids = read_pairs(pairs, tokenizer).flatten(0, 1)
+        self.models = {}
+        self.hidden = {}
+        self.reference = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
+            self.models[dtype] = model
+            self.hidden[dtype] = inputs_of_layers(model, self.ids)
+            with torch.no_grad():
+                self.reference[dtype] = margins(model, self.hidden[dtype], self.ids)
+        trained = self.weights_of(torch.bfloat16)
+        self.start = {name: weight.clone() for name, weight in trained.items()}
+        assert len(self.ids) == 4 * PAIRS, "the file has too few pairs"
+
+    def weights_of(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        layers = self.models[dtype].model.layers[-LAYERS:]
+        return dict(layers.named_parameters())
+
+    def losses(self, dtype: torch.dtype, pairs: range) -> Tensor:
+        part = slice(2 * pairs.start, 2 * pairs.stop)
+        margin = margins(self.models[dtype], self.hidden[dtype][part], self.ids[part])
+        return -logsigmoid(BETA * (margin - self.reference[dtype][pairs.start : pairs.stop]))
+
+    @torch.no_grad()
+    def evaluate(self, values: dict[str, Tensor]) -> tuple[float, float, float]:
+        for name, weight in self.weights_of(torch.float32).items():
+            weight.copy_(values[name])
+        held_out = self.losses(torch.float32, range(PAIRS, 2 * PAIRS))
+        accuracy = (held_out < -logsigmoid(torch.zeros(()))).double().mean()
+        seen = self.losses(torch.float32, range(PAIRS))
+        return float(seen.double().mean()), float(held_out.double().mean()), float(accuracy)
+
+    def train(self, way: str, rate: float, steps: int) -> dict[str, Tensor]:
+        dtype = torch.float32 if way == "float32" else torch.bfloat16
+        weights = self.weights_of(dtype)
+        for name, weight in weights.items():
+            weight.copy_(self.start[name]).requires_grad_()
+        held = weights
+        if way == "masters":
+            held = {name: torch.nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
+        optimizer: Any = None
+        if way == "chance":
+            flats = {name: weight.detach().view(-1) for name, weight in weights.items()}
+            optimizer = AdamWBF16([*flats.values()], rate, (0.9, 0.999), 1e-8, 0)
+            whole = {name: torch.nn.Parameter(weight.detach()) for name, weight in weights.items()}
+            optimizer.ranges = {flat: [(whole[name], 0, 0, flat.numel())] for name, flat in flats.items()}
+            optimizer.names = {weight: name for name, weight in whole.items()}
+        else:
+            optimizer = torch.optim.AdamW(held.values(), rate, weight_decay=0.0)
+        for step in range(steps):
+            first = step * OF_A_STEP % PAIRS
+            loss = self.losses(dtype, range(first, first + OF_A_STEP)).mean()
+            gradients = torch.autograd.grad(loss, [*weights.values()])
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                if way == "chance":
+                    flats[name].grad = gradient.view(-1)
+                else:
+                    held[name].grad = gradient.to(held[name].dtype)
+                del weight
+            optimizer.step()
+            if way == "masters":
+                with torch.no_grad():
+                    for name, weight in weights.items():
+                        weight.copy_(held[name])
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        return {name: weight.detach().clone() for name, weight in held.items()}
+
+
+def main() -> None:
+    """Print a line for each way, and for each of its models."""
+    folder, pairs, rate, steps = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    trial = Trial(folder, pairs)
+    begin = trial.evaluate(trial.start)
+    for way in ("masters", "chance", "float32"):
+        values = trial.train(way, rate, steps)
+        saved = {"as the optimizer has it": values}
+        if way != "chance":
+            saved["in bf16, to the nearest"] = {name: weight.bfloat16() for name, weight in values.items()}
+            saved["in bf16, by chance"] = {
+                name: round_by_chance(weight, 0, "save", name) for name, weight in values.items()
+            }
+        for how, found in saved.items():
+            seen, held_out, accuracy = trial.evaluate(found)
+            moved = sum(int((found[name] != weight).sum()) for name, weight in trial.start.items())
+            share = moved / sum(weight.numel() for weight in trial.start.values())
+            falls = f"loss of training pairs falls by {begin[0] - seen:.5f}, of held-out ones by "
+            falls += (
+                f"{begin[1] - held_out:.5f} (accuracy {accuracy:.2f}), weights changed: {100 * share:.1f} %"
+            )
+            print(f"{rate:g}, {steps} steps, {way}, {how}: {falls}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
