@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         if in_bf16:
             lines.append(f"{'or on the GPUs alone' if suggested else 'nothing fits but'}: {in_bf16}")
         elif suggested is None:
-            lines.append("nothing fits: more GPUs (plan.gpus) or model.adapter.r=16 need less on each")
+            lines.append("nothing fits: more GPUs (plan.gpus), or model.adapter.r=16, need less on each")
     return Plan(found.fits, lines, content)
 
 
