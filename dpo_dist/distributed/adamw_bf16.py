@@ -24,7 +24,7 @@ STEP = "step"
 # Elements of a weight that share a key, and are updated together. With another number, or another text of the
 # key, a checkpoint would be continued by another chance.
 _PIECE = 2**22
-_IN_CACHE = 2**15  # elements that a CPU updates at a time: 24 ns each, 70 if all of a piece
+_IN_CACHE = 2**15  # elements that a CPU updates at a time: half of the time of whole pieces
 _LOW_BITS = 2**16 - 1
 
 
