@@ -213,7 +213,7 @@ ADAM_EPS = 1e-8
 """Added to the root of the second moment."""
 
 
-def create_optimizer(model: PackedCausalLM, optim: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+def create_optimizer(model: PackedCausalLM, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
     """Return the optimizer of the trained weights; with offload, Accelerate puts CPU Adam in its place.
 
     Decayed are all but biases and norms; and weights without a gradient, such as a vision tower's, are not,

@@ -150,7 +150,7 @@ def test_norms_and_weights_without_a_gradient_are_not_decayed(monkeypatch: pytes
     unmoved = causal_lm.model.layers[0].mlp.up_proj.weight
     monkeypatch.setattr(zero, "without_gradient", lambda _: {unmoved})
     optimizer = zero.create_optimizer(
-        PackedCausalLM(causal_lm, AttentionBackend.sdpa), OptimConfig(weight_decay=0.1)
+        PackedCausalLM(causal_lm, AttentionBackend.sdpa), OptimConfig(weight_decay=0.1), seed=0
     )
     decays = {weight: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     assert decays == {
