@@ -397,8 +397,10 @@ def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
     for above in Path(pattern).parents:  # folders that `glob` would pass over
         if above.is_relative_to(_root_folder(pattern)):
-            for name in glob.glob(str(above), recursive=True):  # noqa: PTH207
-                check_readable(Path(name), pattern, DataError)
+            names = glob.glob(str(above), recursive=True)  # noqa: PTH207
+            # Resolved: `**` follows a link to a folder above as often as the system allows.
+            for folder in {Path(name).resolve() for name in names}:
+                check_readable(folder, pattern, DataError)
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
     # `**` may find a file several times through links to folders: read it once.
     ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, names), reverse=True)}
