@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind
-from dpo_dist.distributed.deepspeed_config import START
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale
 from tests.dist.scenario import Assets
@@ -29,12 +28,15 @@ KINDS = {
 STEPS = ([0, 1, 2], [3, 4, 5], [6, 7])
 LARGE = 2.0**40
 """A scale with which every gradient overflows."""
+SMALL = 2.0**8
+"""A scale with which none does, whatever type a CPU adds up fp16 in."""
 
 
 def overflow_between(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
     """Train with overflows before each step; return the norms of its steps, and what an overflow changed."""
     trainer = Trainer(assets, world, dtype=Dtype.fp16)
     policy, norms, overflows = trainer.policy, [], []
+    policy.set_loss_scale(LossScale(SMALL))
     for rows in STEPS:
         before, scale = trainer.held(), policy.loss_scale
         policy.set_loss_scale(LossScale(LARGE))
@@ -69,7 +71,7 @@ def _end(trainer: Trainer) -> list[float]:
 
 
 def every_way(assets: Assets, world: World, folder: Path) -> list[dict[str, Any]]:
-    ways = overflow_between, partial(without_overflows, START), partial(without_overflows, START / 2)
+    ways = overflow_between, partial(without_overflows, SMALL), partial(without_overflows, SMALL / 2)
     return [way(assets, world, folder) for way in ways]
 
 

@@ -1,8 +1,8 @@
-"""All ranks skip the samples of an evaluation together, whatever their own clocks say."""
+"""All ranks ask as many prompts as rank 0 has time for, whatever their own clocks say."""
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,35 +22,37 @@ from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 
+PROMPTS = 5
 
-def evaluations(slow_rank: int, world: World, folder: Path) -> list[list[float]]:
-    """The evaluations with samples: two, of which the second is after a minute of samples on one rank."""
+
+def asked(slow_rank: int, world: World, folder: Path) -> int:
+    """The prompts that are asked, with a response that takes 25 seconds by the clock of one rank."""
     config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(folder / "run")))
     run = Run(config, world, Console(None))
     world.on_main(lambda: run.folder.samples.mkdir(parents=True))
     late = 0.0
 
-    def generate(*_: Any, **__: Any) -> list[Sample]:
+    def generate(_engine: Any, requests: Sequence[Request], *_: Any, **__: Any) -> list[Sample]:
         nonlocal late
-        late += 61.0 if world.rank == slow_rank else 0.0
-        return world.on_main(lambda: [Sample([5], None)])
+        late += 25.0 if world.rank == slow_rank else 0.0
+        return world.on_main(lambda: [Sample([5], None) for _ in requests])
 
     def clock(real: Callable[[], float] = time.monotonic) -> float:
         return real() + late
 
-    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
-    asked = RunSamples(run, Sampling(4), (prompt,), frozenset(tiny.qwen().all_special_ids), tiny.qwen())
-    policy = FrozenEngine.__new__(FrozenEngine)
+    request = Request(np.array([1], np.int32), "id", 0)
+    prompts = tuple(SamplePrompt(request, {"prompt_id": str(number)}) for number in range(PROMPTS))
+    qwen = tiny.qwen()
+    own = RunSamples(run, Sampling(4), prompts, frozenset(qwen.all_special_ids), qwen, at_every_evaluation=False)
     with (
         mock.patch.object(time, "monotonic", clock),
         mock.patch.object(samples, "generate_together", generate),
     ):
-        found = [asked.write_responses(step, policy, is_last=False) for step in (0, 1)]
-    return [sorted(each.values()) for each in found]
+        own.ask_reference(FrozenEngine.__new__(FrozenEngine))
+    assert own.reference is not None
+    return len(own.reference)
 
 
-@pytest.mark.parametrize("slow_rank", [0, 1])
-def test_the_clock_of_rank_0_decides_for_all_ranks(slow_rank: int, tmp_path: Path) -> None:
-    first, second = run_ranks(functools.partial(evaluations, slow_rank), 2, tmp_path / "ranks")
-    assert first == second
-    assert [bool(values) for values in first] == [True, slow_rank == 1]
+@pytest.mark.parametrize(("slow_rank", "expected"), [(0, 2), (1, PROMPTS)])
+def test_the_clock_of_rank_0_decides_for_all_ranks(slow_rank: int, expected: int, tmp_path: Path) -> None:
+    assert run_ranks(functools.partial(asked, slow_rank), 2, tmp_path / "ranks") == [expected] * 2

@@ -399,8 +399,8 @@ def _globbed_files(pattern: str) -> list[Path]:
         if above.is_relative_to(_root_folder(pattern)):
             names = glob.glob(str(above), recursive=True)  # noqa: PTH207
             # Resolved: `**` follows a link to a folder above as often as the system allows.
-            for folder in {Path(name).resolve() for name in names}:
-                check_readable(folder, pattern, DataError)
+            for folder in set(map(os.path.realpath, names)):  # `resolve` raises for a link to itself
+                check_readable(Path(folder), pattern, DataError)
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
     # `**` may find a file several times through links to folders: read it once.
     ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, names), reverse=True)}
