@@ -71,6 +71,16 @@ class RunIdentity:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
         if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
             del defining["model"]["images"]
+        # A run whose scorers read what the policy reads has the same digest as if they could read nothing else.
+        for section, option in (
+            ("data", "max_scorer_length"),
+            ("reference", "system"),
+            ("teacher", "system"),
+        ):
+            if defining[section][option] is None:
+                del defining[section][option]
+        if self.config.teacher.is_policy:
+            defining["teacher"]["mode"] = str(self.config.teacher.mode)
         if not self.config.loss.needs_teacher:  # the same digest as if teachers did not exist
             del defining["teacher"]
         if LossKind.custom in self.config.loss.kinds:

@@ -506,6 +506,9 @@ RULES = (
     # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
+    unused_beside(
+        "reference.system", LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference
+    ),
     # An experiment may set these, while the command chooses a loss or mode without a reference.
     *_unused_by_reference("reference.offload", yields_to=("reference.mode",)),
     Rule(
@@ -539,14 +542,25 @@ RULES = (
     ),
     # The teacher.
     Rule(
-        f"teacher.path=null {LOSS}",
+        f"teacher.path=null teacher.mode=cached|live {LOSS}",
         "this loss learns from a teacher",
         "set teacher.path to a model with the tokenizer of model.path",
         lambda c: c.loss.needs_teacher,
     ),
     *(
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
-        for name in ("path", "mode", "k", "drawn", "seed", "offload")
+        for name in ("path", "system", "mode", "k", "drawn", "seed", "offload")
+    ),
+    Rule(
+        "teacher.path!=null teacher.mode=policy|adapter",
+        "in this mode the policy is its own teacher",
+        "remove teacher.path, or set teacher.mode=cached",
+    ),
+    Rule(
+        f"teacher.mode=adapter model.adapter=null {LOSS}",
+        "teacher.mode=adapter switches off the policy's adapter, and the policy has none",
+        _ADAPTER + ", or set teacher.mode=policy",
+        lambda c: c.loss.needs_teacher,
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),

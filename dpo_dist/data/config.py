@@ -104,6 +104,8 @@ class DataConfig:
     """Largest number of tokens of prompt and response together."""
     max_prompt_length: int | None = key(None, ge=1, verbs=EVERY_READER)
     """Largest number of tokens of a prompt, whose start is cut; null: no limit."""
+    max_scorer_length: int | None = key(None, ge=2, verbs=EVERY_READER)
+    """Largest number of tokens of a scorer's own prompt and a response; null: `max_length`."""
     truncation: Truncation = key(Truncation.keep_start)
     """Above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` in proportion,
     `drop` drops the pair."""
@@ -161,12 +163,24 @@ class DataConfig:
 
     def without_limits(self) -> "DataConfig":
         """Return the configuration with room for records of any length."""
-        return replace(self, max_length=2**30, max_prompt_length=None, truncation=Truncation.drop)
+        unlimited = 2**30
+        return replace(
+            self,
+            max_length=unlimited,
+            max_scorer_length=unlimited,
+            max_prompt_length=None,
+            truncation=Truncation.drop,
+        )
 
     @property
     def longest(self) -> int:
         """The most tokens of an encoded prompt with its response."""
         return self.max_length
+
+    @property
+    def longest_scored(self) -> int:
+        """The most tokens of a prompt, the policy's or a scorer's own, with its response."""
+        return max(self.max_length, self.max_scorer_length or 0)
 
     @property
     def encoding_identity(self) -> dict[str, Any]:
@@ -199,6 +213,7 @@ class ScoredDataConfig(DataConfig):
 _ENCODING_KEYS = (
     "max_length",
     "max_prompt_length",
+    "max_scorer_length",
     "truncation",
     "text_as_messages",
     "template_arguments",

@@ -23,7 +23,13 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.schema import (
+    AttentionBackend,
+    FinalModel,
+    ReferenceMode,
+    Resume,
+    RunConfig,
+)
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -246,7 +252,10 @@ def _set_up(
     if sharing:
         run.note(sharing)
     run.stops.check()
-    objective = Objective(config.loss, reference.provider, inputs.router, custom, prepared.teacher.teacher)
+    teacher = prepared.teacher.teacher
+    if teacher is not None and config.teacher.is_policy:
+        teacher = replace(teacher, policy=policy)
+    objective = Objective(config.loss, reference.provider, inputs.router, custom, teacher)
     # What a checkpoint holds, and what happens when one is committed.
     sharded: list[SlicedWeights] = [policy]
     reference_sync = None
@@ -327,7 +336,8 @@ def _set_up(
         costs=costs,
         policy=policy,
         objective=objective,
-        policy_starts_as_reference=reference.policy_starts_as_reference
+        policy_answers_as_reference=reference.policy_starts_as_reference
+        and not any("reference" in dataset.views for dataset in inputs.datasets.values())
         and config.loss.weighting is not Weighting.wpo
         and not config.loss.needs_teacher,
         peak=peak,

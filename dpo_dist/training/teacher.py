@@ -31,6 +31,7 @@ from dpo_dist.training.start.inputs import EvaluationInputs
 from dpo_dist.training.start.open_run import Run
 
 _KEY = "teacher.path"
+_TEACHER = "teacher"
 _ROWS_PER_SHARD = 256  # a row takes a hundred times the bytes of a log-prob
 
 
@@ -48,9 +49,19 @@ class PreparedTeacher:
 
 
 def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
-    """Return the teacher of a loss that has one; in mode `cached`, fill the store. Collective."""
+    """Return the teacher of a loss that has one; in mode `cached`, fill the store. Collective.
+
+    Where the policy is its own teacher, it is still to be set.
+    """
     config = run.config
     world = run.world
+    mode = config.teacher.mode
+    if config.loss.needs_teacher and config.teacher.is_policy:
+        vocabulary = load_config(inputs.policy_files.folder, config.model).get_text_config().vocab_size
+        kept = sparse_rows(config.teacher, config.loss, vocabulary)
+        without_adapter = mode is TeacherMode.adapter
+        own = Teacher(kept, config.teacher.seed, without_adapter=without_adapter)
+        return PreparedTeacher(own, {"mode": mode.value})
     files = inputs.teacher_files
     if files is None:
         return PreparedTeacher()
@@ -68,7 +79,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
         folder,
         scoring_config(config.model, None),
         ReferenceConfig(offload=config.teacher.offload),
-        config.data.max_length,
+        config.data.longest_scored,
         world,
         key=_KEY,
         processor=inputs.processor,
@@ -86,7 +97,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     label = model_label(config.teacher.path, folder)
     fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
     empty = LogpStore(Path(config.reference.store), fingerprint, [])
-    scored = inputs.datasets_to_score
+    scored = inputs.read_by(_TEACHER)
     responses, tokens = world.on_main(lambda: _missing(empty, scored))
     if responses:
         taken = 4 * kept.width * tokens
@@ -95,7 +106,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept, seed=teacher.seed)
     filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
-    filled = asked.fill(filler, scored, "teacher", "response")
+    filled = asked.fill(filler, scored, _TEACHER, "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
     teacher = replace(teacher, store=filler.open_filled())
     if asked.engine is not None:

@@ -47,7 +47,7 @@ from dpo_dist.tools.sampling.respond import (
     open_generator,
 )
 from dpo_dist.tools.sampling.settings import sampling_for
-from dpo_dist.tools.written_records import as_fields, context_fields
+from dpo_dist.tools.written_records import as_fields, context_fields, scorer_fields
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64
@@ -280,7 +280,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             **results.facts,
         }
         images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
-        yield {**row, **context_fields(record), "provenance": provenance, **images}
+        yield {**row, **context_fields(record), **scorer_fields(record), "provenance": provenance, **images}
 
 
 def pairs_from_models(run: Run) -> None:
