@@ -71,12 +71,9 @@ class RunIdentity:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
         if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
             del defining["model"]["images"]
-        # A run whose scorers read what the policy reads has the same digest as if they could read nothing else.
-        for section, option in (
-            ("data", "max_scorer_length"),
-            ("reference", "system"),
-            ("teacher", "system"),
-        ):
+        # Without other prompts of scorers, the same digest as if there were none.
+        of_scorers = {"data": "max_scorer_length", "reference": "system", "teacher": "system"}
+        for section, option in of_scorers.items():
             if defining[section][option] is None:
                 del defining[section][option]
         if self.config.teacher.is_policy:

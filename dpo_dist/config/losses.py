@@ -32,8 +32,8 @@ class RouterConfig:
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo reward_aware simpo orpo cpo sft distill reverse_kl aot aot_unpaired beta_dpo plackett_luce kto "
-    "apo_zero_unpaired reward custom",
+    "discopop dpop odpo reward_aware simpo orpo cpo sft distill reverse_kl aot aot_unpaired beta_dpo "
+    "plackett_luce kto apo_zero_unpaired reward custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])

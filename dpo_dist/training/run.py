@@ -252,10 +252,9 @@ def _set_up(
     if sharing:
         run.note(sharing)
     run.stops.check()
-    teacher = prepared.teacher.teacher
-    if teacher is not None and config.teacher.is_policy:
-        teacher = replace(teacher, policy=policy)
-    objective = Objective(config.loss, reference.provider, inputs.router, custom, teacher)
+    objective = Objective(
+        config.loss, reference.provider, inputs.router, custom, prepared.teacher.beside(policy)
+    )
     # What a checkpoint holds, and what happens when one is committed.
     sharded: list[SlicedWeights] = [policy]
     reference_sync = None

@@ -15,7 +15,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import ReferenceConfig, TeacherMode
-from dpo_dist.distributed.zero import Engine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import pluralize, size
@@ -41,6 +41,12 @@ class PreparedTeacher:
 
     teacher: Teacher | None = None
     report: dict[str, Any] = field(default_factory=dict)  # `reference.teacher` of summary.json
+
+    def beside(self, policy: PolicyEngine) -> Teacher | None:
+        """Return the teacher in a run that trains this policy, which may be its own teacher."""
+        if self.teacher is None or self.teacher.store is not None or self.teacher.engine is not None:
+            return self.teacher
+        return replace(self.teacher, policy=policy)
 
     @property
     def engine(self) -> Engine | None:
