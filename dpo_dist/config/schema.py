@@ -232,8 +232,8 @@ class TeacherConfig:
     system: NonEmpty | None = key(None, verbs=EVERY_READER)
     """System message that the teacher reads in place of the record's; null: the record's."""
     mode: TeacherMode = key(TeacherMode.cached, free=True)
-    """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy; `policy`: the
-    policy's own present weights; `adapter`: the policy without its adapter."""
+    """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy, which is its
+    own teacher with `policy` (present weights) and `adapter` (without its adapter)."""
     k: int = key(48, ge=1)
     """Largest probabilities of the teacher that are kept of each token."""
     drawn: int = key(16, ge=1)
