@@ -449,7 +449,6 @@ RULES = (
     # Training and evaluations.
     *map(without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
-    unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.shard_size", "parallelism.kind=zero3"),
     unused("parallelism.experts", "parallelism.kind=zero3", or_if=lambda c: c.model.quantization is not None),
     Rule(

@@ -69,7 +69,6 @@ class ConsoleConfig:
 
 
 TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab comet_ml aim clearml dvclive")
-WandbMode = StrEnum("WandbMode", ["auto", "online", "offline"])
 DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
@@ -79,10 +78,8 @@ class TrackingConfig:
     """Trackers, which get the metrics of the run."""
 
     to: list[TrackerName] = key([TrackerName.wandb])
-    """Any of `wandb`, `tensorboard`, `mlflow`, `trackio`, `swanlab`, `comet_ml`, `aim`, `clearml`,
-    `dvclive`."""
-    wandb: WandbMode = key(WandbMode.auto)
-    """W&B: `auto` is online if there is an API key, else offline."""
+    """Any of `wandb` (online with an API key, else offline), `tensorboard`, `mlflow`, `trackio`, `swanlab`,
+    `comet_ml`, `aim`, `clearml`, `dvclive`."""
     project: str | None = key(None)
     """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT
     win over it."""
@@ -249,8 +246,6 @@ class ParallelismConfig:
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: Offload = key(Offload.none, verbs="train")
     """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
-    reduce_in_float32: bool | None = key(None, verbs="train")
-    """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     shard_size: int | None = key(None, ge=1, verbs="train precompute")
     """Processes, usually those of a node, over which ZeRO-3 shards (MiCS, arXiv 2205.00119); only gradients
     leave them. null: all."""
@@ -397,8 +392,6 @@ class ExportConfig:
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
-    check: bool = key(True)
-    """Load the folder by transformers, and compare its weights with the trained ones."""
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
     tool: ExportTool | None = key(None)

@@ -36,7 +36,7 @@ from tests.dist.scenario import (
 )
 from tests.support.packing import COSTS
 from tests.support.precision import NEEDS_FP16
-from tests.support.ranks import run_ranks
+from tests.support.ranks import be_alone_on_a_node, run_ranks
 from tests.support.written import whole_weights
 
 
@@ -173,11 +173,11 @@ def norm_in_bf16(model: Path, assets: Assets, world: World, _folder: Path) -> fl
 def test_gradients_in_bf16_that_are_summed_in_float32_do_not_depend_on_the_number_of_processes(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
-    parallelism = ParallelismConfig(kind, reduce_in_float32=True)
     scenario = partial(norm_in_bf16, assets.policy, assets)
     # By a power of two nothing is rounded where the loss is multiplied by the number of processes.
     one, two = (
-        run_ranks(scenario, size, tmp_path / str(size), parallelism, Dtype.bf16)[0] for size in (1, 2)
+        run_ranks(scenario, size, tmp_path / str(size), kind, Dtype.bf16, enter=be_alone_on_a_node)[0]
+        for size in (1, 2)
     )
     assert two == pytest.approx(one, rel=1e-6)
 

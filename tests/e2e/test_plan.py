@@ -56,12 +56,10 @@ def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
         "model.dtype=fp32",
         "trainer.global_batch_pairs=6",
     ]
-    ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2", "trainer.max_steps=7"])
+    ended = run_verb("plan", [*words, "plan.gpus=1", "trainer.max_steps=7"])
     assert ended.code == 0, ended.output
     assert "an epoch of 6 pairs" in ended.output
     assert "(of data.train)" in ended.output
-    [low, high] = re.findall(r"  price +(\S+) to (\S+)\n", ended.output)[0]
-    assert 0 <= float(low) <= float(high)
     assert re.search(r"  this run, trainer.max_steps=7 +under 1 s", ended.output)
     checked = run_verb("train", [*words, "plan.gpus=1", "--check"])
     assert checked.code == 0, checked.output

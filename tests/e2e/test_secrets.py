@@ -81,7 +81,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
         codes = [
             verb("precompute", noted),
             verb("doctor", noted, f"run.dir={tmp_path}/doctor"),
-            verb("train", evaluated, "tracking.to=[wandb,tensorboard]", "tracking.wandb=offline", noted),
+            verb("train", evaluated, "tracking.to=[wandb,tensorboard]", noted),
             verb("evaluate", evaluated),
             verb("export", noted, evaluated, f"export.output={tmp_path}/exported"),
             verb("compare", evaluated, *compared),
@@ -89,7 +89,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={tmp_path}/pairs"),
-            verb("train", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *diverging),
+            verb("train", f"run.dir={tmp_path}/failed", *diverging),
         ]
     assert codes == [0, 1, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens  # 1: findings
     assert server.headers, screens[-2]

@@ -168,9 +168,7 @@ class Estimate:
         gpus = self.machine.gpus
         link = self.machine.link
         shards = parallelism.shard_size or gpus
-        is_wide = parallelism.reduce_in_float32
-        if is_wide is None:
-            is_wide = shards > GPUS_PER_NODE
+        is_wide = shards > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.shapes.number) * self.shapes.trained)
         if not self._is_sharded:
             updated = self.shapes.number * self.shapes.trained
@@ -245,15 +243,13 @@ class Estimate:
         return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def hours(self) -> dict[str, list[float]]:
-        """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
+        """Return the seconds of an epoch and of the run, each as [fast, slow]."""
         trainer = self.config.trainer
-        price = self.config.section_of(PlanConfig).price
         epochs = self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
         once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))
-        prices = {} if price is None else {"price": [end / 3600 * self.machine.gpus * price for end in runs]}
-        return {"epoch_seconds": once, "run_seconds": runs, **prices}
+        return {"epoch_seconds": once, "run_seconds": runs}
 
     @property
     def _is_sharded(self) -> bool:

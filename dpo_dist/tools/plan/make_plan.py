@@ -157,8 +157,6 @@ def _hours(found: Estimate) -> list[str]:
     if trainer.max_steps is None:
         length = f"trainer.epochs={trainer.epochs:g}"
     times.append([f"this run, {length}", _span(*hours["run_seconds"])])
-    if "price" in hours:
-        times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
     pairs = pluralize(data.pairs, found.config.loss.unit)
     of_images = f", {data.image_tokens:,.0f} of them of images" if data.image_tokens else ""
     if found.config.model.images is not None and not data.image_tokens:

@@ -191,10 +191,10 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     Path("pairs.yaml").write_text("data: hh_rlhf\n")
     config = alone("mine.yaml pairs.yaml data=ultrafeedback data.eval=[]")
     assert config.data.truncation == "keep_start", "not that of the preset before it"
-    Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
+    Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor.fail_on: error\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)
-    assert (config.trainer.seed, config.doctor.texts, config.tracking.to) == (3, False, [])
+    assert (config.trainer.seed, config.doctor.fail_on, config.tracking.to) == (3, "error", [])
 
 
 @pytest.mark.parametrize(
