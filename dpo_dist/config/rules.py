@@ -157,7 +157,7 @@ def without_images(key: str) -> Rule:
         f"{key} model.images=null",
         "the folder of a source's images has no effect with this model.images",
         "remove the field images of the source, or set model.images.train=none to read images",
-        lambda c: c.data.images is None and any(source.images for source in value_at(c, key)),
+        lambda c: any(source.images for source in value_at(c, key)),
     )
 
 
@@ -306,7 +306,6 @@ RULES = (
         yields_to=("data.eval",),
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
-    unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     without_images("data.train"),
     without_images("data.eval"),
     once("evaluation.data"),
@@ -342,12 +341,6 @@ RULES = (
             lambda c: not c.loss.of_scores,
         )
         for key in ("data.trained_roles", "data.untrained")
-    ),
-    Rule(
-        f"data.unpair=true {LOSS}",
-        "pairs that are taken apart have no second response to compare with",
-        "set loss=kto or loss=apo_zero_unpaired, or remove data.unpair",
-        lambda c: not c.loss.is_unpaired,
     ),
     Rule(
         LOSS,
@@ -488,11 +481,11 @@ RULES = (
     Rule(
         f"reference.mode=none {LOSS}",
         "this loss needs a reference model",
-        "choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
-        lambda c: c.loss.needs_reference,
+        "choose reference=auto",
+        lambda c: c.loss.is_unpaired,
     ),
     Rule(
-        f"reference.mode!=none {LOSS} loss.reference_free",
+        f"reference.mode!=none {LOSS}",
         "this loss does not use a reference model",
         "choose reference=none, or remove reference.mode: auto follows the loss",
         lambda c: not c.loss.needs_reference,
@@ -545,7 +538,7 @@ RULES = (
     ),
     *(
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
-        for name in ("path", "mode", "k", "drawn", "seed", "offload")
+        for name in ("path", "mode", "k", "offload")
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),

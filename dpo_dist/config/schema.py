@@ -227,11 +227,7 @@ class TeacherConfig:
     mode: TeacherMode = key(TeacherMode.cached, free=True)
     """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy."""
     k: int = key(48, ge=1)
-    """Largest probabilities of the teacher that are kept of each token."""
-    drawn: int = key(16, ge=1)
-    """Tokens drawn from the other ones, which keep the gradient unbiased."""
-    seed: int = key(0, ge=0)
-    """Seed of the draws: another one asks the teacher again."""
+    """Largest probabilities of the teacher that are kept of each token, beside 16 drawn from the others."""
     offload: Offload = key(Offload.none, free=True)
     """Where the teacher's weights are kept: on the device (`none`) or `cpu`."""
 

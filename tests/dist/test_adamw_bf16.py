@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,
@@ -37,7 +37,7 @@ from tests.support.ranks import OPTIM, be_alone_on_a_node, run_ranks
 from tests.support.tiny_model import write_model
 
 ROWS = ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10])
-LOSS = LossConfig(reference_free=True, beta=0.5)
+LOSS = ReferenceFreeLossConfig(beta=0.5)
 IN_BF16 = replace(OPTIM, kind=OptimizerKind.adamw_bf16, lr=1e-4, max_grad_norm=None)
 ZERO3 = ParallelismConfig(ParallelismKind.zero3)
 ZERO2 = replace(ZERO3, kind=ParallelismKind.zero2)

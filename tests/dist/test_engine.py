@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
@@ -164,7 +164,7 @@ def test_steps_equal_plain_pytorch_up_to_rounding(
 def norm_in_bf16(model: Path, assets: Assets, world: World, _folder: Path) -> float:
     """Of a step in which each pair is a micro-batch of its own, so that only sums over processes differ."""
     policy = load_policy(ModelConfig(str(model), dtype=Dtype.bf16), world)
-    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
+    objective = Objective(ReferenceFreeLossConfig(), ReferenceProvider())
     (norm,) = all_steps(policy, objective, assets.dataset(), world, [((0, 1, 2, 3, 4), 1)])
     return norm
 
@@ -188,7 +188,7 @@ def messages(assets: Assets, world: World, _folder: Path) -> dict[str, list[list
     Of each call the processes and the elements.
     """
     policy = load_policy(assets.config(assets.policy, dtype=Dtype.fp32).model, world)
-    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
+    objective = Objective(ReferenceFreeLossConfig(), ReferenceProvider())
     gathers, sums = list[list[int]](), list[list[int]]()
     gather, add = comm.cdb.all_gather_into_tensor, dist.all_reduce
 

@@ -94,7 +94,7 @@ class EvaluatedModel:
         facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
         facts += [data.fingerprint, list(data.source_labels)]
         if inputs.teacher_files is not None:
-            facts += [inputs.teacher_files.digest, teacher.k, teacher.drawn, teacher.seed]
+            facts += [inputs.teacher_files.digest, teacher.k]
         if metrics_function is not None:
             facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")

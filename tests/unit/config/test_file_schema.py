@@ -113,7 +113,7 @@ def test_a_form_that_files_may_have_is_valid(text: str, tmp_path: Path) -> None:
         "optim.lr: -1",
         "model.adapter.r: 0",
         "data.train: [{weight: 0.5}]",
-        "data.on_bad_record: ignore",
+        "data.truncation: ignore",
         "loss.kind: dpo2",
         "model: {adapter.r: 4}",
     ],

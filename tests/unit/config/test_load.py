@@ -141,7 +141,7 @@ def test_a_preset_and_a_mapping_of_its_group_both_count(typed: str) -> None:
     [
         ("model.path=m", "cached"),
         ("model.path=m loss=simpo", "none"),
-        ("model.path=m loss.reference_free=true", "none"),
+        ("model.path=m reference.mode=none", "none"),
         ("model.path=m loss.terms=[{kind:sft},{kind:simpo}]", "none"),
         ("model.path=m model.adapter.r=8", "adapter"),
         ("model.path=m model.adapter.r=8 reference.path=other", "cached"),

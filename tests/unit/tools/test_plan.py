@@ -379,10 +379,10 @@ def test_a_teacher_is_asked_once_or_stands_beside_the_policy() -> None:
     words = ["model=qwen2_5_0_5b", "loss=distill", "teacher.path=Qwen/Qwen2.5-7B-Instruct", "plan.gpus=2"]
     words += ["plan.pairs=1000", "plan.tokens_per_pair=700", "parallelism=ddp"]
     text, plain = planned(*words)
-    _, other = planned(*words, "teacher.k=100", "teacher.drawn=30")
+    _, other = planned(*words, "teacher.k=100")
     taken = [each["disk_bytes"]["the teacher's distributions"] for each in (plain, other)]
     assert taken[0] == pytest.approx(4 * (2 * 48 + 16 + 2) * 1000 * 0.7 * 700 / 2)
-    assert taken[1] / taken[0] == pytest.approx((2 * 100 + 30 + 2) / 114)
+    assert taken[1] / taken[0] == pytest.approx((2 * 100 + 16 + 2) / 114)
     assert "teacher, once for all runs" in text
     beside, live = planned(*words, "teacher.mode=live")
     assert live["bytes"]["teacher"] == pytest.approx(2 * 7.616e9 / 2, rel=0.01)  # of two GPUs

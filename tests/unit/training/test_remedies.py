@@ -62,7 +62,7 @@ data.eval=0.1
 data.eval=[held_out.jsonl] data.eval_share=0.1
 trainer.eval_every=5
 trainer.keep_best=true
-reference=none
+loss=kto reference=none
 reference=adapter
 loss=simpo reference.path=model
 loss=ipo loss.label_smoothing=0.1
@@ -73,7 +73,7 @@ parallelism.offload_parameters=cpu
 trainer.ema_decay=0.99 trainer.keep_last=0
 model.activation_offload=true
 run.resume=yes
-data.train=[one_bad.jsonl] data.on_bad_record=error
+data.train=[one_bad.jsonl] data.max_bad_share=0
 """
 
 
