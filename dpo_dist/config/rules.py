@@ -411,28 +411,28 @@ RULES = (
         "Muon computes its updates in bf16, and fp16 is for GPUs without it",
         "set model.dtype=bf16, or optim.kind=adamw",
     ),
-    unused(
-        "optim.warmup_ratio",
-        "optim.warmup_steps=null",
-        "remove optim.warmup_steps",
-        lambda c: c.optim.warmup_ratio == 0,
+    Rule(
+        "optim.warmup",
+        "the warm-up is a share of the steps below 1, or a whole number of them",
+        lambda c: f"set optim.warmup={c.optim.warmup:.0f}, or a share such as 0.1",
+        lambda c: c.optim.warmup > 1 and not c.optim.warmup.is_integer(),
     ),
     Rule(
-        "optim.warmup_steps trainer.max_steps!=null",
+        "optim.warmup trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
         lambda c: (
-            f"set optim.warmup_steps={(c.trainer.max_steps or 0) // 10}"
-            + f", or raise trainer.max_steps above {c.optim.warmup_steps}"
+            f"set optim.warmup={(c.trainer.max_steps or 0) // 10}"
+            + f", or raise trainer.max_steps above {c.optim.warmup:g}"
         ),
-        lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
+        lambda c: c.optim.warmup >= 1 and c.optim.warmup > (c.trainer.max_steps or 0),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
     unused("optim.decay_ratio", "optim.schedule=wsd"),
     Rule(
-        "optim.schedule=wsd optim.warmup_ratio optim.decay_ratio optim.warmup_steps=null",
+        "optim.schedule=wsd optim.warmup optim.decay_ratio",
         "the warm-up and the decay are longer than the run",
-        "lower optim.warmup_ratio or optim.decay_ratio: their sum is at most 1",
-        lambda c: c.optim.warmup_ratio + c.optim.decay_ratio > 1,
+        "lower optim.warmup or optim.decay_ratio: their sum is at most 1",
+        lambda c: c.optim.warmup < 1 < c.optim.warmup + c.optim.decay_ratio,
     ),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",

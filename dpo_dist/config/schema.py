@@ -282,10 +282,8 @@ class OptimConfig:
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
     """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
     warm-up, without as sqrt(10,000 / (10,000 + step)); `wsd` is constant until its linear decay."""
-    warmup_ratio: float = key(0.1, ge=0, le=1)
-    """Share of all steps that warm up the learning rate."""
-    warmup_steps: int | None = key(None, ge=0)
-    """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
+    warmup: float = key(0.1, ge=0)
+    """Steps that warm up the learning rate: below 1 a share of all, else their number."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
     """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`."""
     decay_ratio: float = key(0.2, gt=0, le=1)

@@ -17,7 +17,7 @@ def command(assets: Path, folder: Path, *options: str) -> list[str]:
     """A run in bf16 with an evaluation after every step, whose best checkpoint has the smallest margin."""
     data = [f"data.eval=[{assets}/eval.jsonl]", "model.dtype=bf16", f"reference.store={assets}/kept_store"]
     best = [f"trainer.keep_best={METRIC}", "trainer.eval_every=1"]
-    rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_ratio=0"]
+    rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup=0"]
     kept = ["trainer.save_every=2", "trainer.keep_last=1", "trainer.ema_decay=0.5"]
     return [*small_run(assets, folder), *data, *best, *rate, *kept, *options]
 

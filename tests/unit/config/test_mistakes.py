@@ -126,7 +126,7 @@ MISTYPED = [
     ("--dataset_name a.jsonl", "did you mean data.train=a.jsonl?"),
     ("'data.train=[{file: a}]'", "did you mean path?"),
     ("gradient_checkpointing=true", "did you mean model.gradient_checkpointing=full?"),
-    ("warmup_steps=0.1", "did you mean optim.warmup_ratio=0.1?"),
+    ("warmup_steps=0.1", "did you mean optim.warmup=0.1?"),
     ("lr_scheduler_type=constant_with_warmup", "did you mean optim.schedule=constant?"),
     ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt, wsd"),
     ("loss_type=sigmod", "did you mean loss=sigmoid?"),

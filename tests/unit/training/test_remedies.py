@@ -67,7 +67,7 @@ reference=adapter
 loss=simpo reference.path=model
 loss=ipo loss.label_smoothing=0.1
 model.attention=varlen model.dtype=fp32
-optim.warmup_steps=100 trainer.max_steps=10
+optim.warmup=100 trainer.max_steps=10
 optim.min_lr_ratio=0.1 optim.schedule=constant
 parallelism.offload_parameters=cpu
 trainer.ema_decay=0.99 trainer.keep_last=0
