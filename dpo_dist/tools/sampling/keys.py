@@ -113,14 +113,15 @@ class PairsConfig:
     function: NonEmpty | None = key(None, verbs=RESPONDING, runs="Python code of the judge is run")
     """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=RESPONDING)
-    prompt_parts: int = key(1, ge=1)
-    """Parts of the prompts, by their contents, of which each round takes the next."""
-    prompt_part: int = key(0, ge=0)
-    """The part to use, of `prompt_parts`; with rounds, of the first round."""
+    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
+    """The part of the prompts to use, by their contents; each round takes the next of N."""
     rounds: int = key(0, ge=0)
     """Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only."""
     reference: RoundReference = key(RoundReference.previous)
     """Reference of a round's training: the `first` policy, or that of the `previous` round."""
-    launcher: NonEmpty | None = key(None)
-    """Command before `-m dpo_dist VERB` that starts a round's processes; null: `dpo-dist launch` with several
-    GPUs, else one process."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Index of the part of the prompts, from 0, and the number of parts."""
+        number, parts = map(int, self.part.split("/"))
+        return number - 1, parts
