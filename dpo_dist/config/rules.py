@@ -542,7 +542,6 @@ RULES = (
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
-    unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
 )
 """The rules of every verb, in the order of the checks."""

@@ -369,7 +369,6 @@ class MetricsConfig:
 
 
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
-ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm"})
 
 
 @schema
@@ -388,14 +387,8 @@ class ExportConfig:
     """Merge an adapter into its base, and write one model."""
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
-    tool: ExportTool | None = key(None)
-    """Print the command by which `lm-eval` or `vllm` reads `model/`, or the folder of other keys of
-    `export`."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub repository for the folder, which is private if it is new; files are listed, and sent only with
-    `export.confirm`."""
-    confirm: bool = key(False)
-    """Send the listed files to `export.push_to`."""
+    """Hub repository to which the folder is sent; a new one is private. `--check` only lists its files."""
 
 
 @schema

@@ -111,7 +111,6 @@ REFUSED = [
     ("parallelism=ddp parallelism.offload_optimizer=cpu", "parallelism.offload_optimizer"),
     ("export.merge=true", "export.merge"),
     ("export.weights=ema", "export.weights"),
-    ("export.confirm=true", "export.confirm"),
     ("reference=none loss=kto", "reference.mode"),
     ("loss=simpo reference.mode=cached", "reference.mode"),
     ("loss=sft reference.offload=cpu", "reference.offload"),
