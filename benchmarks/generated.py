@@ -38,7 +38,7 @@ def overrides(folder: Path, model: Path, kind: str) -> list[str]:
         "trainer.eval_every=0",
         "optim.warmup=0",
         "tracking=off",
-        "samples.prompts=0",
+        "sampling.prompts=0",
         *(["loss=kto"] if kind == "labelled" else []),
     ]
 

@@ -35,7 +35,7 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(recipe: str, family: s
         "model.revision=null",
         "model.dtype=fp32",
     ]
-    words += [f"data.train=[{pairs}]", "data.eval=[]", "data.eval_share=0.2", "samples.prompts=0"]
+    words += [f"data.train=[{pairs}]", "data.eval=[]", "data.eval_share=0.2", "sampling.prompts=0"]
     words += [f"run.root={tmp_path}", f"run.dir={tmp_path}/run", "parallelism=ddp", "tracking=off"]
     train([*words, "trainer.max_steps=1"])
     [first] = [row["loss"] for row in history(tmp_path / "run") if "loss" in row]

@@ -64,7 +64,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
     noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"
     compared = [
         f"compare.models=[base={assets}/model,{tmp_path}/exported]",
-        "compare.prompts=2",
+        "sampling.prompts=2",
         "sampling.max_new_tokens=4",
         f"run.dir={tmp_path}/compared",
     ]
@@ -120,9 +120,9 @@ def test_a_secret_in_a_path_or_a_name_is_in_no_file_and_a_run_goes_on_without_it
     run = [part for part in small_run(assets, tmp_path) if not part.startswith(named)]
     run += [f"model.path={model}", f"data.train=[{train}]", f"data.cache={tmp_path}/encoded"]
     run += [f"data.eval=[{evaluated},{{path: {train}, limit: 3, label: a-{secret}}}]", "trainer.max_steps=2"]
-    run += ["samples.prompts=1", "sampling.max_new_tokens=2"]
+    run += ["sampling.prompts=1", "sampling.max_new_tokens=2"]
     compared = [f"compare.models=[{model},{tmp_path}/exported]", f"data.eval=[{evaluated}]"]
-    compared += ["model.dtype=fp32", "compare.prompts=2", "sampling.max_new_tokens=2"]
+    compared += ["model.dtype=fp32", "sampling.prompts=2", "sampling.max_new_tokens=2"]
     judged = [f"data.train=[{train}]", f"model.path={model}", "model.dtype=fp32", "pairs.method=samples"]
     judged += ["pairs.function=tests.support.own_judge:letter_shares", "pairs.limit=3"]
     judged += ["pairs.unfinished=keep", "sampling.max_new_tokens=2"]

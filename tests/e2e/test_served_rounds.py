@@ -72,7 +72,7 @@ def test_compared_models_respond_under_their_names(tmp_path: Path) -> None:
         overrides = shlex.split(
             f"compare.models=[base={folders['base']},tuned={folders['tuned']}] model.dtype=fp32 "
             f"data.eval=[{tmp_path}/prompts.jsonl] run.dir={tmp_path}/run sampling.max_new_tokens=6 "
-            f"reference.store={tmp_path}/store sampling.endpoint.url={server.url} compare.prompts=4"
+            f"reference.store={tmp_path}/store sampling.endpoint.url={server.url} sampling.prompts=4"
         )
         ended = run_verb("compare", overrides, prepare=BRIEF)
         assert ended.code == 0, ended.output

@@ -29,7 +29,6 @@ from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (
     PairsConfig,
     RoundReference,
-    SamplesConfig,
     SamplingConfig,
     ServerConfig,
 )
@@ -205,10 +204,12 @@ class _Rounds:
         if trainer.global_batch_pairs > most:
             self.say(f"round {number}: steps of {most:,} of its {pairs:,} pairs")
             trainer = replace(trainer, global_batch_pairs=most)
-        sampling = SamplingConfig()
-        if self.config.data.eval_sources and self.config.section_of(SamplesConfig).prompts != 0:
+        sampling = self.config.section_of(SamplingConfig)
+        if self.config.data.eval_sources and sampling.prompts != 0:
             # Evaluations sample from the weights in training, which no server has.
-            sampling = replace(self.config.section_of(SamplingConfig), endpoint=ServerConfig())
+            sampling = replace(sampling, endpoint=ServerConfig())
+        else:
+            sampling = SamplingConfig(prompts=sampling.prompts)
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),

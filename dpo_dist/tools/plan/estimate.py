@@ -25,7 +25,7 @@ from dpo_dist.kit import (
     matmul_peak,
 )
 from dpo_dist.tools.plan.extension import PlanConfig
-from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.settings import sampling_for
 
 PROMPT_SHARE = 0.3
@@ -208,15 +208,15 @@ class Estimate:
     @property
     def sampling(self) -> float:
         """Seconds to generate samples under ZeRO-3, which gathers all weights; counted as 0 otherwise."""
-        samples = self.config.section_of(SamplesConfig)
+        sampling = self.config.section_of(SamplingConfig)
         every = self.config.trainer.eval_every
-        tokens = sampling_for("train", self.config.section_of(SamplingConfig)).max_new_tokens
-        if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
+        tokens = sampling_for("train", sampling).max_new_tokens
+        if not self._is_sharded or sampling.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.total_bytes(0)
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
-        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
+        evaluations = 1 + (math.ceil(self.steps / every) if every and sampling.prompts else 1)
         generating = tokens * self.shapes.layers * _SHARDED_TOKEN
         shards = self.config.parallelism.shard_size or self.machine.gpus
         return evaluations * (gathers * self.whole / self.machine.link(shards) + generating)

@@ -9,15 +9,6 @@ RESPONDING = "compare pairs"
 """The verbs that use a judge, and whose models may be behind a server."""
 
 
-@schema
-class SamplesConfig:
-    """Responses of the policy to held-out prompts at evaluations."""
-
-    prompts: int | None = key(None, ge=0)
-    """Held-out prompts that the policy responds to at evaluations; null: 8, at the first and last; 0:
-    none."""
-
-
 _URL: Any = {
     "accepts": "http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
     "pattern": r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
@@ -41,8 +32,11 @@ class ServerConfig:
 
 @schema
 class SamplingConfig:
-    """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
+    """How models respond: at evaluations, in `compare` and in `pairs`."""
 
+    prompts: int | None = key(None, ge=0, verbs="train compare")
+    """Held-out prompts, chosen by a hash; null: 128 in `compare`, else 8 at the first and last evaluation; 0:
+    none at evaluations."""
     max_new_tokens: int | None = key(None, ge=1)
     """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or what the model's context
     leaves."""
@@ -62,8 +56,6 @@ class CompareConfig:
     models: list[NonEmpty] = key([])
     """Two of PATH or NAME=PATH: a run, checkpoint, folder of a model or adapter, or hub name. The win rate is
     that of the second one."""
-    prompts: int = key(128, ge=1)
-    """Number of different prompts, chosen by a hash."""
 
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])

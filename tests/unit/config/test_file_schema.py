@@ -82,7 +82,7 @@ def test_the_configuration_that_a_run_writes_is_valid() -> None:
     [
         "loss: ipo",
         "tracking: off",
-        "samples:",
+        "sampling:",
         "optim.lr: 1e-6",
         "loss.options.gamma: 1",
         "model.adapter.r: 8",

@@ -26,7 +26,7 @@ data: {train: [a.jsonl, {path: b, limit: 3}]}
 loss: {kind: ipo, beta: 0.3, options: {length_average: false}}
 optim.lr: 2e-6
 parallelism: ddp
-samples: {prompts: 4}
+sampling: {prompts: 4}
 sampling: {max_new_tokens: 64}
 data.eval_share: 0.1
 """
@@ -239,7 +239,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         "--config-dir conf +experiment=mine +cluster=[a,b] samples=many data.eval=[e] trainer.eval_every=5"
     )
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
-    assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
+    assert (config.trainer.seed, config.trainer.epochs, config.sampling.prompts) == (2, 3, 64)
     of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.to
     assert of_clusters == ("zero2", "cpu", [])
     seed, loss, above = [
@@ -407,5 +407,5 @@ def test_a_preset_that_is_edited_counts_in_the_next_command(
 
 
 def test_an_empty_section_has_no_keys(tmp_path: Path) -> None:
-    (file := tmp_path / "my.yaml").write_text("samples:\noptim:\nloss.sync_reference:\ntrainer: {seed: 3}")
+    (file := tmp_path / "my.yaml").write_text("sampling:\noptim:\nloss.sync_reference:\ntrainer: {seed: 3}")
     assert configured(run=[*RUN, str(file)]) == configured("trainer.seed=3")

@@ -48,7 +48,7 @@ def configured(*words: str) -> RunConfig:
     given = [
         "model.path=m",
         "data.train=[hub/unknown]",
-        "samples.prompts=0",
+        "sampling.prompts=0",
         "trainer.global_batch_pairs=128",
     ]
     return load_run_config([*given, "plan.gpu=h100-80g", *words])
@@ -159,10 +159,10 @@ def test_quantized_weights_are_read_and_written_at_half_the_speed_of_the_memory(
 
 
 def test_samples_gather_once_under_zero3_and_are_little_elsewhere() -> None:
-    samples = ["data.eval=[e]", "sampling.max_new_tokens=100", "trainer.eval_every=30", "samples.prompts=8"]
+    samples = ["data.eval=[e]", "sampling.max_new_tokens=100", "trainer.eval_every=30", "sampling.prompts=8"]
     once = 2 * P / 250e9 + 100 * 4 * 3.3e-3
     assert estimated(*samples).sampling == pytest.approx(5 * once), "at the start, and at the end"
-    assert estimated(*samples, "samples.prompts=null").sampling == pytest.approx(2 * once)
+    assert estimated(*samples, "sampling.prompts=null").sampling == pytest.approx(2 * once)
     assert estimated().sampling == estimated("parallelism=ddp", *samples).sampling == 0
 
 

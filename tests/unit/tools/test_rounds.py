@@ -182,7 +182,7 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("overrides", "of_training"),
-    [((), None), (("data.eval_share=0.1", "samples.prompts=0"), None), (("data.eval_share=0.1",), 9)],
+    [((), None), (("data.eval_share=0.1", "sampling.prompts=0"), None), (("data.eval_share=0.1",), 9)],
 )
 def test_trainings_sample_as_the_rounds_do_if_they_sample(
     overrides: tuple[str, ...], of_training: int | None

@@ -21,7 +21,7 @@ from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, Trackin
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import write_text
 from dpo_dist.tools.report.recorder import sent_samples
-from dpo_dist.tools.sampling.keys import SamplesConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.training.reporting.metrics_log import MetricsLog, log_position
 from dpo_dist.training.reporting.recorder import tracked_run
 from dpo_dist.training.reporting.trackers import InBackground, Trackers, open_trackers
@@ -170,7 +170,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     responses = {"reference": {"text": f"by hf_{SECRET}"}, "policy": {"text": "p" * 5000, "tokens": 3}}
     row = {"prompt": "a prompt", "responses": responses}
     write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
-    config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
+    config = replace(config_of(samples=2), sampling=SamplingConfig(prompts=3))
     tracker = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(print)))
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
