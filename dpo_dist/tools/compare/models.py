@@ -136,9 +136,9 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
             pairs = zip(*(_texts(parts, index) for parts in answers), strict=True)
             return judge_pairs(prompts.parts[index], list(pairs), judge)
 
-        settings = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
+        made_with = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
         client = None if judge is None else judge.client
-        judgements = prompts.finish("judgements", prompts.stage("judgements", settings), judged, client)
+        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged, client)
 
         def write() -> _Row:
             counts = Counter[str]()
