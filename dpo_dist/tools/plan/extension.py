@@ -22,8 +22,6 @@ class PlanConfig:
     """Pairs in an epoch; null: counted in local `data.train`, or those of the presets' datasets."""
     tokens_per_pair: float | None = key(None, gt=1)
     """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
-    suggest: bool = key(False, verbs="plan")
-    """Also search settings that fit into memory, and print those with the shortest epoch."""
 
 
 EXTENSION = Extension(

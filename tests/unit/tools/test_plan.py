@@ -183,7 +183,7 @@ def test_local_data_that_begin_alike_take_less_time(tmp_path: Path) -> None:
 
     def saved(*more: str) -> tuple[float, str]:
         config = load_run_config([*words, f"data.train=[{agents}]", *more])
-        made = make_plan(config, lambda *_: nullcontext(lambda *_: None))
+        made = make_plan(config, lambda *_: nullcontext(lambda *_: None), suggests=False)
         [line] = [line for line in made.lines if line.startswith("an epoch of 64 pairs")]
         return made.content["saved_by_prefixes"], line
 
@@ -210,7 +210,7 @@ def test_a_plan_says_whose_machine_it_is_for_and_no_fractions_of_a_second(tmp_pa
     given = [f"model.path={model}", "plan.pairs=100", "plan.tokens_per_pair=50"]
 
     def lines(*words: str) -> list[str]:
-        return make_plan(load_run_config([*given, *words]), lambda *_: nullcontext()).lines
+        return make_plan(load_run_config([*given, *words]), lambda *_: nullcontext(), suggests=False).lines
 
     assert "no GPU" in lines()[0]
     assert "on 8 GPUs (h100-80g)" in lines()[1]
@@ -307,9 +307,10 @@ def test_an_unknown_architecture_has_the_usual_micro_batch() -> None:
     assert (found.largest, found.micro_batch, found.times) == (None, 8192, 2)
 
 
-def planned(*words: str) -> tuple[str, dict[str, Any]]:
+def planned(*words: str, suggests: bool = False) -> tuple[str, dict[str, Any]]:
     given = ["plan.pairs=12800", "plan.tokens_per_pair=700"]
-    made = make_plan(load_run_config([*given, "plan.gpu=h100-80g", *words]), lambda *_: nullcontext())
+    config = load_run_config([*given, "plan.gpu=h100-80g", *words])
+    made = make_plan(config, lambda *_: nullcontext(), suggests=suggests)
     return "\n".join(made.lines), made.content
 
 
@@ -463,7 +464,7 @@ FULL = "model.gradient_checkpointing=full"
 
 def test_where_nothing_fits_what_needs_less_is_named(tmp_path: Path) -> None:
     words = [shape(tmp_path, **LARGE), "plan.gpu=rtx4090-24g", "plan.gpus=1"]
-    text, content = planned(*words, "plan.suggest=true")
+    text, content = planned(*words, suggests=True)
     assert content["suggested"] is None
     assert text.splitlines()[-1].startswith("nothing fits: more GPUs (plan.gpus), ")
 
@@ -523,14 +524,14 @@ SMALL = [
 def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     machine = ["+experiment=qwen7b", "plan.gpus=8", "plan.gpu=a100-40g", "data.max_length=4096"]
-    content = planned(*machine, "model.gradient_checkpointing=none", "plan.suggest=true")[1]
+    content = planned(*machine, "model.gradient_checkpointing=none", suggests=True)[1]
     assert not content["fits"]
     assert planned(*machine, *content["suggested"].split(), "trainer.micro_batch_tokens=auto")[1]["fits"]
     alone = ["+experiment=qwen7b", "plan.gpus=1"]
-    offloaded = planned(*alone, "parallelism=zero3_offload", "plan.suggest=true")[1]["suggested"]
+    offloaded = planned(*alone, "parallelism=zero3_offload", suggests=True)[1]["suggested"]
     assert offloaded.startswith("parallelism=zero3_offload"), "without offload it does not fit"
     assert planned(*SMALL)[1]["fits"], "also above the largest micro-batch that `auto` chooses"
-    lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", "plan.suggest=true")[1]
+    lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", suggests=True)[1]
     assert not lora["fits"]
     assert lora["suggested"] == "parallelism=ddp model.gradient_checkpointing=full"
 
@@ -545,9 +546,8 @@ def test_adamw_in_bf16_is_named_where_it_alone_fits(
         shape(tmp_path, **SHAPE | {"num_hidden_layers": 6}),
         "plan.gpu=rtx4090-24g",
         "plan.gpus=1",
-        "plan.suggest=true",
     ]
-    text, content = planned(*words)
+    text, content = planned(*words, suggests=True)
     assert not content["fits"]
     last = text.splitlines()[-1]
     before = "or on the GPUs alone: " if offloads else "nothing fits but: "
@@ -560,13 +560,13 @@ def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = ["plan.gpus=64", "plan.suggest=true", "plan.network=25", "trainer.global_batch_pairs=128"]
-    small = planned("+experiment=qwen7b", *words)[1]["suggested"]
+    words = ["plan.gpus=64", "plan.network=25", "trainer.global_batch_pairs=128"]
+    small = planned("+experiment=qwen7b", *words, suggests=True)[1]["suggested"]
     assert small.startswith("parallelism=zero3 parallelism.shard_size=8 ")
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256}
     AutoConfig.for_model("llama", **sizes, **heads).save_pretrained(tmp_path)
-    large = planned("+experiment=qwen7b", f"model.path={tmp_path}", *words)[1]["suggested"]
+    large = planned("+experiment=qwen7b", f"model.path={tmp_path}", *words, suggests=True)[1]["suggested"]
     assert large.startswith("parallelism=zero3 model."), "a node has no room for all states"
 
 
