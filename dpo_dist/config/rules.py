@@ -467,10 +467,7 @@ RULES = (
         "set trainer.eval_every=100, else there is only the last evaluation",
         lambda c: not c.data.eval_sources,
     ),
-    *(
-        unused(needing, "trainer.keep_best!=null", "set trainer.keep_best=eval_loss")
-        for needing in ("trainer.patience", "trainer.final")
-    ),
+    unused("trainer.patience", "trainer.keep_best!=null", "set trainer.keep_best=eval_loss"),
     Rule(
         "trainer.keep_best!=null",
         "this is no evaluation metric with a known best direction, highest or lowest",

@@ -305,9 +305,6 @@ class OptimConfig:
         return Dtype.bf16 if self.kind is OptimizerKind.adamw_bf16 else Dtype.fp32
 
 
-FinalModel = StrEnum("FinalModel", ["last", "best"])
-
-
 @schema
 class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
@@ -330,14 +327,12 @@ class TrainerConfig:
     """Steps between checkpoints; 0: at the end only."""
     keep_last: int = key(2, ge=0, free=True)
     """Checkpoints to keep; 0: one while the run trains, none once it is complete."""
-    keep_best: NonEmpty | None = key(None, free=True)
-    """Evaluation metric, such as `eval_rewards/accuracies`, whose best checkpoint is saved and kept; null:
-    none."""
+    keep_best: NonEmpty | None = key(None)
+    """Evaluation metric, such as `eval_rewards/accuracies`, whose best checkpoint is kept and becomes
+    `model/`; null: the last one does."""
     patience: int | None = key(None, ge=1, free=True)
     """End the run after this many evaluations without a new best value of `keep_best`; null: at the last
     step."""
-    final: FinalModel = key(FinalModel.last)
-    """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per row of metrics, which are means over them; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate")

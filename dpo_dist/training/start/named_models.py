@@ -20,7 +20,6 @@ from dpo_dist.config.run_folder import (
 from dpo_dist.config.schema import (
     METRICS_FUNCTION,
     ExportedWeights,
-    FinalModel,
     ModelConfig,
     ReferenceMode,
     RunConfig,
@@ -147,8 +146,7 @@ def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
         )
     folders = checkpoint_folders(run.checkpoints)
     best = best_checkpoint(run.checkpoints)
-    takes_best = config.trainer.final is FinalModel.best and best is not None
-    choice = config.export.checkpoint or ("best" if takes_best else "latest")
+    choice = config.export.checkpoint or ("latest" if best is None else "best")
     latest = folders[0].name if folders else None
     step = checkpoint_step({"best": best, "latest": latest}.get(choice) or choice)
     checkpoint = next((path for path in folders if checkpoint_step(path.name) == step), None)

@@ -102,7 +102,6 @@ REFUSED = [
     ("trainer.eval_every=5 sampling.prompts=0", "trainer.eval_every"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
-    ("trainer.final=best", "trainer.final"),
     ("trainer.keep_best=eval_loss data.eval_share=0.1", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=loss", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=eval_logps/chosen", "trainer.keep_best"),
@@ -242,7 +241,7 @@ def test_a_preset_of_data_takes_the_place_of_the_data_of_every_experiment(preset
 def test_evaluations_of_a_file_end_with_their_data(tmp_path: Path) -> None:
     (file := tmp_path / "my.yaml").write_text(
         "data.eval_share: 0.1\nsampling.prompts: 4\n"
-        "trainer: {eval_every: 5, keep_best: eval_loss, patience: 2, final: best}"
+        "trainer: {eval_every: 5, keep_best: eval_loss, patience: 2}"
     )
     without = configured("data.eval_share=0", verb="train", run=[*RUN, str(file)])
     assert without == configured("sampling.prompts=null", verb="train")
