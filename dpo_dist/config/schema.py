@@ -83,8 +83,6 @@ class TrackingConfig:
     project: str | None = key(None)
     """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT
     win over it."""
-    samples: int = key(8, ge=0, le=1000)
-    """Rows of W&B's table of samples at each evaluation, if `sampling.prompts` is set; 0: no text is sent."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])

@@ -253,7 +253,7 @@ class DataSource:
                 "the folder of image files does not exist",
                 where=f"images of {self.path}",
                 got=str(folder),
-                remedy="correct data.images, or the source's images",
+                remedy="correct images of the source",
             )
         return [folder, *folders]
 

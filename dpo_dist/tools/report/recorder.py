@@ -125,9 +125,12 @@ def write_worst(
     files.write_text(file, "".join(lines))
 
 
+_MOST_SENT = 8
+
+
 def sent_samples(config: RunConfig) -> int:
     """Return how many rows of samples trackers get: none unless the user asked for samples."""
-    return config.tracking.samples if config.section_of(SamplingConfig).prompts else 0
+    return _MOST_SENT if config.section_of(SamplingConfig).prompts else 0
 
 
 reporting = partial(

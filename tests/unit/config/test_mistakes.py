@@ -61,7 +61,7 @@ MISTYPED = [
     ("optim.lr=5e6", "a number, > 0 and <= 1"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("optim.lr=1e-4,", "got:      '1e-4,'"),
-    ("tracking.samples=2000", "a whole number, >= 0 and <= 1000"),
+    ("plan.gpus=0", "a whole number, >= 1"),
     ("data.eval_share=20%", "got:      '20%'"),
     ("run.root=null", "set run.root to text"),
     ("run.dir=", "got:      ''"),

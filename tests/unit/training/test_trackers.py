@@ -165,12 +165,12 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
     variables = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "name", "TAGS": "one,two", "NOTES": "notes"}
-    for name, value in {**variables, "MODE": "online", "DIR": "/elsewhere"}.items():
+    for name, value in {**variables, "DIR": "/elsewhere"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     responses = {"reference": {"text": f"by hf_{SECRET}"}, "policy": {"text": "p" * 5000, "tokens": 3}}
     row = {"prompt": "a prompt", "responses": responses}
-    write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
-    config = replace(config_of(samples=2), sampling=SamplingConfig(prompts=3))
+    write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, *[row] * 8])
+    config = replace(config_of(), sampling=SamplingConfig(prompts=3))
     tracker = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(print)))
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
@@ -184,7 +184,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
     content = json.loads(table.read_text())
     names = [f"responses.{name}" for name in ("reference.text", "policy.text", "policy.tokens")]
-    assert (content["columns"], len(content["data"])) == (["prompt", *names], 2)
+    assert (content["columns"], len(content["data"])) == (["prompt", *names], 8)
     prompt, reference, policy, _ = content["data"][0]
     assert (prompt, reference, len(policy) < 4100) == ("a prompt", "by ***", True)
     first, *_, last = records_of(tmp_path, "run")
