@@ -52,6 +52,9 @@ def test_draws_depend_on_the_response_and_its_place_alone() -> None:
     alone = uniforms(packed([second]))
     assert torch.equal(together[8:], alone)
     assert torch.equal(uniforms(packed([replace(second, responses=second.responses[1:])])), alone[4:])
+    batch = packed([second])
+    drawn = np.random.default_rng([0, *batch.keys.tolist()[0]]).random((4, KEPT.drawn), dtype=np.float32)
+    assert torch.equal(alone[:4], torch.from_numpy(drawn)), "stores of earlier versions have these draws"
     assert len(torch.unique(together)) == together.numel()
     masked = example(2, [4, 6], masked=True)
     assert torch.equal(uniforms(packed([masked])), alone[np.concatenate(masked.masks)])
