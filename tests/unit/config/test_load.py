@@ -26,8 +26,7 @@ data: {train: [a.jsonl, {path: b, limit: 3}]}
 loss: {kind: ipo, beta: 0.3, options: {length_average: false}}
 optim.lr: 2e-6
 parallelism: ddp
-sampling: {prompts: 4}
-sampling: {max_new_tokens: 64}
+sampling: {prompts: 4, max_new_tokens: 64}
 data.eval_share: 0.1
 """
 
@@ -228,7 +227,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         experiment__below="# @package _global_\ndefaults: [_self_, base]\ntrainer: {seed: 7, max_steps: 8}\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
         cluster__b=HEADER + "reference: {offload: cpu}\ndefaults: [{override /tracking: 'off'}]\n",
-        samples__many="prompts: 64\n",
+        sampling__many="prompts: 64\n",
     )
     inside = Path("conf/loss/team/ipo.yaml")
     inside.parent.mkdir()
@@ -236,7 +235,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     config = configured("--config-dir conf loss=team/ipo")
     assert (config.loss.kind, config.loss.beta) == ("ipo", 0.9), "a preset in a folder of its group"
     config = configured(
-        "--config-dir conf +experiment=mine +cluster=[a,b] samples=many data.eval=[e] trainer.eval_every=5"
+        "--config-dir conf +experiment=mine +cluster=[a,b] sampling=many data.eval=[e] trainer.eval_every=5"
     )
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
     assert (config.trainer.seed, config.trainer.epochs, config.sampling.prompts) == (2, 3, 64)
@@ -364,8 +363,8 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
     ("content", "text"),
     [
         (
-            "tracking: {wandb: off}",
-            "mine.yaml:1\n  got:      false\n  expected: one of auto, online",
+            "console: {style: off}",
+            "mine.yaml:1\n  got:      false\n  expected: one of auto, plain",
         ),
         ("loss: {beta: [1", "mine.yaml:2"),
         ("loss.beta: 1\nloss: {beta: 2}", "loss.beta is given twice\n  where:    mine.yaml:2"),

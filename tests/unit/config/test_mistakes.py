@@ -61,7 +61,7 @@ MISTYPED = [
     ("optim.lr=5e6", "a number, > 0 and <= 1"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("optim.lr=1e-4,", "got:      '1e-4,'"),
-    ("plan.gpus=0", "a whole number, >= 1"),
+    ("parallelism.timeout_seconds=0", "a whole number, >= 1 and <= 1e+07"),
     ("data.eval_share=20%", "got:      '20%'"),
     ("run.root=null", "set run.root to text"),
     ("run.dir=", "got:      ''"),

@@ -275,7 +275,7 @@ def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path, monkeypatch
     encode = encode_module.encode_pair
 
     def failing(record: Any, *rest: Any) -> Any:
-        if record.prompt == f"q {2 * PART + 1}":
+        if record.prompt == f"q {3 * PART - 2}":
             raise DataError("no template", where=str(record.origin), got="a record", remedy="set one")
         return encode(record, *rest)
 
@@ -283,7 +283,7 @@ def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path, monkeypatch
     one = preparation(source, tmp_path / "cache")
     with pytest.raises(DataError, match="no template") as raised:
         one.encode(one.plan())
-    assert raised.value.where == f"{source.path}:{2 * PART + 2}"
+    assert raised.value.where == f"{source.path}:{3 * PART - 1}"
     assert len(parts_in(tmp_path)) == 2
 
 
