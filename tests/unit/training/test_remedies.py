@@ -73,7 +73,6 @@ parallelism.offload_parameters=cpu
 trainer.ema_decay=0.99 trainer.keep_last=0
 model.activation_offload=true
 run.resume=yes
-data.train=[one_bad.jsonl] data.max_bad_share=0
 """
 
 
@@ -85,7 +84,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "train.jsonl", 12, seed=1)
     write_pairs(folder / "held_out.jsonl", 4, seed=2)
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
-    (folder / "one_bad.jsonl").write_text((folder / "train.jsonl").read_text() * 2 + '{"prompt": "a"}\n')
     (folder / "object.json").write_text(json.dumps({"version": 1, "data": pairs}))
     return folder
 

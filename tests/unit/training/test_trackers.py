@@ -249,13 +249,11 @@ def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None
 def test_without_a_server_or_a_key_the_run_is_offline(
     mode: str, key: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (
-        ("MODE", mode),
-        ("API_KEY", key),
-        ("BASE_URL", "http://127.0.0.1:9"),
-        ("INIT_TIMEOUT", "1"),
-    ):
-        monkeypatch.setenv(f"WANDB_{name}", value)
+    variables = {"MODE": mode, "API_KEY": key, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "1"}
+    monkeypatch.delenv("WANDB_MODE")
+    for name, value in variables.items():
+        if value:
+            monkeypatch.setenv(f"WANDB_{name}", value)
     said: list[str] = []
     tracker = open_in(tmp_path, say=said.append)
     assert reason in said[0]
