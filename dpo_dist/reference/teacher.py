@@ -1,6 +1,6 @@
 """A teacher's distributions for a micro-batch: from the store, or from the teacher beside the policy.
 
-The tokens that are drawn depend on the response, its place in it, and a seed alone, so that they are the same
+The tokens that are drawn depend on the response and its place in it alone, so that they are the same
 on any rank, in any batch and at any time.
 """
 
@@ -23,7 +23,6 @@ class Teacher:
     """
 
     kept: SparseRows
-    seed: int
     engine: Engine | None = None
     store: LogpStore | None = None
     policy: PolicyEngine | None = None
@@ -36,8 +35,8 @@ class Teacher:
         """
         if self.store is None:
             if "teacher" not in batch.views:
-                return with_uniforms(batch, self.kept, self.seed)
-            asked = with_uniforms(batch.view("teacher"), self.kept, self.seed)
+                return with_uniforms(batch, self.kept)
+            asked = with_uniforms(batch.view("teacher"), self.kept)
             return replace(batch, views={**batch.views, "teacher": asked})
         keys = batch.keys_for("teacher")
         lengths = batch.response_lengths
@@ -68,13 +67,13 @@ class Teacher:
         return replace(batch, teacher=TeacherInputs(self.kept, rows=rows))
 
 
-def with_uniforms(batch: PackedBatch, kept: SparseRows, seed: int) -> PackedBatch:
+def with_uniforms(batch: PackedBatch, kept: SparseRows) -> PackedBatch:
     """Return a batch on the host with the numbers that draw its teacher's tokens."""
     uniforms = np.zeros((len(batch.targets), kept.drawn), dtype=np.float32)
     if len(batch.keys):
         parts = []
         for key, tokens in zip(batch.keys.tolist(), batch.response_lengths, strict=True):
-            generator = np.random.default_rng([seed, *key])
+            generator = np.random.default_rng([0, *key])
             parts.append(generator.random((tokens, kept.drawn), dtype=np.float32))
         every = np.concatenate(parts)
         uniforms = every if batch.mask is None else every[batch.mask]
