@@ -479,7 +479,7 @@ RULES = (
         f"reference.mode=none {LOSS}",
         "this loss needs a reference model",
         "choose reference=auto",
-        lambda c: c.loss.is_unpaired,
+        lambda c: any(facts.needs_reference and facts.fewest_responses == 1 for facts in c.loss.facts),
     ),
     Rule(
         f"reference.mode!=none {LOSS}",
