@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.tools.text_facts import language_identifier
 from dpo_dist.training.start.environment import package_versions
 
 LATE = (
@@ -59,7 +58,6 @@ for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=
     load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking=off", *choices])
 for verb in VERBS:
     verb_keys(verb)
-language_identifier()
 mock.patch("importlib.metadata.version", cache(importlib.metadata.version)).start()
 package_versions()
 mock.patch("dpo_dist.tools.report.recorder.draw_curves").start()

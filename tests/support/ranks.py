@@ -21,6 +21,7 @@ from dpo_dist.distributed.parallel_groups import parallel_groups
 from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.join import start_world
 from dpo_dist.distributed.processes.world import World
+from tests.support.parent import check_warm
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,7 @@ def _be_rank(
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    check_warm()
     be_random_anew()
     zero.ADAM_EPS = EPS
     if enter is not None:
