@@ -82,7 +82,8 @@ def use_parent(address: str) -> None:
 
 def check_warm() -> None:
     """Fail in a process whose parent could not import everything, of which a fork server says nothing."""
-    assert PRELOADED[-1] in sys.modules, f"the warm parent cannot import {PRELOADED[-1]}: see why by importing it"
+    last = PRELOADED[-1]
+    assert last in sys.modules, f"the warm parent cannot import {last}: see why by importing it"
 
 
 def environment() -> dict[str, str]:
