@@ -28,6 +28,7 @@ LATE = (
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
+    "distutils.ccompiler",
     "dpo_dist.config.command_line",
     "dpo_dist.tools.compare.models",
     "dpo_dist.tools.doctor.page",
@@ -36,6 +37,8 @@ LATE = (
     "dpo_dist.training.start.preflight",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "encodings.utf_8_sig",
+    "hypothesis.strategies",  # which modules of tests import
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports
     "peft.tuners.lora.bnb",
