@@ -77,6 +77,13 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
     assert summary(tmp_path / "apart")["data"]["train"]["pairs"] == 2 * len(SCORED)
 
 
+def test_a_start_names_data_that_do_not_fit_the_loss(overrides: Overrides, tmp_path: Path) -> None:
+    refused = run_verb("train", overrides(written(tmp_path / "rows.jsonl", COMPLETIONS)))
+    assert refused.code == 2, refused.output
+    assert "set loss=sft" in refused.output
+    assert "Traceback" not in refused.output
+
+
 @pytest.mark.parametrize(
     ("rows", "loss", "said"),
     [
@@ -86,7 +93,6 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
             "set loss.kind=plackett_luce",
         ),
         (RANKINGS, "plackett_luce", "the columns are none of the known shapes"),
-        (COMPLETIONS, "sigmoid", "set loss=sft"),
         (COMPLETIONS, "kto", "a label: true or false"),
         (LABELLED, "sigmoid", "set loss=kto"),
         (LABELLED, "sft", "set loss=kto"),
