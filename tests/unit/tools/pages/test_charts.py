@@ -50,6 +50,18 @@ def test_what_cannot_be_drawn_is_a_gap() -> None:
     assert line["ys"] == [1, None, None, None, 5, None], "0 has no logarithm"
 
 
+def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[777], values[99_000] = 50, -50
+    chart = Chart("x", [Line("a", range(100_000), values.tolist()), Line("b", [1510, 1512], [9.0, 0.5])])
+    first, second = drawn(chart)
+    assert len(chart.data) < 10_000
+    assert {50, -50, float(f"{values[-1]:.6g}")} <= set(first["ys"])
+    assert second["xs"] == [1510, 1512]
+    assert len(chart.table.rows) < 40
+    assert chart.table.rows[-1][0] == "99,999"
+
+
 def test_the_moving_mean_has_no_gap_in_it() -> None:
     values = np.array([float(step % 2) for step in range(200)])
     values[100] = math.nan

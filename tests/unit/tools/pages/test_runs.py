@@ -105,11 +105,36 @@ def test_more_settings_than_the_table_has_room_for_are_on_the_page_only(runs: li
     assert "trainer.e 1 - -" in page
 
 
+def test_curves_are_over_pairs(runs: list[RunFolder]) -> None:
+    change(runs[1].config, "trainer", "global_batch_pairs", value=32)
+    change(runs[1].summary, "pairs_seen", value=960)
+    _, page = compared(runs)
+    curves = page.rpartition("Curves")[2]
+    assert "1,920 0.4 0.41 0.4 0.41" in curves, "the last pairs of runs a and c"
+    assert "960 0.55 0.56 0.4 0.41 0.55 0.56" in curves, "those of run b"
+
+
 def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:
     lines, _ = compared([made_run(tmp_path / "a"), made_run(tmp_path / "b")])
     assert [line.split()[0] for line in lines[1:3]] == [
         str(tmp_path / name / "qwen-sigmoid-3fa9c1d2") for name in "ab"
     ]
+
+
+def test_the_verb_writes_a_page_of_several_runs_to_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = made_run(tmp_path / "a"), RunFolder(tmp_path / "empty")
+    second.path.mkdir()
+    second.config.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(first), str(second)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2].split() == ["empty", "not", "ended", *"----"]
+    assert printed[-1] == "report: runs.html"
+    assert "empty not ended" in text_of(tmp_path / "runs.html")
+    assert main([str(first), str(second), "--output", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").exists()
 
 
 def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]) -> None:
