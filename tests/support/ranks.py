@@ -52,7 +52,7 @@ class Ranks:
     folder: Path
     processes: tuple[Any, ...]
 
-    def finish(self, seconds: float = 240) -> list[Outcome]:
+    def finish(self, seconds: float = 900) -> list[Outcome]:
         """Wait for all ranks; those that hang are killed, leave a traceback, and fail the test."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -105,7 +105,7 @@ def run_ranks(
     folder: Path,
     kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
-    seconds: float = 240,
+    seconds: float = 900,
     timeout: int = 600,
     optim: OptimConfig = OPTIM,
 ) -> list[Any]:
