@@ -102,9 +102,9 @@ def declared(
     parse = parse_prompt if of_prompts else parse_record
     parsed = [parse(row, reading, Origin(source.path, 0)) for row in rows]
     faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
-    if rows and len(faults) == len(rows):
-        raise _of_first(first, reading, faults)
     prompts = [record.prompt for record in parsed if not isinstance(record, BadRecord)]
+    if faults and not prompts:
+        raise _of_first(first, reading, faults)
     is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
     return replace(reading, is_chat=is_chat if prompts else None), chain(seen, records)
 

@@ -258,6 +258,14 @@ def test_the_first_line_of_an_error_declares_and_the_last_one_ignores(tmp_path: 
     assert good(first.path, fields=first.fields, ignore=first.ignore).responses == ("yes", "no")
 
 
+def test_a_tie_among_the_first_records_hides_no_fault_of_the_source(tmp_path: Path) -> None:
+    rows = [{"q": "q", "a": ["yes", "no"], "s": scores, "label": 1} for scores in ([1, 2], [2, 2])]
+    fields = {"prompt": "q", "responses": "a", "scores": "s"}
+    assert "unread_column (label)" in refusal(jsonl(tmp_path, *rows), fields=fields).message
+    kept = refusal(jsonl(tmp_path, *rows), fields=fields | {"keep": "s[0] == 1"})
+    assert "unread_column (label)" in kept.message
+
+
 def test_a_side_of_nulls_makes_no_single_responses(tmp_path: Path) -> None:
     row = {"messages": [user("q"), assistant("yes")], "rejected_response": None}
     error = refusal(jsonl(tmp_path, row, row))
