@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -119,24 +118,13 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
 
 def _not_an_array(content: Any, path: str) -> DataError:
     """Return the error for a .json file that is one object; a list inside of it may be the records."""
-    names = [*content] if isinstance(content, Mapping) else []
-    lists = [name for name in names if isinstance(content[name], list)]
-    has_records = len(lists) == 1 and all(isinstance(entry, Mapping) for entry in content[lists[0]])
-    remedy = "write the records as one list, or as a .jsonl with one object per line"
-    if has_records:
-        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
-        records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
-        code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
-        remedy = f"python -c {code} writes its list; then read {new}"
-    got = f"a {type(content).__name__}"
-    if names:
-        got = f"one object with {first_few([*map(shown_key, names)])}"
+    names = [*map(shown_key, content)] if isinstance(content, Mapping) else []
     return DataError(
         "a .json file is one list of records",
         where=path,
-        got=got,
+        got=f"one object with {first_few(names)}" if names else f"a {type(content).__name__}",
         expected="[{...}, {...}]",
-        remedy=remedy,
+        remedy="write the records as one list, or as a .jsonl with one object per line",
     )
 
 

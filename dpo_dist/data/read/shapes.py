@@ -385,9 +385,11 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
             elif fields.keys() >= {"chosen", "rejected"}:
                 verdicts = [name for name in names if bare_name(name) in reading.reserved]
                 for name in verdicts:
-                    ways += _by_verdict(first, own, name, [other for other in names if other != name])
+                    ways += _by_verdict(
+                        first, own, name, ignore + [other for other in names if other != name]
+                    )
                 if not verdicts:  # the sides are the verdict, and the columns the answers
-                    ways += _by_verdict(first, own, fields["chosen"], [fields["rejected"]])
+                    ways += _by_verdict(first, own, fields["chosen"], [*ignore, fields["rejected"]])
             ways.append(("ignore them, if no response depends on them", {"ignore": ignore + names}))
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in first.rows]
@@ -409,7 +411,7 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
     return _unlike(first, message, "\n    ".join(["write the source as one of these", *lines]))
 
 
-def _by_verdict(first: _First, fields: Fields, name: str, unread: list[str]) -> list[tuple[str, Fields]]:
+def _by_verdict(first: _First, fields: Fields, name: str, ignore: list[str]) -> list[tuple[str, Fields]]:
     """Return how a column of few short values tells which side of a pair is better."""
     values = {json.dumps(row[name]) for row in first.rows if isinstance(row.get(name), str | int | float)}
     if not 0 < len(values) <= _FEW_VALUES or max(map(len, values)) > _SHORT:
@@ -419,7 +421,7 @@ def _by_verdict(first: _First, fields: Fields, name: str, unread: list[str]) -> 
     others = {field: text for field, text in fields.items() if field not in ("chosen", "rejected")}
     declared = {"pair": f"{{{sides}}}[{column}]", "keep": f"{column} in [{', '.join(sorted(values))}]"}
     words = f"for each value of {column} the better answer FIRST, and without the values of ties"
-    return [(words, {"fields": {**others, **declared}, "ignore": [*(first.source.ignore or ()), *unread]})]
+    return [(words, {"fields": {**others, **declared}, "ignore": ignore})]
 
 
 def _few_values(rows: Sequence[Fields], name: str) -> str:

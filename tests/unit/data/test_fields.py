@@ -191,6 +191,8 @@ def test_a_csv_with_strange_names_is_read_from_its_error_alone(tmp_path: Path) -
 
 TURNS = [user("q"), assistant("yes")]
 ADMIN = {"role": "admin", "content": "x"}
+WHOLE = {"chosen": TURNS, "rejected": [user("q"), assistant("no")]}
+CALLED = user("q") | {"functions": "f", "function_calls": "f()"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": json.dumps([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
     ({"prompt": str([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
@@ -203,6 +205,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"messages": [user("q"), assistant("no") | {"chosen": False}, assistant("yes") | {"chosen": True}]},
         "unknown_key",
+    ),
+    # Beside columns that the shape ignores, and with keys that it gives to the template.
+    (WHOLE | {"prompt": "q", "prompt_id": "1", "messages": TURNS, "winner": "x"}, "unread_column"),
+    (
+        {"chosen": [CALLED, assistant("yes")], "rejected": [CALLED, assistant("no")], "winner": "x"},
+        "unread_column",
     ),
     # The same names and texts in other forms.
     (TEXT | {"Winner": "a"}, "unread_column"),
