@@ -343,16 +343,12 @@ def _check_header(header: str, path: str, separator: str) -> None:
         )
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
-        kinds = {separator: kind for kind, separator in _SEPARATORS.items()}
-        remedy = f"save the table with {separator!r} between its columns"
-        if other in kinds:
-            remedy = f"rename the file to {kinds[other]}"
         raise DataError(
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            expected=", ".join(f"{mark!r} in a {kind}" for mark, kind in kinds.items()),
-            remedy=remedy,
+            remedy=f"save the table with {separator!r} between its columns; or rename it, one with commas to .csv "
+            "and one with tabs to .tsv",
         )
 
 

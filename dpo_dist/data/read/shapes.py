@@ -384,12 +384,11 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
                 ways.append(("read them", {"fields": own | beside}))
             elif fields.keys() >= {"chosen", "rejected"}:
                 verdicts = [name for name in names if bare_name(name) in reading.reserved]
-                for name in verdicts:
-                    ways += _by_verdict(
-                        first, own, name, ignore + [other for other in names if other != name]
-                    )
-                if not verdicts:  # the sides are the verdict, and the columns the answers
-                    ways += _by_verdict(first, own, fields["chosen"], [*ignore, fields["rejected"]])
+                # Or the sides are the verdict, and the columns the answers.
+                for name in verdicts or [fields["chosen"]]:
+                    others = names if verdicts else [fields["rejected"]]
+                    left_out = ignore + [other for other in others if other != name]
+                    ways += _by_verdict(first, own, name, left_out)
             ways.append(("ignore them, if no response depends on them", {"ignore": ignore + names}))
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in first.rows]

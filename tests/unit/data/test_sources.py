@@ -125,8 +125,8 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
             BOM + b'"prompt";"chosen"\nq;a,b\n',
             "separated by ','(.|\n)*save the table with ','",
         ),
-        ("a.csv", b"\nprompt\tchosen\n", "rename the file to .tsv"),
-        ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
+        ("a.csv", b"\nprompt\tchosen\n", "one with tabs to .tsv"),
+        ("a.tsv", b"prompt,chosen\n", "one with commas to .csv"),
         ("a.csv", "fr\xe4ge,gut\n".encode("cp1252"), "not in UTF-8"),
         *(
             (f"a.{kind}", LINE.decode().encode(encoding), "in UTF-16, not in UTF-8")
