@@ -347,8 +347,8 @@ def _check_header(header: str, path: str, separator: str) -> None:
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            remedy=f"save the table with {separator!r} between its columns; or rename it, one with commas to .csv "
-            "and one with tabs to .tsv",
+            remedy=f"save the table with {separator!r} between its columns; or rename it, one with commas to "
+            ".csv and one with tabs to .tsv",
         )
 
 
