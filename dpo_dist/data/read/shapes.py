@@ -247,7 +247,8 @@ def _recognised(first: _First, *, of_prompts: bool) -> Reading:
     fits = _fitting(first.rows, of_prompts=of_prompts)
     readings = [_reading(name, source, first.columns) for name in fits]
     if len(readings) == 1:
-        _check_sides(first, readings[0])
+        if not of_prompts:
+            _check_sides(first, readings[0])
         return readings[0]
     if not first.rows:
         return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad

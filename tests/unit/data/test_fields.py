@@ -281,6 +281,7 @@ def test_a_side_of_nulls_makes_no_single_responses(tmp_path: Path) -> None:
     [line] = lines_of(error)
     assert line.ignore == ["rejected_response"]
     assert good(line.path, ignore=line.ignore).responses == ("yes",)
+    assert len([*DataSource(line.path).prompts()]) == 2
     one_pair = jsonl(tmp_path, row, row | {"rejected_response": "no"})
     assert [type(record).__name__ for record in read(one_pair)] == ["BadRecord", "PreferenceRecord"]
 
