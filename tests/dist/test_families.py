@@ -179,8 +179,8 @@ def test_every_family_trains_alike_sharded_by_two_ranks_and_by_one(
         model.save_pretrained(tmp_path / "models" / name)
     scenario = partial(two_steps, assets, tmp_path / "models", plain_entries)
     both, alone = tmp_path / "both", tmp_path / "alone"
-    run_ranks(scenario, 2, both, ZERO3, seconds=800)
-    run_ranks(scenario, 1, alone, DDP, seconds=800)
+    run_ranks(scenario, 2, both, ZERO3, seconds=900)
+    run_ranks(scenario, 1, alone, DDP, seconds=900)
     for name in TABLE:
         weights, expected = (load_file(ranks / f"{name}.safetensors") for ranks in (both, alone))
         assert weights.keys() == expected.keys()
@@ -237,7 +237,7 @@ def assert_trained_as_plain(
 ) -> None:
     """Two ranks train each model, and PyTorch alone does."""
     scenario = partial(walk, assets, models, plain_entries)
-    first, second = run_ranks(scenario, 2, tmp_path / "ranks", kind, seconds=800)
+    first, second = run_ranks(scenario, 2, tmp_path / "ranks", kind, seconds=900)
     arrangements = {name: arrangement for name, (_, arrangement) in FAMILIES.items()} | ARRANGEMENTS
     for name, path in models.items():
         plain = load_plain(name, path)

@@ -114,8 +114,8 @@ def test_two_ranks_generate_what_transformers_does_and_train_on_as_if_they_had_n
         str(assets.policy), dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing
     )
     work = partial(scenario, model, assets)
-    first, second = run_ranks(work, 2, tmp_path / "ranks", kind, seconds=300)
-    (alone,) = run_ranks(work, 1, tmp_path / "alone", kind, seconds=300)
+    first, second = run_ranks(work, 2, tmp_path / "ranks", kind, seconds=900)
+    (alone,) = run_ranks(work, 1, tmp_path / "alone", kind, seconds=900)
     spoken = [name for name in first if name in ("early", "greedy", "drawn", "base")]
     assert [first[name] for name in spoken] == [second[name] for name in spoken]
     assert [first[name] for name in spoken] == [alone[name] for name in spoken]
@@ -214,8 +214,8 @@ def test_ranks_agree_whether_rows_are_padded_and_whether_there_are_samples(tmp_p
     model.save_pretrained(tmp_path / "model")
     for kind in (ParallelismKind.zero3, ParallelismKind.ddp):
         work = partial(without_padding, tmp_path / "model", None)
-        first, second = run_ranks(work, 2, tmp_path / f"{kind}", kind, seconds=300)
+        first, second = run_ranks(work, 2, tmp_path / f"{kind}", kind, seconds=900)
         assert first == second == plain(model)
-    faults = run_ranks(partial(without_padding, tmp_path / "model", 1), 2, tmp_path / "spoiled", seconds=90)
+    faults = run_ranks(partial(without_padding, tmp_path / "model", 1), 2, tmp_path / "spoiled")
     assert faults[0] == faults[1]
     assert "minimax does not generate" in faults[0]

@@ -54,5 +54,5 @@ def test_two_ranks_of_which_some_have_no_image_generate_what_one_process_does(
         for which in ASKED
         for _ in range(2)
     ]
-    for rank in run_ranks(partial(together, family), 2, tmp_path / "ranks", kind, seconds=300):
+    for rank in run_ranks(partial(together, family), 2, tmp_path / "ranks", kind, seconds=900):
         assert rank["ids"] == wanted

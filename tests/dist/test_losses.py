@@ -256,8 +256,8 @@ def assert_labelled(evaluation: dict[str, float]) -> None:
 
 def test_losses_train_the_same_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
     every, some = list(CASES), WITH_SHARED_TOKENS
-    (alone,) = run_ranks(partial(trajectories, assets, data, 8192, every), 1, tmp_path / "one", seconds=300)
-    pair = run_ranks(partial(trajectories, assets, data, 128, every), 2, tmp_path / "two", seconds=300)
+    (alone,) = run_ranks(partial(trajectories, assets, data, 8192, every), 1, tmp_path / "one", seconds=900)
+    pair = run_ranks(partial(trajectories, assets, data, 128, every), 2, tmp_path / "two", seconds=900)
     shared = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
     pair += run_ranks(partial(trajectories, assets, data, 128, some), 2, tmp_path / "shared", shared)
     assert set(alone) == set(CASES)

@@ -22,7 +22,8 @@ from dpo_dist.encoded import workers
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import open_dataset
 from dpo_dist.encoded.workers import CHUNK_RECORDS
-from dpo_dist.foundation.errors import AtRecords, DataError, PeerLostError
+from dpo_dist.foundation.errors import DataError, PeerLostError
+from dpo_dist.foundation.remedies import AtRecords
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl

@@ -8,7 +8,7 @@ from tests.support.warm_benchmarks import run_benchmark
 
 def figures(name: str, *options: str, with_trl: bool = False) -> Any:
     """Run a benchmark in its smallest form."""
-    code, output, errors = run_benchmark(name, "--smoke", *options, seconds=580, with_trl=with_trl)
+    code, output, errors = run_benchmark(name, "--smoke", *options, seconds=900, with_trl=with_trl)
     assert code == 0, errors
     return json.loads(output.splitlines()[-1])
 

@@ -47,7 +47,7 @@ def test_a_program_of_one_process_prints_its_error_at_once_whatever_rank_the_she
 ) -> None:
     verb, *arguments = words.split()
     variables = environment() | ENVIRONMENT | {"RANK": "1"}
-    code, output, errors = run_warm_apart(VERBS[verb].module, arguments, variables, tmp_path, 40)
+    code, output, errors = run_warm_apart(VERBS[verb].module, arguments, variables, tmp_path, 240)
     assert code == 2, errors
     assert errors.count("to do:") == 1
     assert "Traceback" not in errors + output

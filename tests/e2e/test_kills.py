@@ -44,7 +44,7 @@ class KillPoint:
     def start(self, command: list[str], processes: int) -> Finished:
         """Train to the end or to this point."""
         with mock.patch.object(warm, "GRACE_AFTER_KILL_SECONDS", 0.5):
-            return run_verb("train", command, processes=processes, prepare=self.arm, seconds=400)
+            return run_verb("train", command, processes=processes, prepare=self.arm, seconds=900)
 
     def pluralize(self, rank: int) -> int:
         return int((self.folder / f"operations-{rank}").read_text())

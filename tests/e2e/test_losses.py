@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.errors import DpoDistError, ExitCode
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
+from dpo_dist.training.start.dry_run import dry_run
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_verb, summary, train
 
@@ -74,6 +77,13 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
     assert summary(tmp_path / "apart")["data"]["train"]["pairs"] == 2 * len(SCORED)
 
 
+def test_a_start_names_data_that_do_not_fit_the_loss(overrides: Overrides, tmp_path: Path) -> None:
+    refused = run_verb("train", overrides(written(tmp_path / "rows.jsonl", COMPLETIONS)))
+    assert refused.code == 2, refused.output
+    assert "set loss=sft" in refused.output
+    assert "Traceback" not in refused.output
+
+
 @pytest.mark.parametrize(
     ("rows", "loss", "said"),
     [
@@ -83,7 +93,6 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
             "set loss.kind=plackett_luce",
         ),
         (RANKINGS, "plackett_luce", "the columns are none of the known shapes"),
-        (COMPLETIONS, "sigmoid", "set loss=sft"),
         (COMPLETIONS, "kto", "a label: true or false"),
         (LABELLED, "sigmoid", "set loss=kto"),
         (LABELLED, "sft", "set loss=kto"),
@@ -94,11 +103,12 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
 def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(
     rows: list[dict[str, object]], loss: str, said: str, overrides: Overrides, tmp_path: Path
 ) -> None:
-    refused = run_verb("train", overrides(written(tmp_path / "rows.jsonl", rows), f"loss={loss}"))
-    assert refused.code == 2, refused.output
-    assert said in refused.output
-    assert "rows.jsonl" in refused.output
-    assert "Traceback" not in refused.output
+    config = load_run_config(overrides(written(tmp_path / "rows.jsonl", rows), f"loss={loss}"))
+    with pytest.raises(DpoDistError) as caught:
+        dry_run(config)
+    assert caught.value.exit_code == ExitCode.invalid
+    assert said in caught.value.block()
+    assert "rows.jsonl" in caught.value.block()
 
 
 OWN_LOSS = """

@@ -51,7 +51,7 @@ def run_verb(
     *,
     processes: int = 1,
     cwd: Path = ROOT,
-    seconds: int = 300,
+    seconds: int = 900,
     cold: bool = False,
     prepare: Callable[[], None] | None = None,
 ) -> Finished:
@@ -92,7 +92,7 @@ def running(verb: str, overrides: list[str], screen: Path, cwd: Path = ROOT) -> 
 
 def wait_until(is_done: Callable[[], Any], process: Any) -> None:
     """Wait for something that a running verb does."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not is_done():
         assert process.is_alive(), process.screen.read_text()
         assert time.monotonic() < deadline, process.screen.read_text()

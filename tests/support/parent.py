@@ -5,6 +5,7 @@ It is started by the first test that needs it; for the workers of xdist once, by
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -77,6 +78,12 @@ def use_parent(address: str) -> None:
     global _parent  # noqa: PLW0603
     _parent = OfOtherProcess(address)
     forkserver.connect_to_new_process = _parent.connect_to_new_process
+
+
+def check_warm() -> None:
+    """Fail in a process whose parent could not import everything, of which a fork server says nothing."""
+    last = PRELOADED[-1]
+    assert last in sys.modules, f"the warm parent cannot import {last}: see why by importing it"
 
 
 def environment() -> dict[str, str]:

@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.tools.text_facts import language_identifier
 from dpo_dist.training.start.environment import package_versions
 
 LATE = (
@@ -29,6 +28,7 @@ LATE = (
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
+    "distutils.ccompiler",
     "dpo_dist.config.command_line",
     "dpo_dist.tools.compare.models",
     "dpo_dist.tools.doctor.page",
@@ -37,6 +37,8 @@ LATE = (
     "dpo_dist.training.start.preflight",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "encodings.utf_8_sig",
+    "hypothesis.strategies",  # which modules of tests import
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports
     "peft.tuners.lora.bnb",
@@ -59,7 +61,6 @@ for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=
     load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking=off", *choices])
 for verb in VERBS:
     verb_keys(verb)
-language_identifier()
 mock.patch("importlib.metadata.version", cache(importlib.metadata.version)).start()
 package_versions()
 mock.patch("dpo_dist.tools.report.recorder.draw_curves").start()

@@ -21,6 +21,7 @@ from dpo_dist.distributed.parallel_groups import parallel_groups
 from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.join import start_world
 from dpo_dist.distributed.processes.world import World
+from tests.support.parent import check_warm
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ class Ranks:
     folder: Path
     processes: tuple[Any, ...]
 
-    def finish(self, seconds: float = 240) -> list[Outcome]:
+    def finish(self, seconds: float = 900) -> list[Outcome]:
         """Wait for all ranks; those that hang are killed, leave a traceback, and fail the test."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -104,7 +105,7 @@ def run_ranks(
     folder: Path,
     kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
-    seconds: float = 240,
+    seconds: float = 900,
     timeout: int = 600,
     optim: OptimConfig = OPTIM,
     enter: Callable[[int], None] | None = None,
@@ -140,6 +141,7 @@ def _be_rank(
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    check_warm()
     be_random_anew()
     zero.ADAM_EPS = EPS
     if enter is not None:

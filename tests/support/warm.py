@@ -24,7 +24,7 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from dpo_dist.config.verbs import VERBS
-from tests.support.parent import ENVIRONMENT, context, start_parent
+from tests.support.parent import ENVIRONMENT, check_warm, context, start_parent
 
 # A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
@@ -193,6 +193,7 @@ def _be_module(
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    check_warm()
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

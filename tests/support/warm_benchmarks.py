@@ -19,7 +19,7 @@ from tests.support.parent import ROOT
 from tests.support.warm import launcher_variables, run_warm_apart, start_module, wait
 
 _ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-_RUN_SECONDS = 300.0
+_RUN_SECONDS = 900.0
 
 
 def run_benchmark(name: str, *arguments: str, seconds: float, with_trl: bool = False) -> tuple[int, str, str]:

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -119,24 +118,13 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
 
 def _not_an_array(content: Any, path: str) -> DataError:
     """Return the error for a .json file that is one object; a list inside of it may be the records."""
-    names = [*content] if isinstance(content, Mapping) else []
-    lists = [name for name in names if isinstance(content[name], list)]
-    has_records = len(lists) == 1 and all(isinstance(entry, Mapping) for entry in content[lists[0]])
-    remedy = "write the records as one list, or as a .jsonl with one object per line"
-    if has_records:
-        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
-        records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
-        code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
-        remedy = f"python -c {code} writes its list; then read {new}"
-    got = f"a {type(content).__name__}"
-    if names:
-        got = f"one object with {first_few([*map(shown_key, names)])}"
+    names = [*map(shown_key, content)] if isinstance(content, Mapping) else []
     return DataError(
         "a .json file is one list of records",
         where=path,
-        got=got,
+        got=f"one object with {first_few(names)}" if names else f"a {type(content).__name__}",
         expected="[{...}, {...}]",
-        remedy=remedy,
+        remedy="write the records as one list, or as a .jsonl with one object per line",
     )
 
 
@@ -355,16 +343,12 @@ def _check_header(header: str, path: str, separator: str) -> None:
         )
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
-        kinds = {separator: kind for kind, separator in _SEPARATORS.items()}
-        remedy = f"save the table with {separator!r} between its columns"
-        if other in kinds:
-            remedy = f"rename the file to {kinds[other]}"
         raise DataError(
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            expected=", ".join(f"{mark!r} in a {kind}" for mark, kind in kinds.items()),
-            remedy=remedy,
+            remedy=f"save the table with {separator!r} between its columns; or rename it, one with commas to "
+            ".csv and one with tabs to .tsv",
         )
 
 

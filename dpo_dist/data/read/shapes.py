@@ -106,9 +106,9 @@ def declared(
     parse = parse_prompt if of_prompts else parse_record
     parsed = [parse(row, reading, Origin(source.path, 0)) for row in rows]
     faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
-    if rows and len(faults) == len(rows):
-        raise _of_first(first, reading, faults)
     prompts = [record.prompt for record in parsed if not isinstance(record, BadRecord)]
+    if faults and not prompts:
+        raise _of_first(first, reading, faults)
     is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
     return replace(reading, is_chat=is_chat if prompts else None), chain(seen, records)
 
@@ -141,11 +141,14 @@ def _no_column(where: str, missing: Iterable[str], columns: Iterable[str], remed
 
 def _as_expression(name: str) -> str:
     """Return a column as a user writes it in `fields`; a name that is no word is row["A NAME"]."""
-    shown = shown_key(name)
+    return shown_key(name) if shown_key(name) != name else as_written([_column(name)])[1:-1]
+
+
+def _column(name: str) -> str:
     with suppress(ExpressionError):
-        if shown != name or expression(name).columns == {name}:
-            return shown
-    return as_written([f"row[{json.dumps(name, ensure_ascii=False)}]"])[1:-1]
+        if expression(name).columns == {name}:
+            return name
+    return f"row[{json.dumps(name, ensure_ascii=False)}]"
 
 
 def _columns_of(texts: Iterable[str]) -> frozenset[str]:
@@ -248,6 +251,8 @@ def _recognised(first: _First, *, of_prompts: bool) -> Reading:
     fits = _fitting(first.rows, of_prompts=of_prompts)
     readings = [_reading(name, source, first.columns) for name in fits]
     if len(readings) == 1:
+        if not of_prompts:
+            _check_sides(first, readings[0])
         return readings[0]
     if not first.rows:
         return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
@@ -265,6 +270,20 @@ def _recognised(first: _First, *, of_prompts: bool) -> Reading:
         got=", ".join(reading.shape for reading in readings),
         remedy="\n    ".join(["write the source as one of these", *ways]),
     )
+
+
+def _check_sides(first: _First, reading: Reading) -> None:
+    """Check that records are not read as one response because the column of the other has no value."""
+    texts = [shape["fields"].get("rejected", "none") for shape in _SHAPES.values()]
+    sides = _columns_of(texts).intersection(first.columns) - reading.ignored
+    empty = sorted(name for name in sides if not any(is_given(row.get(name)) for row in first.rows))
+    if empty and "completion" in reading.fields:
+        line = _line(first, ignore=[*(first.source.ignore or ()), *empty])
+        raise _unlike(
+            first,
+            f"{', '.join(empty)} has no value in the first {len(first.rows)} records: they are no pairs",
+            f"write the rejected side; or, to read each record as one response: {line}",
+        )
 
 
 def _fitting(rows: Sequence[Fields], *, of_prompts: bool) -> list[str]:
@@ -338,38 +357,75 @@ def _unlike(first: _First, message: str, remedy: str = "") -> DataError:
 
 
 def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> DataError:
-    """Return the error of a source whose first records all fail, with the line that reads them."""
-    fields: dict[str, Any] = dict(reading.fields)
-    ignore = [*(first.source.ignore or ())]
+    """Return the error of a source whose first records all fail, with the lines that read them."""
+    columns = {*first.columns, "*"}
+    ignore = sorted(name for name in reading.ignored if name in columns or OF_KEYS in name)
+    fields = dict(reading.fields)
+    own: dict[str, Any] = fields | ({"form": reading.form} if reading.form else {})
+    if reading.keys.given:
+        own["keys"] = sorted(reading.keys.given)
     reason = faults[0].reason
+    names = sorted({name for fault in faults if fault.reason == reason for name in fault.unread})
+    ways = list[tuple[str, Fields]]()
     match reason:
         case "spelled_messages":
             # Each text that one of the records spells in JSON, or as Python prints it.
             for name, text in reading.fields.items():
                 spelled = text.removesuffix(TURN)
-                ways = filter(None, (spelled_as(expression(spelled)(row)) for row in first.rows))
-                fields[name] = next((spelled + way for way in ways), text)
-            remedy = f"read them: {_line(first, fields=fields)}; or add form: text to train the JSON itself"
+                found = filter(None, (spelled_as(expression(spelled)(row)) for row in first.rows))
+                fields[name] = next((spelled + way for way in found), text)
+            ways = [("read the messages", {"fields": fields})]
+            if not reading.form:
+                ways.append(("train the texts as they are", {"fields": {**reading.fields, "form": "text"}}))
+            parsed = parse_record(first.rows[0], replace(reading, fields=fields), Origin("", 0))
+            if isinstance(parsed, BadRecord):
+                ways.reverse()
         case "unknown_label":
-            fields["label"] += ' == "GOOD"'
-            remedy = f"name the good label in place of GOOD: {_line(first, fields=fields)}"
+            good = {**own, "label": fields["label"] + ' == "GOOD"'}
+            ways = [("name the good label in place of GOOD", {"fields": good})]
         case "unread_column":
-            names = sorted({name for fault in faults if fault.reason == reason for name in fault.unread})
-            remedy = f"ignore them, if no response depends on them: {_line(first, ignore=ignore + names)}"
-            read = {name: name for name in names if name in _READ_BESIDE}
-            if read:
-                read |= {"form": reading.form} if reading.form else {}
-                remedy += f"; or read them: {_line(first, fields=fields | read)}"
+            beside = {name: name for name in names if name in _READ_BESIDE}
+            if beside:
+                ways.append(("read them", {"fields": own | beside}))
+            elif fields.keys() >= {"chosen", "rejected"}:
+                verdicts = [name for name in names if bare_name(name) in reading.reserved]
+                # Or the sides are the verdict, and the columns the answers.
+                for name in verdicts or [fields["chosen"]]:
+                    others = names if verdicts else [fields["rejected"]]
+                    left_out = ignore + [other for other in others if other != name]
+                    ways += _by_verdict(first, own, name, left_out)
+            ways.append(("ignore them, if no response depends on them", {"ignore": ignore + names}))
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in first.rows]
             keys = sorted(set().union(*(unknown_keys(value, reading.keys) for value in values)))
-            given = _line(first, fields={**fields, "keys": [key.removeprefix(OF_KEYS) for key in keys]})
-            remedy = f"ignore them, if nothing depends on them: {_line(first, ignore=ignore + keys)}; or, "
-            remedy += f"if the chat template reads them: {given}"
+            bare = [key.removeprefix(OF_KEYS) for key in keys]
+            for key in bare if "completion" in fields else ():
+                if bare_name(key) in reading.reserved:
+                    turns = f"{fields['completion']}|selectattr({json.dumps(key)}, "
+                    split = {"prompt": f"{turns}none)", "chosen": f"{turns}GOOD)", "rejected": f"{turns}BAD)"}
+                    words = f"if {key} is GOOD in the better answer and BAD in the other"
+                    ways.append((words, {"fields": split, "ignore": ignore + keys}))
+            given = {**own, "keys": sorted(reading.keys.given.union(bare))}
+            ways.append(("if the chat template reads them", {"fields": given}))
+            ways.append(("ignore them, if nothing depends on them", {"ignore": ignore + keys}))
         case _:
-            remedy = f"correct the expressions: {_line(first, fields=fields)}"
+            ways = [("correct the expressions", {"fields": own})]
     message = f"none of the first {len(first.rows)} records can be read: {faults[0].why}"
-    return _unlike(first, message, remedy)
+    lines = [f"{words}: {_line(first, **{'ignore': ignore, **changes})}" for words, changes in ways]
+    return _unlike(first, message, "\n    ".join(["write the source as one of these", *lines]))
+
+
+def _by_verdict(first: _First, fields: Fields, name: str, ignore: list[str]) -> list[tuple[str, Fields]]:
+    """Return how a column of few short values tells which side of a pair is better."""
+    values = {json.dumps(row[name]) for row in first.rows if isinstance(row.get(name), str | int | float)}
+    if not 0 < len(values) <= _FEW_VALUES or max(map(len, values)) > _SHORT:
+        return []
+    column = _column(name)
+    sides = ", ".join(f"{value}: [FIRST, SECOND]" for value in sorted(values))
+    others = {field: text for field, text in fields.items() if field not in ("chosen", "rejected")}
+    declared = {"pair": f"{{{sides}}}[{column}]", "keep": f"{column} in [{', '.join(sorted(values))}]"}
+    words = f"for each value of {column} the better answer FIRST, and without the values of ties"
+    return [(words, {"fields": {**others, **declared}, "ignore": ignore})]
 
 
 def _few_values(rows: Sequence[Fields], name: str) -> str:

@@ -14,7 +14,7 @@ from tests.support.warm import ENVIRONMENT, reserve_port, run_warm_apart
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off trainer.global_batch_pairs=6"
 """A run that trains; a case adds its mistake."""
 
-_SECONDS = 240
+_SECONDS = 900
 _CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
 """Complete files that are addressed by content: encoded data and digests of files."""
 _LABELS = ("where", "got", "expected", "to do")

@@ -185,7 +185,3 @@ def test_a_mistyped_option_of_the_kind_is_named_and_its_word(word: str) -> None:
     error = error_of(f"loss=simpo {shlex.quote(word)}")
     assert error.remedy == "did you mean loss.options.gamma?"
     assert error.where == f"command line: {word}"
-
-
-def test_an_option_may_have_any_name() -> None:
-    assert error_of("'loss.options={1.5: 0.3}'").message == "sigmoid has no option '1.5'"

@@ -235,9 +235,10 @@ def test_a_reward_model_draws_no_responses() -> None:
     assert configured("loss=reward data.eval=[b] sampling.prompts=0", verb="train").loss.of_scores
 
 
-@pytest.mark.parametrize("preset", preset_names("data", group_folders()))
-def test_a_preset_of_data_takes_the_place_of_the_data_of_every_experiment(preset: str) -> None:
-    for experiment in preset_names("experiment", group_folders()):
+def test_each_preset_of_data_takes_the_place_of_the_data_of_every_experiment() -> None:
+    presets, experiments = (preset_names(group, group_folders()) for group in ("data", "experiment"))
+    tried = [(presets[0], each) for each in experiments] + [(each, experiments[0]) for each in presets[1:]]
+    for preset, experiment in tried:
         config = configured(f"+experiment={experiment} data={preset}", verb="train", run=["model.path=m"])
         assert config.data.eval
         assert config.data.eval_share == 0

@@ -48,7 +48,9 @@ def refusal(path: str | Path, **options: Any) -> DataError:
 
 def lines_of(error: DataError) -> list[SourceConfig]:
     """Return the sources that an error writes, as a shell and the configuration read them."""
-    words = [shlex.split(f"data.train={rest}")[0] for rest in error.remedy.split("data.train=")[1:]]
+    completed = error.remedy.replace("FIRST, SECOND", "chosen, rejected")
+    completed = completed.replace("GOOD)", "true)").replace("BAD)", "false)")
+    words = [shlex.split(f"data.train={rest}")[0] for rest in completed.split("data.train=")[1:]]
     return [load_run_config(["model.path=m", word.removesuffix(";")]).data.train[0] for word in words]
 
 
@@ -186,13 +188,28 @@ def test_a_csv_with_strange_names_is_read_from_its_error_alone(tmp_path: Path) -
 
 
 TURNS = [user("q"), assistant("yes")]
+ADMIN = {"role": "admin", "content": "x"}
+WHOLE = {"chosen": TURNS, "rejected": [user("q"), assistant("no")]}
+CALLED = user("q") | {"functions": "f", "function_calls": "f()"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": json.dumps([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
     ({"prompt": str([user("q")]), "chosen": "yes", "rejected": "no"}, "spelled_messages"),
+    # A role and a content, which are no turn of this conversation: a text.
+    ({"prompt": "q", "chosen": json.dumps([ADMIN]), "rejected": "no"}, "spelled_messages"),
     ({"prompt": "q", "completion": "yes", "label": "GOOD"}, "unknown_label"),
     (TEXT | {"winner": "a"}, "unread_column"),
     (TEXT | {"label": "x", "better": 1}, "unread_column"),
     ({"messages": [user("q") | {"mood": 1}, assistant("yes") | {"time": 2}]}, "unknown_key"),
+    (
+        {"messages": [user("q"), assistant("no") | {"chosen": False}, assistant("yes") | {"chosen": True}]},
+        "unknown_key",
+    ),
+    # Beside columns that the shape ignores, and with keys that it gives to the template.
+    (WHOLE | {"prompt": "q", "prompt_id": "1", "messages": TURNS, "winner": "x"}, "unread_column"),
+    (
+        {"chosen": [CALLED, assistant("yes")], "rejected": [CALLED, assistant("no")], "winner": "x"},
+        "unread_column",
+    ),
     # The same names and texts in other forms.
     (TEXT | {"Winner": "a"}, "unread_column"),
     (TEXT | {"labels": 1, "isTie": False, "Chosen-Response": "x"}, "unread_column"),
@@ -233,9 +250,43 @@ def test_an_error_does_not_propose_to_read_another_order(tmp_path: Path, name: s
     assert [source.fields for source in lines_of(other)] == ["text"]
 
 
+def test_the_first_line_of_an_error_declares_and_the_last_one_ignores(tmp_path: Path) -> None:
+    rows = [TEXT | {"winner": ["chosen", "rejected"][n % 2]} for n in range(6)]
+    verdict, ignored = lines_of(refusal(jsonl(tmp_path, *rows)))
+    assert verdict.fields == {
+        "prompt": "prompt",
+        "pair": '{"chosen": [chosen, rejected], "rejected": [chosen, rejected]}[winner]',
+        "keep": 'winner in ["chosen", "rejected"]',
+    }
+    assert ignored.ignore == ["winner"]
+    candidates = [user("q"), assistant("no") | {"chosen": False}, assistant("yes") | {"chosen": True}]
+    first, *_ = lines_of(refusal(jsonl(tmp_path, {"messages": candidates})))
+    assert good(first.path, fields=first.fields, ignore=first.ignore).responses == ("yes", "no")
+
+
+def test_a_tie_among_the_first_records_hides_no_fault_of_the_source(tmp_path: Path) -> None:
+    rows = [{"q": "q", "a": ["yes", "no"], "s": scores, "label": 1} for scores in ([1, 2], [2, 2])]
+    fields = {"prompt": "q", "responses": "a", "scores": "s"}
+    assert "unread_column (label)" in refusal(jsonl(tmp_path, *rows), fields=fields).message
+    kept = refusal(jsonl(tmp_path, *rows), fields=fields | {"keep": "s[0] == 1"})
+    assert "unread_column (label)" in kept.message
+
+
+def test_a_side_of_nulls_makes_no_single_responses(tmp_path: Path) -> None:
+    row = {"messages": [user("q"), assistant("yes")], "rejected_response": None}
+    error = refusal(jsonl(tmp_path, row, row))
+    assert "rejected_response has no value" in error.message
+    [line] = lines_of(error)
+    assert line.ignore == ["rejected_response"]
+    assert good(line.path, ignore=line.ignore).responses == ("yes",)
+    assert len([*DataSource(line.path).prompts()]) == 2
+    one_pair = jsonl(tmp_path, row, row | {"rejected_response": "no"})
+    assert [type(record).__name__ for record in read(one_pair)] == ["BadRecord", "PreferenceRecord"]
+
+
 def test_a_line_of_an_error_keeps_the_form_of_the_shape(tmp_path: Path) -> None:
     dialogue = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " yes", "rejected": " no"}
-    _, other = lines_of(refusal(jsonl(tmp_path, *[dialogue | {"system": "Be kind."}] * 3)))
+    other, _ = lines_of(refusal(jsonl(tmp_path, *[dialogue | {"system": "Be kind."}] * 3)))
     assert isinstance(other.fields, dict)
     assert (other.fields["system"], other.fields["form"]) == ("system", "dialogue")
     assert [turn.content for turn in good(other.path, fields=other.fields).prompt] == ["Be kind.", "q"]  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.read.sources import DataSource, source_labels
-from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.remedies import AtRecords
 from tests.support.other_user import error_for_other_user, shared_folder
@@ -125,8 +125,8 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
             BOM + b'"prompt";"chosen"\nq;a,b\n',
             "separated by ','(.|\n)*save the table with ','",
         ),
-        ("a.csv", b"\nprompt\tchosen\n", "rename the file to .tsv"),
-        ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
+        ("a.csv", b"\nprompt\tchosen\n", "one with tabs to .tsv"),
+        ("a.tsv", b"prompt,chosen\n", "one with commas to .csv"),
         ("a.csv", "fr\xe4ge,gut\n".encode("cp1252"), "not in UTF-8"),
         *(
             (f"a.{kind}", LINE.decode().encode(encoding), "in UTF-16, not in UTF-8")
@@ -214,6 +214,24 @@ def test_a_record_beyond_the_bound_is_bad(tmp_path: Path, monkeypatch: pytest.Mo
         (2, "unparsable"),
         (3, ""),
     ]
+
+
+def test_the_bound_of_texts_is_of_bytes_and_the_last_of_them_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why(text: str, most: int) -> str:
+        monkeypatch.setattr("dpo_dist.data.read.reading.MAX_TEXT_BYTES", most)
+        file = tmp_path / "pair.jsonl"
+        file.write_text(json.dumps({"prompt": text, "chosen": "a", "rejected": "b"}))
+        [record] = read_records(str(file))
+        return record.why if isinstance(record, BadRecord) else ""
+
+    def size(text: str) -> int:
+        return int(why(text, 1).partition("(")[2].partition(" bytes")[0])
+
+    assert size("ä" * 100) == size("a" * 100) + 100
+    assert why("ä" * 100, size("ä" * 100)) == ""
+    assert why("ä" * 100, size("ä" * 100) - 1).startswith("unparsable")
 
 
 def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def test_a_server_that_accepts_and_is_silent_is_not_waited_for(monkeypatch: pyte
         started = time.monotonic()
         with pytest.raises(DataError, match="cannot be reached"):
             read("s3://bucket/a.jsonl")
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 55
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -98,9 +98,12 @@ def test_another_way_of_training_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(FILES.iterdir()), ids=lambda file: str(file.stem))
-def test_a_recipe_is_accepted_by_train(file: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_accepted_by_train(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours = tmp_path / "ours.yaml"
     assert convert.main([str(file), str(ours)]) == 0
+    assert f"next: dpo-dist train {ours} --check" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists"):
         convert.main([str(file), str(ours)])
     words = ["data.train=[a.jsonl]", "data.eval_share=0.05", "parallelism=ddp"]

@@ -110,7 +110,7 @@ def texts(reply: Any) -> list[str]:
 def test_a_reply_that_is_no_reply_is_one_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces, said = WHOLE[name]
     # A busy machine may need a second for any reply.
-    seconds, started = 0.5 if said == "ReadTimeout" else 20, time.monotonic()
+    seconds, started = 0.5 if said == "ReadTimeout" else 240, time.monotonic()
     monkeypatch.setattr(clients, "_LISTING_SECONDS", seconds)
     with raw_server(lambda _: pieces()) as url:
         client = Client(url, "sampling.endpoint.url", "m", seconds, 1)
@@ -119,7 +119,7 @@ def test_a_reply_that_is_no_reply_is_one_error(name: str, monkeypatch: pytest.Mo
                 ask()
             assert raised.value.got.startswith(f"{url}, model m: ")
             assert said in raised.value.got
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 200
 
 
 def test_a_server_is_reached_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,8 @@ def test_agreement_is_the_share_of_equal_verdicts_of_every_two() -> None:
 
 
 def test_items_do_not_depend_on_the_order_of_records_and_responses_and_others_are_counted() -> None:
-    records = [record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(50)]
-    turned = [record(f"b{n}", f"a{n}", prompt=f"p{n}") for n in reversed(range(50))]
+    records = [record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(1000)]
+    turned = [record(f"b{n}", f"a{n}", prompt=f"p{n}") for n in reversed(range(1000))]
     drawn = draw_items(records, 20, 0, Counter())
     assert len(drawn) == 20
     assert drawn == draw_items(turned, 20, 0, Counter())
@@ -210,7 +210,7 @@ def test_a_client_that_sends_a_byte_now_and_then_does_not_hold_the_end(tmp_path:
 
         def trickle() -> None:
             client.sendall(head + body[:-1000])
-            for _ in range(50):
+            for _ in range(1000):
                 if is_over.wait(0.2):
                     return
                 with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ def test_a_client_that_sends_a_byte_now_and_then_does_not_hold_the_end(tmp_path:
         thread.start()
         time.sleep(0.5)
         started = time.monotonic()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 100
     is_over.set()
     thread.join()
     client.close()

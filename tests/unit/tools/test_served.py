@@ -233,7 +233,7 @@ def test_a_server_that_is_not_there_or_has_another_name_is_one_error(
     started = time.monotonic()
     with pytest.raises(ConfigError, match="the server does not reply as expected"):
         open_server(ServerConfig(url=url, model="policy"), responder(folder))
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200
 
 
 def test_a_page_is_no_server_with_this_api() -> None:

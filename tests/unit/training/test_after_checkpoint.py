@@ -42,7 +42,7 @@ class Commands:
 
 
 def wait_for(is_done: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while not is_done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -75,7 +75,7 @@ def test_checkpoints_wait_for_a_command_and_the_newest_of_them_is_next(tmp_path:
     wait_for(lambda: commands.written("begun"))
     for step in (2, 3, 4):
         commands.start(step)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 240
     assert commands.written("begun") == ["step-000001"]
     assert commands.written("done") == []
     (tmp_path / "go").touch()
@@ -122,14 +122,14 @@ def test_a_run_waits_for_the_command_of_its_last_checkpoint(tmp_path: Path) -> N
 
 
 def test_a_process_that_a_command_leaves_behind_holds_nothing(tmp_path: Path) -> None:
-    commands = Commands(tmp_path, "sleep 30 &")
+    commands = Commands(tmp_path, "sleep 200 &")
     commands.start(1)
     began = time.monotonic()
     assert commands.end() == ""
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 150
 
 
-@pytest.mark.parametrize("command", ["sleep 60; echo over", "trap '' TERM; echo busy; sleep 60; sleep 60"])
+@pytest.mark.parametrize("command", ["sleep 500; echo over", "trap '' TERM; echo busy; sleep 500; sleep 500"])
 def test_a_run_that_is_stopped_ends_the_command_after_a_while(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_ends_the_command_after_a_while(
     commands.start(2)
     began = time.monotonic()
     lines = commands.end(is_stopping=True)
-    assert 1 <= time.monotonic() - began < 15
+    assert 1 <= time.monotonic() - began < 240
     assert "step-000001: still running 1 s after the request to stop, and ended" in lines
     assert "step-000002: the run was asked to stop" in lines, "none is left out in silence"
     pid = commands.written("pid")[0]

