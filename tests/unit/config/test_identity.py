@@ -50,7 +50,9 @@ def test_a_teacher_defines_the_result_of_its_runs_but_not_where_it_is_computed()
     taught = "loss=distill teacher.path=t"
     changes = ("", "teacher.k=9", "teacher.system=sea", "data.max_scorer_length=9")
     runs = [configured(f"{taught} {change}") for change in changes]
-    runs += [configured(f"loss=distill teacher.mode={mode} model.adapter.r=8") for mode in ("policy", "adapter")]
+    runs += [
+        configured(f"loss=distill teacher.mode={mode} model.adapter.r=8") for mode in ("policy", "adapter")
+    ]
     assert len({run.identity.digest for run in runs}) == len(runs)
     beside = configured(f"{taught} teacher.mode=live teacher.offload=cpu")
     assert beside.identity.digest == runs[0].identity.digest
