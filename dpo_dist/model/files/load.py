@@ -97,6 +97,7 @@ from dpo_dist.model.lora import add_adapter, check_rank
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.states import check_recurrent_kernels
+from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +312,8 @@ def load_packed(
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.activation_offload:
         offload_inputs(causal_lm)
+    if fused is not FusedLayers.compile:
+        tile_mlps(causal_lm)
     model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded, reads_images=reads)
     if model.forks_states:
         check_recurrent_kernels(causal_lm, device, TORCH_DTYPES[config.dtype])
