@@ -20,7 +20,7 @@ def tiled_mlps(causal_lm: Any) -> dict[nn.Module, nn.Module]:
     """Return the MLPs that can be computed by tiles, by their decoder layer.
 
     Experts and their routers stay whole, as do layers that share weights: ZeRO-3 gathers those module by
-    module, and ranks may have different numbers of tiles.
+    module, and ranks have different numbers of tiles.
     """
     shared = shared_weights(causal_lm)
     found = {}
@@ -34,22 +34,24 @@ def tiled_mlps(causal_lm: Any) -> dict[nn.Module, nn.Module]:
 def _computes_rows(module: nn.Module) -> bool:
     """Return whether this is an MLP of linear layers, which computes each token by itself."""
     with_weights = [child for child in module.children() if next(child.parameters(), None) is not None]
-    is_linear = all(isinstance(child, nn.Linear | Conv1D) for child in with_weights)
+    # An adapter's layers have the linear ones inside.
+    own = [getattr(child, "base_layer", child) for child in with_weights]
+    is_linear = all(isinstance(child, nn.Linear | Conv1D) for child in own)
     takes_one_tensor = len(inspect.signature(module.forward).parameters) == 1
     return type(module).__name__.endswith("MLP") and is_linear and takes_one_tensor
 
 
 def tile_mlps(causal_lm: Any) -> None:
-    """Make MLPs compute more than `TILE_ROWS` tokens by tiles, in scoring and in checkpointed layers."""
+    """Make MLPs compute by tiles, in scoring and in checkpointed layers; after `checkpoint_layers`."""
     for layer, mlp in tiled_mlps(causal_lm).items():
         mlp.forward = partial(_by_tiles, layer, mlp, mlp.forward)
 
 
 def _by_tiles(layer: Any, mlp: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    rows = hidden.reshape(-1, hidden.shape[-1])
     trains = torch.is_grad_enabled()
-    if len(rows) <= TILE_ROWS or (trains and not layer.gradient_checkpointing):
+    if trains and not layer.gradient_checkpointing:
         return forward(hidden)
+    rows = hidden.reshape(-1, hidden.shape[-1])
     kept = list[Any]()
     weights = list[nn.Parameter]()
     if trains:
@@ -80,7 +82,11 @@ class _Kept(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """An MLP by tiles, each of which is computed again in backward."""
+    """An MLP by tiles, each of which is computed again in backward.
+
+    A micro-batch of one tile is, too: ZeRO-1 and ZeRO-2 reduce gradients in the order in which they become
+    ready, which must be that of ranks with more tokens.
+    """
 
     @staticmethod
     def forward(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ ZERO3, ZERO2, DDP = ParallelismKind
 WHOLE = 2**20
 # Several micro-batches of unequal lengths, and a rank without a pair.
 STEPS = (((0, 1, 2), 160), ((5,), 8192))
-CHECKPOINTED = {"dtype": Dtype.fp32, "gradient_checkpointing": "full"}
+CHECKPOINTED: dict[str, Any] = {"dtype": Dtype.fp32, "gradient_checkpointing": "full", "tiled_mlp": True}
 
 
 def walk(

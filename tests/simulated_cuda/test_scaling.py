@@ -44,7 +44,7 @@ from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as output_layer
-from dpo_dist.training.start.footprint import Shapes, activation_bytes
+from dpo_dist.training.start.footprint import UPDATE, Shapes, activation_bytes
 from tests.simulated_cuda import runs
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -244,7 +244,7 @@ def test_a_plan_counts_the_bytes_of_weights_that_are_measured(kind: str) -> None
             expected += 2 * max(weight.numel() for weight in causal_lm.parameters())
         assert planned == pytest.approx(expected)
         updated = 0 if optim.kind is OptimizerKind.adamw else 2 * weights / ranks
-        assert parts.get("gradients of an update", 0) == pytest.approx(updated)
+        assert parts.get(UPDATE, 0) == pytest.approx(updated)
 
 
 def test_one_process_does_not_reduce_its_gradients_with_themselves(measured: Any) -> None:

@@ -17,18 +17,18 @@ from dpo_dist.config.schema import (
     AdapterConfig,
     AttentionBackend,
     Dtype,
-    FusedLayers,
     ImagesConfig,
     ModelConfig,
     TrainedImageParts,
 )
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import tiled_mlp
-from dpo_dist.model.files.load import load_packed
+from dpo_dist.model.files.load import load_packed, without_weights
 from dpo_dist.model.layers import checkpoint_layers, decoder_layers, keep_text
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.tiled_mlp import tile_mlps, tiled_mlps
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, tiny_config
 from tests.support.invented_images import image_examples, image_reader, invented_images
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -43,7 +43,9 @@ TILE = 4
 TILES = -(-TOKENS // TILE)
 # MLPs at the end of a layer, with a norm behind them, of one matrix for two, without gates, with biases;
 # recurrent layers; mixtures with dense layers or dense parts.
-KINDS = "starcoder2 gemma3_text gemma4_text gpt2 granitemoehybrid lfm2 llama olmo2 phi3 qwen3_5_text qwen3_moe"
+KINDS = (
+    "starcoder2 gemma3_text gemma4_text gpt2 granitemoehybrid lfm2 llama olmo2 phi3 qwen3_5_text qwen3_moe"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -95,18 +97,6 @@ def test_what_a_router_chooses_and_what_layers_share_stays_whole() -> None:
     assert {"llama", "qwen3", "gemma3_text", "mistral", "phi3", "olmo2", "gpt2"}.isdisjoint(others)
 
 
-def test_a_micro_batch_of_one_tile_is_computed_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = packed(trained("llama")).train()
-    checkpoint_layers(model.causal_lm, "full")
-    counts = calls_of(model.causal_lm)
-    expected = model(BATCH)
-    tile_mlps(model.causal_lm)
-    monkeypatch.setattr(tiled_mlp, "TILE_ROWS", TOKENS)
-    counts.clear()
-    assert torch.equal(model(BATCH), expected)
-    assert set(counts.values()) == {1}
-
-
 def mlp_gradients(dtype: torch.dtype, tile: int | None) -> dict[str, Tensor]:
     """Gradients of an MLP of 512 tokens."""
     torch.manual_seed(0)
@@ -155,18 +145,22 @@ def test_an_adapter_and_frozen_layers_before_it() -> None:
         assert_same(found[1], found[0])
 
 
-def test_a_model_that_is_loaded_has_tiles_unless_it_is_compiled(tmp_path: Path) -> None:
+def test_a_model_is_loaded_with_tiles_if_they_are_asked_for(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
-    for fused, tiles in ((FusedLayers.auto, TILES), (FusedLayers.compile, 1)):
-        model = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32, fused=fused), 64, CPU)
+    for asked, tiles in ((True, TILES), (False, 1)):
+        model = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32, tiled_mlp=asked), 64, CPU)
         counts = calls_of(model.causal_lm)
-        torch._dynamo.config.disable = True
-        try:
-            with torch.no_grad():
-                model(BATCH)
-        finally:
-            torch._dynamo.config.disable = False
+        with torch.no_grad():
+            model(BATCH)
         assert set(counts.values()) == {tiles}
+
+
+def test_a_model_without_such_mlps_is_refused() -> None:
+    config = ModelConfig("m", tiled_mlp=True, gradient_checkpointing="full")
+    assert without_weights(tiny_config("llama"), config) is not None
+    with pytest.raises(ConfigError, match="no layer has an MLP") as raised:
+        without_weights(tiny_config("mixtral"), config)
+    assert raised.value.where == "model.tiled_mlp"
 
 
 def test_text_behind_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +206,7 @@ class Peak(TorchDispatchMode):
         return out
 
 
-# By name: options that make the MLP the largest part of a layer; the weights of an MLP over the hidden size
-# and its width; and bytes of what it keeps and what its backward holds, over the width, in float32.
+# Families, with options that make an MLP the largest part of a layer.
 PEAKS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", {}),
     "hybrid": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
@@ -222,7 +215,7 @@ PEAKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def peak_of(name: str, *, tiles: bool, moves: bool = False) -> int:
+def peak_of(name: str, *, tiles: bool) -> int:
     """Bytes at the peak of a forward and a backward, of 16 tiles of tokens."""
     family, own = PEAKS[name]
     causal_lm = trained(family, intermediate_size=1024, **own)
