@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.model.layers import decoder_layers, shared_weights
 
-TILE_ROWS = 4096
+TILE_ROWS = 2048
 """Tokens of a tile: chosen so that products of a tile still fill a GPU."""
 
 

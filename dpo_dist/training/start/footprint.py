@@ -276,7 +276,7 @@ class Shapes:
         if len(mlps) == self.layers and checkpointing == "full":
             in_tile = _bytes_in_tile(causal_lm, [*mlps.values()]) / ranks
             trained = (weight for weight in next(iter(mlps.values())).parameters() if weight.requires_grad)
-            sums = 4.0 * sum(map(torch.numel, trained))
+            sums = (4.0 + number) * sum(map(torch.numel, trained))  # in float32, and a tile's own
         footprint = {name: part for name, part in parts.items() if part}
         return Footprint(footprint, per_token - in_tile, in_tile, TILE_ROWS * ranks, sums)
 

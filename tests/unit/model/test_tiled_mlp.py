@@ -32,7 +32,7 @@ from tests.support.families import FAMILIES, tiny_config
 from tests.support.invented_images import image_examples, image_reader, invented_images
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import assert_same, gradients, packed, trained
+from tests.unit.model.test_architectures import OTHERS, assert_same, gradients, packed, trained
 
 pytestmark = pytest.mark.slow
 
@@ -211,7 +211,7 @@ PEAKS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", {}),
     "hybrid": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
     "mixture with dense layers": ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
-    "dense part beside experts": ("gemma4_text", {}),
+    "dense part beside experts": ("gemma4_text", OTHERS["gemma4_text"]),
 }
 
 
