@@ -36,9 +36,9 @@ def overrides(folder: Path, model: Path, kind: str) -> list[str]:
         "parallelism=ddp",
         "trainer.global_batch_pairs=16",
         "trainer.eval_every=0",
-        "optim.warmup_ratio=0",
+        "optim.warmup=0",
         "tracking=off",
-        "samples.prompts=0",
+        "sampling.prompts=0",
         *(["loss=kto"] if kind == "labelled" else []),
     ]
 

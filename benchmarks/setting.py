@@ -127,7 +127,7 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
         "trainer.save_every=0",
         "optim.lr=1e-4",
         "optim.schedule=constant",
-        "optim.warmup_ratio=0",
+        "optim.warmup=0",
         "tracking=off",
     ]
 

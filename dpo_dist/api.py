@@ -252,11 +252,12 @@ def train(
         raise ConfigError("on_row must be a function", where="on_row", got=repr(on_row), remedy="pass one")
     base = load_run_config([*words, *(f"{key}=[records.jsonl]" for key in records_by_key)])
     folder = Path(base.data.cache) / "records"
-    overrides: dict[str, Any] = {
-        key: [str(write_records(records, folder, key))] for key, records in records_by_key.items()
-    }
-    if overrides and base.model.images is not None and base.data.images is None:
-        overrides["data.images"] = str(Path.cwd())  # paths of images mean what they mean to the script
+    overrides = dict[str, list[dict[str, str]]]()
+    for key, records in records_by_key.items():
+        source = {"path": str(write_records(records, folder, key))}
+        if base.model.images is not None:
+            source["images"] = str(Path.cwd())  # paths of images mean what they mean to the script
+        overrides[key] = [source]
     words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items())]
     config = load_run_config(words, verb="train")
     faults = list[Exception]()

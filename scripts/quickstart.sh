@@ -21,7 +21,7 @@ echo "== 2/4 supervised warm-up"
 "${launch[@]}" -m dpo_dist.train +experiment=demo_warmup run.dir=output/demo-warmup
 echo "== 3/4 DPO"
 "${launch[@]}" -m dpo_dist.train +experiment=demo run.dir=output/demo-dpo \
-    'data.eval=[output/demo/pairs_eval.jsonl]' trainer.eval_every=20 samples.prompts=8
+    'data.eval=[output/demo/pairs_eval.jsonl]' trainer.eval_every=20 sampling.prompts=8
 echo "== 4/4 answers before and after"
 python -m examples.demo.report --before output/demo-warmup/model --after output/demo-dpo/model \
     --pairs output/demo/pairs_eval.jsonl --run output/demo-dpo

@@ -48,7 +48,7 @@ PAIRS = Data(10_000, 700.0, "")
 
 @cache
 def _configured(words: str) -> RunConfig:
-    given = ["model.path=m", "data.train=[d]", "samples.prompts=0", "model.gradient_checkpointing=full"]
+    given = ["model.path=m", "data.train=[d]", "sampling.prompts=0", "model.gradient_checkpointing=full"]
     return load_run_config([*given, *words.split()])
 
 

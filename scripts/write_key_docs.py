@@ -17,7 +17,7 @@ from dpo_dist.foundation.fields import schema_fields
 ROOT = Path(__file__).resolve().parents[1]
 CELL = 160
 """Most characters of a cell, a phrase; the rest of a longer text is a sentence below the table."""
-MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
+MODIFIERS = {"ld_alpha", "weighting"}
 """Options of nearly all kinds: docs/losses.md has them below the table, not in each row."""
 DIGEST = "†"
 """The mark of a key that is part of the run's digest."""

@@ -28,7 +28,7 @@ FIRST_KEYS = (
     *("model.path", "data.train", "data.eval", "data.eval_share", "data.max_length"),
     *("loss.kind", "loss.beta", "optim.lr", "trainer.epochs", "trainer.max_steps"),
     *("trainer.global_batch_pairs", "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.save_every"),
-    *("samples.prompts", "model.dtype", "model.gradient_checkpointing", "model.adapter"),
+    *("sampling.prompts", "model.dtype", "model.gradient_checkpointing", "model.adapter"),
     *("model.quantization", "parallelism.kind", "tracking.to", "run.name", "run.dir"),
 )
 """The keys of most commands, which stand first in `--help` and in docs/configuration.md."""

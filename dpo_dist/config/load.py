@@ -15,11 +15,13 @@ from pydantic import ValidationError
 from dpo_dist.config.compose import Composition
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.mistakes import FAILURES, explained, unknown_preset, wrong_values
 from dpo_dist.config.named_code import check_code_allowed
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.data import UnpairedDataConfig
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
 from dpo_dist.foundation.fields import plain_values, validated
 from dpo_dist.foundation.text import without_secrets
@@ -82,8 +84,10 @@ def complete_config(
     check_rules(config, rules)
     if config.loss.of_scores and (not verb or VERBS[verb].takes_training):
         config = config.with_scores()
+    if config.reference.mode is ReferenceMode.none and config.loss.needs_reference:
+        config = replace(config, loss=ReferenceFreeLossConfig(**vars(config.loss)))
     if config.loss.is_unpaired:
-        config = replace(config, data=replace(config.data, unpair=True))
+        config = replace(config, data=UnpairedDataConfig(**vars(config.data)))
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
 from inspect import signature
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -179,7 +179,7 @@ class KindFacts:
     """The model is a reward model: a response has a score in place of a log-prob."""
 
 
-_PAIR = frozenset({"beta", "ld_alpha", "weighting", "reference_free"})
+_PAIR = frozenset({"beta", "ld_alpha", "weighting"})
 _MARGIN = _PAIR | {"divergence"}
 _WITH_MARGIN = frozenset({"loss_weight", "margin"})
 _WITH_SOFT_LABEL = frozenset({"loss_weight", "soft_label"})
@@ -305,14 +305,14 @@ KINDS: dict[LossKind, KindFacts] = {
         "pw - pl and rw - rl each sorted over the global batch, D their difference: "
         "-(1-e) ls(b D) - e ls(-b D)",
         "AOT, arXiv 2406.05882",
-        frozenset({"beta", "ld_alpha", "reference_free", "label_smoothing"}),
+        frozenset({"beta", "ld_alpha", "label_smoothing"}),
         frozenset(),
         is_coupled=True,
     ),
     LossKind.aot_unpaired: KindFacts(
         "the same with D = sorted Dw - sorted Dl",
         "AOT, arXiv 2406.05882",
-        frozenset({"beta", "ld_alpha", "reference_free", "label_smoothing"}),
+        frozenset({"beta", "ld_alpha", "label_smoothing"}),
         frozenset(),
         is_coupled=True,
     ),
@@ -328,7 +328,7 @@ KINDS: dict[LossKind, KindFacts] = {
     LossKind.plackett_luce: KindFacts(
         "ranked y1 > ... > yK: -sum over k of (b Dk - logsumexp over j >= k of b Dj)",
         "DPO paper, appendix A.3, arXiv 2305.18290",
-        frozenset({"beta", "ld_alpha", "reference_free"}),
+        frozenset({"beta", "ld_alpha"}),
         accepts_rankings=True,
     ),
     LossKind.kto: KindFacts(
@@ -472,6 +472,9 @@ LOSS_FUNCTION = "loss.function"
 class LossConfig:
     """The loss, its options and its sums."""
 
+    reference_free: ClassVar[bool] = False
+    """Whether the reference's log-probs are taken as 0."""
+
     kind: LossKind = key(LossKind.sigmoid, verbs="train precompute evaluate")
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
@@ -491,8 +494,6 @@ class LossConfig:
     """Weight of tokens beyond the shorter response's length (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
     """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by the probability of both responses."""
-    reference_free: bool = key(False, verbs="train precompute evaluate")
-    """Take the reference's log-probs as 0."""
     terms: list[Term] = key([], verbs="train precompute evaluate")
     """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
     options: KindOptions = _options()
@@ -590,6 +591,12 @@ class LossConfig:
     def needs_scores(self) -> bool:
         """Return whether the chosen response of every pair must be scored above the rejected one."""
         return any(facts.needs_scores for facts in self.facts)
+
+
+class ReferenceFreeLossConfig(LossConfig):
+    """The same keys with `reference.mode=none`."""
+
+    reference_free = True
 
 
 def accepts_facts(name_in_config: str | None) -> bool:

@@ -157,7 +157,7 @@ def without_images(key: str) -> Rule:
         f"{key} model.images=null",
         "the folder of a source's images has no effect with this model.images",
         "remove the field images of the source, or set model.images.train=none to read images",
-        lambda c: c.data.images is None and any(source.images for source in value_at(c, key)),
+        lambda c: any(source.images for source in value_at(c, key)),
     )
 
 
@@ -312,7 +312,6 @@ RULES = (
         yields_to=("data.eval",),
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
-    unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     without_images("data.train"),
     without_images("data.eval"),
     once("evaluation.data"),
@@ -348,12 +347,6 @@ RULES = (
             lambda c: not c.loss.of_scores,
         )
         for key in ("data.trained_roles", "data.untrained")
-    ),
-    Rule(
-        f"data.unpair=true {LOSS}",
-        "pairs that are taken apart have no second response to compare with",
-        "set loss=kto or loss=apo_zero_unpaired, or remove data.unpair",
-        lambda c: not c.loss.is_unpaired,
     ),
     Rule(
         LOSS,
@@ -424,28 +417,28 @@ RULES = (
         "Muon computes its updates in bf16, and fp16 is for GPUs without it",
         "set model.dtype=bf16, or optim.kind=adamw",
     ),
-    unused(
-        "optim.warmup_ratio",
-        "optim.warmup_steps=null",
-        "remove optim.warmup_steps",
-        lambda c: c.optim.warmup_ratio == 0,
+    Rule(
+        "optim.warmup",
+        "the warm-up is a share of the steps below 1, or a whole number of them",
+        lambda c: f"set optim.warmup={c.optim.warmup:.0f}, or a share such as 0.1",
+        lambda c: c.optim.warmup > 1 and not c.optim.warmup.is_integer(),
     ),
     Rule(
-        "optim.warmup_steps trainer.max_steps!=null",
+        "optim.warmup trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
         lambda c: (
-            f"set optim.warmup_steps={(c.trainer.max_steps or 0) // 10}"
-            + f", or raise trainer.max_steps above {c.optim.warmup_steps}"
+            f"set optim.warmup={(c.trainer.max_steps or 0) // 10}"
+            + f", or raise trainer.max_steps above {c.optim.warmup:g}"
         ),
-        lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
+        lambda c: c.optim.warmup >= 1 and c.optim.warmup > (c.trainer.max_steps or 0),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
     unused("optim.decay_ratio", "optim.schedule=wsd"),
     Rule(
-        "optim.schedule=wsd optim.warmup_ratio optim.decay_ratio optim.warmup_steps=null",
+        "optim.schedule=wsd optim.warmup optim.decay_ratio",
         "the warm-up and the decay are longer than the run",
-        "lower optim.warmup_ratio or optim.decay_ratio: their sum is at most 1",
-        lambda c: c.optim.warmup_ratio + c.optim.decay_ratio > 1,
+        "lower optim.warmup or optim.decay_ratio: their sum is at most 1",
+        lambda c: c.optim.warmup < 1 < c.optim.warmup + c.optim.decay_ratio,
     ),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
@@ -455,7 +448,6 @@ RULES = (
     # Training and evaluations.
     *map(without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
-    unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.shard_size", "parallelism.kind=zero3"),
     unused("parallelism.experts", "parallelism.kind=zero3", or_if=lambda c: c.model.quantization is not None),
     Rule(
@@ -481,10 +473,7 @@ RULES = (
         "set trainer.eval_every=100, else there is only the last evaluation",
         lambda c: not c.data.eval_sources,
     ),
-    *(
-        unused(needing, "trainer.keep_best!=null", "set trainer.keep_best=eval_loss")
-        for needing in ("trainer.patience", "trainer.final")
-    ),
+    unused("trainer.patience", "trainer.keep_best!=null", "set trainer.keep_best=eval_loss"),
     Rule(
         "trainer.keep_best!=null",
         "this is no evaluation metric with a known best direction, highest or lowest",
@@ -495,11 +484,11 @@ RULES = (
     Rule(
         f"reference.mode=none {LOSS}",
         "this loss needs a reference model",
-        "choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
-        lambda c: c.loss.needs_reference,
+        "choose reference=auto",
+        lambda c: c.loss.is_unpaired,
     ),
     Rule(
-        f"reference.mode!=none {LOSS} loss.reference_free",
+        f"reference.mode!=none {LOSS}",
         "this loss does not use a reference model",
         "choose reference=none, or remove reference.mode: auto follows the loss",
         lambda c: not c.loss.needs_reference,
@@ -552,11 +541,10 @@ RULES = (
     ),
     *(
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
-        for name in ("path", "mode", "k", "drawn", "seed", "offload")
+        for name in ("path", "mode", "k", "offload")
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
-    unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
 )
 """The rules of every verb, in the order of the checks."""

@@ -69,7 +69,6 @@ class ConsoleConfig:
 
 
 TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab comet_ml aim clearml dvclive")
-WandbMode = StrEnum("WandbMode", ["auto", "online", "offline"])
 DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
@@ -79,15 +78,11 @@ class TrackingConfig:
     """Trackers, which get the metrics of the run."""
 
     to: list[TrackerName] = key([TrackerName.wandb])
-    """Any of `wandb`, `tensorboard`, `mlflow`, `trackio`, `swanlab`, `comet_ml`, `aim`, `clearml`,
-    `dvclive`."""
-    wandb: WandbMode = key(WandbMode.auto)
-    """W&B: `auto` is online if there is an API key, else offline."""
+    """Any of `wandb` (online with an API key, else offline), `tensorboard`, `mlflow`, `trackio`, `swanlab`,
+    `comet_ml`, `aim`, `clearml`, `dvclive`."""
     project: str | None = key(None)
     """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT
     win over it."""
-    samples: int = key(8, ge=0, le=1000)
-    """Rows of W&B's table of samples at each evaluation, if `samples.prompts` is set; 0: no text is sent."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -232,11 +227,7 @@ class TeacherConfig:
     mode: TeacherMode = key(TeacherMode.cached, free=True)
     """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy."""
     k: int = key(48, ge=1)
-    """Largest probabilities of the teacher that are kept of each token."""
-    drawn: int = key(16, ge=1)
-    """Tokens drawn from the other ones, which keep the gradient unbiased."""
-    seed: int = key(0, ge=0)
-    """Seed of the draws: another one asks the teacher again."""
+    """Largest probabilities of the teacher that are kept of each token, beside 16 drawn from the others."""
     offload: Offload = key(Offload.none, free=True)
     """Where the teacher's weights are kept: on the device (`none`) or `cpu`."""
 
@@ -251,8 +242,6 @@ class ParallelismConfig:
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: Offload = key(Offload.none, verbs="train")
     """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
-    reduce_in_float32: bool | None = key(None, verbs="train")
-    """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     shard_size: int | None = key(None, ge=1, verbs="train precompute")
     """Processes, usually those of a node, over which ZeRO-3 shards (MiCS, arXiv 2205.00119); only gradients
     leave them. null: all."""
@@ -293,10 +282,8 @@ class OptimConfig:
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
     """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
     warm-up, without as sqrt(10,000 / (10,000 + step)); `wsd` is constant until its linear decay."""
-    warmup_ratio: float = key(0.1, ge=0, le=1)
-    """Share of all steps that warm up the learning rate."""
-    warmup_steps: int | None = key(None, ge=0)
-    """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
+    warmup: float = key(0.1, ge=0)
+    """Steps that warm up the learning rate: below 1 a share of all, else their number."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
     """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`."""
     decay_ratio: float = key(0.2, gt=0, le=1)
@@ -316,9 +303,6 @@ class OptimConfig:
         if self.sums is not SumsDtype.auto:
             return Dtype(self.sums)
         return Dtype.bf16 if self.kind is OptimizerKind.adamw_bf16 else Dtype.fp32
-
-
-FinalModel = StrEnum("FinalModel", ["last", "best"])
 
 
 @schema
@@ -343,14 +327,12 @@ class TrainerConfig:
     """Steps between checkpoints; 0: at the end only."""
     keep_last: int = key(2, ge=0, free=True)
     """Checkpoints to keep; 0: one while the run trains, none once it is complete."""
-    keep_best: NonEmpty | None = key(None, free=True)
-    """Evaluation metric, such as `eval_rewards/accuracies`, whose best checkpoint is saved and kept; null:
-    none."""
+    keep_best: NonEmpty | None = key(None)
+    """Evaluation metric, such as `eval_rewards/accuracies`, whose best checkpoint is kept and becomes
+    `model/`; null: the last one does."""
     patience: int | None = key(None, ge=1, free=True)
     """End the run after this many evaluations without a new best value of `keep_best`; null: at the last
     step."""
-    final: FinalModel = key(FinalModel.last)
-    """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per row of metrics, which are means over them; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate")
@@ -382,7 +364,6 @@ class MetricsConfig:
 
 
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
-ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm"})
 
 
 @schema
@@ -399,18 +380,10 @@ class ExportConfig:
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
-    check: bool = key(True)
-    """Load the folder by transformers, and compare its weights with the trained ones."""
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
-    tool: ExportTool | None = key(None)
-    """Print the command by which `lm-eval` or `vllm` reads `model/`, or the folder of other keys of
-    `export`."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub repository for the folder, which is private if it is new; files are listed, and sent only with
-    `export.confirm`."""
-    confirm: bool = key(False)
-    """Send the listed files to `export.push_to`."""
+    """Hub repository to which the folder is sent; a new one is private. `--check` only lists its files."""
 
 
 @schema

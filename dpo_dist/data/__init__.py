@@ -5,8 +5,8 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 `BadRecord`. docs/python.md#data-for-another-trainer begins with five lines.
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
-  model; `SourceConfig` has one source (`Source`: also as a path); `OnBadRecord` and `TextTemplate` are values
-  of keys.
+  model, `UnpairedDataConfig` for a loss of single responses; `SourceConfig` has one source (`Source`: also as
+  a path); `TextTemplate` are values of a key.
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.
@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_dist.data.config import (
         DataConfig,
-        OnBadRecord,
         ScoredDataConfig,
         Source,
         SourceConfig,
         TextTemplate,
+        UnpairedDataConfig,
     )
     from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
     from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from dpo_dist.data.text.template import ChatTemplate
 
 _NAMES = {
-    "config": "DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate",
+    "config": "DataConfig ScoredDataConfig Source SourceConfig TextTemplate UnpairedDataConfig",
     "counts": "DataCounts Outcome describe_counts named_in_one_line",
     "encode": "EncodedExample EncodedRecord encode_record",
     "example": "Example ImageInput Mask TokenIds",

@@ -13,7 +13,6 @@ from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, 
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
-OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
 Role = Literal["assistant", "user", "tool", "system"]
 
 TEMPLATE_DATE = "2024-07-26"
@@ -51,7 +50,7 @@ class SourceConfig:
     reader: str | None = key(None, runs="Python code of a reader of data is run")
     """Your own function, `module:function`, which turns a record into one of a known shape."""
     images: NonEmpty | None = key(None, free=True)
-    """Folder of image files, if `data.images` is null; null: that of the records."""
+    """Folder of image files; null: that of the records."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
     """Name of the source in metrics and counts; null: from its path."""
 
@@ -89,13 +88,13 @@ class DataConfig:
 
     for_scores: ClassVar[bool] = False
     """Whether a reward model scores each conversation as the template writes it, to its very end."""
+    takes_apart: ClassVar[bool] = False
+    """Whether a pair or a ranking is a good and a bad response, each alone."""
 
     train: list[Source] = key([], verbs=EVERY_READER)
     """Training data: files, patterns, folders, URLs, hub datasets."""
     eval: list[Source] = key([])
     """Evaluation data: files, patterns, folders, URLs, hub datasets."""
-    images: NonEmpty | None = key(None, free=True, verbs=EVERY_READER)
-    """Folder of the image files of all sources, in place of their own `images`."""
     eval_share: float = key(0.0, ge=0, lt=1)
     """Share of the prompts of `train` reserved as evaluation data; 0: none."""
     drop_eval_prompts: bool = key(False)
@@ -107,10 +106,8 @@ class DataConfig:
     truncation: Truncation = key(Truncation.keep_start)
     """Above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` in proportion,
     `drop` drops the pair."""
-    on_bad_record: OnBadRecord = key(OnBadRecord.drop)
-    """`drop`: leave a bad record out, count and show it; `error`: end the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=EVERY_READER)
-    """Largest share of records that may be dropped; more is an error."""
+    """Largest share of records that may be dropped; more is an error, 0: each bad record."""
     text_as_messages: Literal["auto"] | bool = key("auto", verbs=EVERY_READER)
     """Render plain text by the chat template, as a user's turn; `auto`: if the tokenizer has one."""
     template: TextTemplate = key(TextTemplate.auto, verbs=EVERY_READER)
@@ -131,17 +128,8 @@ class DataConfig:
     `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
     """A ranking of more than two is one example, its best and worst, or all pairs."""
-    unpair: bool = key(False)
-    """Take pairs apart into a good and a bad response; `loss=kto` and `apo_zero_unpaired` set it."""
     cache: NonEmpty = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
-
-    def __post_init__(self) -> None:
-        # Whatever reads a source looks for the folder in the source alone.
-        if self.images is not None:
-            for name in ("train", "eval"):
-                sources = [replace(source, images=self.images) for source in getattr(self, name)]
-                object.__setattr__(self, name, sources)
 
     @property
     def eval_sources(self) -> list[SourceConfig]:
@@ -173,6 +161,8 @@ class DataConfig:
         """What decides, beside a record and the chat template, the token ids and masks of the record."""
         return {
             **{name: getattr(self, name) for name in _ENCODING_KEYS},
+            "unpair": self.takes_apart,
+            "on_bad_record": "drop",  # once a key; the names of encoded files have it
             "template_applied": self.template is TextTemplate.applied,
             "template_date": TEMPLATE_DATE,
             "trained_roles": sorted(set(self.trained_roles)),
@@ -196,6 +186,12 @@ class ScoredDataConfig(DataConfig):
         return {**super().encoding_identity, "for_scores": True}
 
 
+class UnpairedDataConfig(DataConfig):
+    """The same keys for a loss of single responses, which are good or bad."""
+
+    takes_apart = True
+
+
 _ENCODING_KEYS = (
     "max_length",
     "max_prompt_length",
@@ -203,6 +199,4 @@ _ENCODING_KEYS = (
     "text_as_messages",
     "template_arguments",
     "ranked",
-    "unpair",
-    "on_bad_record",
 )

@@ -1,5 +1,6 @@
 """Counts of kept, dropped and changed records, and checks that enough of a source is left."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,7 +248,8 @@ class DataCounts:
         reasons = ", ".join(f"{name} {number}" for name, number in sorted(self.dropped.items()))
         remedy = _remedy(reason, config, lengths)
         if self.kept:
-            remedy += "; or raise data.max_bad_share if dropping these records is intended"
+            share = math.ceil(100 * dropped / (self.read - left_out)) / 100
+            remedy += f"; or set data.max_bad_share={share:g} if dropping these records is intended"
         first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
         different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
         for example in self.examples:

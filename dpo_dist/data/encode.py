@@ -353,7 +353,7 @@ def encode_record(
     if isinstance(record, BadRecord):
         return record
     ranks, ties = training_examples(record, config.ranked)
-    is_taken_apart = config.unpair and len(record.responses) > 1
+    is_taken_apart = config.takes_apart and len(record.responses) > 1
     if is_taken_apart:
         best_and_worst = (record.responses[0], record.responses[-1])
         record = replace(record, responses=best_and_worst, scores=(1.0, 0.0))

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.data.config import DataConfig, Ranked
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.types import Fields
 
@@ -208,16 +207,6 @@ class BadRecord:
     def readable(self) -> "BadRecord":
         """Return the record itself, which has no images."""
         return self
-
-    def check_may_be_dropped(self, config: DataConfig) -> None:
-        """Raise DataError if `data.on_bad_record` is `error`; a record that `keep` leaves out is not bad."""
-        if config.on_bad_record is OnBadRecord.error and self.reason != NOT_KEPT:
-            raise DataError(
-                f"a record cannot be used: {self.reason}",
-                where=str(self.origin),
-                got=self.detail,
-                remedy="correct the record, or set data.on_bad_record=drop",
-            )
 
 
 class UnusableRecordError(Exception):

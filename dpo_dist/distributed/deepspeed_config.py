@@ -45,10 +45,8 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
         zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
     # Gradient sums over processes: in bf16 the error grows with their number, so float32 over several nodes.
     processes = os.environ.get("WORLD_SIZE", "1")
-    is_wide = parallelism.reduce_in_float32
-    if is_wide is None:
-        summed = parallelism.shard_size or int(processes)  # several copies sum theirs in float32 anyway
-        is_wide = summed > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    summed = parallelism.shard_size or int(processes)  # several copies sum theirs in float32 anyway
+    is_wide = summed > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     config = _shared_config(zero, dtype)
     if optim.kind is OptimizerKind.adamw_bf16:
         zero["sub_group_size"] = SUB_GROUP

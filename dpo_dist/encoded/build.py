@@ -309,7 +309,6 @@ def encode_records(
             if part.has(prompt):
                 encoded = encode_record(readable, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
-            encoded.check_may_be_dropped(config)
             outcome = Outcome(encoded.reason, unread=encoded.unread)
             values = {"detail": encoded.detail, "lengths": encoded.lengths or ()}
         elif encoded is None:

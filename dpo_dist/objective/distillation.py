@@ -22,6 +22,10 @@ _ROUNDING = 1e-3  # of the sum of a vocabulary's probabilities in float32
 _Floats = npt.NDArray[np.float32]
 
 
+DRAWN = 16
+"""Tokens drawn from those beyond the largest, which keep the gradient unbiased: their noise adds little."""
+
+
 class SoftTargets(NamedTuple):
     """What a teacher wants at each position: probabilities of some tokens, at this temperature of softmax."""
 
@@ -125,7 +129,7 @@ class SparseRows:
 def sparse_rows(teacher: TeacherConfig, loss: LossConfig, vocabulary: int) -> SparseRows:
     """Return how a teacher's distributions over so many token ids are kept."""
     k = min(teacher.k, vocabulary)
-    drawn = teacher.drawn if k < vocabulary else 0
+    drawn = DRAWN if k < vocabulary else 0
     return SparseRows(k, drawn, loss.options_of(DistillOptions).temperature, vocabulary)
 
 

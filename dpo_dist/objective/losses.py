@@ -111,7 +111,8 @@ def preference_loss(
     `config.ld_alpha` all log-probs must be sums weighted by `desensitised_weights`.
 
     Args:
-        reference: log-probs of the same responses; None for kinds without a reference, and `reference_free`.
+        reference: log-probs of the same responses; None for kinds without a reference, and a
+            `ReferenceFreeLossConfig`.
         facts: further inputs; by default none.
 
     Returns:
@@ -145,7 +146,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
 ) -> Tensor:
     if reference is None:
         if KINDS[kind].needs_reference:
-            raise ValueError(f"loss kind {kind} needs reference log-probs; pass them or set reference_free")
+            raise ValueError(f"loss kind {kind} needs reference log-probs; pass them")
         reference = policy  # unused by these kinds
     beta = config.beta
     ratios = policy.minus(reference)
@@ -276,7 +277,7 @@ def divergence_score(log_ratio: Tensor, config: LossConfig) -> Tensor:
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> PairLogps:
-    """Return `D` of each response; without a reference or with `reference_free`, the policy's log-probs."""
+    """Return `D` of each response; without a reference, or if it is 0, the policy's log-probs."""
     return policy if reference is None or config.reference_free else policy.minus(reference)
 
 

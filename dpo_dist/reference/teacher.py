@@ -1,6 +1,6 @@
 """A teacher's distributions for a micro-batch: from the store, or from the teacher beside the policy.
 
-The tokens that are drawn depend on the response, its place in it, and a seed alone, so that they are the same
+The tokens that are drawn depend on the response and its place in it alone, so that they are the same
 on any rank, in any batch and at any time.
 """
 
@@ -20,7 +20,6 @@ class Teacher:
     """Gives batches what the teacher wants; of `engine` and `store` one is set."""
 
     kept: SparseRows
-    seed: int
     engine: Engine | None = None
     store: LogpStore | None = None
 
@@ -30,7 +29,7 @@ class Teacher:
         The store has rows of chosen responses only, which the loss counts: others, and a dummy, get zeros.
         """
         if self.store is None:
-            return with_uniforms(batch, self.kept, self.seed)
+            return with_uniforms(batch, self.kept)
         lengths = batch.response_lengths
         chosen = _chosen(batch) if len(batch.keys) else []
         parts = [np.zeros((tokens, self.kept.width), dtype=np.float32) for tokens in lengths]
@@ -53,13 +52,13 @@ class Teacher:
         return replace(batch, teacher=TeacherInputs(self.kept, rows=rows))
 
 
-def with_uniforms(batch: PackedBatch, kept: SparseRows, seed: int) -> PackedBatch:
+def with_uniforms(batch: PackedBatch, kept: SparseRows) -> PackedBatch:
     """Return a batch on the host with the numbers that draw its teacher's tokens."""
     uniforms = np.zeros((len(batch.targets), kept.drawn), dtype=np.float32)
     if len(batch.keys):
         parts = []
         for key, tokens in zip(batch.keys.tolist(), batch.response_lengths, strict=True):
-            generator = np.random.default_rng([seed, *key])
+            generator = np.random.default_rng([0, *key])
             parts.append(generator.random((tokens, kept.drawn), dtype=np.float32))
         every = np.concatenate(parts)
         uniforms = every if batch.mask is None else every[batch.mask]

@@ -9,26 +9,23 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.process import outside_of_launch
 from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 
 
-def launcher_command(command: str | None) -> str:
-    """Return the words before `-m dpo_dist VERB`: these, else this Python, or `dpo-dist launch` for GPUs."""
-    if command is not None:
-        return command
+def launcher_command() -> str:
+    """Return the words before `-m dpo_dist VERB`: this Python, or `dpo-dist launch` for several GPUs."""
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
     python = shlex.quote(sys.executable)
     return f"{python} -m dpo_dist launch" if torch.cuda.device_count() > 1 else python
 
 
-def run_command(command: str, key: str, screen: Path | None = None) -> tuple[int, list[int]]:
+def run_command(command: str, screen: Path | None = None) -> tuple[int, list[int]]:
     """Run a command to its end; return its exit code, and the signals to stop that it was passed.
 
-    `key`: the one that has the launcher, for an error. `screen`: the file that gets what the command prints.
+    `screen`: the file that gets what the command prints.
     """
     received: list[int] = []
     with contextlib.ExitStack() as stack:
@@ -37,22 +34,14 @@ def run_command(command: str, key: str, screen: Path | None = None) -> tuple[int
         if screen is not None:
             screen.parent.mkdir(parents=True, exist_ok=True)
             output = errors = stack.enter_context(screen.open("ab")).fileno()
-        try:
-            # In a session of its own: else Ctrl-C would reach the command twice, directly and from here.
-            process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
-                shlex.split(command),
-                stdout=output,
-                stderr=errors,
-                env={**outside_of_launch(os.environ), LAUNCHER_VARIABLE: str(os.getpid())},
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as fault:  # no such program; a quote that is not closed
-            raise ConfigError(
-                "the launcher cannot be started",
-                where=key,
-                got=f"{command}: {first_line(fault)}",
-                remedy="set it to the words before -m dpo_dist, such as 'dpo-dist launch'",
-            ) from None
+        # In a session of its own: else Ctrl-C would reach the command twice, directly and from here.
+        process = subprocess.Popen(  # noqa: S603  (this program)
+            shlex.split(command),
+            stdout=output,
+            stderr=errors,
+            env={**outside_of_launch(os.environ), LAUNCHER_VARIABLE: str(os.getpid())},
+            start_new_session=True,
+        )
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)

@@ -149,7 +149,7 @@ def export_checkpoint(
             (temporary / "README.md").write_text(text, encoding="utf-8")
         write_manifest(temporary, state["base"])
         # Load the folder as users do: weights are finite, and those of a whole model equal the trained ones.
-        if config.export.check and not is_new:
+        if not is_new:
             if is_adapter(temporary):
                 weights_there = load_file(temporary / ADAPTER_WEIGHTS)
             else:
@@ -163,8 +163,7 @@ def export_checkpoint(
                     "weights of the written folder differ from the trained ones, or are not finite",
                     where=str(temporary),
                     got=f"{len(wrong)} of {len(weights_there)} weights: {wrong[0]}",
-                    remedy="report this error with the run's config.yaml; export.check=false skips this "
-                    "check",
+                    remedy="report this error with the run's config.yaml",
                 )
 
 

@@ -23,7 +23,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.schema import AttentionBackend, ReferenceMode, Resume, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -507,8 +507,8 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
     best = position.best
-    takes_best = run.config.trainer.final is FinalModel.best
-    step = best.step if takes_best and best is not None else position.step
+    metric = run.config.trainer.keep_best
+    step = position.step if best is None else best.step
     if position.step < loop.inputs.sampler.steps:
         summary["stopped_by"] = "trainer.patience"
         assert best is not None
@@ -517,10 +517,8 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
             f"ending after step {position.step}: {best.metric} was best at step {best.step} "
             f"({best.value:.4g}), {stale} ago; the model has the weights of step {step}"
         )
-    if takes_best:
+    if metric is not None:
         summary["model_step"] = step
-        # A start that only writes the model may have another `keep_best` than the start that trained.
-        metric = run.config.trainer.keep_best if best is None else best.metric
         run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
         if best is None:
             run.warn("no evaluation had a finite value of this metric: the model is that of the last step")

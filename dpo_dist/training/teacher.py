@@ -62,7 +62,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     # Output layers may be padded to different numbers of ids, such as those of Qwen2.5.
     folders = (inputs.policy_files.folder, folder)
     sizes = [load_config(each, config.model).get_text_config().vocab_size for each in folders]
-    teacher = Teacher(sparse_rows(config.teacher, config.loss, min(sizes)), config.teacher.seed)
+    teacher = Teacher(sparse_rows(config.teacher, config.loss, min(sizes)))
     load = partial(
         load_for_scoring,
         folder,
@@ -79,7 +79,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     # The entries of the store that these files give under these numerics and draws (law L3).
     kept = teacher.kept
     rows = (
-        f"{kept.k} largest, {kept.drawn} drawn with seed {teacher.seed}, of {kept.vocabulary} ids, "
+        f"{kept.k} largest, {kept.drawn} drawn with seed 0, of {kept.vocabulary} ids, "
         f"temperature {kept.temperature}"
     )
     profile = scoring_profile(run, folder, None) | {"rows": rows}
@@ -93,7 +93,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
         run.say(f"teacher: distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
         world.on_main(lambda: _check_room(empty.folder, taken))
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
-    prepare = partial(with_uniforms, kept=kept, seed=teacher.seed)
+    prepare = partial(with_uniforms, kept=kept)
     filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
     filled = asked.fill(filler, scored, "teacher", "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
@@ -127,7 +127,7 @@ def _check_answers(
     share = shard_batch(dataset, pairs_to_check(run, visited), *place, run.micro_batch_tokens, costs, which=0)
     differences: list[tuple[str, StoredLogps]] = []
     for micro_batch, batch in zip(share.micro_batches, share.batches(), strict=True):
-        asked = with_uniforms(batch, teacher.kept, teacher.seed).to(world.device)
+        asked = with_uniforms(batch, teacher.kept).to(world.device)
         fresh = engine.token_logps(asked, ("as_teacher",)).T.cpu().numpy()
         inputs = teacher.ready(batch).teacher
         assert inputs is not None

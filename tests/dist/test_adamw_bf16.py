@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,
@@ -33,14 +33,13 @@ from dpo_dist.model.library_internals import first_element, whole_shape
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import Assets, load_policy, one_step
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import OPTIM, be_alone_on_a_node, run_ranks
 from tests.support.tiny_model import write_model
 
 ROWS = ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10])
-LOSS = LossConfig(reference_free=True, beta=0.5)
+LOSS = ReferenceFreeLossConfig(beta=0.5)
 IN_BF16 = replace(OPTIM, kind=OptimizerKind.adamw_bf16, lr=1e-4, max_grad_norm=None)
-# Gradients travel in float32, so that the mean of equal ones is exact.
-ZERO3 = ParallelismConfig(ParallelismKind.zero3, reduce_in_float32=True)
+ZERO3 = ParallelismConfig(ParallelismKind.zero3)
 ZERO2 = replace(ZERO3, kind=ParallelismKind.zero2)
 DDP = replace(ZERO3, kind=ParallelismKind.ddp)
 
@@ -127,7 +126,16 @@ class Worlds:
 
     def run(self, name: str, job: Job, size: int, parallelism: ParallelismConfig) -> list[dict[str, Any]]:
         scenario = partial(train, self.assets, job)
-        return run_ranks(scenario, size, self.folder / name, parallelism, Dtype.bf16, optim=job.optim)
+        # Gradients travel in float32, so that the mean of equal ones is exact.
+        return run_ranks(
+            scenario,
+            size,
+            self.folder / name,
+            parallelism,
+            Dtype.bf16,
+            optim=job.optim,
+            enter=be_alone_on_a_node,
+        )
 
     def checkpoint(self, name: str) -> Path:
         [found] = (self.folder / name).glob("step-*")

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation
@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 from tests.support.records import jsonl
 
 PART = 4
-BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
+FAILS = "a prompt that cannot be encoded"
 
 
 def encode(sources: list[SourceConfig], cache: Path, world: World, _folder: Path) -> dict[str, Any]:
@@ -30,9 +30,11 @@ def encode(sources: list[SourceConfig], cache: Path, world: World, _folder: Path
 
     def spy(record: Any, *rest: Any) -> Any:
         seen.append(record.prompt)
+        if record.prompt == FAILS:
+            raise DataError("no template", where=str(record.origin), got="a record", remedy="set one")
         return encode_pair(record, *rest)
 
-    config = DataConfig(cache=str(cache), on_bad_record=OnBadRecord.error)
+    config = DataConfig(cache=str(cache))
     with (
         mock.patch.object(encode_module, "encode_pair", spy),
         mock.patch.multiple(build, PART_RECORDS=PART, CHUNK_RECORDS=2),
@@ -60,7 +62,7 @@ def test_each_part_is_encoded_by_one_rank(ranks: int, tmp_path: Path) -> None:
         assert of_rank["seen"] == mine + [row["prompt"] for row in rows[:2]] * (rank == 0)
         assert of_rank["files"] == found[0]["files"]
     assert not [name for name in encoded_folders(tmp_path) if "-part-" in name]
-    config = DataConfig(cache=str(tmp_path / "alone"), on_bad_record=OnBadRecord.error)
+    config = DataConfig(cache=str(tmp_path / "alone"))
     alone = Preparation(sources, config, tiny.qwen(), "qwen").whole()
     for source, name in zip(alone, found[0]["files"], strict=True):
         assert source.file.read_bytes() == (tmp_path / "cache" / name).read_bytes()
@@ -68,7 +70,7 @@ def test_each_part_is_encoded_by_one_rank(ranks: int, tmp_path: Path) -> None:
 
 def test_the_error_of_one_rank_ends_all(tmp_path: Path) -> None:
     rows: list[Any] = [{"prompt": f"q {n}", "chosen": "right", "rejected": "wrong"} for n in range(3 * PART)]
-    rows[PART + 1] = BAD
+    rows[PART + 1]["prompt"] = FAILS
     source = source_of(tmp_path / "data", *rows)
     found = run_ranks(partial(encode, [source], tmp_path / "cache"), 2, tmp_path / "ranks")
     assert [of_rank["error"] for of_rank in found] == [f"{source.path}:{PART + 2}"] * 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
@@ -36,7 +36,7 @@ from tests.dist.scenario import (
 )
 from tests.support.packing import COSTS
 from tests.support.precision import NEEDS_FP16
-from tests.support.ranks import run_ranks
+from tests.support.ranks import be_alone_on_a_node, run_ranks
 from tests.support.written import whole_weights
 
 
@@ -164,7 +164,7 @@ def test_steps_equal_plain_pytorch_up_to_rounding(
 def norm_in_bf16(model: Path, assets: Assets, world: World, _folder: Path) -> float:
     """Of a step in which each pair is a micro-batch of its own, so that only sums over processes differ."""
     policy = load_policy(ModelConfig(str(model), dtype=Dtype.bf16), world)
-    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
+    objective = Objective(ReferenceFreeLossConfig(), ReferenceProvider())
     (norm,) = all_steps(policy, objective, assets.dataset(), world, [((0, 1, 2, 3, 4), 1)])
     return norm
 
@@ -173,11 +173,11 @@ def norm_in_bf16(model: Path, assets: Assets, world: World, _folder: Path) -> fl
 def test_gradients_in_bf16_that_are_summed_in_float32_do_not_depend_on_the_number_of_processes(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
-    parallelism = ParallelismConfig(kind, reduce_in_float32=True)
     scenario = partial(norm_in_bf16, assets.policy, assets)
     # By a power of two nothing is rounded where the loss is multiplied by the number of processes.
     one, two = (
-        run_ranks(scenario, size, tmp_path / str(size), parallelism, Dtype.bf16)[0] for size in (1, 2)
+        run_ranks(scenario, size, tmp_path / str(size), kind, Dtype.bf16, enter=be_alone_on_a_node)[0]
+        for size in (1, 2)
     )
     assert two == pytest.approx(one, rel=1e-6)
 
@@ -188,7 +188,7 @@ def messages(assets: Assets, world: World, _folder: Path) -> dict[str, list[list
     Of each call the processes and the elements.
     """
     policy = load_policy(assets.config(assets.policy, dtype=Dtype.fp32).model, world)
-    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
+    objective = Objective(ReferenceFreeLossConfig(), ReferenceProvider())
     gathers, sums = list[list[int]](), list[list[int]]()
     gather, add = comm.cdb.all_gather_into_tensor, dist.all_reduce
 

@@ -14,7 +14,7 @@ from deepspeed.comm import comm
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,
@@ -96,7 +96,7 @@ def train(
 ) -> dict[str, Any]:
     """Train the next steps after the last checkpoint, and save one."""
     provider = ReferenceProvider()
-    loss = LossConfig(reference_free=True)
+    loss = ReferenceFreeLossConfig()
     if live:
         engine = load_reference(Path(model.path), assets.config(Path(model.path)), world)
         provider = ReferenceProvider(engine=engine)

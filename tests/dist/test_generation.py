@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import ReferenceFreeLossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.processes.world import Stops, World
@@ -52,7 +52,7 @@ def scenario(model: ModelConfig, assets: Assets, world: World, folder: Path) -> 
 
 def train(model: ModelConfig, assets: Assets, speaks: bool, world: World, folder: Path) -> dict[str, Any]:
     policy = load_policy(model, world)
-    objective, dataset = Objective(LossConfig(reference_free=True), ReferenceProvider()), assets.dataset()
+    objective, dataset = Objective(ReferenceFreeLossConfig(), ReferenceProvider()), assets.dataset()
 
     def step() -> float:
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)

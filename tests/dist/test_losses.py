@@ -203,7 +203,7 @@ def _trajectory(
     objective = Objective(loss, reference if loss.needs_reference else ReferenceProvider())
     if loss.needs_teacher:
         kept = SparseRows(5, 3, loss.options_of(DistillOptions).temperature, vocabulary=2**20)
-        objective = replace(objective, teacher=Teacher(kept, seed=1, engine=reference.engine))
+        objective = replace(objective, teacher=Teacher(kept, engine=reference.engine))
     model = RewardModelConfig(**vars(config.model)) if loss.of_scores else config.model
     running, policy = RunningMeans(), load_policy(model, world)
 

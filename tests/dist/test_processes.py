@@ -15,13 +15,14 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Origin, RawRecord
 from dpo_dist.encoded import workers
 from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import open_dataset
 from dpo_dist.encoded.workers import CHUNK_RECORDS
-from dpo_dist.foundation.errors import DataError, PeerLostError
+from dpo_dist.foundation.errors import AtRecords, DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl
@@ -93,10 +94,13 @@ def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
     records[70], records[150] = BAD, {**BAD, "prompt": ""}
     rows = source(tmp_path, *records)
     for processes in (1, 2):
-        with pytest.raises(DataError, match="identical_responses") as raised:
-            prepare(tmp_path, [rows], processes, tiny.qwen(), on_bad_record=OnBadRecord.error)
-        assert raised.value.where == f"{rows.path}:71"
-        assert encoded_folders(tmp_path, f"cache {processes}") == []
+        config = DataConfig(cache=str(tmp_path / f"cache {processes}"), max_bad_share=0)
+        with mock.patch.object(workers, "processes_for", return_value=processes):
+            encoded = Preparation([rows], config, tiny.qwen(), "tokenizer").whole()
+        with pytest.raises(DataError, match="2 of 256 records cannot be used") as raised:
+            open_dataset(encoded, config)
+        assert isinstance(raised.value.where, AtRecords)
+        assert raised.value.where.records[0] == f"{rows.path}:71"
 
 
 def encoders(parent: psutil.Process) -> list[psutil.Process]:

@@ -43,7 +43,8 @@ def asked(slow_rank: int, world: World, folder: Path) -> int:
     request = Request(np.array([1], np.int32), "id", 0)
     prompts = tuple(SamplePrompt(request, {"prompt_id": str(number)}) for number in range(PROMPTS))
     qwen = tiny.qwen()
-    own = RunSamples(run, Sampling(4), prompts, frozenset(qwen.all_special_ids), qwen, at_every_evaluation=False)
+    stops = frozenset(qwen.all_special_ids)
+    own = RunSamples(run, Sampling(4), prompts, stops, qwen, at_every_evaluation=False)
     with (
         mock.patch.object(time, "monotonic", clock),
         mock.patch.object(samples, "generate_together", generate),

@@ -41,7 +41,7 @@ def small_run(assets: Path, folder: Path) -> list[str]:
         f"run.dir={folder}/run",
         "trainer.global_batch_pairs=6",
         "tracking=off",
-        "samples.prompts=0",
+        "sampling.prompts=0",
     ]
 
 

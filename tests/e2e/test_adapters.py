@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +53,6 @@ def assert_starts_at_its_reference(run: Path) -> None:
 def exported(run: Path, *options: str) -> None:
     ended = run_verb("export", [f"run.dir={run}", *options])
     assert ended.code == 0, ended.output
-
-
-def test_vllm_gets_the_written_adapter_and_its_base(assets: Path, trained: Path) -> None:
-    def served(*options: str) -> list[str]:
-        ended = run_verb("export", [f"run.dir={trained}", "export.tool=vllm", *options])
-        assert ended.code == 0, ended.output
-        return shlex.split(ended.output.splitlines()[-1])
-
-    for words, folder in (
-        (served(), trained / "model"),
-        (served("export.checkpoint=latest"), trained / "exported/step-000004"),
-    ):
-        assert words[:3] == ["vllm", "serve", str(assets / "model")]
-        named = json.loads(words[words.index("--lora-modules") + 1])
-        assert named == {"name": folder.name, "path": str(folder)}
-        assert {"adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
-    assert served("export.checkpoint=latest") == words
 
 
 def test_the_adapter_is_start_and_reference_and_peft_loads_the_trained_one(

@@ -42,7 +42,7 @@ def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finis
         "data.eval=[records.jsonl]",
         "model.dtype=fp32",
     ]
-    limits = ["sampling.max_new_tokens=8", "compare.prompts=14", f"run.dir={run}"]
+    limits = ["sampling.max_new_tokens=8", "sampling.prompts=14", f"run.dir={run}"]
     return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place, prepare=PARTS)
 
 
@@ -91,14 +91,14 @@ def test_equal_models_respond_equally(place: Path) -> None:
 
 
 def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(place: Path) -> None:
-    failed = compare(place, "again", "pairs.function=broken:score", "compare.prompts=18")
+    failed = compare(place, "again", "pairs.function=broken:score", "sampling.prompts=18")
     assert failed.code == 2
     assert "the judge's function gives no usable scores" in failed.output
     parts = place / "again/comparison/parts"
     written = {file: file.stat().st_mtime_ns for file in parts.glob("*/0*.jsonl")}
     judged = [file for file in written if file.parent.name.startswith("judgements")]
     assert 0 < len(judged) < 5
-    assert compare(place, "again", "pairs.function=some:score", "compare.prompts=18").code == 0
+    assert compare(place, "again", "pairs.function=some:score", "sampling.prompts=18").code == 0
     assert all(file.stat().st_mtime_ns == before for file, before in written.items())
     found = results(place, "again")
     assert found["not_judged"] == 2

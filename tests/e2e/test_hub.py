@@ -229,7 +229,7 @@ def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub
     assert rest.split() == [first, first]
 
 
-def test_an_export_is_sent_only_when_its_list_is_confirmed(
+def test_an_export_is_sent_and_a_check_only_lists_it(
     overrides: Overrides, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(overrides("trainer.max_steps=1", "model.adapter={r: 4}"))
@@ -241,23 +241,26 @@ def test_an_export_is_sent_only_when_its_list_is_confirmed(
         named = [f"run.dir={tmp_path}/run", "export.push_to=o/model", *words]
         return run_verb("export", named, prepare=online)
 
-    listed = export()
+    before = export("--check")
+    assert before.code == 0, before.output
+    assert "private" in before.output
+    assert not (tmp_path / "run/exported").exists()
+    assert run_verb("export", [f"run.dir={tmp_path}/run"], prepare=online).code == 0
+    listed = export("--check")
     assert listed.code == 0, listed.output
-    assert "private" in listed.output
     assert "  adapter_model.safetensors  " in listed.output
-    assert f"run.dir={tmp_path}/run export.push_to=o/model export.confirm=true" in listed.output
     assert not hub.sent
     assert not hub.asked
 
     hub.is_open = False
-    refused = export("export.confirm=true")
+    refused = export()
     assert refused.code == 2, refused.output
     assert "401" in refused.output
     assert "hf auth login" in refused.output
     assert "Traceback" not in refused.output
 
     hub.is_open = True
-    sent = export("export.confirm=true")
+    sent = export()
     assert sent.code == 0, sent.output
     assert json.loads(hub.sent["api/repos/create"])["visibility"] == "private"
     lines = map(json.loads, hub.sent["api/models/o/model/commit/main"].splitlines())

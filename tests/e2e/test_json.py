@@ -133,7 +133,7 @@ def test_a_report_has_the_verdict_and_the_findings_of_its_run(tmp_path: Path) ->
     assert verdict["findings"]
 
 
-ONE_STEP = [*shlex.split(RUN), "trainer.max_steps=1", "samples.prompts=0", "run.dir=run"]
+ONE_STEP = [*shlex.split(RUN), "trainer.max_steps=1", "sampling.prompts=0", "run.dir=run"]
 
 
 def test_several_processes_print_one_document(folder: Path) -> None:

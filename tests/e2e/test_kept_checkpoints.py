@@ -17,7 +17,7 @@ def command(assets: Path, folder: Path, *options: str) -> list[str]:
     """A run in bf16 with an evaluation after every step, whose best checkpoint has the smallest margin."""
     data = [f"data.eval=[{assets}/eval.jsonl]", "model.dtype=bf16", f"reference.store={assets}/kept_store"]
     best = [f"trainer.keep_best={METRIC}", "trainer.eval_every=1"]
-    rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_ratio=0"]
+    rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup=0"]
     kept = ["trainer.save_every=2", "trainer.keep_last=1", "trainer.ema_decay=0.5"]
     return [*small_run(assets, folder), *data, *best, *rate, *kept, *options]
 
@@ -44,30 +44,36 @@ def test_the_best_checkpoint_is_kept_and_exported(run: Path) -> None:
     assert summary(run)["best_checkpoint"] == {"metric": METRIC, "step": best, "value": measured[best]}
     assert f"<td>{best}</td><td>step; {METRIC} " in (run / "report.html").read_text()
 
-    ended = run_verb("export", [f"run.dir={run}", "export.checkpoint=best"])
-    assert ended.code == 0, ended.output
+    for checkpoint in ("best", "latest"):
+        ended = run_verb("export", [f"run.dir={run}", f"export.checkpoint={checkpoint}"])
+        assert ended.code == 0, ended.output
     exported = run / f"exported/step-{best:06d}"
-    assert f"written: {exported}" in ended.output
     name = "model.embed_tokens.weight"
-    weights = (load_file(folder / "model.safetensors")[name] for folder in (exported, run / "model"))
-    assert not torch.equal(*weights)
+    last, of_best, of_model = (
+        load_file(folder / "model.safetensors")[name]
+        for folder in (run / "exported/step-000006", exported, run / "model")
+    )
+    assert not torch.equal(last, of_best)
+    assert torch.equal(of_model, of_best)
     card = (exported / "README.md").read_text()
     assert f"stopped after step {best}; so far: " in card
     assert "## Evaluation" not in card
 
 
-def test_the_last_checkpoint_is_the_model_that_training_wrote(run: Path, tmp_path: Path) -> None:
+def test_without_a_name_the_checkpoint_of_the_model_is_written(run: Path, tmp_path: Path) -> None:
     ended = run_verb("export", [f"run.dir={run}", f"export.output={tmp_path}/out"])
     assert ended.code == 0, ended.output
-    assert files(tmp_path / "out") == files(run / "model")
+    written, of_model = files(tmp_path / "out"), files(run / "model")
+    assert written.pop("README.md") != of_model.pop("README.md"), "which tells of the whole run"
+    assert written == of_model
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_best_checkpoint_becomes_the_model_of_a_run_that_asks_for_it(
+def test_the_best_checkpoint_becomes_the_model_also_of_a_resumed_run(
     assets: Path, run: Path, tmp_path: Path
 ) -> None:
     """Also of one that was stopped after its best step and resumed, and keeps no checkpoint."""
-    words = command(assets, tmp_path, "trainer.max_steps=6", "trainer.final=best", "trainer.keep_last=0")
+    words = command(assets, tmp_path, "trainer.max_steps=6", "trainer.keep_last=0")
     words = [word for word in words if not word.startswith(("trainer.ema", "trainer.keep_last=1"))]
     best, resumed = summary(run)["best_checkpoint"]["step"], tmp_path / "run"
     assert run_verb("train", [*words, "trainer.stop_after_steps=5"]).code == 75
@@ -84,7 +90,7 @@ def test_the_best_checkpoint_becomes_the_model_of_a_run_that_asks_for_it(
 
 
 def test_the_moving_average_is_a_model_folder_too(run: Path) -> None:
-    ended = run_verb("export", [f"run.dir={run}", "export.weights=ema"])
+    ended = run_verb("export", [f"run.dir={run}", "export.checkpoint=latest", "export.weights=ema"])
     assert ended.code == 0, ended.output
     folder = run / "exported/step-000006-ema"
     found = load_file(folder / "model.safetensors")
@@ -133,7 +139,7 @@ def test_a_run_ends_by_patience_also_if_it_was_stopped_before(
     folder = tmp_path / "run"
     assert [row["step"] for row in history(folder)] == [0, 1, 2, 3, 3]
     assert f"ending after step 3: {METRIC} was best at step 1 " in ended.output
-    assert "the model has the weights of step 3" in " ".join(ended.output.split())
+    assert "the model has the weights of step 1" in " ".join(ended.output.split())
     facts = summary(folder)
     assert [facts[key] for key in ("exit", "stopped_by", "steps")] == ["completed", "trainer.patience", 3]
     assert (folder / "checkpoints/best").read_text() == "step-000001\n"

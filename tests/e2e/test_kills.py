@@ -21,7 +21,7 @@ from tests.support.launch import Finished, run_verb
 KILLS = 4
 REACH = 0.7  # the part of a whole run, in file operations, in which a start is killed
 STEPS = ["trainer.max_steps=5", "trainer.save_every=1", "trainer.log_every=1", "optim.lr=1e-3"]
-SAMPLES = ["trainer.eval_every=3", "samples.prompts=2", "sampling.max_new_tokens=4"]
+SAMPLES = ["trainer.eval_every=3", "sampling.prompts=2", "sampling.max_new_tokens=4"]
 DORA = "model.adapter={r: 4, alpha: 8, variant: dora}"
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

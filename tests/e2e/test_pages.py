@@ -171,7 +171,7 @@ def test_a_long_run_is_drawn_whole(tmp_path: Path, browser: Any) -> None:
 
 
 def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: Path, browser: Any) -> None:
-    evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2")
+    evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "sampling.prompts=2")
     extra = {
         "slow": (*evaluated, "trainer.max_steps=4", "sampling.max_new_tokens=8"),
         "fast": (*evaluated, "trainer.max_steps=8", "sampling.max_new_tokens=8", "optim.lr=5e-2",

@@ -35,7 +35,7 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(recipe: str, family: s
         "model.revision=null",
         "model.dtype=fp32",
     ]
-    words += [f"data.train=[{pairs}]", "data.eval=[]", "data.eval_share=0.2", "samples.prompts=0"]
+    words += [f"data.train=[{pairs}]", "data.eval=[]", "data.eval_share=0.2", "sampling.prompts=0"]
     words += [f"run.root={tmp_path}", f"run.dir={tmp_path}/run", "parallelism=ddp", "tracking=off"]
     train([*words, "trainer.max_steps=1"])
     [first] = [row["loss"] for row in history(tmp_path / "run") if "loss" in row]
@@ -56,12 +56,10 @@ def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
         "model.dtype=fp32",
         "trainer.global_batch_pairs=6",
     ]
-    ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2", "trainer.max_steps=7"])
+    ended = run_verb("plan", [*words, "plan.gpus=1", "trainer.max_steps=7"])
     assert ended.code == 0, ended.output
     assert "an epoch of 6 pairs" in ended.output
     assert "(of data.train)" in ended.output
-    [low, high] = re.findall(r"  price +(\S+) to (\S+)\n", ended.output)[0]
-    assert 0 <= float(low) <= float(high)
     assert re.search(r"  this run, trainer.max_steps=7 +under 1 s", ended.output)
     checked = run_verb("train", [*words, "plan.gpus=1", "--check"])
     assert checked.code == 0, checked.output

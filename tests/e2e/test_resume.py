@@ -155,7 +155,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     """
     run, whole, cache = tmp_path / "run", tmp_path / "whole", tmp_path / "encoded"
     usual = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=4", "trainer.save_every=1"]
-    samples = ["samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"]
+    samples = ["sampling.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
         ("dpo_dist.encoded.build", "in_order", "before the first step"),
@@ -194,7 +194,7 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
 ) -> None:
     """Of three starts, the first is killed and the second stopped."""
     run = tmp_path / "run"
-    evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
+    evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "sampling.prompts=2"]
     steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
     command = overrides(*steps, *evaluated, "sampling.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir

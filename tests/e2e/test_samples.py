@@ -10,7 +10,7 @@ from tests.support.image_model import QUESTION, write_image_model, write_picture
 from tests.support.launch import TIMINGS, history, log, run_verb, train
 from tests.support.tiny_model import write_model
 
-SAMPLES = ["samples.prompts=3", "sampling.max_new_tokens=8", "sampling.temperature=0"]
+SAMPLES = ["sampling.prompts=3", "sampling.max_new_tokens=8", "sampling.temperature=0"]
 
 
 def rows(run: Path, step: int) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_without_the_key_8_prompts_are_sampled_before_the_first_step_and_after_t
     """The last step is that of `trainer.patience`, as the distance only grows."""
     data = f"data.eval=[{assets}/eval.jsonl,{assets}/train.jsonl]"
     ends = ["trainer.max_steps=6", "trainer.keep_best=eval_distance/rejected", "trainer.patience=1"]
-    usual = overrides(data, "trainer.eval_every=1", *ends, "samples.prompts=null")
+    usual = overrides(data, "trainer.eval_every=1", *ends, "sampling.prompts=null")
     train([*usual, "sampling.max_new_tokens=2", "optim.lr=5e-3"])
     last = int(history(tmp_path / "run")[-1]["step"])
     assert last < 6
@@ -97,7 +97,7 @@ def test_without_the_key_8_prompts_are_sampled_before_the_first_step_and_after_t
     assert sorted(file.name for file in (tmp_path / "run/samples").iterdir()) == names
     assert len(rows(tmp_path / "run", last)) == 8
     assert "samples: responses to 8 held-out prompts, " in log(tmp_path / "run")
-    assert "about as long after the last step; samples.prompts=0 turns them off" in log(tmp_path / "run")
+    assert "about as long after the last step; sampling.prompts=0 turns them off" in log(tmp_path / "run")
 
 
 def test_the_reference_responds_also_if_the_policy_cannot(

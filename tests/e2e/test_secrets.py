@@ -64,7 +64,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
     noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"
     compared = [
         f"compare.models=[base={assets}/model,{tmp_path}/exported]",
-        "compare.prompts=2",
+        "sampling.prompts=2",
         "sampling.max_new_tokens=4",
         f"run.dir={tmp_path}/compared",
     ]
@@ -81,7 +81,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
         codes = [
             verb("precompute", noted),
             verb("doctor", noted, f"run.dir={tmp_path}/doctor"),
-            verb("train", evaluated, "tracking.to=[wandb,tensorboard]", "tracking.wandb=offline", noted),
+            verb("train", evaluated, "tracking.to=[wandb,tensorboard]", noted),
             verb("evaluate", evaluated),
             verb("export", noted, evaluated, f"export.output={tmp_path}/exported"),
             verb("compare", evaluated, *compared),
@@ -89,7 +89,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={tmp_path}/pairs"),
-            verb("train", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *diverging),
+            verb("train", f"run.dir={tmp_path}/failed", *diverging),
         ]
     assert codes == [0, 1, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens  # 1: findings
     assert server.headers, screens[-2]
@@ -120,9 +120,9 @@ def test_a_secret_in_a_path_or_a_name_is_in_no_file_and_a_run_goes_on_without_it
     run = [part for part in small_run(assets, tmp_path) if not part.startswith(named)]
     run += [f"model.path={model}", f"data.train=[{train}]", f"data.cache={tmp_path}/encoded"]
     run += [f"data.eval=[{evaluated},{{path: {train}, limit: 3, label: a-{secret}}}]", "trainer.max_steps=2"]
-    run += ["samples.prompts=1", "sampling.max_new_tokens=2"]
+    run += ["sampling.prompts=1", "sampling.max_new_tokens=2"]
     compared = [f"compare.models=[{model},{tmp_path}/exported]", f"data.eval=[{evaluated}]"]
-    compared += ["model.dtype=fp32", "compare.prompts=2", "sampling.max_new_tokens=2"]
+    compared += ["model.dtype=fp32", "sampling.prompts=2", "sampling.max_new_tokens=2"]
     judged = [f"data.train=[{train}]", f"model.path={model}", "model.dtype=fp32", "pairs.method=samples"]
     judged += ["pairs.function=tests.support.own_judge:letter_shares", "pairs.limit=3"]
     judged += ["pairs.unfinished=keep", "sampling.max_new_tokens=2"]

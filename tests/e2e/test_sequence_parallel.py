@@ -15,7 +15,7 @@ def test_a_run_with_shared_tokens_is_that_of_one_process_and_resumes_without_the
 ) -> None:
     """Fill, step-0 check, coupled loss, evaluation, samples; then the same run goes on with one process."""
     steps = ["trainer.max_steps=2", "optim.lr=1e-3", "loss=beta_dpo", f"data.eval=[{assets}/eval.jsonl]"]
-    steps += ["trainer.eval_every=1", "samples.prompts=2", "sampling.max_new_tokens=4"]
+    steps += ["trainer.eval_every=1", "sampling.prompts=2", "sampling.max_new_tokens=4"]
     steps += ["trainer.micro_batch_tokens=128", "model.gradient_checkpointing=full"]
     alone = [f"run.dir={tmp_path}/alone", f"reference.store={tmp_path}/alone_store"]
     train(overrides(*steps, *alone))

@@ -49,7 +49,6 @@ def test_a_server_gets_each_round_s_weights_and_a_stale_one_is_an_error(tmp_path
             "optim.lr=2e-2 trainer.global_batch_pairs=6 trainer.epochs=2 trainer.save_every=0 "
             f"parallelism=ddp tracking=off sampling.endpoint.url={server.url} sampling.endpoint.model=policy"
         )
-        overrides.append(f"pairs.launcher='{sys.executable}'")
         said: list[str] = []
         # Nobody gives the server the weights of the first round.
         with pytest.raises(ConfigError, match="the sampling of round 2 failed"):
@@ -73,7 +72,7 @@ def test_compared_models_respond_under_their_names(tmp_path: Path) -> None:
         overrides = shlex.split(
             f"compare.models=[base={folders['base']},tuned={folders['tuned']}] model.dtype=fp32 "
             f"data.eval=[{tmp_path}/prompts.jsonl] run.dir={tmp_path}/run sampling.max_new_tokens=6 "
-            f"reference.store={tmp_path}/store sampling.endpoint.url={server.url} compare.prompts=4"
+            f"reference.store={tmp_path}/store sampling.endpoint.url={server.url} sampling.prompts=4"
         )
         ended = run_verb("compare", overrides, prepare=BRIEF)
         assert ended.code == 0, ended.output

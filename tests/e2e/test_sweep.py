@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 from dpo_dist.config.run_folder import RunFolder
@@ -82,13 +81,12 @@ class _Ended:
         return True
 
 
-def test_points_have_processes_of_a_launcher_and_an_array_divides_them(assets: Path, tmp_path: Path) -> None:
+def test_the_jobs_of_an_array_divide_the_points(assets: Path, tmp_path: Path) -> None:
     common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
     root = tmp_path / "root"
-    launcher = f"{sys.executable} -m dpo_dist launch --config_file launch/accelerate/cpu_2.yaml"
-    command = [*common, f"run.root={root}", "trainer.seed=range(3)", f"sweep.launcher='{launcher}'"]
+    command = [*common, f"run.root={root}", "trainer.seed=range(3)"]
     ended = run_verb("sweep", [*command, "sweep.part=2/3"], prepare=fork_python)
     assert ended.code == 0, ended.output
     results = json.loads((root / "sweep-run/sweep.json").read_text())["points"]
     assert [row["outcome"] for row in results] == ["not trained", "completed", "not trained"]
-    assert summary(Path(results[1]["run_dir"]))["world_size"] == 2
+    assert summary(Path(results[1]["run_dir"]))["world_size"] == 1

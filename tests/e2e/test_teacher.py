@@ -106,8 +106,7 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
             f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]",
             f"data.eval=[{assets}/eval.jsonl]",
         ],
-        "seed": ["teacher.seed=1"],
-        "other rows of this width": ["teacher.k=47", "teacher.drawn=18"],
+        "other rows": ["teacher.k=47"],
         "warmer": [terms.replace("temperature: 2", "temperature: 1")],
         "more ids": [f"model.path={longer(write_model(tmp_path / 'student'))}"],
     }
@@ -120,8 +119,7 @@ def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: 
         "same": 0,
         "reordered": 0,
         "part": 5,  # of the evaluation, also of a policy that is the reference
-        "seed": visited,
-        "other rows of this width": visited,
+        "other rows": visited,
         "warmer": visited,
         "more ids": visited,
     }
@@ -176,7 +174,7 @@ def move_probability(root: Path) -> None:
 def test_what_a_teacher_said_is_compared_with_it_while_it_is_loaded(
     overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    command = [f"teacher.path={teacher}", "loss=distill", f"teacher.k={K}", "teacher.drawn=4"]
+    command = [f"teacher.path={teacher}", "loss=distill", f"teacher.k={K}"]
     part = f"data.train=[{{path: {assets}/train.jsonl, limit: 9}}]"
     first = train(overrides(*command, part), processes=2)
     assert "teacher check passed" in first.output

@@ -45,7 +45,7 @@ def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     data = Path(shutil.copy(assets / "train.jsonl", folder))
     command = [*small_run(assets, folder), f"data.train=[{data}]", f"data.eval=[{assets}/eval.jsonl]"]
-    command += ["tracking=wandb", "tracking.wandb=offline", "trainer.eval_every=2", "optim.lr=1e-2"]
+    command += ["tracking=wandb", "trainer.eval_every=2", "optim.lr=1e-2"]
     return Trained(data, command, folder / "run", train(command, processes=2, cold=True).output)
 
 

@@ -21,7 +21,7 @@ def test_ranks_with_different_configurations_end_with_one_error(
     for rank in range(2):
         (tmp_path / f"node-{rank}").mkdir()
         (tmp_path / f"node-{rank}/mine.yaml").write_text(f"sampling: {{temperature: 0.{rank + 1}}}\n")
-    command = overrides("samples.prompts=2", f"data.eval=[{assets}/eval.jsonl]")
+    command = overrides("sampling.prompts=2", f"data.eval=[{assets}/eval.jsonl]")
     if verb == "compare":
         models = f"compare.models=[a={assets}/model,b={assets}/model]"
         command = [models, f"data.eval=[{assets}/eval.jsonl]", "model.dtype=fp32", f"run.dir={tmp_path}/run"]

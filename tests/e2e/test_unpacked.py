@@ -70,7 +70,7 @@ def test_a_model_with_recurrent_layers_is_trained_and_sampled(
         f"data.eval=[{assets}/eval.jsonl]",
         "trainer.max_steps=1",
         "trainer.eval_every=1",
-        "samples.prompts=2",
+        "sampling.prompts=2",
         "sampling.max_new_tokens=4",
         "sampling.temperature=0",
     )

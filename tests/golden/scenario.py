@@ -40,7 +40,7 @@ def overrides(folder: Path, name: str) -> list[str]:
         "trainer.max_steps=6",
         "trainer.eval_every=3",
         "tracking=off",
-        "samples.prompts=0",
+        "sampling.prompts=0",
         *reference,
         *SCENARIOS[name],
     ]

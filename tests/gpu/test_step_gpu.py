@@ -97,7 +97,7 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
         kept = SparseRows(2, 1, 1.0, 50)
         rows = torch.ones(kept.width, len(batch.targets), device=device)
         engine: Any = type("Model", (), {"token_logps": staticmethod(lambda *_: rows)})
-        teacher = Teacher(kept, seed=0, engine=engine) if config.needs_teacher else None
+        teacher = Teacher(kept, engine=engine) if config.needs_teacher else None
         running = RunningMeans(margin=0.1, reward=0.2, pairs=2)
         facts = BatchFacts(3.5, mismatch=-leaf.detach().mean(), running=running)
         objective = Objective(config, ReferenceProvider(), teacher=teacher)

@@ -195,7 +195,7 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
     )
     assert says(Path(asking[1]).stem, [], tmp_path).startswith(RULE)
 
-    ended = run_verb(longer[0], [*longer[1:], *added, "samples.prompts=1"], cwd=tmp_path, seconds=900)
+    ended = run_verb(longer[0], [*longer[1:], *added, "sampling.prompts=1"], cwd=tmp_path, seconds=900)
     assert ended.code == 0, ended.output
     assert "step-000012, after step 12" in ended.output
     assert summary(tmp_path / run)["steps"] == 14

@@ -26,7 +26,7 @@ from tests.support.tiny_model import write_model
 
 PEAKS = ("memory/peak_allocated_bytes", "memory/peak_reserved_bytes")
 SAMPLED = [
-    *("trainer.eval_every=2", "samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"),
+    *("trainer.eval_every=2", "sampling.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"),
     "trainer.max_steps=2",
 ]
 BASES = {
@@ -92,7 +92,7 @@ def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
         "trainer.global_batch_pairs=5",
         "trainer.micro_batch_tokens=256",
         "tracking=off",
-        "samples.prompts=0",
+        "sampling.prompts=0",
         *BASES[base],
         *extra,
     ]

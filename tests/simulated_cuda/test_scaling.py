@@ -126,8 +126,11 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
     before = torch.cuda.memory_allocated()
     with _rank_0_of(ranks), own_accelerate_state():
         shards, optim = parts_of(kind)
-        parallelism = ParallelismConfig(shards, reduce_in_float32=False)
-        world = start_world(policy_config(parallelism, optim, Dtype.bf16), parallelism.timeout_seconds)
+        parallelism = ParallelismConfig(shards)
+        # As if all ranks were on one node, where gradients travel in bf16.
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(ranks)}):
+            config = policy_config(parallelism, optim, Dtype.bf16)
+        world = start_world(config, parallelism.timeout_seconds)
         loaded = load_packed(model, ModelConfig(), 256, world.device)
         policy = PolicyEngine(loaded, optim, world)
         policy.train()

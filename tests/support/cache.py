@@ -14,9 +14,13 @@ PLAIN: dict[str, object] = {"text_as_messages": False}
 
 
 def prepare_all(
-    folder: Path, *sources: str | SourceConfig, tokenizer_digest: str = "qwen", **data: object
+    folder: Path,
+    *sources: str | SourceConfig,
+    tokenizer_digest: str = "qwen",
+    kind: type[DataConfig] = DataConfig,
+    **data: object,
 ) -> tuple[EncodedSource, ...]:
-    config = DataConfig(cache=str(folder / "cache"), **PLAIN | data)
+    config = kind(cache=str(folder / "cache"), **PLAIN | data)
     configs = [SourceConfig(source) if isinstance(source, str) else source for source in sources]
     return Preparation(configs, config, tiny.qwen(), tokenizer_digest).whole()
 
@@ -27,8 +31,10 @@ def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
     return encoded.file
 
 
-def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PreferenceDataset:
-    return open_dataset(prepare_all(folder, *sources, **data), DataConfig(**PLAIN | data))
+def opened(
+    folder: Path, *sources: str | SourceConfig, kind: type[DataConfig] = DataConfig, **data: object
+) -> PreferenceDataset:
+    return open_dataset(prepare_all(folder, *sources, kind=kind, **data), kind(**PLAIN | data))
 
 
 def encoded_folders(folder: Path, cache: str = "cache") -> list[str]:

@@ -107,12 +107,18 @@ def run_ranks(
     seconds: float = 240,
     timeout: int = 600,
     optim: OptimConfig = OPTIM,
+    enter: Callable[[int], None] | None = None,
 ) -> list[Any]:
     """Return the result of `scenario` on each rank; no rank may fail or take longer than `seconds`."""
-    outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout, optim=optim).finish(seconds)
+    outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout, enter, optim).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
     return [outcome.result for outcome in outcomes]
+
+
+def be_alone_on_a_node(_rank: int) -> None:
+    """Be a node of one process: over several nodes gradients are summed in float32."""
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 
 
 def _be_rank(

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 FACE = "dpo_dist.data"
 TRAINER = """
-    DataConfig OnBadRecord ScoredDataConfig Source SourceConfig TextTemplate
+    DataConfig ScoredDataConfig Source SourceConfig TextTemplate UnpairedDataConfig
     DataSource Part full_name read_records source_labels write_records
     BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record UnusableRecordError prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens

@@ -157,8 +157,7 @@ def test_nothing_is_printed_or_logged_with_a_secret(
 
 def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
-    given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
-    config = load_run_config([*given, f"tracking.project={secret}"])
+    config = load_run_config([*given, f"run.dir={tmp_path}/run", f"tracking.project={secret}"])
     folder = PairsFolder(config.run.path)
     check_settings(config, folder)
     write_command("pairs", config, folder.path / "stage", "python")

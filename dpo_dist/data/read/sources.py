@@ -190,9 +190,7 @@ class DataSource:
     def check(self, data: DataConfig | None = None, *, of_prompts: bool = False) -> None:
         """Check the source's keys and the columns of its first records; with `data`, that some are usable.
 
-        `of_prompts`: records need no responses.
-        With `data.on_bad_record=error` every record that is read must be usable. Sends no request. Raises
-        DataError or ConfigError.
+        `of_prompts`: records need no responses. Sends no request. Raises DataError or ConfigError.
         """
         from huggingface_hub import constants  # noqa: PLC0415  # slow to import
 
@@ -203,8 +201,6 @@ class DataSource:
         counts = DataCounts()
         # Sorted data can begin with many records without a response.
         for record in self.prompts() if of_prompts else self.records():
-            if isinstance(record, BadRecord) and data is not None:
-                record.check_may_be_dropped(data)
             counts.add(record)
             if counts.read > FIRST_RECORDS and (data is None or counts.kept):
                 return
@@ -257,7 +253,7 @@ class DataSource:
                 "the folder of image files does not exist",
                 where=f"images of {self.path}",
                 got=str(folder),
-                remedy="correct data.images, or the source's images",
+                remedy="correct images of the source",
             )
         return [folder, *folders]
 

@@ -45,7 +45,7 @@ from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.judges import Judge, Question, open_judge
-from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig, SamplingConfig
+from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
@@ -65,6 +65,10 @@ PROMPTS_AT_ONCE = 16
 WON = 1.0
 TIED = 0.5
 LOST = 0.0
+
+
+USUAL_PROMPTS = 128
+"""Prompts of a comparison without `sampling.prompts`."""
 
 
 def held_out(
@@ -98,7 +102,7 @@ def held_out(
         )
     line = f"prompts: {len(prompts):,} of {pluralize(len(labels), 'different one')}"
     if len(prompts) < most:
-        line += f", fewer than compare.prompts={most}"
+        line += f", fewer than sampling.prompts={most}"
     say(line)
     return [prompt for *_, prompt in sorted(prompts, key=lambda entry: entry[1])], labels
 
@@ -110,12 +114,13 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, lock) as run:
         world = run.world
-        most = config.section_of(CompareConfig).prompts
+        settings = config.section_of(SamplingConfig)
+        most = settings.prompts or USUAL_PROMPTS
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, most, console.say))
         prompts = Prompts(run, folder.comparison_parts, list(in_chunks(records, PROMPTS_AT_ONCE)))
         judge, judge_facts = open_judge_together(run)
-        sampling = sampling_for("compare", config.section_of(SamplingConfig))
+        sampling = sampling_for("compare", settings)
         answers = []
         facts = []
         for model in models:
@@ -131,9 +136,9 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
             pairs = zip(*(_texts(parts, index) for parts in answers), strict=True)
             return judge_pairs(prompts.parts[index], list(pairs), judge)
 
-        settings = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
+        made_with = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
         client = None if judge is None else judge.client
-        judgements = prompts.finish("judgements", prompts.stage("judgements", settings), judged, client)
+        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged, client)
 
         def write() -> _Row:
             counts = Counter[str]()

@@ -17,7 +17,7 @@ from dpo_dist.kit import (
     in_order,
     no_progress,
 )
-from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
+from dpo_dist.tools.doctor.extension import FailOn
 from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
@@ -72,10 +72,7 @@ def diagnose(config: RunConfig, progress: ProgressOf) -> Diagnosis:
                     findings.append(replace(finding, share=None, examples=where, remedy=error.remedy))
         diagnosis = replace(diagnosis, model=prepared.encoder.folder)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
-    if config.section_of(DoctorConfig).texts:
-        shown = show_pairs(data, tokenizer, diagnosis.findings, processor)
-        diagnosis = replace(diagnosis, shown=shown)
-    return diagnosis
+    return replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, processor))
 
 
 def examine(

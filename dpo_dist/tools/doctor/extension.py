@@ -14,8 +14,6 @@ class DoctorConfig:
 
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
-    texts: bool = key(True)
-    """Show texts of records on the page; they are hidden until clicked."""
 
 
 EXTENSION = Extension(

@@ -27,10 +27,7 @@ _FEWEST_GUESSED = 0.55
 _SHOWN_EXAMPLES = 3  # on a screen
 _NO_MODEL = "No model is configured (model.path): texts were examined, tokens were not."
 _LEAKS = "By features of {}, with 95 % intervals; half of the pairs are guessed by chance."
-_CAUTION = (
-    "Texts of the data can be offensive or private. They are hidden until you open them; doctor.texts=false "
-    "writes a page without texts."
-)
+_CAUTION = "Texts of the data can be offensive or private. They are hidden until you open them."
 _KEY = "Green: counted by the loss. Violet: a special token. Red: cut by data.max_length. Others: context."
 
 

@@ -60,10 +60,11 @@ def different_prompts(
     """Return the different prompts of `data.train`, as models get them, in order."""
     prompts = dict[str, PreferenceRecord]()
     counts = Counter[str]()
+    part, parts = pairs.share
     for record in training_records(data, DataSource.prompts, say, lambda: len(prompts) == pairs.limit):
         prompt = replace(as_user_message(record, data), responses=(), scores=None)
         key = prompt.prompt_key()
-        if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
+        if int(key[:16], 16) % parts != part:
             counts["in_other_parts"] += 1
         elif key in prompts:
             counts["repeated"] += 1

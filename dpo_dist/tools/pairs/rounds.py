@@ -29,7 +29,6 @@ from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.sampling.keys import (
     PairsConfig,
     RoundReference,
-    SamplesConfig,
     SamplingConfig,
     ServerConfig,
 )
@@ -54,7 +53,7 @@ def check_settings(config: RunConfig, folder: PairsFolder) -> None:
         return
     before = saved_config(file)
     changed = changed_keys(file, config.identity)
-    keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
+    keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds"}
     for key in {*keys, *SAMPLING_KEYS}:
         old = plain(value_at(before, key))
         new = without_secrets(plain(value_at(config, key)))  # as the file has it
@@ -71,7 +70,7 @@ def check_settings(config: RunConfig, folder: PairsFolder) -> None:
 
 def run_stage(command: str) -> int:
     """Run the command of a stage and return its exit code; a signal that ended it ends this process, too."""
-    code, received = run_command(command, "pairs.launcher")
+    code, received = run_command(command)
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received and code not in _REASONS:
@@ -161,6 +160,7 @@ class _Rounds:
         """Sample, score and pair in round `number`; return `samples` for the round's result."""
         folder = self.folder.round(number)
         pairs = self.config.section_of(PairsConfig)
+        part, parts = pairs.share
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.path)),
@@ -169,16 +169,15 @@ class _Rounds:
             replace(
                 pairs,
                 rounds=0,
-                launcher=None,
                 reference=PairsConfig.reference,
-                prompt_part=(pairs.prompt_part + number - 1) % pairs.prompt_parts,
+                part=f"{(part + number - 1) % parts + 1}/{parts}",
             )
         )
         stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
         self.say(f"{stage_name}: samples of {stage.model.path}")
         below = folder.path / "sampling"
         folder.pairs_samples.unlink(missing_ok=True)  # an earlier start wrote it
-        code = self.run(write_command("pairs", stage, below, launcher_command(pairs.launcher)))
+        code = self.run(write_command("pairs", stage, below, launcher_command()))
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)
         samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -205,10 +204,12 @@ class _Rounds:
         if trainer.global_batch_pairs > most:
             self.say(f"round {number}: steps of {most:,} of its {pairs:,} pairs")
             trainer = replace(trainer, global_batch_pairs=most)
-        sampling = SamplingConfig()
-        if self.config.data.eval_sources and self.config.section_of(SamplesConfig).prompts != 0:
+        sampling = self.config.section_of(SamplingConfig)
+        if self.config.data.eval_sources and sampling.prompts != 0:
             # Evaluations sample from the weights in training, which no server has.
-            sampling = replace(self.config.section_of(SamplingConfig), endpoint=ServerConfig())
+            sampling = replace(sampling, endpoint=ServerConfig())
+        else:
+            sampling = SamplingConfig(prompts=sampling.prompts)
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),
@@ -217,11 +218,7 @@ class _Rounds:
         ).with_sections(sampling, PairsConfig())
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"
-        code = self.run(
-            write_command(
-                "train", stage, below, launcher_command(self.config.section_of(PairsConfig).launcher)
-            )
-        )
+        code = self.run(write_command("train", stage, below, launcher_command()))
         if code == ExitCode.preempted:
             self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
             return code, None

@@ -40,10 +40,10 @@ def _models(config: RunConfig) -> list[str]:
 _ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _EFFECTS = {
-    _RESPONDS: "models unfinished prompt_parts prompt_part",
+    _RESPONDS: "models unfinished part",
     _SAMPLES: "samples reward_model function endpoint.url",
     "pairs.method=samples|scores": "select margin",
-    _ROUNDS: "launcher reference",
+    _ROUNDS: "reference",
 }
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
@@ -62,10 +62,10 @@ _RULES = (
         lambda c: any(source.weight != SourceConfig.weight for source in c.data.train),
     ),
     Rule(
-        "pairs.prompt_part pairs.prompt_parts",
-        "the prompts have no part with this number: the first part is 0",
-        "set pairs.prompt_part below pairs.prompt_parts",
-        lambda c: _pairs(c).prompt_part >= _pairs(c).prompt_parts,
+        "pairs.part",
+        "the prompts have no part with this number",
+        "set pairs.part=1/N to pairs.part=N/N, for N parts",
+        lambda c: _pairs(c).share[0] >= _pairs(c).share[1],
     ),
     Rule(
         f"sampling.temperature=0 pairs.samples {_SAMPLES}",

@@ -1,8 +1,8 @@
 """Compute the memory and hours of a run before it starts: `dpo-dist plan +experiment=qwen7b plan.gpus=8`.
 
 Takes the configuration of the run; needs no weights and no GPU. Local data are encoded into `data.cache`,
-where training finds them, unless `plan.pairs` and `plan.tokens_per_pair` are set. `plan.suggest=true` prints
-settings that fit and have the shortest epoch. Exit code 1: the run does not fit.
+where training finds them, unless `plan.pairs` and `plan.tokens_per_pair` are set. The last line has settings
+that fit and have the shortest epoch. Exit code 1: the run does not fit.
 """
 
 import os

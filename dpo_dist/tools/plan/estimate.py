@@ -25,7 +25,7 @@ from dpo_dist.kit import (
     matmul_peak,
 )
 from dpo_dist.tools.plan.extension import PlanConfig
-from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.settings import sampling_for
 
 PROMPT_SHARE = 0.3
@@ -168,9 +168,7 @@ class Estimate:
         gpus = self.machine.gpus
         link = self.machine.link
         shards = parallelism.shard_size or gpus
-        is_wide = parallelism.reduce_in_float32
-        if is_wide is None:
-            is_wide = shards > GPUS_PER_NODE
+        is_wide = shards > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.shapes.number) * self.shapes.trained)
         if not self._is_sharded:
             updated = self.shapes.number * self.shapes.trained
@@ -210,15 +208,15 @@ class Estimate:
     @property
     def sampling(self) -> float:
         """Seconds to generate samples under ZeRO-3, which gathers all weights; counted as 0 otherwise."""
-        samples = self.config.section_of(SamplesConfig)
+        sampling = self.config.section_of(SamplingConfig)
         every = self.config.trainer.eval_every
-        tokens = sampling_for("train", self.config.section_of(SamplingConfig)).max_new_tokens
-        if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
+        tokens = sampling_for("train", sampling).max_new_tokens
+        if not self._is_sharded or sampling.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.total_bytes(0)
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
-        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
+        evaluations = 1 + (math.ceil(self.steps / every) if every and sampling.prompts else 1)
         generating = tokens * self.shapes.layers * _SHARDED_TOKEN
         shards = self.config.parallelism.shard_size or self.machine.gpus
         return evaluations * (gathers * self.whole / self.machine.link(shards) + generating)
@@ -245,15 +243,13 @@ class Estimate:
         return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def hours(self) -> dict[str, list[float]]:
-        """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
+        """Return the seconds of an epoch and of the run, each as [fast, slow]."""
         trainer = self.config.trainer
-        price = self.config.section_of(PlanConfig).price
         epochs = self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
         once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))
-        prices = {} if price is None else {"price": [end / 3600 * self.machine.gpus * price for end in runs]}
-        return {"epoch_seconds": once, "run_seconds": runs, **prices}
+        return {"epoch_seconds": once, "run_seconds": runs}
 
     @property
     def _is_sharded(self) -> bool:

@@ -18,14 +18,10 @@ class PlanConfig:
     """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
     network: float = key(50.0, gt=0, verbs="plan")
     """GB a second of a GPU to GPUs of other nodes: 50 is 400 Gbit/s."""
-    price: float | None = key(None, gt=0, verbs="plan")
-    """Price of one GPU hour, in any currency."""
     pairs: int | None = key(None, ge=1)
     """Pairs in an epoch; null: counted in local `data.train`, or those of the presets' datasets."""
     tokens_per_pair: float | None = key(None, gt=1)
     """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
-    suggest: bool = key(False, verbs="plan")
-    """Also search settings that fit into memory, and print those with the shortest epoch."""
 
 
 EXTENSION = Extension(

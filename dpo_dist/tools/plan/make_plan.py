@@ -61,8 +61,11 @@ class Plan(NamedTuple):
     content: dict[str, Any]
 
 
-def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
-    """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
+def make_plan(config: RunConfig, progress: ProgressOf, *, suggests: bool = True) -> Plan:
+    """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits.
+
+    `suggests`: with the settings that have the shortest epoch, whose search takes seconds.
+    """
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
     causal_lm = _without_weights(config.model)
     teacher = _teacher_without_weights(config)
@@ -101,7 +104,7 @@ def make_plan(config: RunConfig, progress: ProgressOf) -> Plan:
         "saved_by_prefixes": data.saved,
         **(found.hours() if found.fits else {}),
     }
-    if config.section_of(PlanConfig).suggest:
+    if suggests:
         suggested, seconds = _suggest(found)
         content["suggested"] = suggested
         needs_host = suggested is not None and "offload" in suggested
@@ -128,7 +131,8 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
     causal_lm = _without_weights(config.model)
     _check(config, causal_lm, machine.gpus)
     found = estimate(config, data, machine, causal_lm, _teacher_without_weights(config))
-    lines = [("plan", f"{_verdict(found)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
+    hint = "" if found.fits else "; `dpo-dist plan` looks for settings that fit"
+    lines = [("plan", f"{_verdict(found)}{hint} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
     if found.fits:
         pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
         lines.append(("hours", f"{_span(*found.hours()['epoch_seconds'])} for {pairs}"))
@@ -141,8 +145,7 @@ def _verdict(found: Estimate) -> str:
         room = f"there is room for micro-batches of {found.largest:,} tokens"
     if found.fits:
         return f"fits: {room}"
-    hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
-    return f"does not fit: {room}{'' if found.config.section_of(PlanConfig).suggest else hint}"
+    return f"does not fit: {room}"
 
 
 def _hours(found: Estimate) -> list[str]:
@@ -157,8 +160,6 @@ def _hours(found: Estimate) -> list[str]:
     if trainer.max_steps is None:
         length = f"trainer.epochs={trainer.epochs:g}"
     times.append([f"this run, {length}", _span(*hours["run_seconds"])])
-    if "price" in hours:
-        times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
     pairs = pluralize(data.pairs, found.config.loss.unit)
     of_images = f", {data.image_tokens:,.0f} of them of images" if data.image_tokens else ""
     if found.config.model.images is not None and not data.image_tokens:
@@ -171,7 +172,7 @@ def _hours(found: Estimate) -> list[str]:
     if found.sending > found.computing / MFU_RANGE[0]:
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; larger steps "
-            "(trainer.global_batch_pairs) or fewer GPUs exchange less, and plan.suggest=true tries the rest"
+            "(trainer.global_batch_pairs) or fewer GPUs exchange less"
         )
     return lines
 

@@ -168,7 +168,7 @@ class RunFacts:
         rms = drift.get("rms_response_drift")
         beta = self.setting("loss.beta")
         pairs = last(rows, "pairs")
-        if not rms or not beta or not pairs or self.setting("loss.reference_free"):
+        if not rms or not beta or not pairs or self.setting("reference.mode") == "none":
             return {}
         part = "eval" if rows is self.evaluations else "train"
         good = self.label_share(part)

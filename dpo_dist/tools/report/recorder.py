@@ -28,7 +28,7 @@ from dpo_dist.tools.report.card import run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
-from dpo_dist.tools.sampling.keys import SamplesConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.tables import closing_table
 
 _WORST = 8
@@ -125,9 +125,12 @@ def write_worst(
     files.write_text(file, "".join(lines))
 
 
+_MOST_SENT = 8
+
+
 def sent_samples(config: RunConfig) -> int:
     """Return how many rows of samples trackers get: none unless the user asked for samples."""
-    return config.tracking.samples if config.section_of(SamplesConfig).prompts else 0
+    return _MOST_SENT if config.section_of(SamplingConfig).prompts else 0
 
 
 reporting = partial(

@@ -28,7 +28,7 @@ from dpo_dist.kit import (
 )
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.sampling.generate import Request, generate_together
-from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.respond import texts_after
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.tools.text_facts import sample_metrics, text_facts
@@ -129,7 +129,7 @@ class RunSamples:
                 if most < count:
                     self.run.say(
                         f"samples: {most} of {pluralize(count, 'prompt')}, since a response takes "
-                        f"{duration(seconds)} here; samples.prompts={count} asks all of them"
+                        f"{duration(seconds)} here; sampling.prompts={count} asks all of them"
                     )
                     self.prompts = self.prompts[:most]
                 others = self._ask(model, self.prompts[1:], without_adapter=without_adapter)
@@ -146,7 +146,7 @@ class RunSamples:
             self.run.note(
                 f"samples: responses to {prompts}, {tokens:,} tokens, took "
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
-                "samples.prompts=0 turns them off"
+                "sampling.prompts=0 turns them off"
             )
 
     def read_reference(self) -> list[_Row] | None:
@@ -206,7 +206,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     the policy is loaded.
     """
     config = run.config
-    settings = run.config.section_of(SamplesConfig)
+    settings = run.config.section_of(SamplingConfig)
     tokenizer = inputs.tokenizer
     if settings.prompts == 0 or inputs.eval_set is None or config.loss.of_scores:
         return None
@@ -219,7 +219,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
             raise
         run.say(f"no samples: {error.message}; {error.remedy}")
         return None
-    sampling = sampling_for("train", config.section_of(SamplingConfig), seed)
+    sampling = sampling_for("train", settings, seed)
     longest = context_length(load_config(model_folder, config.model))
     count = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(

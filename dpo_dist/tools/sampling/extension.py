@@ -2,11 +2,10 @@
 
 from dpo_dist.foundation.fields import section
 from dpo_dist.kit import Extension
-from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 
 EXTENSION = Extension(
     sections={
-        "samples": section(SamplesConfig, free=True, verbs="train"),
         "sampling": section(SamplingConfig, free=True, verbs="train compare pairs"),
     },
     rules="dpo_dist.tools.sampling.rules",

@@ -9,15 +9,6 @@ RESPONDING = "compare pairs"
 """The verbs that use a judge, and whose models may be behind a server."""
 
 
-@schema
-class SamplesConfig:
-    """Responses of the policy to held-out prompts at evaluations."""
-
-    prompts: int | None = key(None, ge=0)
-    """Held-out prompts that the policy responds to at evaluations; null: 8, at the first and last; 0:
-    none."""
-
-
 _URL: Any = {
     "accepts": "http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
     "pattern": r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
@@ -41,8 +32,11 @@ class ServerConfig:
 
 @schema
 class SamplingConfig:
-    """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
+    """How models respond: at evaluations, in `compare` and in `pairs`."""
 
+    prompts: int | None = key(None, ge=0, verbs="train compare")
+    """Held-out prompts, chosen by a hash; null: 128 in `compare`, else 8 at the first and last evaluation; 0:
+    none at evaluations."""
     max_new_tokens: int | None = key(None, ge=1)
     """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or what the model's context
     leaves."""
@@ -62,8 +56,6 @@ class CompareConfig:
     models: list[NonEmpty] = key([])
     """Two of PATH or NAME=PATH: a run, checkpoint, folder of a model or adapter, or hub name. The win rate is
     that of the second one."""
-    prompts: int = key(128, ge=1)
-    """Number of different prompts, chosen by a hash."""
 
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
@@ -113,14 +105,15 @@ class PairsConfig:
     function: NonEmpty | None = key(None, verbs=RESPONDING, runs="Python code of the judge is run")
     """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=RESPONDING)
-    prompt_parts: int = key(1, ge=1)
-    """Parts of the prompts, by their contents, of which each round takes the next."""
-    prompt_part: int = key(0, ge=0)
-    """The part to use, of `prompt_parts`; with rounds, of the first round."""
+    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
+    """The part of the prompts to use, by their contents; each round takes the next of N."""
     rounds: int = key(0, ge=0)
     """Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only."""
     reference: RoundReference = key(RoundReference.previous)
     """Reference of a round's training: the `first` policy, or that of the `previous` round."""
-    launcher: NonEmpty | None = key(None)
-    """Command before `-m dpo_dist VERB` that starts a round's processes; null: `dpo-dist launch` with several
-    GPUs, else one process."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Index of the part of the prompts, from 0, and the number of parts."""
+        number, parts = map(int, self.part.split("/"))
+        return number - 1, parts

@@ -6,12 +6,13 @@ from dpo_dist.tools.sampling.keys import (
     CompareConfig,
     PairsConfig,
     PairsMethod,
-    SamplesConfig,
     SamplingConfig,
 )
 
-SAMPLING_KEYS = [f"sampling.{name}" for name in schema_fields(SamplingConfig) if name != "endpoint"]
-"""The keys of how responses are drawn, without those of a server."""
+SAMPLING_KEYS = [
+    f"sampling.{name}" for name in schema_fields(SamplingConfig) if name not in ("endpoint", "prompts")
+]
+"""The keys of how responses are drawn, without the prompts and a server."""
 
 
 def _is_for_others(config: RunConfig) -> bool:
@@ -22,7 +23,7 @@ def _is_for_others(config: RunConfig) -> bool:
 
 
 def _prompts(config: RunConfig) -> int | None:
-    return config.section_of(SamplesConfig).prompts
+    return config.section_of(SamplingConfig).prompts
 
 
 def _responds(config: RunConfig) -> bool:
@@ -32,8 +33,8 @@ def _responds(config: RunConfig) -> bool:
 
 _NO_RESPONSES = "choose another loss: a reward model gives no responses"
 _RULES = [
-    without_evaluations("samples.prompts", lambda c: _prompts(c) == 0),
-    unused_beside("samples.prompts", LOSS, _NO_RESPONSES, lambda c: _responds(c) or _prompts(c) == 0),
+    without_evaluations("sampling.prompts", lambda c: _prompts(c) == 0),
+    unused_beside("sampling.prompts", LOSS, _NO_RESPONSES, lambda c: _responds(c) or _prompts(c) == 0),
     unused("sampling.top_p", "sampling.temperature!=0"),
     unused("sampling.top_k", "sampling.temperature!=0"),
 ]
@@ -44,7 +45,7 @@ for _key in SAMPLING_KEYS:
     _SAMPLES_ONLY.append(
         unused_beside(_key, LOSS, _NO_RESPONSES, lambda c: _responds(c) or _is_for_others(c))
     )
-    _SAMPLES_ONLY.append(unused(_key, "samples.prompts!=0", "set samples.prompts=16", _is_for_others))
+    _SAMPLES_ONLY.append(unused(_key, "sampling.prompts!=0", "set sampling.prompts=16", _is_for_others))
 
 
 def rules_of_verb(verb: str) -> list[Rule]:

@@ -39,7 +39,7 @@ def main(points: Points) -> int:
         share = "" if parts == 1 else f", {len(points_of_part):,} of them in part {settings.part}"
         count = len(points_of_part) - len(unfinished)
         console.say(f"sweep: {len(points):,} points{share}, {count:,} finished")
-        trainer = PointTrainer(points, folder, console, settings.launcher)
+        trainer = PointTrainer(points, folder, console)
         is_stopped = trainer.run(unfinished)
         results = sweep_results(points, trainer.ends, folder)
         lines = [*sweep_lines(results, points, folder.report), f"sweep   {folder.sweep}"]

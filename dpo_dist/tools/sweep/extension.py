@@ -1,6 +1,6 @@
 """The verb `sweep`, and its keys."""
 
-from dpo_dist.foundation.fields import NonEmpty, key, schema, section
+from dpo_dist.foundation.fields import key, schema, section
 from dpo_dist.kit import Extension, Verb
 
 
@@ -10,9 +10,6 @@ class SweepConfig:
 
     part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
     """The part of the points that this job trains, of N jobs."""
-    launcher: NonEmpty | None = key(None)
-    """Command before `-m dpo_dist train` that starts a point's processes; null: `dpo-dist launch` with
-    several GPUs, else one process."""
 
     @property
     def share(self) -> tuple[int, int]:

@@ -65,13 +65,13 @@ class PointTrainer:
     `codes` and `ends` have the exit code, and the outcome and error, of each point that was trained.
     """
 
-    def __init__(self, points: Points, folder: SweepFolder, console: Console, launcher: str | None) -> None:
+    def __init__(self, points: Points, folder: SweepFolder, console: Console) -> None:
         self.points = points
         self.codes = dict[Words, int]()
         self.ends = dict[Words, tuple[str, str]]()
         self._folder = folder
         self._console = console
-        self._launcher = launcher_command(launcher)
+        self._launcher = launcher_command()
 
     def run(self, waiting: Sequence[Words]) -> bool:
         """Train these points; return whether a signal stopped the sweep."""
@@ -97,7 +97,7 @@ class PointTrainer:
         start = screen.stat().st_size if screen.exists() else 0
         began = time.monotonic()
         command = write_command("train", config, screen.with_suffix(""), self._launcher)
-        code, received = run_command(command, "sweep.launcher", screen)
+        code, received = run_command(command, screen)
         self.codes[words], self.ends[words] = point_end(run, code, screen_since(screen, start))
         outcome, _ = self.ends[words]
         self._console.say(f"{name}: {outcome} after {duration(time.monotonic() - began)}")

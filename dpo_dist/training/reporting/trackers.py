@@ -288,7 +288,7 @@ def open_trackers(tracked: TrackedRun, end: float, console: Console) -> Trackers
     for name in dict.fromkeys(tracked.tracking.to):
         start: Callable[[], OpenRun | None] = partial(AccelerateRun, name, tracked, end)
         if name is TrackerName.wandb:
-            if wanted_mode(tracked.tracking.wandb) is None:
+            if wanted_mode() is None:
                 continue
             start = partial(open_wandb, tracked, end, console)
         trackers.append(InBackground(name, start, console, tracked.folder))

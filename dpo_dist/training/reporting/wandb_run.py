@@ -16,7 +16,7 @@ import psutil
 
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DEFAULT_PROJECT, TrackingConfig, WandbMode
+from dpo_dist.config.schema import DEFAULT_PROJECT, TrackingConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, first_line
@@ -29,17 +29,19 @@ if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline"]
+WantedMode = Mode | Literal["auto"]
+"""`auto`: online if there is an API key, else offline."""
 
 STEP_AXIS = "train/global_step"
 EVALUATED_AT = "eval/global_step"
 MARGINS = "eval/margins_histogram"
 SAMPLES = "eval/samples_table"
 
-_MODES = {
-    "online": WandbMode.online,
-    "run": WandbMode.online,
-    "offline": WandbMode.offline,
-    "dryrun": WandbMode.offline,
+_MODES: dict[str, WantedMode | None] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
     "disabled": None,
 }
 """Modes by value of WANDB_MODE; `run` and `dryrun` are older names, None is no W&B."""
@@ -214,7 +216,7 @@ def open_wandb(tracked: TrackedRun, end: float, console: Console) -> WandbRun | 
     """
     # Without this variable wandb writes the files of tables into the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(tracked.folder.wandb_id.with_name("staging").absolute()))
-    for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), console):
+    for mode in _modes_to_try(wanted_mode(), console):
         try:
             tracker = WandbRun(tracked, mode, end)
         except Exception as error:
@@ -229,20 +231,22 @@ def open_wandb(tracked: TrackedRun, end: float, console: Console) -> WandbRun | 
     return None
 
 
-def wanted_mode(mode: WandbMode) -> WandbMode | None:
-    """Return `tracking.wandb`; in place of `auto`, the mode in WANDB_MODE if it is set, None if it is off."""
-    return _MODES.get(_environment_variable("WANDB_MODE"), mode) if mode is WandbMode.auto else mode
+def wanted_mode() -> WantedMode | None:
+    """Return the mode in WANDB_MODE, `auto` if it names none; None if W&B is off."""
+    return _MODES.get(_environment_variable("WANDB_MODE"), "auto")
 
 
-def _modes_to_try(mode: WandbMode | None, console: Console) -> list[Mode]:
-    if mode in (None, WandbMode.offline):
-        return ["offline"] if mode else []
+def _modes_to_try(mode: WantedMode | None, console: Console) -> list[Mode]:
+    if mode is None:
+        return []
+    if mode == "offline":
+        return ["offline"]
     try:
         has_key = _set_up("online").login(prompt=False, verify=False)
     except Exception as error:
         console.warn(f"wandb cannot log in: {first_line(error)}")
         has_key = False
-    if not has_key and mode is WandbMode.online:
+    if not has_key and mode == "online":
         console.warn(
             "wandb has no usable key, and the run is tracked offline; run `wandb login` to store a key"
         )

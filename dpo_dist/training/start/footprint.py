@@ -410,7 +410,7 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     if needs.fits(longest, memory):
         run.note(line)
     else:
-        remedy = "`dpo-dist plan plan.suggest=true` looks for settings that fit"
+        remedy = "`dpo-dist plan` looks for settings that fit"
         run.warn(f"{line}: the longest pair may not fit; {remedy}")
 
 

@@ -19,9 +19,7 @@ from dpo_dist.config.run_folder import (
 )
 from dpo_dist.config.schema import (
     METRICS_FUNCTION,
-    ExportConfig,
     ExportedWeights,
-    FinalModel,
     ModelConfig,
     ReferenceMode,
     RunConfig,
@@ -94,7 +92,7 @@ class EvaluatedModel:
         facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
         facts += [data.fingerprint, list(data.source_labels)]
         if inputs.teacher_files is not None:
-            facts += [inputs.teacher_files.digest, teacher.k, teacher.drawn, teacher.seed]
+            facts += [inputs.teacher_files.digest, teacher.k]
         if metrics_function is not None:
             facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
@@ -134,8 +132,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
 def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
     """Return the checkpoint, and the folder to write.
 
-    Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist; with
-    `export.tool` alone it is the run's `model/`, if that is there.
+    Does not check their files. With `export.push_to` the folder to write may exist.
     """
     run = existing_run(config.run.path)
     differing = changed_keys(run.config, config.identity)
@@ -147,13 +144,9 @@ def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
             expected=first_few([as_written(old) for old, _ in differing.values()], "other"),
             remedy="set only run.dir and keys of export: all other keys, also model.path, come from the run",
         )
-    is_plain = replace(config.export, tool=None) == ExportConfig()
-    if config.export.tool is not None and is_plain and run.model.is_dir():
-        return run.model, run.model
     folders = checkpoint_folders(run.checkpoints)
     best = best_checkpoint(run.checkpoints)
-    takes_best = config.trainer.final is FinalModel.best and best is not None
-    choice = config.export.checkpoint or ("best" if takes_best else "latest")
+    choice = config.export.checkpoint or ("latest" if best is None else "best")
     latest = folders[0].name if folders else None
     step = checkpoint_step({"best": best, "latest": latest}.get(choice) or choice)
     checkpoint = next((path for path in folders if checkpoint_step(path.name) == step), None)
@@ -172,7 +165,7 @@ def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
         name += "-merged"
     folder = config.export.output
     output = run.exported / name if folder is None else Path(folder).expanduser()
-    if os.path.lexists(output) and config.export.push_to is None and config.export.tool is None:
+    if os.path.lexists(output) and config.export.push_to is None:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return checkpoint, output

@@ -11,7 +11,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.data import DataConfig, OnBadRecord, Part, SourceConfig, TextTemplate
+from dpo_dist.data import DataConfig, Part, SourceConfig, TextTemplate
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
@@ -19,7 +19,6 @@ from dpo_dist.encoded.dataset import (
     check_ids_in_vocabulary,
     open_dataset,
 )
-from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.types import ProgressOf
 from dpo_dist.model.files.folder import description_folder, start_folder
@@ -67,21 +66,17 @@ def prepare_data(
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
-        def encode(used: DataConfig) -> tuple[EncodedSource, ...]:
-            def show(path: str) -> AbstractContextManager[Callable[..., None]]:
-                title = f"encoding {path} ({side} part)" if data.eval_share else f"encoding {path}"
-                return progress(title, "record")
+        def show(path: str) -> AbstractContextManager[Callable[..., None]]:
+            title = f"encoding {path} ({side} part)" if data.eval_share else f"encoding {path}"
+            return progress(title, "record")
 
-            return Preparation(sources, used, tokenizer, digest, show, part, processor).whole()
-
+        encoded = Preparation(sources, data, tokenizer, digest, show, part, processor).whole()
         try:
-            encoded = encode(data)
             if encoded:
                 dataset = open_dataset(encoded, data, processor)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
                 check_fits_loss(dataset, loss)
         except (DataError, ConfigError) as refusal:
-            encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
         datasets = list[list[PreferenceDataset]]()
         any_share = replace(data, max_bad_share=1.0, template=TextTemplate.literal)

@@ -118,7 +118,7 @@ def divergence_error(
             got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
             f"{health.bad_in_a_row}, of this run: {health.bad_steps}",
             expected=f"at most {allowed} bad steps in a row, and {_BAD_AT_THE_END} at the end of a run",
-            remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
+            remedy="lower optim.lr or raise optim.warmup, and look at these pairs",
         )
     # A run without a gradient in any step has written its start as its result, whatever the loss.
     is_untrained = is_last and health.without_gradient + health.bad_steps + health.overflows == steps
@@ -134,7 +134,7 @@ def divergence_error(
             f"the policy has collapsed: the gradient is 0 at step {step}, so that it learns nothing",
             where="optim.lr",
             got=f"{got}; steps of this kind in a row: {in_a_row}",
-            remedy="lower optim.lr or raise optim.warmup_ratio; at the first step, check model.path",
+            remedy="lower optim.lr or raise optim.warmup; at the first step, check model.path",
         )
     return DivergedError(
         f"the gradient is exactly 0 at step {step}, so that the policy learns nothing",

@@ -330,9 +330,7 @@ class Loop:
         """Return whether the run ends after this step: the last one, or `trainer.patience` is reached."""
         trainer = self.run.config.trainer
         best = position.best
-        # An earlier start may have had another `keep_best`, by which `stale_evaluations` counted.
-        is_known = best is not None and best.metric == trainer.keep_best
-        is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
+        is_stale = best is not None and position.stale_evaluations >= (trainer.patience or math.inf)
         return is_stale or position.step == self.inputs.sampler.steps
 
     def record_steps(self, position: Position) -> None:

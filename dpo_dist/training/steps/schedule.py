@@ -11,13 +11,13 @@ _STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of `step` (0-based) in a run of `steps`.
 
-    The rate rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps; the last step
+    The rate rises linearly over the steps of `warmup`; the last step
     of the warm-up has `optim.lr` (in transformers the step after it: there the first step has rate 0). Then
     the rate is constant, falls to `min_lr_ratio` of `optim.lr` in the step after the last (`wsd`: in the last
     `decay_ratio` of the steps), or falls with the inverse root of the step (`inverse_sqrt`,
     arXiv:2106.04560), whatever the number of steps is.
     """
-    warmup_steps = math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
+    warmup_steps = math.ceil(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup)
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -39,10 +39,10 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 def check_schedule(optim: OptimConfig, steps: int) -> None:
     """Check that warm-up and decay end within a run of `steps`."""
     decay = round(optim.decay_ratio * steps) if optim.schedule is LearningRateSchedule.wsd else 0
-    if optim.warmup_steps is not None and optim.warmup_steps + decay > steps:
+    if optim.warmup >= 1 and optim.warmup + decay > steps:
         raise ConfigError(
             f"the warm-up {'and the decay are' if decay else 'is'} longer than the run",
-            where="optim.warmup_steps",
-            got=f"{optim.warmup_steps + decay} of {steps} steps",
-            remedy=f"set optim.warmup_steps={steps - decay} or less, or raise trainer.epochs",
+            where="optim.warmup",
+            got=f"{optim.warmup + decay:g} of {steps} steps",
+            remedy=f"set optim.warmup={steps - decay} or less, or raise trainer.epochs",
         )

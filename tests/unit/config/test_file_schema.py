@@ -82,7 +82,7 @@ def test_the_configuration_that_a_run_writes_is_valid() -> None:
     [
         "loss: ipo",
         "tracking: off",
-        "samples:",
+        "sampling:",
         "optim.lr: 1e-6",
         "loss.options.gamma: 1",
         "model.adapter.r: 8",
@@ -113,7 +113,7 @@ def test_a_form_that_files_may_have_is_valid(text: str, tmp_path: Path) -> None:
         "optim.lr: -1",
         "model.adapter.r: 0",
         "data.train: [{weight: 0.5}]",
-        "data.on_bad_record: ignore",
+        "data.truncation: ignore",
         "loss.kind: dpo2",
         "model: {adapter.r: 4}",
     ],

@@ -26,8 +26,7 @@ data: {train: [a.jsonl, {path: b, limit: 3}]}
 loss: {kind: ipo, beta: 0.3, options: {length_average: false}}
 optim.lr: 2e-6
 parallelism: ddp
-samples: {prompts: 4}
-sampling: {max_new_tokens: 64}
+sampling: {prompts: 4, max_new_tokens: 64}
 data.eval_share: 0.1
 """
 
@@ -141,7 +140,7 @@ def test_a_preset_and_a_mapping_of_its_group_both_count(typed: str) -> None:
     [
         ("model.path=m", "cached"),
         ("model.path=m loss=simpo", "none"),
-        ("model.path=m loss.reference_free=true", "none"),
+        ("model.path=m reference.mode=none", "none"),
         ("model.path=m loss.terms=[{kind:sft},{kind:simpo}]", "none"),
         ("model.path=m model.adapter.r=8", "adapter"),
         ("model.path=m model.adapter.r=8 reference.path=other", "cached"),
@@ -191,10 +190,10 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     Path("pairs.yaml").write_text("data: hh_rlhf\n")
     config = alone("mine.yaml pairs.yaml data=ultrafeedback data.eval=[]")
     assert config.data.truncation == "keep_start", "not that of the preset before it"
-    Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
+    Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor.fail_on: error\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)
-    assert (config.trainer.seed, config.doctor.texts, config.tracking.to) == (3, False, [])
+    assert (config.trainer.seed, config.doctor.fail_on, config.tracking.to) == (3, "error", [])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         experiment__below="# @package _global_\ndefaults: [_self_, base]\ntrainer: {seed: 7, max_steps: 8}\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
         cluster__b=HEADER + "reference: {offload: cpu}\ndefaults: [{override /tracking: 'off'}]\n",
-        samples__many="prompts: 64\n",
+        sampling__many="prompts: 64\n",
     )
     inside = Path("conf/loss/team/ipo.yaml")
     inside.parent.mkdir()
@@ -236,10 +235,10 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     config = configured("--config-dir conf loss=team/ipo")
     assert (config.loss.kind, config.loss.beta) == ("ipo", 0.9), "a preset in a folder of its group"
     config = configured(
-        "--config-dir conf +experiment=mine +cluster=[a,b] samples=many data.eval=[e] trainer.eval_every=5"
+        "--config-dir conf +experiment=mine +cluster=[a,b] sampling=many data.eval=[e] trainer.eval_every=5"
     )
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
-    assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
+    assert (config.trainer.seed, config.trainer.epochs, config.sampling.prompts) == (2, 3, 64)
     of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.to
     assert of_clusters == ("zero2", "cpu", [])
     seed, loss, above = [
@@ -364,8 +363,8 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
     ("content", "text"),
     [
         (
-            "tracking: {wandb: off}",
-            "mine.yaml:1\n  got:      false\n  expected: one of auto, online",
+            "console: {style: off}",
+            "mine.yaml:1\n  got:      false\n  expected: one of auto, plain",
         ),
         ("loss: {beta: [1", "mine.yaml:2"),
         ("loss.beta: 1\nloss: {beta: 2}", "loss.beta is given twice\n  where:    mine.yaml:2"),
@@ -407,5 +406,5 @@ def test_a_preset_that_is_edited_counts_in_the_next_command(
 
 
 def test_an_empty_section_has_no_keys(tmp_path: Path) -> None:
-    (file := tmp_path / "my.yaml").write_text("samples:\noptim:\nloss.sync_reference:\ntrainer: {seed: 3}")
+    (file := tmp_path / "my.yaml").write_text("sampling:\noptim:\nloss.sync_reference:\ntrainer: {seed: 3}")
     assert configured(run=[*RUN, str(file)]) == configured("trainer.seed=3")

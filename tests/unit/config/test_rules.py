@@ -30,7 +30,6 @@ REFUSED = [
     ("model.activation_offload=true", "model.activation_offload"),
     ("model.tiled_mlp=true", "model.tiled_mlp"),
     ("model.tiled_mlp=true model.gradient_checkpointing=full model.fused=compile", "model.fused"),
-    ("model.dtype=fp32 parallelism.reduce_in_float32=true", "parallelism.reduce_in_float32"),
     ("parallelism=zero2 parallelism.shard_size=8", "parallelism.shard_size"),
     ("parallelism=zero2 parallelism.experts=2", "parallelism.experts"),
     ("parallelism.experts=4 parallelism.shard_size=2", "parallelism.experts"),
@@ -60,7 +59,6 @@ REFUSED = [
     ("evaluation.data=[{path:b,weight:2}]", "evaluation.data"),
     ("data.eval=[b] data.eval_share=0.1", "data.eval_share"),
     ("data.eval_share=0.1 data.drop_eval_prompts=true", "data.drop_eval_prompts"),
-    ("data.images=pictures", "data.images"),
     ("data.train=[{path:a,images:pictures}]", "data.train"),
     ("data.eval=[{path:a,images:pictures}]", "data.eval"),
     ("evaluation.data=[{path:a,images:pictures}]", "evaluation.data"),
@@ -75,7 +73,7 @@ REFUSED = [
     ("loss=reward data.untrained=[thoughts]", "data.untrained"),
     ("loss=reward data.trained_roles=[user]", "data.trained_roles"),
     ("loss=reward loss.beta=0.2", "loss.beta"),
-    ("loss=reward data.eval=[b] samples.prompts=4", "samples.prompts"),
+    ("loss=reward data.eval=[b] sampling.prompts=4", "sampling.prompts"),
     ("loss=reward reference=cached", "reference.mode"),
     (f"{TERMS % 'nca_pair'} loss.divergence=js", "loss.divergence"),
     (f"{TERMS % 'aot'} loss.weighting=wpo", "loss.weighting"),
@@ -94,19 +92,18 @@ REFUSED = [
     ("optim=muon", "optim.kind"),
     ("optim=muon parallelism=ddp model.dtype=fp16", "optim.kind"),
     ("optim.decay_ratio=0.1", "optim.decay_ratio"),
-    ("optim.schedule=wsd optim.warmup_ratio=0.5 optim.decay_ratio=0.6", "optim.schedule"),
-    ("optim.warmup_steps=10 optim.warmup_ratio=0.03", "optim.warmup_ratio"),
-    ("optim.warmup_steps=11 trainer.max_steps=10", "optim.warmup_steps"),
+    ("optim.schedule=wsd optim.warmup=0.5 optim.decay_ratio=0.6", "optim.schedule"),
+    ("optim.warmup=11 trainer.max_steps=10", "optim.warmup"),
+    ("optim.warmup=2.5", "optim.warmup"),
     ("optim.min_lr_ratio=0.1 optim.schedule=inverse_sqrt", "optim.min_lr_ratio"),
     ("trainer.ema_decay=0.9 trainer.keep_last=0", "trainer.ema_decay"),
     ("trainer.eval_every=10", "trainer.eval_every"),
-    ("samples.prompts=4", "samples.prompts"),
+    ("sampling.prompts=4", "sampling.prompts"),
     ("sampling.temperature=0 sampling.top_p=0.5", "sampling.top_p"),
     ("sampling.temperature=0 sampling.top_k=5", "sampling.top_k"),
-    ("trainer.eval_every=5 samples.prompts=0", "trainer.eval_every"),
+    ("trainer.eval_every=5 sampling.prompts=0", "trainer.eval_every"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
-    ("trainer.final=best", "trainer.final"),
     ("trainer.keep_best=eval_loss data.eval_share=0.1", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=loss", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=eval_logps/chosen", "trainer.keep_best"),
@@ -115,10 +112,8 @@ REFUSED = [
     ("parallelism=ddp parallelism.offload_optimizer=cpu", "parallelism.offload_optimizer"),
     ("export.merge=true", "export.merge"),
     ("export.weights=ema", "export.weights"),
-    ("export.confirm=true", "export.confirm"),
-    ("reference=none loss.terms=[{kind:sft},{kind:sigmoid}]", "reference.mode"),
+    ("reference=none loss=kto", "reference.mode"),
     ("loss=simpo reference.mode=cached", "reference.mode"),
-    (f"{LIVE} loss.reference_free=true", "reference.mode"),
     ("loss=sft reference.offload=cpu", "reference.offload"),
     ("loss=sft reference.quantization=int8", "reference.quantization"),
     ("reference=adapter", "reference.mode"),
@@ -136,13 +131,10 @@ REFUSED = [
     ("teacher.path=other", "teacher.path"),
     ("teacher.mode=live", "teacher.mode"),
     ("teacher.k=9", "teacher.k"),
-    ("teacher.drawn=9", "teacher.drawn"),
-    ("teacher.seed=9", "teacher.seed"),
     ("teacher.offload=cpu", "teacher.offload"),
     ("'loss.terms=[{kind:distill},{kind:kto}]' teacher.path=t", "loss.terms"),
     ("'loss.terms=[{kind:sft,weight:0}]'", "loss.terms"),
     ("'loss.terms=[{kind:kto},{kind:sft}]'", "loss.terms"),
-    ("data.unpair=true", "data.unpair"),
     # Forms of single values.
     ("run.name=a/b", "run.name"),
     ("run.name=..", "run.name"),
@@ -193,7 +185,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "model.gradient_checkpointing=2 model.fused=liger",
         "data.train=[{path:a,fields:pair},b] data.ranked=all_pairs",
         "loss=robust loss.label_smoothing=0.49",
-        "loss=exo_pair optim.warmup_steps=10 optim.schedule=constant",
+        "loss=exo_pair optim.warmup=10 optim.schedule=constant",
         "loss.terms=[{kind:ipo,weight:0},{kind:sft,weight:-0.1}] loss.kind=ipo",
         f"{TERMS % 'sft'} loss.divergence=js",
         "loss=ipo loss.divergence=alpha loss.alpha_coefficient=0.3",
@@ -203,16 +195,15 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "model.images.train=none model.images.max_pixels=50176 model.adapter.r=8",
         f"{NF4} model.images={{}} reference=adapter",
         "parallelism=zero2 parallelism.offload_optimizer=cpu",
-        "parallelism.offload_optimizer=cpu parallelism.reduce_in_float32=true",
         "parallelism.offload_parameters=cpu parallelism.offload_optimizer=cpu",
         "parallelism.shard_size=8 parallelism.offload_parameters=cpu",
         f"{NF4} parallelism.experts=2",
-        "trainer.eval_every=10 samples.prompts=4 data.eval_share=0.1",
+        "trainer.eval_every=10 sampling.prompts=4 data.eval_share=0.1",
         "sampling.max_new_tokens=9 sampling.top_p=0.5 sampling.top_k=5",
-        "samples.prompts=0",
+        "sampling.prompts=0",
         "data.eval=[b.jsonl] data.drop_eval_prompts=true optim.min_lr_ratio=0.1 optim.schedule=linear",
-        "optim.warmup_steps=10 optim.warmup_ratio=0 trainer.max_steps=10",
-        "optim.betas=[0.0,0.999] optim.warmup_ratio=1.0 data.max_bad_share=1.0",
+        "optim.warmup=10 trainer.max_steps=10",
+        "optim.betas=[0.0,0.999] optim.warmup=0.99 data.max_bad_share=1.0",
         f"{NF4} reference.mode=cached reference.quantization=nf4",
         f"{LIVE} {EVERY} loss.sync_reference.mixup=1 reference.offload=cpu",
     ],
@@ -224,13 +215,13 @@ def test_accepted(typed: str) -> None:
 def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tmp_path: Path) -> None:
     """A whole file of its own is still refused, and so is an option beside it in the command."""
     (file := tmp_path / "my.yaml").write_text(
-        "samples: {prompts: 4}\nsampling: {max_new_tokens: 9}\ndata.eval_share: 0.1"
+        "sampling: {prompts: 4, max_new_tokens: 9}\ndata.eval_share: 0.1"
     )
     with_file = partial(configured, verb="train", run=[*RUN, str(file)])
     refused = partial(error_of, verb="train", run=[*RUN, str(file)])
-    assert with_file("samples.prompts=2").sampling.max_new_tokens == 9
-    assert with_file("samples.prompts=0") == configured("data.eval_share=0.1 samples.prompts=0")
-    assert "sampling.max_new_tokens" in refused("samples.prompts=0 sampling.max_new_tokens=9").where
+    assert with_file("sampling.prompts=2").sampling.max_new_tokens == 9
+    assert with_file("sampling.prompts=0") == configured("data.eval_share=0.1 sampling.prompts=0")
+    assert "sampling.max_new_tokens" in refused("sampling.prompts=0 sampling.max_new_tokens=9").where
     file.write_text("sampling: {max_new_tokens: 9}")
     assert "sampling.max_new_tokens" in refused("").where
 
@@ -238,7 +229,7 @@ def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tm
 def test_a_reward_model_draws_no_responses() -> None:
     refused = error_of("loss=reward data.eval=[b] sampling.temperature=0.5", verb="train")
     assert refused.where == "sampling.temperature, loss.kind"
-    assert configured("loss=reward data.eval=[b] samples.prompts=0", verb="train").loss.of_scores
+    assert configured("loss=reward data.eval=[b] sampling.prompts=0", verb="train").loss.of_scores
 
 
 @pytest.mark.parametrize("preset", preset_names("data", group_folders()))
@@ -251,11 +242,11 @@ def test_a_preset_of_data_takes_the_place_of_the_data_of_every_experiment(preset
 
 def test_evaluations_of_a_file_end_with_their_data(tmp_path: Path) -> None:
     (file := tmp_path / "my.yaml").write_text(
-        "data.eval_share: 0.1\nsamples.prompts: 4\n"
-        "trainer: {eval_every: 5, keep_best: eval_loss, patience: 2, final: best}"
+        "data.eval_share: 0.1\nsampling.prompts: 4\n"
+        "trainer: {eval_every: 5, keep_best: eval_loss, patience: 2}"
     )
     without = configured("data.eval_share=0", verb="train", run=[*RUN, str(file)])
-    assert without == configured("samples.prompts=null", verb="train")
+    assert without == configured("sampling.prompts=null", verb="train")
 
 
 def test_a_preset_resets_the_same_options_as_its_keys(tmp_path: Path) -> None:
@@ -289,7 +280,7 @@ def test_an_option_of_a_file_that_the_loss_of_the_command_lacks_can_be_taken_awa
 def test_sampling_needs_a_verb_that_samples_or_samples_at_evaluations(setting: str) -> None:
     typed, key = f"sampling.{setting}", f"sampling.{setting.partition('=')[0]}"
     for verb in ("train", "evaluate"):
-        for without in ("", "data.eval_share=0.1 samples.prompts=0"):
+        for without in ("", "data.eval_share=0.1 sampling.prompts=0"):
             assert key in error_of(f"{typed} {without}", verb=verb).where
         configured(f"{typed} data.eval_share=0.1", verb=verb)
     configured(typed, verb="pairs")
@@ -302,7 +293,7 @@ def test_a_file_with_sampling_for_pairs_or_a_comparison_serves_other_verbs_too(
 ) -> None:
     (file := tmp_path / "my.yaml").write_text(f"{others}\nsampling: {{max_new_tokens: 9}}\n")
     for verb in ("train", "plan", "doctor", "precompute"):
-        for typed in ("", "data.eval_share=0.1 samples.prompts=0"):
+        for typed in ("", "data.eval_share=0.1 sampling.prompts=0"):
             assert configured(typed, verb=verb, run=[*RUN, str(file)]).sampling.max_new_tokens == 9
     assert configured("+experiment=demo_rounds", verb="plan", run=[]).sampling.max_new_tokens == 32
 

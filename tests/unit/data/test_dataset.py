@@ -22,7 +22,7 @@ from dpo_dist.batching.sampler import (
 from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import TrainerConfig
-from dpo_dist.data.config import OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data.config import Ranked, SourceConfig
 from dpo_dist.data.counts import describe_counts
 from dpo_dist.data.example import TokenIds
 from dpo_dist.data.records import Origin, PreferenceRecord
@@ -35,7 +35,7 @@ from dpo_dist.encoded.dataset import (
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
-from tests.support.cache import encoded_folders, opened
+from tests.support.cache import opened
 from tests.support.masks import add_masks, random_mask
 from tests.support.packing import dataset_of, random_pairs
 from tests.support.pairs import encode
@@ -101,17 +101,14 @@ def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:
         assert ranked.response_indices(np.array(some, dtype=np.int64)).tolist() == expected
 
 
-def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: Path) -> None:
+def test_more_bad_records_than_allowed_are_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path, BAD, *GOOD)
-    with pytest.raises(DataError, match="identical_responses") as raised:
-        opened(tmp_path, path, on_bad_record=OnBadRecord.error, max_bad_share=1.0)
-    assert raised.value.where == f"{path}:1"
-    assert encoded_folders(tmp_path) == []
     assert len(opened(tmp_path, path, max_bad_share=1 / 8)) == 7
-    with pytest.raises(DataError, match="1 of 8 records") as raised:
-        opened(tmp_path, path, max_bad_share=0.124)
-    assert f"{path}:1" in raised.value.where
-    assert "identical_responses 1" in raised.value.got
+    for share in (0.124, 0.0):
+        with pytest.raises(DataError, match="1 of 8 records") as raised:
+            opened(tmp_path, path, max_bad_share=share)
+        assert f"{path}:1" in raised.value.where
+        assert "identical_responses 1" in raised.value.got
 
 
 def test_ids_that_decay_on_disk_are_not_trained_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.data.config import DataConfig, ScoredDataConfig, TextTemplate, Truncation
+from dpo_dist.data.config import DataConfig, ScoredDataConfig, TextTemplate, Truncation, UnpairedDataConfig
 from dpo_dist.data.encode import EncodedRecord, encode_pair, encode_record
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.text.escape import tokenize_texts
@@ -421,7 +421,7 @@ RANKING = record("Name a fruit:", " Apple", " Fruit" * 9, " Car")
 
 
 def test_a_ranking_is_taken_apart_into_its_best_and_its_worst_response() -> None:
-    found = encode_record(RANKING, replace(WIDE, unpair=True), tiny.qwen(), None)
+    found = encode_record(RANKING, UnpairedDataConfig(**vars(WIDE)), tiny.qwen(), None)
     assert isinstance(found, EncodedRecord)
     sides = [texts(example, tiny.qwen())[1] for example in found.examples()]
     assert [side.partition("<")[0] for side in sides] == [" Apple", " Car"]

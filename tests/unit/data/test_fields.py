@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.dataset_info import resolve_source
@@ -104,8 +104,6 @@ def test_a_record_that_is_not_kept_is_no_bad_one(tmp_path: Path) -> None:
     )
     counts = DataCounts()
     for record in read_records(source):
-        if isinstance(record, BadRecord):
-            record.check_may_be_dropped(DataConfig(on_bad_record=OnBadRecord.error))
         counts.add(record)
     counts.check(source.path, DataConfig(max_bad_share=0))
     assert (counts.kept, counts.dropped, counts.examples) == (10, {NOT_KEPT: 20}, [])

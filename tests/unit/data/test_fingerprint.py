@@ -9,7 +9,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dpo_dist.data.config import DataConfig, OnBadRecord, Ranked, SourceConfig, TextTemplate
+from dpo_dist.data.config import (
+    DataConfig,
+    Ranked,
+    ScoredDataConfig,
+    SourceConfig,
+    TextTemplate,
+    UnpairedDataConfig,
+)
 from dpo_dist.data.config import Truncation as Cut
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import DataSource
@@ -20,13 +27,11 @@ from tests.support.records import GOOD, jsonl
 
 # Each field is in one of two tables: whoever adds one decides.
 DATA = {
-    "images": "{folder}/pictures",
     "eval_share": 0.5,
     "drop_eval_prompts": True,
     "max_length": 30,
     "max_prompt_length": 5,
     "truncation": Cut.drop,
-    "on_bad_record": OnBadRecord.error,
     "text_as_messages": True,
     "template": TextTemplate.applied,
     "chat_template": "{folder}/other.jinja",
@@ -34,7 +39,6 @@ DATA = {
     "trained_roles": ["assistant", "user"],
     "untrained": ["thoughts"],
     "ranked": Ranked.best_worst,
-    "unpair": True,
 }
 DATA_WITHOUT_EFFECT = {
     "train": [],
@@ -75,6 +79,27 @@ def file_of(folder: Path, source: SourceConfig, **data: Any) -> str:
     with mock.patch.object(DataSource, "pinned", lambda source: source):
         [planned] = Preparation(sources, config, tokenizer, "qwen", part=part, processor=processor).plan()
     return planned.target.file.name
+
+
+def test_data_that_earlier_versions_encoded_are_found() -> None:
+    """Each kind of data has the address that it has had since it was first written."""
+    usual = {
+        "max_length": 1024,
+        "max_prompt_length": None,
+        "on_bad_record": "drop",
+        "ranked": "whole",
+        "template_applied": False,
+        "template_arguments": None,
+        "template_date": "2024-07-26",
+        "text_as_messages": "auto",
+        "trained_roles": ["assistant"],
+        "truncation": "keep_start",
+        "unpair": False,
+        "untrained": ["empty_thoughts"],
+    }
+    assert DataConfig().encoding_identity == usual
+    assert UnpairedDataConfig().encoding_identity == usual | {"unpair": True}
+    assert ScoredDataConfig().encoding_identity == usual | {"for_scores": True}
 
 
 def test_each_field_is_known() -> None:

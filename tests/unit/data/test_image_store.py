@@ -234,8 +234,8 @@ def unpack(file: Path, content: bytes) -> None:
         archive.extractall(file.parent, filter="data")
 
 
-# `a` and `b` are pictures beside the records, `link` leads to `a`, `both` is also in `data.images`, which is
-# looked up first, and `new` is in none of the records.
+# `a` and `b` are pictures beside the records, `link` leads to `a`, `both` is also in the source's `images`,
+# which is looked up first, and `new` is in none of the records.
 REPLACED: dict[str, Callable[[Path, Path], Any]] = {
     "copied over": lambda data, _: shutil.copy2(data / "new", data / "a"),
     "moved over": lambda data, _: (data / "new").replace(data / "a"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
+from dpo_dist.data.config import DataConfig, Ranked, SourceConfig, UnpairedDataConfig
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.encoded.partners import with_partners
 from dpo_dist.foundation.errors import DataError
@@ -70,19 +70,19 @@ def test_tokens_of_pairs_are_planned_as_they_are_packed(drawn: Any, draw: random
 @given(
     st.lists(st.lists(rankings, min_size=1, max_size=6), min_size=1, max_size=3),
     st.sampled_from(Ranked),
-    st.booleans(),
+    st.sampled_from([DataConfig, UnpairedDataConfig]),
     st.sampled_from([None, 4]),
     st.randoms(use_true_random=False),
 )
 def test_no_more_is_claimed_than_rankings_of_several_sources_share(
-    sources: Any, how: Ranked, unpair: bool, limit: int | None, draw: random.Random
+    sources: Any, how: Ranked, kind: type[DataConfig], limit: int | None, draw: random.Random
 ) -> None:
     for source in sources:
         for row in source:
             if draw.random() < 0.5 and "responses" in row:
                 scores = draw.sample(range(9), len(row["responses"]))
                 row["scores"] = scores
-    data = data_of(*sources, limit=limit, ranked=how, unpair=unpair)
+    data = data_of(*sources, limit=limit, ranked=how, kind=kind)
     for which in (None, 0, None, None):
         check_claims(data, some_of(data, draw), which)
 

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.read.files import expected_records
 from dpo_dist.encoded import build, store
 from dpo_dist.encoded.build import Preparation
@@ -270,12 +270,20 @@ def test_a_rank_that_sees_other_data_than_were_planned_encodes_nothing(tmp_path:
     assert parts_in(tmp_path) == []
 
 
-def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path) -> None:
+def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path, monkeypatch: Any) -> None:
     source = source_of(tmp_path, 3 * PART)
-    one = preparation(source, tmp_path / "cache", on_bad_record=OnBadRecord.error)
-    with pytest.raises(DataError, match="identical_responses") as raised:
+    encode = encode_module.encode_pair
+
+    def failing(record: Any, *rest: Any) -> Any:
+        if record.prompt == f"q {3 * PART - 2}":
+            raise DataError("no template", where=str(record.origin), got="a record", remedy="set one")
+        return encode(record, *rest)
+
+    monkeypatch.setattr(encode_module, "encode_pair", failing)
+    one = preparation(source, tmp_path / "cache")
+    with pytest.raises(DataError, match="no template") as raised:
         one.encode(one.plan())
-    assert raised.value.where == f"{source.path}:{3 * PART}"
+    assert raised.value.where == f"{source.path}:{3 * PART - 1}"
     assert len(parts_in(tmp_path)) == 2
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import (
@@ -436,7 +436,7 @@ def test_images_are_looked_up_in_the_configured_folder_first(folder: Path, tmp_p
     (root / "pictures" / "a.png").write_bytes(b"root")
     source = SourceConfig(jsonl(folder, *rows("pictures/a.png", "inner.png", "../data/inner.png")))
     assert contents_read(source) == [b"inside", b"inside", b"inside"]
-    configured = DataConfig(train=[source], images=str(root)).train[0]
+    configured = replace(source, images=str(root))
     assert contents_read(configured) == [b"root", b"inside", b"inside"]
     with pytest.raises(DataError, match="does not exist"):
         read_records(replace(source, images=str(tmp_path / "no")))
@@ -602,9 +602,10 @@ def test_a_dataset_in_memory_brings_the_files_that_its_images_name(is_stream: bo
 
 
 def test_the_folder_of_images_is_no_part_of_a_run_s_identity() -> None:
-    words = ["model.path=m", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "model.images.train=none"]
-    plain, moved = (load_run_config([*words, *more]) for more in ([], ["data.images=pictures"]))
+    words = ["model.path=m", "data.eval=[b.jsonl]", "model.images.train=none"]
+    moved_to = "data.train=[{path: a.jsonl, images: pictures}]"
+    plain, moved = (load_run_config([*words, train]) for train in ("data.train=[a.jsonl]", moved_to))
     assert plain.identity.digest == moved.identity.digest
-    assert [source.images for source in (*moved.data.train, *moved.data.eval)] == ["pictures"] * 2
+    assert [source.images for source in (*moved.data.train, *moved.data.eval)] == ["pictures", None]
     with pytest.raises(ConfigError, match="no effect"):
-        load_run_config(["model.path=m", "data.train=[a.jsonl]", "data.images=pictures"])
+        load_run_config(["model.path=m", moved_to])

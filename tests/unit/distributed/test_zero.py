@@ -159,26 +159,24 @@ def test_norms_and_weights_without_a_gradient_are_not_decayed(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("processes", "of_node", "wide", "shards", "reduced"),
+    ("processes", "of_node", "shards", "reduced"),
     [
-        (8, 8, None, None, "bf16"),
-        (16, 8, None, None, "fp32"),
-        (16, 8, None, 8, "bf16"),
-        (32, 8, None, 16, "fp32"),
-        (16, 8, False, None, "bf16"),
-        (1, 1, True, None, "fp32"),
+        (8, 8, None, "bf16"),
+        (16, 8, None, "fp32"),
+        (16, 8, 8, "bf16"),
+        (32, 8, 16, "fp32"),
+        (1, 1, None, "bf16"),
     ],
 )
 def test_gradients_are_summed_in_float32_over_several_nodes(
     processes: int,
     of_node: int,
-    wide: bool | None,
     shards: int | None,
     reduced: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(of_node))
-    parallelism = ParallelismConfig(reduce_in_float32=wide, shard_size=shards)
+    parallelism = ParallelismConfig(shard_size=shards)
     config = policy_config(parallelism, OptimConfig(), Dtype.bf16)
     assert config["communication_data_type"] == reduced

@@ -127,6 +127,18 @@ def test_gradients_in_bf16_are_as_near_to_float64_as_without_tiles() -> None:
         assert tiled[name] < 1.1 * error, name
 
 
+def test_an_input_without_a_gradient() -> None:
+    """As that of a first layer of which only the MLP is trained."""
+    model = trained("llama")
+    checkpoint_layers(model, "full")
+    mlp: Any = tiled_mlps(model)[decoder_layers(model)[0]]
+    hidden = torch.randn(1, TOKENS, 32)
+    expected = torch.autograd.grad(mlp(hidden).square().sum(), [*mlp.parameters()])
+    tile_mlps(model)
+    found = torch.autograd.grad(mlp(hidden).square().sum(), [*mlp.parameters()])
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_adapter_and_frozen_layers_before_it() -> None:
     """The input of the first MLP has no gradient where only MLPs have matrices."""
     for targets in (None, ["down_proj"]):

@@ -27,6 +27,7 @@ from dpo_dist.config.losses import (
     LossTermConfig,
     OdpoOptions,
     OrpoOptions,
+    ReferenceFreeLossConfig,
     RewardAwareOptions,
     RewardOptions,
     SimpoOptions,
@@ -360,11 +361,11 @@ def test_reference_of_a_kind(kind: LossKind) -> None:
         preference_loss(POLICY, None, plain)
     zeros = preference_loss(POLICY, logps([0.0, 0.0], [0.0, 0.0]), plain, FACTS)
     for reference in (None, REFERENCE):
-        free = replace(plain, reference_free=True)
+        free = ReferenceFreeLossConfig(**vars(plain))
         assert torch.equal(preference_loss(POLICY, reference, free, FACTS), zeros)
 
 
-FREE = LossConfig(LossKind.sigmoid, 0.5, reference_free=True)
+FREE = ReferenceFreeLossConfig(LossKind.sigmoid, 0.5)
 AVERAGED = (-1.25, -1.0), (-2.0, -2.25)
 
 

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import (
+    BcoDelta,
+    BcoPairOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    ReferenceFreeLossConfig,
+)
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -192,7 +199,7 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     tokens = torch.tensor([4.0])
     policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
     shifted = LossTermConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean))
-    config = LossConfig(beta=0.5, terms=[LossTermConfig(LossKind.simpo), shifted], reference_free=True)
+    config = ReferenceFreeLossConfig(beta=0.5, terms=[LossTermConfig(LossKind.simpo), shifted])
     means = means_of(torch.zeros(1), policy, None, MetricPlan(config))
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2

@@ -246,11 +246,11 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
         return [str(record.prompt) for record in different_prompts(config.data, config.pairs, lambda _: None)]
 
     whole = asked()
-    parts = [asked("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
+    parts = [asked(f"pairs.part={number}/3") for number in (1, 2, 3)]
     assert len(whole) == 50
     assert sorted(itertools.chain(*parts)) == sorted(whole)
     assert all(8 < len(part) < 25 for part in parts)
-    assert asked("pairs.prompt_parts=3", "pairs.prompt_part=1", "pairs.limit=5") == parts[1][:5]
+    assert asked("pairs.part=2/3", "pairs.limit=5") == parts[1][:5]
 
 
 def prompts_of(folder: Path, parts: int, **world: Any) -> Prompts:
@@ -370,7 +370,7 @@ def found(folder: Path, records: list[Any], *overrides: str) -> str:
         (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
         (["pairs.rounds=1"], "rounds cannot be done"),
         (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
-        (["pairs.margin=1", "sampling.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*launcher.*top_k"),
+        (["pairs.margin=1", "sampling.top_k=3", "pairs.reference=first"], "(?s)2 mistakes.*reference.*top_k"),
     ],
 )
 def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import write_text
-from dpo_dist.tools.launching import run_command
+from dpo_dist.tools.launching import launcher_command
 from dpo_dist.tools.pairs.rounds import run_rounds
 
 pytestmark = pytest.mark.slow
@@ -76,15 +77,15 @@ WHOLE = ["pairs1", "train1", "pairs2", "train2", "pairs3"]
 
 def test_each_policy_gives_the_next_samples_and_reference() -> None:
     verbs = Verbs()
-    code, said = do(verbs, "trainer.seed=7", "pairs.prompt_parts=2")
+    code, said = do(verbs, "trainer.seed=7", "pairs.part=1/2")
     assert (code, verbs.order) == (ExitCode.completed, WHOLE)
     sampling1, training1, sampling2, training2, last = verbs.configs
     assert [one["model"]["path"] for one in (sampling1, training1)] == ["base", "base"]
     assert sampling2["model"]["path"] == training2["model"]["path"] == "run/rounds/1/train/model"
     assert last["model"]["path"] == "run/rounds/2/train/model"
     samplings = (sampling1, sampling2, last)
-    assert [(one["trainer"]["seed"], one["pairs"]["prompt_part"]) for one in samplings] == [
-        *((7, 0), (8, 1), (9, 0))
+    assert [(one["trainer"]["seed"], one["pairs"]["part"]) for one in samplings] == [
+        *((7, "1/2"), (8, "2/2"), (9, "1/2"))
     ]
     assert [one["pairs"]["rounds"] for one in (sampling1, training1)] == [0, 0]
     assert training2["data"]["train"][0]["path"] == "run/rounds/2/pairs/pairs.jsonl"
@@ -181,7 +182,7 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("overrides", "of_training"),
-    [((), None), (("data.eval_share=0.1", "samples.prompts=0"), None), (("data.eval_share=0.1",), 9)],
+    [((), None), (("data.eval_share=0.1", "sampling.prompts=0"), None), (("data.eval_share=0.1",), 9)],
 )
 def test_trainings_sample_as_the_rounds_do_if_they_sample(
     overrides: tuple[str, ...], of_training: int | None
@@ -208,10 +209,10 @@ def test_a_secret_which_no_file_has_is_no_other_setting(monkeypatch: pytest.Monk
         assert do(Verbs(), "pairs.function=m:a-secret-name")[0] == ExitCode.completed
 
 
-@pytest.mark.parametrize("launcher", ["no-such-program", "python 'x"])
-def test_a_launcher_that_cannot_be_started_is_an_error(launcher: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be started"):
-        run_command(launcher, "pairs.launcher")
+@pytest.mark.parametrize(("gpus", "words"), [(0, ""), (1, ""), (2, " -m dpo_dist launch")])
+def test_several_gpus_have_a_process_each(gpus: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert launcher_command() == shlex.quote(sys.executable) + words
 
 
 def test_a_preempted_training_ends_the_command_with_its_code() -> None:

@@ -171,7 +171,7 @@ def test_by_default_a_slow_model_answers_as_many_prompts_as_fit_in_a_minute(
     usual = RunSamples(run, Sampling(4), prompts, STOPS, TOKENIZER, at_every_evaluation=False)
     usual.ask_reference(FrozenEngine.__new__(FrozenEngine))
     assert (len(usual.prompts), len(usual.reference or [])) == (asked, asked)
-    assert any("samples.prompts=8" in line for line in told) == (asked < 8)
+    assert any("sampling.prompts=8" in line for line in told) == (asked < 8)
     again = replace(usual, prompts=prompts, reference=None)
     assert again.read_reference() == usual.reference
     every = RunSamples(run, Sampling(4), prompts, STOPS, TOKENIZER)

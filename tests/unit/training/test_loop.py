@@ -72,11 +72,11 @@ def test_schedules_are_those_of_transformers_whose_warmup_is_from_zero(
     optim = OptimConfig(lr=0.5, schedule=schedule, min_lr_ratio=floor)
     if ratio is None:
         warmup = data.draw(st.integers(0, steps - 1))
-        optim = replace(optim, warmup_steps=warmup)
+        optim = replace(optim, warmup=warmup)
     else:
         given_so = SimpleNamespace(warmup_steps=ratio, warmup_ratio=None)
         warmup = TrainingArguments.get_warmup_steps(given_so, steps)
-        optim = replace(optim, warmup_ratio=ratio)
+        optim = replace(optim, warmup=ratio)
     assume(warmup < steps)  # theirs divide by the steps after it
     if schedule is LearningRateSchedule.wsd:
         optim = replace(optim, decay_ratio=data.draw(st.integers(1, steps)) / steps)
@@ -90,15 +90,15 @@ def test_schedules_are_those_of_transformers_whose_warmup_is_from_zero(
 
 
 def test_a_warmup_longer_than_the_run_is_an_error() -> None:
-    check_schedule(OptimConfig(warmup_steps=5), 5)
-    check_schedule(OptimConfig(warmup_ratio=1.0), 5)
+    check_schedule(OptimConfig(warmup=5), 5)
+    check_schedule(OptimConfig(warmup=0.99), 5)
     with pytest.raises(ConfigError, match="longer than the run") as error:
-        check_schedule(OptimConfig(warmup_steps=6), 5)
+        check_schedule(OptimConfig(warmup=6), 5)
     assert error.value.got == "6 of 5 steps"
-    check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup_steps=4), 5)
+    check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup=4), 5)
     with pytest.raises(ConfigError, match="and the decay are longer") as error:
-        check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup_steps=4, decay_ratio=0.4), 5)
-    assert (error.value.got, error.value.remedy[:25]) == ("6 of 5 steps", "set optim.warmup_steps=3 ")
+        check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup=4, decay_ratio=0.4), 5)
+    assert (error.value.got, error.value.remedy[:19]) == ("6 of 5 steps", "set optim.warmup=3 ")
 
 
 MEANS = {"loss": 0.7, "logps/chosen_per_token": -9.0}
@@ -203,13 +203,11 @@ def test_another_metric_starts_again_and_none_keeps_none() -> None:
     [
         (Position(5, best=BestCheckpoint("eval_loss", 1, 0.5), stale_evaluations=2), True),
         (Position(5, best=BestCheckpoint("eval_loss", 1, 0.5), stale_evaluations=1), False),
-        # Counted by an earlier start with another `keep_best`.
-        (Position(5, best=BestCheckpoint(ACCURACY, 1, 0.5), stale_evaluations=2), False),
         (Position(5, stale_evaluations=2), False),
         (Position(9), True),
     ],
 )
-def test_a_run_ends_after_evaluations_that_its_own_metric_did_not_improve(
+def test_a_run_ends_after_evaluations_that_its_metric_did_not_improve(
     position: Position, is_over: bool
 ) -> None:
     parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Loop))

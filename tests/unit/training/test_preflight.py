@@ -456,7 +456,7 @@ def test_a_check_says_what_is_wrong_with_the_data(
         ("data.eval_share=0.999 trainer.eval_every=1", "no training data are left"),
         ("data.eval=[{0}/train.jsonl] data.drop_eval_prompts=true", "no training data are left"),
         ("'data.train=[{{path: {0}/train.jsonl, weight: 0.01}}]'", "no pair of a source would be drawn"),
-        ("optim.warmup_ratio=0 optim.warmup_steps=13", "the warm-up is longer than the run"),
+        ("optim.warmup=13", "the warm-up is longer than the run"),
         ("trainer.global_batch_pairs=13", "a step has more pairs than the training data"),
         ("data.eval_share=0.5 trainer.global_batch_pairs=12", "a step has more pairs than the training data"),
         ("model.adapter.r=100000", "rank is above the smaller side of a layer"),

@@ -62,19 +62,18 @@ data.eval=0.1
 data.eval=[held_out.jsonl] data.eval_share=0.1
 trainer.eval_every=5
 trainer.keep_best=true
-reference=none
+loss=kto reference=none
 reference=adapter
 loss=simpo reference.path=model
 loss=ipo loss.label_smoothing=0.1
 model.attention=varlen model.dtype=fp32
-optim.warmup_steps=100 trainer.max_steps=10
+optim.warmup=100 trainer.max_steps=10
 optim.min_lr_ratio=0.1 optim.schedule=constant
 parallelism.offload_parameters=cpu
 trainer.ema_decay=0.99 trainer.keep_last=0
 model.activation_offload=true
 model.tiled_mlp=true
 run.resume=yes
-data.train=[one_bad.jsonl] data.on_bad_record=error
 """
 
 
@@ -86,7 +85,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "train.jsonl", 12, seed=1)
     write_pairs(folder / "held_out.jsonl", 4, seed=2)
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
-    (folder / "one_bad.jsonl").write_text((folder / "train.jsonl").read_text() * 2 + '{"prompt": "a"}\n')
     (folder / "object.json").write_text(json.dumps({"version": 1, "data": pairs}))
     return folder
 

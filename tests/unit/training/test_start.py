@@ -21,7 +21,6 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import (
     AdapterConfig,
-    FinalModel,
     FolderConfig,
     MetricsConfig,
     ModelConfig,
@@ -325,21 +324,19 @@ def test_a_model_whose_report_cannot_be_written_is_finished_by_the_next_start(
 
 @pytest.mark.usefixtures("without_weights")
 @pytest.mark.parametrize(
-    ("final", "steps", "pairs", "is_evaluated"),
-    [("best", [1, 2], 12, False), ("last", [1, 2, 3, 4], 24, True)],
+    ("metric", "steps", "pairs", "is_evaluated"),
+    [("eval_loss", [1, 2], 12, False), (None, [1, 2, 3, 4], 24, True)],
 )
 def test_the_card_tells_of_the_step_whose_weights_are_the_model(
-    final: str,
+    metric: str | None,
     steps: list[int],
     pairs: int,
     is_evaluated: bool,
     folder: RunFolder,
 ) -> None:
     run, cards = run_in(folder.path), mock.Mock()
-    run.config = replace(
-        run.config, trainer=TrainerConfig(keep_best="eval_loss", eval_every=1, final=FinalModel(final))
-    )
-    loop, best = loop_of(run), BestCheckpoint("eval_loss", 2, 0.5)
+    run.config = replace(run.config, trainer=TrainerConfig(keep_best=metric, eval_every=1))
+    loop, best = loop_of(run), metric and BestCheckpoint(metric, 2, 0.5)
     for step in (1, 2, 3, 4):
         loop.recorder.row({"step": step, "loss": 0.5})
     loop.recorder.metrics.save()

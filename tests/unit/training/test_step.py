@@ -106,7 +106,7 @@ def test_a_teacher_that_is_certain_of_the_chosen_response_teaches_as_sft_does(
         terms = [LossTermConfig(kind, 1.0), LossTermConfig(other, 2.0)]
         loss = LossConfig(beta=0.5, ld_alpha=0.5, terms=terms)
         policy, reference = (LogProbs(dataset, seed) for seed in (1, 2))
-        teacher = Teacher(kept, 0, engine=cast(Engine, rows)) if loss.needs_teacher else None
+        teacher = Teacher(kept, engine=cast(Engine, rows)) if loss.needs_teacher else None
         objective = Objective(loss, cast(ReferenceProvider, reference), teacher=teacher)
         share = shard_batch(dataset, np.arange(len(dataset)), 0, 1, 64, COSTS, loss)
         step, clock = objective.ready_step(share, ALONE.device), StepClock(ALONE.device)

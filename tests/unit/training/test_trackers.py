@@ -17,11 +17,11 @@ import pytest
 import wandb
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, TrackingConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import write_text
 from dpo_dist.tools.report.recorder import sent_samples
-from dpo_dist.tools.sampling.keys import SamplesConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.training.reporting.metrics_log import MetricsLog, log_position
 from dpo_dist.training.reporting.recorder import tracked_run
 from dpo_dist.training.reporting.trackers import InBackground, Trackers, open_trackers
@@ -41,7 +41,6 @@ from tests.support.wandb_file import all_rows, history_rows, media_rows, numbers
 pytestmark = pytest.mark.slow
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
-OFFLINE = WandbMode.offline
 ROWS = [
     {"step": 1, "loss": 0.2, "rewards/margins": 0.0},
     {"step": 2, "loss": 0.65, "rewards/margins/a (b)": 0.2},
@@ -58,12 +57,13 @@ def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
     yield
     wandb.teardown()
 
 
-def config_of(mode: WandbMode = OFFLINE, **tracking: Any) -> RunConfig:
-    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, **tracking))
+def config_of(**tracking: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(**tracking))
 
 
 def tracked(
@@ -165,12 +165,12 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
     variables = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "name", "TAGS": "one,two", "NOTES": "notes"}
-    for name, value in {**variables, "MODE": "online", "DIR": "/elsewhere"}.items():
+    for name, value in {**variables, "DIR": "/elsewhere"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     responses = {"reference": {"text": f"by hf_{SECRET}"}, "policy": {"text": "p" * 5000, "tokens": 3}}
     row = {"prompt": "a prompt", "responses": responses}
-    write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
-    config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
+    write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, *[row] * 8])
+    config = replace(config_of(), sampling=SamplingConfig(prompts=3))
     tracker = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(print)))
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
@@ -184,7 +184,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
     content = json.loads(table.read_text())
     names = [f"responses.{name}" for name in ("reference.text", "policy.text", "policy.tokens")]
-    assert (content["columns"], len(content["data"])) == (["prompt", *names], 2)
+    assert (content["columns"], len(content["data"])) == (["prompt", *names], 8)
     prompt, reference, policy, _ = content["data"][0]
     assert (prompt, reference, len(policy) < 4100) == ("a prompt", "by ***", True)
     first, *_, last = records_of(tmp_path, "run")
@@ -244,15 +244,18 @@ def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("mode", "key", "reason"),
-    [(WandbMode.auto, SECRET, "cannot start online"), (WandbMode.online, "", "no usable key")],
+    [("", SECRET, "cannot start online"), ("online", "", "no usable key")],
 )
 def test_without_a_server_or_a_key_the_run_is_offline(
-    mode: WandbMode, key: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, key: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("API_KEY", key), ("BASE_URL", "http://127.0.0.1:9"), ("INIT_TIMEOUT", "1")):
-        monkeypatch.setenv(f"WANDB_{name}", value)
+    variables = {"MODE": mode, "API_KEY": key, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "1"}
+    monkeypatch.delenv("WANDB_MODE")
+    for name, value in variables.items():
+        if value:
+            monkeypatch.setenv(f"WANDB_{name}", value)
     said: list[str] = []
-    tracker = open_in(tmp_path, config_of(mode), say=said.append)
+    tracker = open_in(tmp_path, say=said.append)
     assert reason in said[0]
     assert "wandb sync" in said[1]
     tracker.log(ROWS[0])
@@ -353,8 +356,9 @@ def test_online_runs_send_what_the_server_lacks(tmp_path: Path, monkeypatch: pyt
     stop = threading.Event()
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.delenv("WANDB_MODE")
         for known, computed in ((ROWS[:1], ROWS[1:3]), (ROWS[:2], ROWS[2:4])):
-            online = open_in(tmp_path, config_of(WandbMode.auto), rows=known, stop=stop.set)
+            online = open_in(tmp_path, rows=known, stop=stop.set)
             assert not online.run.offline
             assert stop.wait(timeout=240)
             for row in computed:
@@ -370,7 +374,8 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     said: list[str] = []
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        tracker = background(open_in(tmp_path, config_of(WandbMode.auto)), tmp_path, said.append)
+        monkeypatch.delenv("WANDB_MODE")
+        tracker = background(open_in(tmp_path), tmp_path, said.append)
     tracker.log(ROWS[0])
     tracker.finish("completed", {})
     tracker.wait(2.0)
@@ -412,12 +417,13 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
 
 def test_tracking_may_be_off_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    for config in (config_of(to=[]), config_of(WandbMode.auto)):
-        monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for config in (config_of(to=[]), config_of()):
         trackers = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(pytest.fail)))
         trackers.log(ROWS[0])
         trackers.finish("completed", {})
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "wandb").write_text("a file in the way")
     assert open_wandb(tracked(tmp_path), -1.0, Console(LineScreen(said.append))) is None
     assert "cannot start offline" in said[0]
@@ -429,4 +435,4 @@ def test_tracking_may_be_off_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str | None) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
-    assert wanted_mode(WandbMode.auto) == mode
+    assert wanted_mode() == mode

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import combinations, islice
 
@@ -13,7 +13,6 @@ from dpo_dist.data import (
     EncodedExample,
     ImageFile,
     ImageProcessor,
-    OnBadRecord,
     Origin,
     Part,
     PreferenceRecord,
@@ -86,7 +85,7 @@ class Observer:
         tokenizer: "Tokenizer | None",
         processor: ImageProcessor | None = None,
     ):
-        self._config = replace(config, on_bad_record=OnBadRecord.drop)
+        self._config = config
         self._without_limits = self._config.without_limits()
         self._tokenizer = tokenizer
         self._processor = processor

@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import turns_of
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.tools.compare.models import held_out
+from dpo_dist.tools.compare.models import USUAL_PROMPTS, held_out
 from dpo_dist.tools.sampling.prompts import generation_settings
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.records import assistant, jsonl, user
@@ -31,7 +31,7 @@ def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
     template.write_text("two")
     found.append(settings(keys[-1]))
     assert len({str(each) for each in found}) == len(found)
-    assert settings("compare.prompts=9") == found[0]
+    assert settings("sampling.prompts=9") == found[0]
 
 
 RECORDS = [
@@ -47,27 +47,27 @@ def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[st
         overrides = (*overrides, f"data.eval=[{{path: {source}, label: held}}]")
     said: list[str] = []
     config = load_run_config([*base, *overrides])
-    records, labels = held_out(config.data, config.compare.prompts, said.append)
+    records, labels = held_out(config.data, config.sampling.prompts or USUAL_PROMPTS, said.append)
     assert {labels[record.prompt_key()] for record in records} <= {"held", "records"}
     first = [turns_of(record.responses[0])[-1].content for record in records]
     return [turns_of(record.prompt)[0].content for record in records], [*said, *first]
 
 
 def test_some_prompts_are_chosen_by_hash_and_kept_in_order(tmp_path: Path) -> None:
-    few, said = chosen(tmp_path, RECORDS, "compare.prompts=7")
+    few, said = chosen(tmp_path, RECORDS, "sampling.prompts=7")
     assert len(few) == 7 == len(set(few))
     assert few == sorted(few, key=lambda text: int(text.split()[1]))
     assert "prompts: 7 of 30 different ones" in said
     assert said[-7:] == [f"good {text.split()[1]}" for text in few]
-    backwards, _ = chosen(tmp_path, RECORDS[::-1], "compare.prompts=7")
+    backwards, _ = chosen(tmp_path, RECORDS[::-1], "sampling.prompts=7")
     assert set(backwards) == set(few)
-    more, _ = chosen(tmp_path, RECORDS, "compare.prompts=8")
+    more, _ = chosen(tmp_path, RECORDS, "sampling.prompts=8")
     assert set(few) < set(more)
     every, said = chosen(tmp_path, [*RECORDS, {"no": "prompt"}])
     assert len(every) == 30
     assert said[0].endswith("40 of 41 records kept")
     assert said[1].startswith("  1 dropped (unknown_format): ")
-    assert said[2] == "prompts: 30 of 30 different ones, fewer than compare.prompts=128"
+    assert said[2] == "prompts: 30 of 30 different ones, fewer than sampling.prompts=128"
 
 
 def test_a_reserved_share_of_the_training_data_is_held_out(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_the_page_is_complete(tmp_path: Path) -> None:
         "first word 90 % 80 % to 95 % plain",
         "plain:1 rule; dropped: plain prompt 9 not shown chosen plain plain plain plain",
         "data.max_prompt_length null",
-        "doctor.texts true",
+        "doctor.fail_on warning",
     ):
         assert text in page, text
 
