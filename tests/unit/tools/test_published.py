@@ -54,7 +54,7 @@ def planned(
     model: str, words: str, gpu: str = "h100-80g", gpus: int = 8, sequences: int = 1, tokens: int = 1024
 ) -> Estimate:
     batch = [f"trainer.global_batch_pairs={sequences}", f"data.max_length={tokens}"]
-    given = ["model.path=m", "data.train=[d]", "samples.prompts=0", f"plan.gpu={gpu}", f"plan.gpus={gpus}"]
+    given = ["model.path=m", "data.train=[d]", "sampling.prompts=0", f"plan.gpu={gpu}", f"plan.gpus={gpus}"]
     config = load_run_config([*given, *batch, *words.split()])
     causal_lm = without_weights(AutoConfig.for_model(**SHAPES[model]), config.model)
     machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
