@@ -1,6 +1,6 @@
 """How much of what DPO learns at its small rates is in the bf16 weights that run and are saved?
 
-    python benchmarks/late_learning.py MODEL PAIRS.jsonl RATE STEPS
+    python benchmarks/late_learning.py MODEL PAIRS.jsonl RATE,RATE STEPS [FIGURE.png]
 
 Trains the last four layers of a Llama in three ways from the same pairs: with float32 master weights and a
 bf16 forward, by `adamw_bf16`, and in float32 throughout. Prints how far the loss of training pairs and of
@@ -10,9 +10,14 @@ them, rounded to the nearest and by chance. All are evaluated in float32.
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -21,9 +26,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.distributed.adamw_bf16 import AdamWBF16, round_by_chance
 
 BEFORE, BEHIND = 16, 16  # tokens of a pair before and after its responses begin to differ
-PAIRS, OF_A_STEP = 8, 2
+PAIRS = 64  # of training, and as many held out
+OF_A_STEP = 4
 BETA = 0.1
 LAYERS = 4
+IN_FIGURE = {
+    "float32 masters, its own weights": "C0--",
+    "float32 masters, in bf16 to the nearest": "C0-",
+    "adamw_bf16": "C1-",
+    "float32 throughout, its own weights": "C2:",
+}
+
+
+class Point(NamedTuple):
+    """How far losses have fallen at a step."""
+
+    step: int
+    training: float
+    held_out: float
 
 
 def read_pairs(path: str, tokenizer: Any) -> Tensor:
@@ -98,11 +118,12 @@ class Trial:
         seen = self.losses(torch.float32, range(PAIRS))
         return float(seen.double().mean()), float(held_out.double().mean()), float(accuracy)
 
-    def train(self, way: str, rate: float, steps: int) -> dict[str, Tensor]:
+    def train(self, way: str, rate: float, steps: int, every: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield the weights that the optimizer has after each `every` steps."""
         dtype = torch.float32 if way == "float32" else torch.bfloat16
         weights = self.weights_of(dtype)
         for name, weight in weights.items():
-            weight.copy_(self.start[name]).requires_grad_()
+            weight.requires_grad_(False).copy_(self.start[name]).requires_grad_()
         held = weights
         if way == "masters":
             held = {name: torch.nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
@@ -119,45 +140,75 @@ class Trial:
             first = step * OF_A_STEP % PAIRS
             loss = self.losses(dtype, range(first, first + OF_A_STEP)).mean()
             gradients = torch.autograd.grad(loss, [*weights.values()])
-            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            for name, gradient in zip(weights, gradients, strict=True):
                 if way == "chance":
                     flats[name].grad = gradient.view(-1)
                 else:
                     held[name].grad = gradient.to(held[name].dtype)
-                del weight
             optimizer.step()
             if way == "masters":
                 with torch.no_grad():
                     for name, weight in weights.items():
                         weight.copy_(held[name])
-        for weight in weights.values():
-            weight.requires_grad_(False)
-        return {name: weight.detach().clone() for name, weight in held.items()}
+            if (step + 1) % every == 0:
+                yield step + 1, {name: weight.detach().clone() for name, weight in held.items()}
+
+
+def models_of(way: str, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Weights of the models to evaluate, by a name for the figure."""
+    if way == "chance":
+        return {"adamw_bf16": values}
+    kind = "float32 masters" if way == "masters" else "float32 throughout"
+    by_chance = {name: round_by_chance(weight, 0, "save", name) for name, weight in values.items()}
+    return {
+        f"{kind}, its own weights": values,
+        f"{kind}, in bf16 to the nearest": {name: weight.bfloat16() for name, weight in values.items()},
+        f"{kind}, in bf16 by chance": by_chance,
+    }
+
+
+def draw(curves: dict[tuple[float, str], list[Point]], path: str) -> None:
+    """Write the figure: for each rate how far both losses fall."""
+    rates = sorted({rate for rate, _ in curves})
+    figure, axes = plt.subplots(2, len(rates), figsize=(5.2 * len(rates), 6), sharex=True, squeeze=False)
+    for column, rate in enumerate(rates):
+        for (of, name), points in curves.items():
+            if of != rate or name not in IN_FIGURE:
+                continue
+            steps = [0] + [point.step for point in points]
+            style = IN_FIGURE[name]
+            axes[0][column].plot(steps, [0.0] + [point.training for point in points], style, label=name)
+            axes[1][column].plot(steps, [0.0] + [point.held_out for point in points], style, label=name)
+        axes[0][column].set_title(f"learning rate {rate:g}")
+        axes[1][column].set_xlabel("step")
+    axes[0][0].set_ylabel("training loss falls by")
+    axes[1][0].set_ylabel("held-out loss falls by")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Print a line for each way, and for each of its models."""
-    folder, pairs, rate, steps = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    """Print a line for each way, each of its models, and each fifth of the steps; draw the figure."""
+    folder, pairs, rates, steps = sys.argv[1], sys.argv[2], sys.argv[3].split(","), int(sys.argv[4])
     torch.set_num_threads(1)
     trial = Trial(folder, pairs)
     begin = trial.evaluate(trial.start)
-    for way in ("masters", "chance", "float32"):
-        values = trial.train(way, rate, steps)
-        saved = {"as the optimizer has it": values}
-        if way != "chance":
-            saved["in bf16, to the nearest"] = {name: weight.bfloat16() for name, weight in values.items()}
-            saved["in bf16, by chance"] = {
-                name: round_by_chance(weight, 0, "save", name) for name, weight in values.items()
-            }
-        for how, found in saved.items():
-            seen, held_out, accuracy = trial.evaluate(found)
-            moved = sum(int((found[name] != weight).sum()) for name, weight in trial.start.items())
-            share = moved / sum(weight.numel() for weight in trial.start.values())
-            falls = f"loss of training pairs falls by {begin[0] - seen:.5f}, of held-out ones by "
-            falls += (
-                f"{begin[1] - held_out:.5f} (accuracy {accuracy:.2f}), weights changed: {100 * share:.1f} %"
-            )
-            print(f"{rate:g}, {steps} steps, {way}, {how}: {falls}", flush=True)
+    curves: dict[tuple[float, str], list[Point]] = {}
+    for rate in map(float, rates):
+        for way in ("masters", "chance", "float32"):
+            for step, values in trial.train(way, rate, steps, steps // 5):
+                for name, found in models_of(way, values).items():
+                    seen, held_out, accuracy = trial.evaluate(found)
+                    moved = sum(int((found[key] != weight).sum()) for key, weight in trial.start.items())
+                    share = moved / sum(weight.numel() for weight in trial.start.values())
+                    point = Point(step, begin[0] - seen, begin[1] - held_out)
+                    curves.setdefault((rate, name), []).append(point)
+                    falls = f"loss of training pairs falls by {point.training:.5f}, of held-out ones by "
+                    falls += f"{point.held_out:.5f} (accuracy {accuracy:.3f}), weights changed: "
+                    print(f"{rate:g}, step {step}, {name}: {falls}{100 * share:.1f} %", flush=True)
+    if len(sys.argv) > 5:
+        draw(curves, sys.argv[5])
 
 
 if __name__ == "__main__":

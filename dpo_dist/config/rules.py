@@ -237,6 +237,11 @@ RULES = (
         "model.gradient_checkpointing!=none",
         "set model.gradient_checkpointing=full: the inputs of checkpointed layers are moved",
     ),
+    unused(
+        "model.tiled_mlp",
+        "model.gradient_checkpointing!=none",
+        "set model.gradient_checkpointing=full: other layers keep all that an MLP computes",
+    ),
     *(
         Rule(
             f"model.fused=compile {other}",
@@ -247,6 +252,7 @@ RULES = (
             "model.quantization!=null",
             "reference.quantization!=null",
             "loss.router.aux_coefficient!=null",
+            "model.tiled_mlp=true",
         )
     ),
     # Adapters and quantized weights.

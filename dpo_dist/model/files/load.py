@@ -97,6 +97,7 @@ from dpo_dist.model.lora import add_adapter, check_rank
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.states import check_recurrent_kernels
+from dpo_dist.model.tiled_mlp import tile_mlps, tiled_mlps
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +312,8 @@ def load_packed(
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.activation_offload:
         offload_inputs(causal_lm)
+    if config.tiled_mlp:
+        tile_mlps(causal_lm)
     model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded, reads_images=reads)
     if model.forks_states:
         check_recurrent_kernels(causal_lm, device, TORCH_DTYPES[config.dtype])
@@ -342,6 +345,13 @@ def without_weights(
         check_reads_images(causal_lm, "model.path")
     keep_text(causal_lm, config.images, drops=not keeps_others)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
+    if config.tiled_mlp and not tiled_mlps(causal_lm):
+        raise ConfigError(
+            "no layer has an MLP that tiles of tokens can compute",
+            where="model.tiled_mlp",
+            got=f"{model_config.model_type}: experts, layers that share weights, or layers without an MLP",
+            remedy="set model.tiled_mlp=false",
+        )
     if config.adapter is not None:
         if start is None:
             check_rank(causal_lm, config.adapter)

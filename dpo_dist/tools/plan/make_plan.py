@@ -79,7 +79,7 @@ def make_plan(config: RunConfig, progress: ProgressOf, *, suggests: bool = True)
     found = estimate(config, data, machine, causal_lm, teacher)
     parts = found.needs.parts
     used = found.needs.total_bytes(found.tokens)
-    activations = used - sum(parts.values())
+    activations = found.needs.activations(found.tokens)
     of_pair = ", the longest pair" if found.tokens > found.micro_batch else ""
     rows = [*parts.items(), (f"{found.tokens:,} tokens{of_pair}", activations)]
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))

@@ -6,7 +6,7 @@ docs/scaling.md has them as a table.
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -52,10 +52,12 @@ from dpo_dist.model.layers import (
     output_layer,
     weights_of,
 )
+from dpo_dist.model.tiled_mlp import TILE_ROWS, tiled_mlps
 from dpo_dist.objective.distillation import sparse_rows
 from dpo_dist.objective.token_logps import chunk_bytes
 from dpo_dist.training.start.open_run import Run
 
+UPDATE = "gradients of an update, when no activations live"
 KEYS_PER_TOKEN = 1.6
 """Most keys that attention keeps per token: responses that share a prompt need more than 1."""
 _KEPT_FREE = 0.1
@@ -78,6 +80,7 @@ _STATES_PER_MASTER = {
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
 _BYTES_IN_MXFP4 = 17 / 32
 _UNEVEN = 2.0  # chosen: tokens of the rank whose experts a router prefers, in shares of the mean
+_MLP_GRADIENTS = 4.0  # numbers for each of an MLP's width; see `activation_bytes`
 _TRACED_TOKENS = 64, 128  # tokens
 _TRACED_ATTENTION = "dpo_dist_trace"
 
@@ -86,11 +89,15 @@ _TRACED_ATTENTION = "dpo_dist_trace"
 class Footprint:
     """Bytes on one device: `parts` that do not depend on the micro-batch, and `per_token` of a micro-batch.
 
-    `per_token` is None if it is not known for the model.
+    `per_token` is None if it is not known for the model. With tiles, `in_tile` are the bytes per token of the
+    first `tile_tokens` only, and `sums` those of the sums over several tiles.
     """
 
     parts: dict[str, float]
     per_token: float | None
+    in_tile: float = 0.0
+    tile_tokens: int = 0
+    sums: float = 0.0
 
     def fits(self, tokens: int, memory: float) -> bool:
         """Return whether micro-batches of `tokens` leave a tenth of `memory` bytes free."""
@@ -100,12 +107,28 @@ class Footprint:
         """Return how many tokens fit into nine tenths of `memory` bytes; None if not known."""
         if self.per_token is None:
             return None
-        room = (1 - _KEPT_FREE) * memory - sum(self.parts.values())
-        return max(0, min(_MOST_TOKENS, int(room / self.per_token) // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE))
+        room = (1 - _KEPT_FREE) * memory - self._lasting
+        if self.parts.get(UPDATE, 0.0) > room:
+            return 0
+        tokens = room / (self.per_token + self.in_tile)
+        if tokens > self.tile_tokens:
+            of_tiles = self.tile_tokens * self.in_tile + self.sums
+            tokens = max(self.tile_tokens, (room - of_tiles) / self.per_token)
+        return max(0, min(_MOST_TOKENS, int(tokens) // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE))
+
+    @property
+    def _lasting(self) -> float:
+        return sum(size for name, size in self.parts.items() if name != UPDATE)
+
+    def activations(self, tokens: int) -> float:
+        """Return the bytes of a micro-batch's activations, 0 if they are not known."""
+        of_tiles = min(tokens, self.tile_tokens) * self.in_tile
+        of_tiles += self.sums if tokens > self.tile_tokens else 0.0
+        return tokens * (self.per_token or 0.0) + of_tiles
 
     def total_bytes(self, tokens: int) -> float:
         """Return the bytes of training with micro-batches of `tokens`, as far as they are known."""
-        return sum(self.parts.values()) + tokens * (self.per_token or 0.0)
+        return self._lasting + max(self.parts.get(UPDATE, 0.0), self.activations(tokens))
 
 
 @dataclass(frozen=True)
@@ -220,7 +243,7 @@ class Shapes:
             "experts of a layer": _unpacked_bytes(config, number, causal_lm) / sharing,
             "gradients": gradients,
             "optimizer states": master * self.trained / shards,
-            "gradients of an update": self._updated_together(shards) if updates_weights else 0.0,
+            UPDATE: self._updated_together(shards) if updates_weights else 0.0,
             "gathered weights": number * gathered if stage == 3 and shards > 1 else 0.0,
             # DeepSpeed reduces 5e8 gradients at a time, in a flat float32 copy (2 GB) and its bf16 cast
             # (1 GB).
@@ -243,9 +266,19 @@ class Shapes:
         checkpointing = config.model.gradient_checkpointing
         uneven = _UNEVEN if sharing > 1 else 1.0
         per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing, uneven)
-        if per_token is not None:
-            per_token = (per_token - self.offloaded_inputs) / config.parallelism.sequence_parallel
-        return Footprint({name: part for name, part in parts.items() if part}, per_token)
+        if per_token is None:
+            return Footprint({name: part for name, part in parts.items() if part}, None)
+        ranks = config.parallelism.sequence_parallel
+        per_token = (per_token - self.offloaded_inputs) / ranks
+        in_tile = 0.0
+        sums = 0.0
+        mlps = tiled_mlps(causal_lm) if config.model.tiled_mlp else {}
+        if len(mlps) == self.layers and checkpointing == "full":
+            in_tile = _bytes_in_tile(causal_lm, [*mlps.values()]) / ranks
+            trained = (weight for weight in next(iter(mlps.values())).parameters() if weight.requires_grad)
+            sums = (4.0 + number) * sum(map(torch.numel, trained))  # in float32, and a tile's own
+        footprint = {name: part for name, part in parts.items() if part}
+        return Footprint(footprint, per_token - in_tile, in_tile, TILE_ROWS * ranks, sums)
 
     def _updated_together(self, shards: int) -> float:
         """Return the bytes of the copied gradients of weights that `adamw_bf16` updates together."""
@@ -493,19 +526,40 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int, uneven: float = 1
     outside = 3.5 * number * hidden
     layer = (traced_bytes - outside) / len(layers) + attention
     experts = visited_experts(text)
-    names = ("moe_intermediate_size", "intermediate_size")[0 if experts else 1 :]
-    widths = (max(filter(None, layer_values(text, name)), default=0) for name in names)
-    width = next(filter(None, widths), 4 * hidden)
+    width = _mlp_width(text)
     # Gradients at the peak, in the backward of a layer's MLP. 4 and 2.5 are how the peak of a Llama in bf16
     # grows with the two widths, on a simulated device; with experts each token is computed by several. In
     # benchmarks/log.md: "Activations traced on the meta device".
-    backward = number * (4.0 * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
+    backward = number * (_MLP_GRADIENTS * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
     # The experts of that layer keep three widths and two hidden states of each token.
     backward += (uneven - 1) * number * experts * (7.0 * width + 6.0 * hidden)
     checkpointed = _checkpointed(len(layers), checkpointing)
     if not checkpointed:
         return len(layers) * layer + backward
     return number * hidden * checkpointed + (len(layers) - checkpointed + 1) * layer + backward
+
+
+def _bytes_in_tile(causal_lm: Any, mlps: Sequence[nn.Module]) -> float:
+    """Return the part of `activation_bytes` that is in MLPs: what one keeps, and its gradients."""
+    text = causal_lm.config.get_text_config()
+    few, many = (sum(_kept_by_mlp(mlp, tokens, causal_lm) for mlp in mlps) for tokens in _TRACED_TOKENS)
+    kept: float = (many - few) / (_TRACED_TOKENS[1] - _TRACED_TOKENS[0]) / len(mlps)
+    if visited_experts(text):  # the MLPs are dense parts beside experts, whose gradients are the largest
+        return kept
+    return kept + _MLP_GRADIENTS * int(causal_lm.dtype.itemsize) * _mlp_width(text)
+
+
+def _kept_by_mlp(mlp: nn.Module, tokens: int, causal_lm: Any) -> int:
+    hidden = causal_lm.config.get_text_config().hidden_size
+    rows = torch.zeros(tokens, hidden, dtype=causal_lm.dtype, device="meta", requires_grad=True)
+    return _kept_in(lambda: mlp(rows), [*mlp.parameters(), rows])
+
+
+def _mlp_width(text: Any) -> int:
+    """Return the width of an MLP, or of an expert of a mixture."""
+    names = ("moe_intermediate_size", "intermediate_size")[0 if visited_experts(text) else 1 :]
+    widths = (max(filter(None, layer_values(text, name)), default=0) for name in names)
+    return int(next(filter(None, widths), 4 * text.hidden_size))
 
 
 def _checkpointed(layers: int, checkpointing: str | int) -> int:
@@ -527,21 +581,30 @@ def _kept_bytes(causal_lm: Any) -> float | None:
 
 
 def _traced_bytes(causal_lm: Any, tokens: int) -> int | None:
-    of_weights = {part.untyped_storage()._cdata for part in (*causal_lm.parameters(), *causal_lm.buffers())}
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+
+    def compute() -> None:
+        causal_lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    try:
+        return _kept_in(compute, [*causal_lm.parameters(), *causal_lm.buffers()])
+    except Exception:  # code of an architecture may read values, which the meta device lacks
+        return None
+
+
+def _kept_in(compute: Callable[[], Any], others: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the tensors that autograd keeps in `compute`, without those of `others`."""
+    of_others = {tensor.untyped_storage()._cdata for tensor in others}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in of_weights:
+        if storage._cdata not in of_others:
             storages[storage._cdata] = storage
         return tensor
 
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    try:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            causal_lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception:  # code of an architecture may read values, which the meta device lacks
-        return None
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
     return sum(storage.nbytes() for storage in storages.values())
 
 

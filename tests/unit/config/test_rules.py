@@ -28,6 +28,8 @@ REFUSED = [
     ("run.after_checkpoint=***", "run.after_checkpoint"),
     ("model.dtype=fp32 model.attention=varlen", "model.attention"),
     ("model.activation_offload=true", "model.activation_offload"),
+    ("model.tiled_mlp=true", "model.tiled_mlp"),
+    ("model.tiled_mlp=true model.gradient_checkpointing=full model.fused=compile", "model.fused"),
     ("parallelism=zero2 parallelism.shard_size=8", "parallelism.shard_size"),
     ("parallelism=zero2 parallelism.experts=2", "parallelism.experts"),
     ("parallelism.experts=4 parallelism.shard_size=2", "parallelism.experts"),

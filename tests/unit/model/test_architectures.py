@@ -53,6 +53,13 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "starcoder2": {},
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    # Experts beside a dense MLP.
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "granite": MULTIPLIERS | {"logits_scaling": 4.0},
     "granitemoe": MULTIPLIERS,
     "qwen2": {"tie_word_embeddings": True},

@@ -27,6 +27,10 @@ NARROW = {**WIDE, "moe_intermediate_size": 64}
 INPUTS_FIRST = ("gpt_oss", "llama4_text")
 OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v3": NARROW | {"first_k_dense_replace": 1},
+    "gemma4_text": NARROW
+    | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "head_dim": 16}
+    | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 16}
+    | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "glm4_moe": NARROW | HEADS,
     "gpt_oss": WIDE | HEADS,
     "granitemoe": WIDE,

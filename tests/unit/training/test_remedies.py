@@ -68,6 +68,7 @@ optim.min_lr_ratio=0.1 optim.schedule=constant
 parallelism.offload_parameters=cpu
 trainer.ema_decay=0.99 trainer.keep_last=0
 model.activation_offload=true
+model.tiled_mlp=true
 run.resume=yes
 """
 
