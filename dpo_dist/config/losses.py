@@ -302,9 +302,8 @@ KINDS: dict[LossKind, KindFacts] = {
         length_averaged=True,
     ),
     LossKind.reverse_kl: KindFacts(
-        "sum over tokens of (log p - log q)^2 / 2, q the reference's, / (mean nw of the global batch): its "
-        "gradient is that of KL(policy, reference) on [the policy's own samples]"
-        "(reward_models.md#on-the-policy-s-own-samples)",
+        "(log p - log q)^2 / 2 summed over tokens, q the reference's, / (mean nw of the global batch): "
+        "for [the policy's own samples](reward_models.md#on-the-policy-s-own-samples)",
         "on-policy distillation, arXiv 2306.13649; this estimate: k2 of Schulman",
         frozenset(),
         fewest_responses=1,

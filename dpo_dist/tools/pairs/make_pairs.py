@@ -213,11 +213,8 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
                 usable.append(completion)
             elif completion.unused != "unfinished":
                 counts[f"samples_{completion.unused}"] += 1
-        if pairs.method is PairsMethod.samples and "judge" not in results.facts:  # the only response
-            if not usable:
-                counts["prompts_too_few_responses"] += 1
-            for completion in usable:
-                yield _learned(record, completion, results)
+        if pairs.method is PairsMethod.samples and [each.score for each in usable] == [None]:
+            yield _learned(record, usable[0], results)  # the only response, without a judge
         elif pairs.method is PairsMethod.samples:
             scores = [each.score or 0.0 for each in usable]
             for better, worse in select_pairs(scores, pairs, seed, record.prompt_key(), counts):
