@@ -7,8 +7,8 @@ not stored. A token that the loss does not count is an input, but no target.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,19 @@ class PackedBatch:
     # Most responses of any rank in this micro-batch: a model with one forward per response runs this many
     # forwards on every rank (law L2); 0: only one rank computes.
     forwards: int = 0
+    # Of scorers that read other prompts: the keys of the responses behind these; and the batch with these
+    # prompts, for a model that scores it.
+    other_keys: Mapping[str, Keys] = field(default_factory=dict)
+    views: Mapping[str, "PackedBatch"] = field(default_factory=dict)
+
+    def keys_for(self, scorer: str) -> Keys:
+        """Return the content addresses of the responses as a scorer reads them, uint64 [responses, 2]."""
+        return self.other_keys.get(scorer, self.keys)
+
+    def view(self, scorer: str) -> "PackedBatch":
+        """Return the batch as a scorer reads it; it has to be one of the `views` if the prompts differ."""
+        assert scorer in self.views or scorer not in self.other_keys, "only its keys are known"
+        return self.views.get(scorer, self)
 
     @property
     def pair_tokens(self) -> list[tuple[int, ...]]:
@@ -156,6 +169,7 @@ class PackedBatch:
             changed["images"] = replace(self.images, inputs=inputs)
         if self.teacher is not None:
             changed["teacher"] = self.teacher.map(change)
+        changed["views"] = {scorer: view._with_tensors(change) for scorer, view in self.views.items()}
         return replace(self, **changed)
 
 

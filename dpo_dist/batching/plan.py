@@ -15,6 +15,14 @@ from dpo_dist.batching.prefixes import Counts, Prefixes
 Bins = npt.NDArray[np.int64]
 """The bin of each example; a bin is one rank's share of a micro-batch."""
 
+# A micro-batch that is only scored has this many tokens for each token of a training micro-batch.
+# With hidden size h, training keeps 50 to 70 h bytes of activations per token and layer (docs/scaling.md;
+# arXiv:2205.05198 counts 34 h), or 2 h plus those of one layer with gradient checkpointing; scoring keeps
+# those of one layer. With 28 layers, four times the tokens need a seventh of training's activation memory.
+# With checkpointing they need twice as much, which fits because gradients and optimizer states do not exist
+# yet.
+SCORING_TOKENS_FACTOR = 4
+
 _CUT_TRIALS = 8  # halvings of the logarithm's range: of the largest of 1,000 sizes, 3 % are left open
 _MIN_EXTRA_SHARING = 1.25  # examples of a bundle share more than this many times what all share
 _ROW_TRIALS = 12  # halvings of the range of a capacity in tokens

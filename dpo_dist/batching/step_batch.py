@@ -1,7 +1,7 @@
 """The batch of a step: micro-batches planned for each rank, and packed when the rank needs them."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,10 +12,11 @@ import torch
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, causal_pairs
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import plan_micro_batches, shares_in_bins
+from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR, plan_micro_batches, shares_in_bins
+from dpo_dist.batching.prefixes import Counts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.data import Example, ImageInput
+from dpo_dist.data import SCORERS, Example, ImageInput
 
 
 class ExampleSource(Protocol):
@@ -35,6 +36,9 @@ class ExampleSource(Protocol):
     @property
     def trained_tokens(self) -> npt.NDArray[Any]:
         """Int32 [responses], tokens that the loss counts."""
+
+    def view(self, scorer: str) -> "ExampleSource":
+        """Return the same examples as a scorer reads them; `self` if it reads the same prompts."""
 
     def response_counts(self, indices: Indices) -> Indices:
         """Return the number of responses of each example."""
@@ -97,6 +101,26 @@ class RankBatch:
     with_images: tuple[bool, ...] = ()  # for each micro-batch, whether it has an image on any rank
     costs: ComputeCosts | None = None  # decide which tokens are shared; None: those of prompts
 
+    def view(self, scorer: str) -> "RankBatch":
+        """Return the same micro-batches as a scorer reads them; `self` if it reads the same prompts."""
+        view = self.dataset.view(scorer)
+        return self if view is self.dataset else replace(self, dataset=view, partners=None)
+
+    def batches_for(self, live: Collection[str]) -> Iterator[PackedBatch]:
+        """Yield `batches` with the keys by which scorers know them, and as the `live` scorers read them."""
+        others = {scorer: self.view(scorer) for scorer in SCORERS if self.view(scorer) is not self}
+        views = {scorer: view.batches() for scorer, view in others.items() if scorer in live}
+        for indices, batch in zip(self.micro_batches, self.batches(), strict=True):
+            packed = {scorer: next(batches) for scorer, batches in views.items()}
+            keys = {
+                scorer: packed[scorer].keys
+                if scorer in packed
+                else view.dataset.examples_with_keys(indices, self.which)[1]
+                for scorer, view in others.items()
+                if indices
+            }
+            yield replace(batch, other_keys=keys, views=packed)
+
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""
         dummy_image = self.dataset.dummy_image() if any(self.with_images) else None
@@ -122,11 +146,13 @@ def shard_batch(
     costs: ComputeCosts,
     loss: LossConfig | None = None,
     which: int | None = None,
+    live: Collection[str] = (),
 ) -> RankBatch:
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost.
 
     O(batch), but for one pass over the places of the dataset's examples, 1 ms for a million.
 
+    `live`: scorers that compute each micro-batch, for which it must not be too large as they read it either.
     With a `loss` the share has the responses that this loss scores, and the partners that it needs; else all
     responses, or response `which` of each example.
     """
@@ -137,7 +163,7 @@ def shard_batch(
         is_good = dataset.labels_good(indices) if loss.is_unpaired else None
         if loss.needs_partners:  # the second response of each example, planned apart
             plan_options = rank, world_size, micro_batch_tokens, costs
-            partners = shard_batch(dataset, indices, *plan_options, which=1)
+            partners = shard_batch(dataset, indices, *plan_options, which=1, live=live)
     counts = dataset.response_counts(indices)
     responses = dataset.response_indices(indices)
     chosen = responses[np.cumsum(counts) - counts]  # the first response of each example
@@ -150,7 +176,12 @@ def shard_batch(
         weights = column[indices]
     # Every rank plans the whole batch: that takes milliseconds, and to be sent a plan would be one more wait.
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
-    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)
+    planned = sizes
+    for scorer in live:
+        view = dataset.view(scorer)
+        if view is not dataset:
+            planned = _at_least(planned, view.sizes(indices, responses, counts, costs))
+    plan = plan_micro_batches(planned, world_size, micro_batch_tokens, costs)
     bins = np.empty(len(indices), dtype=np.int64)
     for number, members in enumerate(itertools.chain.from_iterable(plan)):
         bins[members] = number
@@ -178,6 +209,18 @@ def shard_batch(
         with_images=tuple(any(with_images[at].any() for at in ranks) for ranks in plan),
         costs=costs,
     )
+
+
+def _at_least(sizes: ExampleSizes, scored: ExampleSizes) -> ExampleSizes:
+    """Return sizes of examples that, `scored` without a backward, may take several times the tokens."""
+
+    def larger(own: Counts, other: Counts) -> Counts:
+        return np.maximum(own, -(-other // SCORING_TOKENS_FACTOR))
+
+    tokens = larger(sizes.tokens, scored.tokens)
+    longest = larger(sizes.longest, scored.longest)
+    # Examples that share prefixes as the policy reads them need not do so as the scorer does.
+    return replace(sizes, tokens=tokens, longest=longest, prefixes=None)
 
 
 def collate(

@@ -32,8 +32,8 @@ class RouterConfig:
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo reward_aware simpo orpo cpo sft distill aot aot_unpaired beta_dpo plackett_luce kto "
-    "apo_zero_unpaired reward custom",
+    "discopop dpop odpo reward_aware simpo orpo cpo sft distill reverse_kl aot aot_unpaired beta_dpo "
+    "plackett_luce kto apo_zero_unpaired reward custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -300,6 +300,14 @@ KINDS: dict[LossKind, KindFacts] = {
         fewest_responses=1,
         accepts_rankings=True,
         length_averaged=True,
+    ),
+    LossKind.reverse_kl: KindFacts(
+        "(log p - log q)^2 / 2 summed over tokens, q the reference's, / (mean nw of the global batch): "
+        "for [the policy's own samples](reward_models.md#on-the-policy-s-own-samples)",
+        "on-policy distillation, arXiv 2306.13649; this estimate: k2 of Schulman",
+        frozenset(),
+        fewest_responses=1,
+        accepts_rankings=True,
     ),
     LossKind.aot: KindFacts(
         "pw - pl and rw - rl each sorted over the global batch, D their difference: "

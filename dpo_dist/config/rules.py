@@ -485,7 +485,7 @@ RULES = (
         f"reference.mode=none {LOSS}",
         "this loss needs a reference model",
         "choose reference=auto",
-        lambda c: c.loss.is_unpaired,
+        lambda c: any(facts.needs_reference and facts.fewest_responses == 1 for facts in c.loss.facts),
     ),
     Rule(
         f"reference.mode!=none {LOSS}",
@@ -501,6 +501,9 @@ RULES = (
     # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
+    unused_beside(
+        "reference.system", LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference
+    ),
     # An experiment may set these, while the command chooses a loss or mode without a reference.
     *_unused_by_reference("reference.offload", yields_to=("reference.mode",)),
     Rule(
@@ -534,14 +537,25 @@ RULES = (
     ),
     # The teacher.
     Rule(
-        f"teacher.path=null {LOSS}",
+        f"teacher.path=null teacher.mode=cached|live {LOSS}",
         "this loss learns from a teacher",
         "set teacher.path to a model with the tokenizer of model.path",
         lambda c: c.loss.needs_teacher,
     ),
     *(
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
-        for name in ("path", "mode", "k", "offload")
+        for name in ("path", "system", "mode", "k", "offload")
+    ),
+    Rule(
+        "teacher.path!=null teacher.mode=policy|adapter",
+        "in this mode the policy is its own teacher",
+        "remove teacher.path, or set teacher.mode=cached",
+    ),
+    Rule(
+        f"teacher.mode=adapter model.adapter=null {LOSS}",
+        "teacher.mode=adapter switches off the policy's adapter, and the policy has none",
+        _ADAPTER + ", or set teacher.mode=policy",
+        lambda c: c.loss.needs_teacher,
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),

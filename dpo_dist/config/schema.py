@@ -147,7 +147,7 @@ FLASH_ATTN = {
 """The package of each FlashAttention kernel."""
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
-TeacherMode = StrEnum("TeacherMode", ["cached", "live"])
+TeacherMode = StrEnum("TeacherMode", ["cached", "live", "policy", "adapter"])
 Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
@@ -210,6 +210,8 @@ class ReferenceConfig:
     `auto`: by loss and model."""
     path: Place | None = key(None, verbs="train precompute evaluate")
     """Folder or hub name of the reference model; null: `model.path`."""
+    system: NonEmpty | None = key(None, verbs=EVERY_READER)
+    """System message that the reference reads in place of the record's; null: the record's."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate")
     """8 or 4 bits (bitsandbytes), whole on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
@@ -224,12 +226,20 @@ class TeacherConfig:
 
     path: Place | None = key(None)
     """Folder or hub name of the teacher, which has the token ids of `model.path`."""
+    system: NonEmpty | None = key(None, verbs=EVERY_READER)
+    """System message that the teacher reads in place of the record's; null: the record's."""
     mode: TeacherMode = key(TeacherMode.cached, free=True)
-    """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy."""
+    """`cached`: asked once, and stored in `reference.store`; `live`: computed beside the policy, which is its
+    own teacher with `policy` (present weights) and `adapter` (without its adapter)."""
     k: int = key(48, ge=1)
     """Largest probabilities of the teacher that are kept of each token, beside 16 drawn from the others."""
     offload: Offload = key(Offload.none, free=True)
     """Where the teacher's weights are kept: on the device (`none`) or `cpu`."""
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the policy is its own teacher."""
+        return self.mode in (TeacherMode.policy, TeacherMode.adapter)
 
 
 @schema
@@ -444,6 +454,28 @@ class RunConfig:
         """Return the run with a reward model as its model, and data that are encoded for it."""
         model = RewardModelConfig(**vars(self.model))
         return replace(self, model=model, data=ScoredDataConfig(**vars(self.data)))
+
+    @property
+    def scorers(self) -> set[str]:
+        """The scorers that the loss has: reference, teacher."""
+        has_reference = self.loss.needs_reference and self.reference.mode is not ReferenceMode.none
+        needed = {"reference": has_reference, "teacher": self.loss.needs_teacher}
+        return {scorer for scorer, is_needed in needed.items() if is_needed}
+
+    @property
+    def live_scorers(self) -> set[str]:
+        """Those that compute each micro-batch, beside the policy or by it."""
+        is_stored = {
+            "reference": self.reference.mode is ReferenceMode.cached,
+            "teacher": self.teacher.mode is TeacherMode.cached,
+        }
+        return {scorer for scorer in self.scorers if not is_stored[scorer]}
+
+    @property
+    def systems(self) -> dict[str, str]:
+        """System messages that scorers get in place of the records' own."""
+        own = {"reference": self.reference.system, "teacher": self.teacher.system}
+        return {scorer: text for scorer, text in own.items() if text is not None and scorer in self.scorers}
 
     @cached_property
     def identity(self) -> RunIdentity:

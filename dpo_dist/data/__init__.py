@@ -14,7 +14,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
   `Dialogue`; `ImageFile`s stand at the `IMAGE` characters of contents; `Origin` says whence a record is. A
   `Record` is also a `BadRecord`, which an `UnusableRecordError` becomes; a `RawRecord` is not parsed yet.
   `turns_of` returns a prompt or a response as messages, `prompt_hash` 64 bits by which prompts are compared.
-  `NUMBERS` change the loss of a record.
+  `NUMBERS` change the loss of a record; `SCORERS` may read another prompt.
 - **Encoding**: `encode_record` returns an `EncodedRecord`, whose `examples()` are `EncodedExample`s:
   `Example`s of `TokenIds` and a `Mask` for each response, with an `ImageInput` (`ExpandedImage`) for each
   image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from dpo_dist.data.read.sources import DataSource, full_name, source_labels
     from dpo_dist.data.records import (
         IMAGE,
+        SCORERS,
         BadRecord,
         Dialogue,
         ImageFile,
@@ -76,8 +77,8 @@ _NAMES = {
     "read.files": "write_records",
     "read.plain": "NUMBERS",
     "read.sources": "DataSource full_name source_labels",
-    "records": "IMAGE BadRecord Dialogue ImageFile Message Origin Part PreferenceRecord Prompt RawRecord "
-    "Record Response UnusableRecordError prompt_hash turns_of",
+    "records": "IMAGE SCORERS BadRecord Dialogue ImageFile Message Origin Part PreferenceRecord Prompt "
+    "RawRecord Record Response UnusableRecordError prompt_hash turns_of",
     "text.lengths": "SourceLengths",
     "text.render": "final_tokens trained_stops",
     "text.template": "ChatTemplate",

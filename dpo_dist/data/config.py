@@ -103,6 +103,8 @@ class DataConfig:
     """Largest number of tokens of prompt and response together."""
     max_prompt_length: int | None = key(None, ge=1, verbs=EVERY_READER)
     """Largest number of tokens of a prompt, whose start is cut; null: no limit."""
+    max_scorer_length: int | None = key(None, ge=2, verbs=EVERY_READER)
+    """Largest number of tokens of a scorer's own prompt and a response; null: `max_length`."""
     truncation: Truncation = key(Truncation.keep_start)
     """Above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` in proportion,
     `drop` drops the pair."""
@@ -149,7 +151,14 @@ class DataConfig:
 
     def without_limits(self) -> "DataConfig":
         """Return the configuration with room for records of any length."""
-        return replace(self, max_length=2**30, max_prompt_length=None, truncation=Truncation.drop)
+        unlimited = 2**30
+        return replace(
+            self,
+            max_length=unlimited,
+            max_scorer_length=unlimited,
+            max_prompt_length=None,
+            truncation=Truncation.drop,
+        )
 
     @property
     def longest(self) -> int:
@@ -157,10 +166,17 @@ class DataConfig:
         return self.max_length
 
     @property
+    def longest_scored(self) -> int:
+        """The most tokens of a prompt, the policy's or a scorer's own, with its response."""
+        return max(self.max_length, self.max_scorer_length or 0)
+
+    @property
     def encoding_identity(self) -> dict[str, Any]:
         """What decides, beside a record and the chat template, the token ids and masks of the record."""
+        of_scorers = {} if self.max_scorer_length is None else {"max_scorer_length": self.max_scorer_length}
         return {
             **{name: getattr(self, name) for name in _ENCODING_KEYS},
+            **of_scorers,
             "unpair": self.takes_apart,
             "on_bad_record": "drop",  # once a key; the names of encoded files have it
             "template_applied": self.template is TextTemplate.applied,

@@ -2,19 +2,22 @@
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dpo_dist.data.config import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.example import Example, Mask
+from dpo_dist.data.example import Example, Mask, TokenIds
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.read.plain import NUMBERS
 from dpo_dist.data.records import (
+    SCORERS,
     BadRecord,
+    Dialogue,
+    Message,
     PreferenceRecord,
     Record,
     RecordLengths,
@@ -43,6 +46,10 @@ class EncodedExample(Example):
     truncated: tuple[bool, ...] = ()  # for each response, whether its end and its end-of-turn token were cut
     read_as: str = ""
     lengths: RecordLengths | None = None
+    scorer_prompts: Mapping[str, TokenIds] = field(default_factory=dict)  # of scorers with another prompt
+
+
+NO_SYSTEMS: Mapping[str, str] = {}
 
 
 def encode_pair(
@@ -50,6 +57,7 @@ def encode_pair(
     config: DataConfig,
     tokenizer: Tokenizer,
     processor: ImageProcessor | None = None,
+    systems: Mapping[str, str] = NO_SYSTEMS,
 ) -> EncodedExample | BadRecord:
     """Encode a record's responses as one example, as `encode_record`; the images are `ExpandedImage`."""
     facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
@@ -84,6 +92,20 @@ def encode_pair(
         masks = [mask[: len(ids)] for mask, ids in zip(masks, cut_responses, strict=False)]
         if not all(mask.any() for mask in masks):
             raise UnusableRecordError("no_trained_token", "the loss would count no token of a response")
+        scorer_prompts = dict[str, TokenIds]()
+        replaces_system = False
+        for scorer in SCORERS:
+            other, replaces = _read_by(scorer, record, systems.get(scorer))
+            replaces_system |= replaces
+            if other is None:
+                continue
+            rendered_other = render_record(other, facts, config)
+            if processor is not None and images:
+                rendered_other = with_images(rendered_other, images, facts, processor)
+            if rendered_other.responses != rendered.responses:
+                detail = f"the template writes the responses differently after the {scorer}'s prompt"
+                raise UnusableRecordError("scorer_prompt_differs", detail)
+            scorer_prompts[scorer] = _scorer_ids(scorer, rendered_other, cut_responses, facts, config)
     except UnusableRecordError as fault:
         return replace(fault.as_bad_record(record.origin), lengths=lengths)
     except RecursionError:
@@ -98,6 +120,7 @@ def encode_pair(
         "scores_contradict": record.scores is not None and record.scores[0] < record.scores[-1],
         "partly_trained": bool(masks),
         "image_tag_in_text": has_tags,
+        "scorer_system_replaced": replaces_system,
     }
     if config.for_scores:
         cut_responses = [[*ids, _SCORE_ID] for ids in cut_responses]
@@ -112,7 +135,51 @@ def encode_pair(
         truncated=truncated,
         read_as=rendered.read_as,
         lengths=lengths,
+        scorer_prompts=scorer_prompts,
     )
+
+
+def _read_by(
+    scorer: str, record: PreferenceRecord, system: str | None
+) -> tuple[PreferenceRecord | None, bool]:
+    """Return the record as a scorer reads it, None if as the policy does; whether its own system went."""
+    prompt = record.scorer_prompts.get(scorer, record.prompt)
+    replaces = False
+    if system is not None:
+        turns = turns_of(prompt, "user")
+        replaces = bool(turns) and turns[0].role == "system" and turns[0].content != system
+        first = 1 if turns and turns[0].role == "system" else 0
+        prompt = (Message("system", system), *turns[first:])
+    if prompt == record.prompt:
+        return None, False
+    responses = record.responses
+    if isinstance(record.prompt, Dialogue):  # whose responses the template gets without spaces around them
+        responses = tuple(text.strip() if isinstance(text, str) else text for text in responses)
+    return replace(record, prompt=prompt, responses=responses), replaces
+
+
+def _scorer_ids(
+    scorer: str,
+    rendered: RenderedRecord,
+    responses: Sequence[Sequence[int]],
+    facts: TokenizerFacts,
+    config: DataConfig,
+) -> TokenIds:
+    """Return the ids of a scorer's prompt, behind which the policy's ids of the responses stand.
+
+    It is never cut: what is cut may be what the scorer has to know.
+    """
+    ids, _, _ = facts.encoder.encode_after(rendered.prompt, (), keeps_boundary=True)
+    ids, prefix_length = facts.with_prefix(ids, is_whole=rendered.is_whole)
+    if len(ids) == prefix_length:
+        raise UnusableRecordError("scorer_prompt_differs", f"the {scorer}'s prompt has no tokens")
+    tokens = len(ids) + max(map(len, responses))
+    limit = config.max_scorer_length or config.max_length
+    if tokens > limit:
+        raise UnusableRecordError(
+            "scorer_prompt_too_long", f"{tokens} tokens of the {scorer}, at most {limit}"
+        )
+    return np.array(ids, dtype=np.int32)
 
 
 def _are_distinct(responses: Sequence[Sequence[int]]) -> bool:
@@ -342,13 +409,18 @@ class EncodedRecord:
 
 
 def encode_record(
-    record: Record, config: DataConfig, tokenizer: Tokenizer, processor: ImageProcessor | None = None
+    record: Record,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor | None = None,
+    systems: Mapping[str, str] = NO_SYSTEMS,
 ) -> EncodedRecord | BadRecord:
     """Encode the training examples of a record; a bad record is returned as it is.
 
     A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
     text: EOS) exactly once. A special token spelled in a content is encoded as text. Only a `processor` reads
-    images. Raises ConfigError: the tokenizer or its chat template cannot be used.
+    images. `systems`: system messages that scorers get in place of the record's, by the names in `SCORERS`.
+    Raises ConfigError: the tokenizer or its chat template cannot be used.
     """
     if isinstance(record, BadRecord):
         return record
@@ -361,7 +433,7 @@ def encode_record(
         ties = 0
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
-    encoded = encode_pair(replace(record, responses=responses), config, tokenizer, processor)
+    encoded = encode_pair(replace(record, responses=responses), config, tokenizer, processor, systems)
     if isinstance(encoded, BadRecord):
         return encoded
     if is_taken_apart:

@@ -97,6 +97,8 @@ class Dialogue(tuple[Message, ...]):
 
 
 Prompt: TypeAlias = str | Messages
+SCORERS = ("reference", "teacher")
+"""Models that only score responses, and may read another prompt than the policy."""
 
 
 class RecordLengths(NamedTuple):
@@ -136,6 +138,7 @@ class PreferenceRecord:
     `template_arguments`. `numbers`: the `NUMBERS` with an effect. `is_exchanged`: the record's rejected side
     is the first response. `unread`: columns with a value that nothing reads, in words. `images`: of the
     prompt, in the order of the `IMAGE` characters in its contents; a prompt with images is messages.
+    `scorer_prompts`: by the names in `SCORERS`, what a scorer reads in place of the prompt.
     """
 
     prompt: Prompt
@@ -148,6 +151,7 @@ class PreferenceRecord:
     is_exchanged: bool = False
     unread: tuple[str, ...] = ()
     images: tuple["ImageFile", ...] = ()
+    scorer_prompts: Mapping[str, Prompt] = field(default_factory=dict)
 
     @property
     def labelled_side(self) -> str | None:
@@ -166,17 +170,21 @@ class PreferenceRecord:
         return self
 
     def prompt_key(self) -> str:
-        """Return 32 hex digits over the prompt, its images, tools and template arguments.
+        """Return 32 hex digits over the prompt, its images, tools, template arguments and scorers' prompts.
 
         Raises UnusableRecordError: an image cannot be read.
         """
-        prompt: Any = self.prompt
-        if isinstance(prompt, Dialogue):
-            prompt = {"dialogue": prompt.text}
-        elif not isinstance(prompt, str):
-            prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
+
+        def plain(prompt: Prompt) -> Any:
+            if isinstance(prompt, Dialogue):
+                return {"dialogue": prompt.text}
+            if isinstance(prompt, str):
+                return prompt
+            return [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
+
         arguments = dict(self.template_arguments)
-        content = {"prompt": prompt, "tools": list(self.tools), "arguments": arguments}
+        content = {"prompt": plain(self.prompt), "tools": list(self.tools), "arguments": arguments}
+        content |= {scorer: plain(prompt) for scorer, prompt in self.scorer_prompts.items()}
         if self.images:
             content["images"] = [image.digest.hex() for image in self.images]
         return text_digest(json.dumps(content, sort_keys=True))

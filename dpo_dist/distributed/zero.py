@@ -338,10 +338,12 @@ class PolicyEngine(Engine):
         return gathered_once(self._engine)
 
     @torch.no_grad()
-    def base_token_logps(self, batch: PackedBatch) -> Tensor:
-        """Return `token_logps` of the base model, without the adapter."""
-        with adapter_off(self.model):
-            return self.token_logps(batch)
+    def scored(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, without_adapter: bool = False
+    ) -> Tensor:
+        """Return `token_logps` without gradients; with `without_adapter`, of the base model."""
+        with adapter_off(self.model) if without_adapter else contextlib.nullcontext():
+            return self.token_logps(batch, statistics)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradients of this rank's sum of losses; `is_last` ends the step's accumulation.

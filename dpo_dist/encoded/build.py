@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache, lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
@@ -33,6 +33,7 @@ from dpo_dist.data import (
     prompt_hash,
     source_labels,
 )
+from dpo_dist.data.encode import NO_SYSTEMS
 from dpo_dist.encoded.store import (
     IMAGE_SCHEMA,
     ROW_SCHEMA,
@@ -58,7 +59,7 @@ from dpo_dist.foundation.files import (
 from dpo_dist.foundation.types import Tokenizer
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 25
+_ENCODING_VERSION = 26
 _ALL_RECORDS = Part()
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
@@ -95,7 +96,7 @@ class Preparation:
     another weight. `digest` is that of the tokenizer's files. The `processor` reads images, whose files are
     watched: if one changed, its source is encoded again. `progress` shows one process's work. `part`: the
     records to encode, those of the training or of the evaluation data; a source's parts with a number are
-    consecutive records, each part in a file of its own until they are joined.
+    consecutive records, each part in a file of its own until they are joined. `systems`: see `encode_record`.
     """
 
     sources: Sequence[SourceConfig]
@@ -105,6 +106,7 @@ class Preparation:
     progress: EncodingProgress = no_progress
     part: Part = _ALL_RECORDS
     processor: ImageProcessor | None = None
+    systems: Mapping[str, str] = field(default_factory=dict)
 
     def plan(self) -> tuple[PlannedSource, ...]:
         """Return which sources must be encoded. Raises DataError or ConfigError."""
@@ -127,7 +129,7 @@ class Preparation:
                 of_records = sorted({file.parent for file in source.files() or ()})
                 resolved = [str(folder.resolve()) for folder in (*source.image_folders(), *of_records)]
                 folders = text_digest("\n".join(resolved))
-            fingerprint = _fingerprint(source, config, digest, self.part)
+            fingerprint = _fingerprint(source, config, digest, self.part, self.systems)
             target = EncodedSource(source.path, cache, fingerprint, source.config.limit, label, folders)
             is_encoded = is_whole(target)
             contents = [] if is_encoded else [*map(content_in, _identities(source))]
@@ -207,6 +209,7 @@ class Preparation:
             tokenizer=self.tokenizer,
             part=self.part,
             processor=self.processor,
+            systems=self.systems,
         )
 
         @cache  # asked when the part's first chunk is read: another job may have written it by then
@@ -288,6 +291,7 @@ def encode_records(
     part: Part = _ALL_RECORDS,
     processor: ImageProcessor | None = None,
     images: dict[bytes, ExpandedImage] | None = None,
+    systems: Mapping[str, str] = NO_SYSTEMS,
 ) -> pa.RecordBatch:
     """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason.
 
@@ -307,7 +311,7 @@ def encode_records(
         else:
             prompt = prompt_hash(readable.prompt, () if processor is None else readable.images)
             if part.has(prompt):
-                encoded = encode_record(readable, config, tokenizer, processor)
+                encoded = encode_record(readable, config, tokenizer, processor, systems)
         if isinstance(encoded, BadRecord):
             outcome = Outcome(encoded.reason, unread=encoded.unread)
             values = {"detail": encoded.detail, "lengths": encoded.lengths or ()}
@@ -351,7 +355,7 @@ def _row_values(record: EncodedRecord) -> dict[str, Any]:
     pieces = (example.prompt_ids, *example.responses)
     ids = np.concatenate(pieces)
     return {
-        "largest_id": ids.max(),
+        "largest_id": max(map(np.max, (ids, *example.scorer_prompts.values()))),
         "ids": ids,
         "piece_tokens": list(map(len, pieces)),
         "keys": response_keys([example]).ravel(),
@@ -367,6 +371,7 @@ def _row_values(record: EncodedRecord) -> dict[str, Any]:
         "examples": record.ranks,  # an example is a ranking of the record's responses, which are stored once
         "images": [image.digest for image in example.images],
         "lengths": example.lengths or (),
+        **{f"{scorer}_prompt": prompt for scorer, prompt in example.scorer_prompts.items()},
     }
 
 
@@ -375,7 +380,9 @@ def _identities(source: DataSource) -> list[str]:
     return list(map(file_identity, source.files() or ()))
 
 
-def _fingerprint(source: DataSource, config: DataConfig, digest: str, part: Part) -> str:
+def _fingerprint(
+    source: DataSource, config: DataConfig, digest: str, part: Part, systems: Mapping[str, str]
+) -> str:
     """Return a digest of everything that decides the ids of a pinned source, but the files of its images."""
     content = {
         "encoding": _ENCODING_VERSION,
@@ -383,6 +390,7 @@ def _fingerprint(source: DataSource, config: DataConfig, digest: str, part: Part
         **config.encoding_identity,
         **source.encoding_identity(Path(config.cache) / MEMO_FOLDER),
         "part": part.identity,
+        "systems": dict(systems),
     }
     return text_digest(json.dumps(content, sort_keys=True))
 

@@ -25,6 +25,7 @@ from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, accepts_facts
 from dpo_dist.data import (
     NUMBERS,
+    SCORERS,
     DataConfig,
     DataCounts,
     Example,
@@ -39,6 +40,9 @@ from dpo_dist.encoded.dataset_columns import (
     DATASET_COLUMNS,
     NUMBER,
     PREFIX_COLUMNS,
+    PROMPT_STARTS,
+    PROMPT_TOKENS,
+    ScorerPrompts,
     append_records,
     first_rows,
     made_from,
@@ -129,12 +133,18 @@ class PreferenceDataset:
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
     numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
+    scorer_prompts: Mapping[str, ScorerPrompts] = field(default_factory=dict)  # of scorers that read others
+    views: Mapping[str, "PreferenceDataset"] = field(default_factory=dict)  # `views.with_views`
     images: PromptImages | None = None  # None: no prompt has an image
     prefixes: Prefixes | None = None  # how the examples begin; None: not known
     columns_files: tuple[Path, ...] = ()  # of most columns above; empty: they are in memory
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
+
+    def view(self, scorer: str) -> "PreferenceDataset":
+        """Return the same examples as a scorer reads them: other prompts, lengths and keys."""
+        return self.views.get(scorer, self)
 
     def spans(self, weights: Sequence[float]) -> list[SourceSpan]:
         """Return the index range of each source with its weight."""
@@ -396,6 +406,15 @@ def open_dataset(
         trained=pc.list_flatten(every["trained"]),
         encoded=tuple(sources),
         numbers={name: arrays[NUMBER + name] for name in NUMBERS if NUMBER + name in arrays},
+        scorer_prompts={
+            scorer: ScorerPrompts(
+                pc.list_flatten(every[f"{scorer}_prompt"]),
+                arrays[PROMPT_STARTS + scorer],
+                arrays[PROMPT_TOKENS + scorer],
+            )
+            for scorer in SCORERS
+            if PROMPT_TOKENS + scorer in arrays
+        },
         images=images,
         prefixes=Prefixes(*map(arrays.pop, PREFIX_COLUMNS)),
         columns_files=(file,),
@@ -528,6 +547,9 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     if loss.accepts_rankings and loss.label_smoothing:
         remedy = "set loss.label_smoothing=null, or data.ranked=best_worst or all_pairs"
         check(counts > 2, "a ranking beside loss.label_smoothing", remedy)
+    for scorer, prompts in dataset.scorer_prompts.items():
+        ignored = f"ignore it in the source: ignore: [{scorer}_prompt]"
+        check((prompts.tokens > 0) & loss.of_scores, f"a {scorer}_prompt, and no {scorer}", ignored)
     if loss.is_unpaired:
         labels = "give each response a label: true or false, 1 or 0"
         check(~is_labelled, "no single response with a label", labels)

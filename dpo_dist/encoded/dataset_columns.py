@@ -1,7 +1,7 @@
 """Columns of an encoded dataset, computed once and then mapped (`foundation.tables`)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,13 +10,32 @@ import pyarrow.compute as pc
 
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data import NUMBERS
+from dpo_dist.data import NUMBERS, SCORERS
 from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
-_VERSION = 3  # increased when equal records get other columns or counts
+_VERSION = 4  # increased when equal records get other columns or counts
 NUMBER = "number_"
 """Begins the name of a column of one of `NUMBERS`."""
+PROMPT_STARTS = "prompt_starts_"
+PROMPT_TOKENS = "prompt_tokens_"
+"""Begin the names of columns of one of `SCORERS`, [examples]: offset and length of its own prompt."""
+
+
+class ScorerPrompts(NamedTuple):
+    """The prompts that a scorer reads in place of the examples' own."""
+
+    ids: pa.ChunkedArray  # int32 [tokens]
+    starts: Array  # int64 [examples], offset of each prompt in `ids`
+    tokens: Array  # int32 [examples], length of each prompt; 0: the scorer reads the example's own
+
+
+_NEUTRAL: dict[str, Any] = {
+    **{NUMBER + name: neutral for name, neutral in NUMBERS.items()},
+    **{PROMPT_STARTS + scorer: np.int64(0) for scorer in SCORERS},
+    **{PROMPT_TOKENS + scorer: np.int32(0) for scorer in SCORERS},
+}
+"""The columns that a dataset has only where a value has an effect, and the value without one."""
 
 # Columns of `dataset_columns` that do not depend on the examples before them.
 _UNCHANGED = (
@@ -42,6 +61,7 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
     files = dict[tuple[int, str], int]()
     largest = -1
     records = tokens = masked = pieces = examples = 0
+    prompt_tokens = dict.fromkeys(SCORERS, 0)
     for source, table in enumerate(tables):
         for batch in table.to_batches():
             columns.append(shared=batch["shared"].to_numpy())
@@ -56,11 +76,15 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
             sizes = chunk["piece_tokens"]
             prompts = chunk["first_pieces"]
             counts = np.diff(prompts) - 1
-            # A chunk has only the numbers with an effect. Once one has a number, each example needs a value:
-            # those before it, and those of later chunks without the number, get the one without effect.
-            for name, neutral in NUMBERS.items():
-                column = NUMBER + name
-                values = chunk["numbers"].get(name)
+            with_effect = {NUMBER + name: values for name, values in chunk["numbers"].items()}
+            for scorer, read in chunk["scorer_prompts"].items():
+                with_effect[PROMPT_STARTS + scorer] = read.starts + prompt_tokens[scorer]
+                with_effect[PROMPT_TOKENS + scorer] = read.tokens
+                prompt_tokens[scorer] += len(read.ids)
+            # A chunk has only the columns with an effect. Once one has a column, each example needs a value:
+            # those before it, and those of later chunks without the column, get the one without effect.
+            for column, neutral in _NEUTRAL.items():
+                values = with_effect.get(column)
                 if values is None and column not in columns:
                     continue
                 earlier = np.full(0 if column in columns else examples, neutral)
@@ -162,6 +186,15 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     values[_lengths(table["numbers"]) > 0] = flat("numbers").reshape(-1, len(NUMBERS))
     by_name = zip(NUMBERS.items(), values[record_of].T, strict=True)
     numbers = {name: column.copy() for (name, neutral), column in by_name if (column != neutral).any()}
+    scorer_prompts = dict[str, ScorerPrompts]()
+    for scorer in SCORERS:
+        lengths = _lengths(table[f"{scorer}_prompt"])
+        if lengths.any():
+            prompt_starts = np.cumsum(lengths) - lengths
+            prompt_ids = pc.list_flatten(table[f"{scorer}_prompt"])
+            scorer_prompts[scorer] = ScorerPrompts(
+                prompt_ids, prompt_starts[record_of], lengths[record_of].astype(np.int32)
+            )
     return {
         "source_paths": tuple(files.dictionary.to_pylist()),
         "largest_id": pc.max(table["largest_id"]).as_py(),
@@ -173,6 +206,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "digests": example_digests(keys, response_counts),
         "scores": flat("scores")[response_row],
         "numbers": numbers,
+        "scorer_prompts": scorer_prompts,
         "trained": pc.list_flatten(table["trained"]),
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response_row],
         "trained_tokens": trained_tokens[response_row],

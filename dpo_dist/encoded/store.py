@@ -20,7 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.batching.prefixes import Row, common_tokens, image_words
-from dpo_dist.data import BadRecord, DataConfig, DataCounts, ImageFile, Origin, Outcome, SourceLengths
+from dpo_dist.data import (
+    SCORERS,
+    BadRecord,
+    DataConfig,
+    DataCounts,
+    ImageFile,
+    Origin,
+    Outcome,
+    SourceLengths,
+)
 from dpo_dist.encoded.watched_images import is_unchanged, is_unchanged_by_metadata, metadata_in_folders
 from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
 from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest
@@ -44,6 +53,8 @@ ROW_SCHEMA = pa.schema(
         "ids": pa.list_(pa.int32()),
         "piece_tokens": pa.list_(pa.int32()),
         "keys": pa.list_(pa.uint64()),
+        # The prompts that scorers read in place of the record's; empty: the same.
+        **{f"{scorer}_prompt": pa.list_(pa.int32()) for scorer in SCORERS},
         "scores": pa.list_(pa.float64()),
         # A value for each of `NUMBERS`; empty if no number has an effect.
         "numbers": pa.list_(pa.float64()),

@@ -98,6 +98,8 @@ class BatchFacts:
     """`kto`: mean log-ratio of mismatched responses over the *global* batch, one number without gradient."""
     divergence: Tensor | None = None
     """`distill`: KL(teacher || policy), summed over the tokens of the chosen response."""
+    squared_ratio: Tensor | None = None
+    """`reverse_kl`: (log p - log q)^2 / 2, summed over the tokens of the chosen response."""
     running: RunningMeans = field(default_factory=RunningMeans)
     """`beta_dpo`, `bco_pair`: means over the steps before."""
 
@@ -232,6 +234,11 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
                 raise ValueError("loss kind distill needs the divergences from a teacher")
             tokens = facts.mean_chosen_tokens  # see sft
             return facts.divergence / (policy.chosen_tokens.mean() if tokens is None else tokens)
+        case LossKind.reverse_kl:  # Agarwal et al. 2023, arXiv 2306.13649, by half the squared log-ratio
+            if facts.squared_ratio is None:
+                raise ValueError("loss kind reverse_kl needs the squared log-ratios of tokens")
+            tokens = facts.mean_chosen_tokens  # see sft
+            return facts.squared_ratio / (policy.chosen_tokens.mean() if tokens is None else tokens)
         # Sorted over the global batch: TRL sorts each micro-batch, whose size would change the loss (law L1).
         case LossKind.aot:  # Melnyk et al. 2024, arXiv 2406.05882
             return _smoothed(beta * _sorted_difference(policy.margin, reference.margin), smoothing)

@@ -88,15 +88,6 @@ def run_start_check(
     engine.model.train(was_training)
 
 
-# A micro-batch that is only scored has this many tokens for each token of a training micro-batch.
-# With hidden size h, training keeps 50 to 70 h bytes of activations per token and layer (docs/scaling.md;
-# arXiv:2205.05198 counts 34 h), or 2 h plus those of one layer with gradient checkpointing; scoring keeps
-# those of one layer. With 28 layers, four times the tokens need a seventh of training's activation memory.
-# With checkpointing they need twice as much, which fits because gradients and optimizer states do not exist
-# yet.
-SCORING_TOKENS_FACTOR = 4
-
-
 def scoring_config(model: ModelConfig, quantization: Quantization | None) -> ModelConfig:
     """Return the settings of `model` without options of training, with this quantization."""
     return replace(
@@ -197,8 +188,9 @@ class ReferenceProvider:
             return batch
         if not len(batch.keys):
             return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
-        entries = self.store.read(batch.keys)
-        for key, entry, tokens in zip(batch.keys.tolist(), entries, batch.response_lengths, strict=True):
+        keys = batch.keys_for("reference")
+        entries = self.store.read(keys)
+        for key, entry, tokens in zip(keys.tolist(), entries, batch.response_lengths, strict=True):
             if len(entry) != tokens:  # two wrong lengths that cancel would shift log-probs between responses
                 raise self.store.wrong_entry(key, f"{len(entry)} tokens in place of {tokens}")
         values = np.concatenate(entries)
@@ -211,7 +203,7 @@ class ReferenceProvider:
         `batch` comes from `add_stored_logps`. Collective if a model computes the log-probs.
         """
         if self.engine is not None:
-            return self.engine.token_logps(batch)
+            return self.engine.token_logps(batch.view("reference"))
         if self.policy is not None:
-            return self.policy.base_token_logps(batch)
+            return self.policy.scored(batch.view("reference"), without_adapter=True)
         return batch.reference_logps

@@ -10,18 +10,23 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.distributed.zero import Engine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.objective.distillation import SparseRows, TeacherInputs
 from dpo_dist.reference.store import LogpStore
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Gives batches what the teacher wants; of `engine` and `store` one is set."""
+    """Gives batches what the teacher wants; of `engine`, `policy` and `store` one is set.
+
+    `policy`: the trained model itself, with `without_adapter` before it was trained.
+    """
 
     kept: SparseRows
     engine: Engine | None = None
     store: LogpStore | None = None
+    policy: PolicyEngine | None = None
+    without_adapter: bool = False
 
     def ready(self, batch: PackedBatch) -> PackedBatch:
         """Return a batch on the host with stored rows, or with what an engine needs. Thread-safe.
@@ -29,16 +34,20 @@ class Teacher:
         The store has rows of chosen responses only, which the loss counts: others, and a dummy, get zeros.
         """
         if self.store is None:
-            return with_uniforms(batch, self.kept)
+            if "teacher" not in batch.views:
+                return with_uniforms(batch, self.kept)
+            asked = with_uniforms(batch.view("teacher"), self.kept)
+            return replace(batch, views={**batch.views, "teacher": asked})
+        keys = batch.keys_for("teacher")
         lengths = batch.response_lengths
         chosen = _chosen(batch) if len(batch.keys) else []
         parts = [np.zeros((tokens, self.kept.width), dtype=np.float32) for tokens in lengths]
-        for response, rows in zip(chosen, self.store.read(batch.keys[chosen]), strict=True):
+        for response, rows in zip(chosen, self.store.read(keys[chosen]), strict=True):
             fault = self.kept.fault(rows)
             if len(rows) != lengths[response]:
                 fault = f"{len(rows)} tokens in place of {lengths[response]}"
             if fault:
-                raise self.store.wrong_entry(batch.keys[response].tolist(), fault)
+                raise self.store.wrong_entry(keys[response].tolist(), fault)
             parts[response] = rows
         every = np.concatenate(parts)
         counted = every if batch.mask is None else every[batch.mask]
@@ -46,9 +55,15 @@ class Teacher:
 
     def answer(self, batch: PackedBatch) -> PackedBatch:
         """Return a batch of `ready` on the device with its rows; collective if an engine computes them."""
-        if self.engine is None:
+        if self.store is not None:
             return batch
-        rows = self.engine.token_logps(batch, ("as_teacher",)).T
+        asked = batch.view("teacher")
+        if self.policy is not None:
+            rows = self.policy.scored(asked, ("as_teacher",), without_adapter=self.without_adapter)
+        else:
+            assert self.engine is not None
+            rows = self.engine.token_logps(asked, ("as_teacher",))
+        rows = rows.T
         return replace(batch, teacher=TeacherInputs(self.kept, rows=rows))
 
 

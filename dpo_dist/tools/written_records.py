@@ -27,6 +27,11 @@ def _turn_fields(turn: Message) -> dict[str, Any]:
     return fields
 
 
+def scorer_fields(record: PreferenceRecord) -> dict[str, Any]:
+    """Return what a reference and a teacher read in place of the prompt."""
+    return {f"{scorer}_prompt": as_fields(prompt, ())[0] for scorer, prompt in record.scorer_prompts.items()}
+
+
 def context_fields(record: PreferenceRecord) -> dict[str, Any]:
     """Return tools and template arguments, if the record has any."""
     fields: dict[str, Any] = {}

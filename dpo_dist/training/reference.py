@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Quantization, ReferenceMode
 from dpo_dist.distributed.memory import peak_memory_bytes
@@ -27,13 +28,14 @@ from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.digest import Profile, check_same_numerics, model_label
-from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scoring_config
+from dpo_dist.reference.engine import ReferenceProvider, load_reference, scoring_config
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from dpo_dist.training.start.inputs import EvaluationInputs
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.steps.step import Objective
 
+REFERENCE = "reference"
 _CHECKED_PAIRS = 16
 _LEAST_SAVED = 0.01
 # Largest accepted difference of stored and new log-probs, in nats, in the mean of a response's tokens.
@@ -56,14 +58,14 @@ def check_drift(
     and per response, in nats, for the report.
     """
     world = run.world
-    rank_batch = run.shard(dataset, pairs_to_check(run, visited), costs)
+    rank_batch = run.shard(dataset, pairs_to_check(run, visited), costs, [REFERENCE])
     drifts: list[tuple[str, StoredLogps]] = []
-    with objective.prefetch_batches(rank_batch, world.device) as batches:
+    with objective.prefetch_batches(rank_batch, world.device, [REFERENCE]) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
             assert stored is not None, "the step-0 check needs a reference"
-            fresh = score(batch)
+            fresh = score(batch.view(REFERENCE))
             if micro_batch and world.leads:
                 names = []
                 for index in micro_batch:
@@ -158,7 +160,13 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     same_precision = config.reference.quantization is config.model.quantization
     policy_starts_as_reference = same_precision and files.digest == inputs.policy_files.digest
     load = partial(
-        load_reference, files, config.model, config.reference, config.data.max_length, world, inputs.processor
+        load_reference,
+        files,
+        config.model,
+        config.reference,
+        config.data.longest_scored,
+        world,
+        inputs.processor,
     )
     if mode is ReferenceMode.live:
         return reference_without_store(
@@ -171,7 +179,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     # Fill the store; the model is loaded only if log-probs are missing, and freed at the end.
     scored = ScoredOnce(run, inputs, load)
     filler = scored.filler(empty, ENTRIES_PER_SHARD)
-    filled = scored.fill(filler, inputs.datasets_to_score, "reference", "log-prob")
+    filled = scored.fill(filler, inputs.read_by(REFERENCE), REFERENCE, "log-prob")
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
     # While the model is there a sample is scored again, unless the check before step 0 does it.

@@ -246,7 +246,9 @@ def _set_up(
     if sharing:
         run.note(sharing)
     run.stops.check()
-    objective = Objective(config.loss, reference.provider, inputs.router, custom, prepared.teacher.teacher)
+    objective = Objective(
+        config.loss, reference.provider, inputs.router, custom, prepared.teacher.beside(policy)
+    )
     # What a checkpoint holds, and what happens when one is committed.
     sharded: list[SlicedWeights] = [policy]
     reference_sync = None
@@ -327,7 +329,8 @@ def _set_up(
         costs=costs,
         policy=policy,
         objective=objective,
-        policy_starts_as_reference=reference.policy_starts_as_reference
+        policy_answers_as_reference=reference.policy_starts_as_reference
+        and not any("reference" in dataset.views for dataset in inputs.datasets.values())
         and config.loss.weighting is not Weighting.wpo
         and not config.loss.needs_teacher,
         peak=peak,

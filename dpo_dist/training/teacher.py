@@ -15,7 +15,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import ReferenceConfig, TeacherMode
-from dpo_dist.distributed.zero import Engine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import pluralize, size
@@ -31,6 +31,7 @@ from dpo_dist.training.start.inputs import EvaluationInputs
 from dpo_dist.training.start.open_run import Run
 
 _KEY = "teacher.path"
+_TEACHER = "teacher"
 _ROWS_PER_SHARD = 256  # a row takes a hundred times the bytes of a log-prob
 
 
@@ -41,6 +42,12 @@ class PreparedTeacher:
     teacher: Teacher | None = None
     report: dict[str, Any] = field(default_factory=dict)  # `reference.teacher` of summary.json
 
+    def beside(self, policy: PolicyEngine) -> Teacher | None:
+        """Return the teacher in a run that trains this policy, which may be its own teacher."""
+        if self.teacher is None or self.teacher.store is not None or self.teacher.engine is not None:
+            return self.teacher
+        return replace(self.teacher, policy=policy)
+
     @property
     def engine(self) -> Engine | None:
         """The model beside the policy."""
@@ -48,9 +55,19 @@ class PreparedTeacher:
 
 
 def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
-    """Return the teacher of a loss that has one; in mode `cached`, fill the store. Collective."""
+    """Return the teacher of a loss that has one; in mode `cached`, fill the store. Collective.
+
+    Where the policy is its own teacher, it is still to be set.
+    """
     config = run.config
     world = run.world
+    mode = config.teacher.mode
+    if config.loss.needs_teacher and config.teacher.is_policy:
+        vocabulary = load_config(inputs.policy_files.folder, config.model).get_text_config().vocab_size
+        kept = sparse_rows(config.teacher, config.loss, vocabulary)
+        without_adapter = mode is TeacherMode.adapter
+        own = Teacher(kept, without_adapter=without_adapter)
+        return PreparedTeacher(own, {"mode": mode.value})
     files = inputs.teacher_files
     if files is None:
         return PreparedTeacher()
@@ -68,7 +85,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
         folder,
         scoring_config(config.model, None),
         ReferenceConfig(offload=config.teacher.offload),
-        config.data.max_length,
+        config.data.longest_scored,
         world,
         key=_KEY,
         processor=inputs.processor,
@@ -86,7 +103,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     label = model_label(config.teacher.path, folder)
     fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
     empty = LogpStore(Path(config.reference.store), fingerprint, [])
-    scored = inputs.datasets_to_score
+    scored = inputs.read_by(_TEACHER)
     responses, tokens = world.on_main(lambda: _missing(empty, scored))
     if responses:
         taken = 4 * kept.width * tokens
@@ -95,7 +112,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept)
     filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
-    filled = asked.fill(filler, scored, "teacher", "response")
+    filled = asked.fill(filler, scored, _TEACHER, "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
     teacher = replace(teacher, store=filler.open_filled())
     if asked.engine is not None:

@@ -59,7 +59,7 @@ def scored(policy: Any, assets: Assets) -> dict[str, list[float]]:
     (batch,) = shard_batch(assets.dataset(), np.array(SCORED), 0, 1, 8192, COSTS).batches()
     return {
         "policy": policy.token_logps(batch).tolist(),
-        "base": policy.base_token_logps(batch).tolist(),
+        "base": policy.scored(batch, without_adapter=True).tolist(),
     }
 
 

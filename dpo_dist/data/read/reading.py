@@ -14,9 +14,11 @@ from dpo_dist.data.read.expressions import expression
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.messages import (
     OF_KEYS,
+    PLACED,
     MessageKeys,
     given_images,
     is_messages,
+    parse_messages,
     read_history,
     read_messages,
     read_tools,
@@ -30,6 +32,7 @@ from dpo_dist.data.records import (
     MAX_TEXT_BYTES,
     NOT_KEPT,
     RESERVED_CHARACTER,
+    SCORERS,
     BadRecord,
     Dialogue,
     Message,
@@ -70,6 +73,7 @@ FIELDS = (
         "best_first",
     ),
     *("completion", "label", "images", *NUMBERS, "keep"),
+    *(f"{scorer}_prompt" for scorer in SCORERS),
 )
 FORMS = ("", "text", "dialogue", "implicit")
 """How texts are read: by what they are, always as texts, as dialogues (HH-RLHF), without a prompt (TRL)."""
@@ -175,7 +179,7 @@ def parse_prompt(record: Fields, reading: Reading, origin: Origin) -> Record:
     parsed = parse_record(record, reading, origin)
     if not isinstance(parsed, BadRecord) or "prompt" not in reading.fields:
         return parsed
-    of_prompts = ("prompt", *CONTEXT, "images", "keep")
+    of_prompts = ("prompt", *CONTEXT, "images", "keep", *(f"{scorer}_prompt" for scorer in SCORERS))
     fields = {name: text for name, text in reading.fields.items() if name in of_prompts}
     others = frozenset("*")  # the responses
     asked = replace(reading, fields=fields | {"completion": "'response'"}, ignored=others)
@@ -232,9 +236,35 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
         numbers=numbers,
         unread=tuple(reading.notes.get(name, shown_key(name)) for name in unread),
         images=files,
+        scorer_prompts=_scorer_prompts(values, prompt, files, reading.keys),
     )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
+
+
+def _scorer_prompts(
+    values: Fields, prompt: Prompt, images: Sequence[Any], keys: MessageKeys
+) -> dict[str, Prompt]:
+    """Return what scorers read in place of the prompt, each in its form: a text, or messages."""
+    prompts = dict[str, Prompt]()
+    for scorer in SCORERS:
+        name = f"{scorer}_prompt"
+        value = values.get(name)
+        if not is_given(value):
+            continue
+        if images or isinstance(prompt, Dialogue):
+            what = "images" if images else "Human and Assistant turns"
+            raise UnusableRecordError("scorer_prompt_differs", f"{name} beside a prompt with {what}")
+        if isinstance(prompt, str):
+            if not isinstance(value, str):
+                raise UnusableRecordError("scorer_prompt_differs", f"{name} is no text, as the prompt is")
+            prompts[scorer] = value
+            continue
+        turns = parse_messages(value, "user", keys)
+        if not turns or any(PLACED in turn.fields for turn in turns):
+            raise UnusableRecordError("scorer_prompt_differs", f"{name} has an image, or no message")
+        prompts[scorer] = turns
+    return prompts
 
 
 def _responses(values: Fields) -> tuple[dict[str, Any], tuple[float, ...] | None]:
@@ -378,8 +408,9 @@ def check_content(record: PreferenceRecord) -> None:
     prompt = turns_of(record.prompt, "user")
     responses = [*map(turns_of, record.responses)]
     values = [*map(_values, (prompt, *responses))]
+    of_scorers = [_values(turns_of(other, "user")) for other in record.scorer_prompts.values()]
     try:
-        texts = [values, record.tools, record.template_arguments]
+        texts = [values, record.tools, record.template_arguments, of_scorers]
         plain = json.dumps(texts, ensure_ascii=False, default=str)
         size = len(plain.encode())
     except UnicodeEncodeError:

@@ -26,6 +26,7 @@ from dpo_dist.data.read.reading import (
     parse_record,
 )
 from dpo_dist.data.records import (
+    SCORERS,
     BadRecord,
     Dialogue,
     Origin,
@@ -46,7 +47,10 @@ _SHORT = 20
 # Faults of a record that are those of its source, if all of the first records have one.
 _OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column"}
 _OF_SOURCE |= {"unknown_label"}
-_READ_BESIDE = ("system", "history", "tools", "images", "loss_weight", "soft_label", "margin", "keep")
+_READ_BESIDE = (
+    *("system", "history", "tools", "images", "loss_weight", "soft_label", "margin", "keep"),
+    *(f"{scorer}_prompt" for scorer in SCORERS),
+)
 """Fields that a column of the same name can be read as, whatever the responses are."""
 _TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 _SHAPES: dict[str, dict[str, Any]] = _TABLE["shapes"]

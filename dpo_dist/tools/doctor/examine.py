@@ -52,7 +52,7 @@ def diagnose(config: RunConfig, progress: ProgressOf) -> Diagnosis:
     if config.model.path != UNSET:
         from dpo_dist.kit import prepare_data  # noqa: PLC0415  (slow)
 
-        prepared = prepare_data(data, config.model, config.loss, progress)
+        prepared = prepare_data(data, config.model, config.loss, progress, config.systems)
     encoder = None if prepared is None else prepared.encoder
     tokenizer = None if encoder is None else encoder.tokenizer
     processor = None if encoder is None else encoder.processor

@@ -15,7 +15,7 @@ from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.sampling.prompts import Read, good_records
-from dpo_dist.tools.written_records import as_fields, context_fields
+from dpo_dist.tools.written_records import as_fields, context_fields, scorer_fields
 
 
 def training_records(
@@ -39,7 +39,7 @@ def pair_fields(
     """
     prompt, chosen, rejected = as_fields(record.prompt, responses)
     fields = {} if prompt is None else {"prompt": prompt}
-    fields |= {"chosen": chosen, "rejected": rejected, **context_fields(record)}
+    fields |= {"chosen": chosen, "rejected": rejected, **context_fields(record), **scorer_fields(record)}
     if scores is not None:
         fields["score_chosen"], fields["score_rejected"] = scores
     return {**fields, "provenance": dict(provenance)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord
+from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.fields import plain
@@ -47,7 +47,7 @@ from dpo_dist.tools.sampling.respond import (
     open_generator,
 )
 from dpo_dist.tools.sampling.settings import sampling_for
-from dpo_dist.tools.written_records import as_fields, context_fields
+from dpo_dist.tools.written_records import as_fields, context_fields, scorer_fields
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64
@@ -213,7 +213,9 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
                 usable.append(completion)
             elif completion.unused != "unfinished":
                 counts[f"samples_{completion.unused}"] += 1
-        if pairs.method is PairsMethod.samples:
+        if pairs.method is PairsMethod.samples and [each.score for each in usable] == [None]:
+            yield _learned(record, usable[0], results)  # the only response, without a judge
+        elif pairs.method is PairsMethod.samples:
             scores = [each.score or 0.0 for each in usable]
             for better, worse in select_pairs(scores, pairs, seed, record.prompt_key(), counts):
                 yield _pair(record, row, usable[better], usable[worse], results)
@@ -221,6 +223,29 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
             yield _pair(record, row, usable[0], usable[1], results)
         else:
             counts["prompts_too_few_responses"] += 1
+
+
+def _learned(record: PreferenceRecord, completion: Completion, results: PairResults) -> dict[str, Any]:
+    """Return the record of a response that is learned as it is."""
+    provenance = {
+        "source": without_secrets(str(record.origin)),
+        "method": str(results.pairs.method),
+        "chosen": _of_side(completion, results),
+        **results.facts,
+    }
+    prompt, response = as_fields(turns_of(record.prompt, "user"), (completion.response,))
+    fields = {"prompt": prompt, "completion": response, **context_fields(record), **scorer_fields(record)}
+    images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
+    return {**fields, "provenance": provenance, **images}
+
+
+def _of_side(completion: Completion, results: PairResults) -> dict[str, Any]:
+    return {
+        "model": results.models[completion.model].provenance(),
+        "number": completion.number,
+        "tokens": completion.tokens,
+        "finished": completion.finished,
+    }
 
 
 def _pair(
@@ -231,13 +256,7 @@ def _pair(
         "source": without_secrets(str(record.origin)),
         "method": str(results.pairs.method),
     }
-    for side, completion in (("chosen", chosen), ("rejected", rejected)):
-        provenance[side] = {
-            "model": results.models[completion.model].provenance(),
-            "number": completion.number,
-            "tokens": completion.tokens,
-            "finished": completion.finished,
-        }
+    provenance |= {"chosen": _of_side(chosen, results), "rejected": _of_side(rejected, results)}
     provenance |= results.facts
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
@@ -281,7 +300,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             **results.facts,
         }
         images = image_fields(record, PairsFolder(results.prompts.run.folder.path).pairs)
-        yield {**row, **context_fields(record), "provenance": provenance, **images}
+        yield {**row, **context_fields(record), **scorer_fields(record), "provenance": provenance, **images}
 
 
 def pairs_from_models(run: Run) -> None:

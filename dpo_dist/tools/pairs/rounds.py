@@ -14,6 +14,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.text import aligned, without_secrets
 from dpo_dist.kit import (
+    LossKind,
     ReferenceMode,
     RunConfig,
     RunFolder,
@@ -82,6 +83,7 @@ def read_samples(policy: str, file: Path) -> dict[str, Any]:
     """Return a samples file's counts, mean score, and largest difference of scores within a prompt."""
     prompts = 0
     unscored = 0
+    used = 0
     widest = 0.0
     scores = list[float]()
     for row in files.read_lines(file):
@@ -92,10 +94,11 @@ def read_samples(policy: str, file: Path) -> dict[str, Any]:
             widest = max(widest, max(scores_of_prompt) - min(scores_of_prompt))
         unscored += len(responses) - len(scores_of_prompt)
         scores += scores_of_prompt
+        used += len(row["responses"])
     return {
         "policy": policy,
         "prompts": prompts,
-        "responses": len(scores),
+        "responses": len(scores) or used,  # without a judge there are no scores
         "unscored": unscored,
         "mean_score": sum(scores) / len(scores) if scores else None,
         "largest_difference": widest,
@@ -183,7 +186,8 @@ class _Rounds:
         samples = read_samples(stage.model.path, folder.pairs_samples)
         # From round 2 on, ties everywhere mean that nothing is left to learn. The exit code alone cannot say
         # that: a full disk has the same one.
-        is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
+        has_scores = samples["mean_score"] is not None
+        is_learned = number > 1 and has_scores and samples["largest_difference"] <= pairs.margin
         if code != ExitCode.completed and not is_learned:
             raise _stage_error(f"sampling of round {number}", code, folder)
         pair_count = None
@@ -251,7 +255,8 @@ class _Rounds:
         first = config.model
         reference = config.reference
         mode = config.reference.mode
-        if config.section_of(PairsConfig).reference is RoundReference.previous:
+        is_teacher = LossKind.reverse_kl in config.loss.kinds
+        if config.section_of(PairsConfig).reference is RoundReference.previous and not is_teacher:
             reference = replace(reference, path=None)
         elif reference.path is None and mode is not ReferenceMode.none:
             # A hub name without its revision might name another model than the first policy.

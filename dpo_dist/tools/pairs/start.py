@@ -37,6 +37,10 @@ def _models(config: RunConfig) -> list[str]:
     return responding_models(_pairs(config), config.model.path)
 
 
+def _has_one_response(config: RunConfig) -> bool:
+    return len(_models(config)) * _pairs(config).samples == 1
+
+
 _ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _EFFECTS = {
@@ -97,14 +101,20 @@ _RULES = (
     Rule(
         f"pairs.samples {_SAMPLES}",
         "a pair needs two responses",
-        "raise pairs.samples, or name two pairs.models",
-        lambda c: len(_models(c)) * _pairs(c).samples < 2,
+        "raise pairs.samples, or name two pairs.models; one response alone needs no judge",
+        lambda c: _has_one_response(c) and count_judges(_pairs(c)) > 0,
     ),
     Rule(
         f"{JUDGES} {_SAMPLES}",
         "samples need one judge",
         "set one of them; pairs.method=delta needs no judge",
-        lambda c: count_judges(_pairs(c)) != 1,
+        lambda c: count_judges(_pairs(c)) != 1 and not _has_one_response(c),
+    ),
+    Rule(
+        f"pairs.samples {_SAMPLES} {_ROUNDS} {LOSS}",
+        "a response without a judge makes no pair, which this loss needs",
+        "raise pairs.samples and set a judge, or choose a loss of one response: reverse_kl, distill, sft",
+        lambda c: _has_one_response(c) and not c.loss.is_one_sided,
     ),
     Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),

@@ -18,7 +18,7 @@ from dpo_dist.distributed.checkpoint.saver import (
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError, ExitCode
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
 from dpo_dist.model.files.load import check_has_score, check_same_vocabulary, load_tokenizer
 from dpo_dist.model.files.stops import padding_token, set_padding
@@ -50,6 +50,13 @@ _MODELS = {"model.path", "model.revision", "model.adapter", "reference.path", "t
 
 def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console: Console) -> int:
     """Evaluate models and write their results; return the exit code."""
+    if config.loss.needs_teacher and config.teacher.is_policy:
+        raise ConfigError(
+            "a policy that is its own teacher is evaluated while it trains",
+            where="teacher.mode",
+            got=config.teacher.mode,
+            remedy="set teacher.mode=live teacher.path=MODEL, or another loss",
+        )
     with open_run(config, console) as run:
         inputs = load_evaluation_inputs(run)
         run.world.on_main(partial(check_models_of_run, run.folder, config.identity, inputs))

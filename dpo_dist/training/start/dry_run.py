@@ -24,7 +24,6 @@ from dpo_dist.batching.sampler import (
     short_run_warnings,
     steps_in_words,
 )
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.data import (
@@ -233,7 +232,7 @@ def _records(look: _DryRun) -> None:
 
 
 def _source(look: _DryRun, source: DataSource, name: str, found: list[_FirstRecords]) -> None:
-    first = _first_records(source.pinned(), name, look.config.data, look.config.loss, look.encoder)
+    first = _first_records(source.pinned(), name, look.config, look.encoder)
     vocabulary = look.policy.model_config.get_text_config().vocab_size
     check_ids_in_vocabulary(first.dataset, look.encoder.tokenizer, vocabulary)
     look.lines += [(name, first.text), *first.notes]
@@ -370,13 +369,19 @@ def start_in_words(config: RunConfig) -> str:
 def _first_records(
     source: DataSource,
     key: str,
-    data: DataConfig,
-    loss: LossConfig,
+    config: RunConfig,
     encoder: Encoder,
 ) -> _FirstRecords:
     """Read, encode and check the first records of a source."""
+    data = config.data
     records = list(itertools.islice(source.records(), _FIRST_RECORDS + 1))
-    encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
+    encoded = encode_records(
+        records[:_FIRST_RECORDS],
+        data,
+        encoder.tokenizer,
+        processor=encoder.processor,
+        systems=config.systems,
+    )
     table = pa.Table.from_batches([encoded])
     counts = read_counts(table)
     has_more = len(records) > _FIRST_RECORDS
@@ -396,7 +401,7 @@ def _first_records(
         key_order=key_order(columns["keys"]),
         **columns,
     )
-    check_fits_loss(dataset, loss)
+    check_fits_loss(dataset, config.loss)
     images = pc.sum(pc.greater(pc.list_value_length(table["images"]), 0)).as_py() or 0
     name = f" ({source.config.name})" if source.config.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)

@@ -40,6 +40,7 @@ from dpo_dist.encoded.dataset import (
 )
 from dpo_dist.encoded.partners import with_partners
 from dpo_dist.encoded.store import EncodedSource
+from dpo_dist.encoded.views import with_views
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER
 from dpo_dist.model.architectures import (
@@ -99,6 +100,10 @@ class EvaluationInputs:
             return []
         return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
 
+    def read_by(self, scorer: str) -> list[tuple[PreferenceDataset, Indices]]:
+        """Return the datasets to score as a scorer reads them."""
+        return [(dataset.view(scorer), indices) for dataset, indices in self.datasets_to_score]
+
 
 @dataclass(frozen=True)
 class Inputs(EvaluationInputs):
@@ -157,9 +162,9 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             also_in_train=partial(count_shared, eval_set, train_set),
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
-    train_set = _with_labels_and_partners(run, train_set)
+    train_set = _completed(run, train_set)
     if eval_set is not None:
-        eval_set = _with_labels_and_partners(run, eval_set)
+        eval_set = _completed(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.datasets.items():
@@ -217,11 +222,14 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return replace(inputs, eval_set=_with_labels_and_partners(run, inputs.eval_set))
+    return replace(inputs, eval_set=_completed(run, inputs.eval_set))
 
 
-def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
-    """Return the dataset with counts of labels, and with partners if the loss needs them; collective."""
+def _completed(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the dataset with counts of labels, the partners that the loss needs, and the scorers' views.
+
+    Collective.
+    """
     if run.config.loss.is_unpaired:
 
         def labels() -> dict[str, int]:
@@ -229,10 +237,19 @@ def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> Preferenc
             return {"good": good, "bad": len(dataset) - good}
 
         dataset = _add_counts(run, dataset, labels=labels)
-    if not run.config.loss.needs_partners:
+    if run.config.loss.needs_partners:
+        partnered = partial(with_partners, dataset, run.config.data.max_length)
+        dataset = on_every_rank(run, partnered, "preparing the partners of records")
+    if not dataset.scorer_prompts:
         return dataset
-    partnered = partial(with_partners, dataset, run.config.data.max_length)
-    return on_every_rank(run, partnered, "preparing the partners of records")
+    for scorer in dataset.scorer_prompts.keys() - run.config.scorers:
+        run.say(f"{scorer}_prompt of the data is not read: this run has no {scorer}")
+    viewed = partial(with_views, dataset, run.config.scorers)
+    dataset = on_every_rank(run, viewed, "preparing the prompts of reference and teacher")
+    for scorer, view in dataset.views.items():
+        others = int((view.piece_starts != dataset.piece_starts).sum())
+        run.say(f"the {scorer} reads another prompt in {others:,} of {len(dataset):,} examples")
+    return dataset
 
 
 def _load(
@@ -276,7 +293,9 @@ def _load(
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
             return run.console.progress(f"encoding the {name} data: {source}", "record")
 
-        preparation = Preparation(sources, config.data, tokenizer, digest, progress, part, processor)
+        preparation = Preparation(
+            sources, config.data, tokenizer, digest, progress, part, processor, config.systems
+        )
         with run.console.heartbeat(f"preparing the {name} data"):
             encoded = encode_together(world, preparation)
         opened = partial(open_dataset, encoded, config.data, processor)

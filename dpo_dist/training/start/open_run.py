@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,11 +89,14 @@ class Run:
         """Print a warning; on rank 0 only."""
         self.console.warn(text)
 
-    def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
-        """Return this rank's micro-batches of a global batch."""
+    def shard(
+        self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts, scorers: Collection[str] = ()
+    ) -> RankBatch:
+        """Return this rank's micro-batches of a global batch, for live scorers and the given ones, too."""
         place = (self.world.replica, self.world.replicas)
         loss = self.config.loss
-        return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, loss)
+        live = self.config.live_scorers.union(scorers)
+        return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, loss, live=live)
 
     def write(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 to write files of the run; return its result on all ranks. Collective."""

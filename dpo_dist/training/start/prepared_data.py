@@ -1,6 +1,6 @@
 """The data of a run, encoded as training does, for tools that examine them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data import DataConfig, Part, SourceConfig, TextTemplate
+from dpo_dist.data.encode import NO_SYSTEMS
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
@@ -54,9 +55,13 @@ class PreparedData(NamedTuple):
 
 
 def prepare_data(
-    data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf
+    data: DataConfig,
+    model: ModelConfig,
+    loss: LossConfig,
+    progress: ProgressOf,
+    systems: Mapping[str, str] = NO_SYSTEMS,
 ) -> PreparedData:
-    """Encode the data of a run with its model's tokenizer."""
+    """Encode the data of a run with its model's tokenizer; `systems`: see `encode_record`."""
     folder = description_folder(model.path, model.revision, needs_weights=False)
     encoder = load_encoder(folder, start_folder(model), model)
     tokenizer = encoder.tokenizer
@@ -70,7 +75,7 @@ def prepare_data(
             title = f"encoding {path} ({side} part)" if data.eval_share else f"encoding {path}"
             return progress(title, "record")
 
-        encoded = Preparation(sources, data, tokenizer, digest, show, part, processor).whole()
+        encoded = Preparation(sources, data, tokenizer, digest, show, part, processor, systems).whole()
         try:
             if encoded:
                 dataset = open_dataset(encoded, data, processor)

@@ -67,7 +67,7 @@ class Loop:
     policy: PolicyEngine
     objective: Objective
     # The policy starts as the reference: the first evaluation needs no policy forward.
-    policy_starts_as_reference: bool
+    policy_answers_as_reference: bool
     peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
@@ -178,7 +178,7 @@ class Loop:
         }
         facts = (self.checkpoints.is_written, self.policy.has_lost_gradients)
         totals = reduce_step(sums, [*facts, *votes.values()], norm, world)
-        if self.policy_starts_as_reference and position.step == 0:
+        if self.policy_answers_as_reference and position.step == 0:
             totals = without_comparisons(totals)
         writers, lost, *counts = totals.votes
         asked_for = {ask for ask, count in zip(votes, counts, strict=True) if count}
@@ -286,7 +286,7 @@ class Loop:
         dataset = self.inputs.eval_set
         assert dataset is not None, "evaluations have data"
         rank_batch = self.run.shard(dataset, np.arange(len(dataset)), self.costs)
-        policy = None if self.policy_starts_as_reference and position.step == 0 else self.policy
+        policy = None if self.policy_answers_as_reference and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(
             policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping

@@ -12,7 +12,7 @@ after the last micro-batch
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch, copy_to_device
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch
-from dpo_dist.config.losses import LossConfig, Weighting
+from dpo_dist.config.losses import LossConfig, LossKind, Weighting
 from dpo_dist.config.metrics import AUC, MISMATCH
 from dpo_dist.data import NUMBERS
 from dpo_dist.distributed.processes.world import World
@@ -73,12 +73,25 @@ class Objective:
     custom: CustomMetrics = field(default_factory=CustomMetrics)
     teacher: Teacher | None = None
 
-    def ready_batches(self, rank_batch: RankBatch | None, device: torch.device) -> Iterator[PackedBatch]:
+    @property
+    def live_scorers(self) -> set[str]:
+        """The scorers that compute each micro-batch."""
+        is_live = {
+            "reference": self.reference.engine is not None or self.reference.policy is not None,
+            "teacher": self.teacher is not None and self.teacher.store is None,
+        }
+        return {scorer for scorer, computes in is_live.items() if computes}
+
+    def ready_batches(
+        self, rank_batch: RankBatch | None, device: torch.device, scorers: Collection[str] = ()
+    ) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches with stored reference log-probs; nothing if `rank_batch` is None.
 
-        The micro-batches are on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
+        They have the `views` of live scorers and of the given ones, and are on the host, in pinned memory if
+        `device` is a GPU. Needs no model; thread-safe.
         """
-        for batch in () if rank_batch is None else rank_batch.batches():
+        live = self.live_scorers.union(scorers)
+        for batch in () if rank_batch is None else rank_batch.batches_for(live):
             ready = self.reference.add_stored_logps(batch)
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
@@ -93,10 +106,10 @@ class Objective:
         return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), partners)
 
     def prefetch_batches(
-        self, rank_batch: RankBatch | None, device: torch.device
+        self, rank_batch: RankBatch | None, device: torch.device, scorers: Collection[str] = ()
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return the context of `ready_batches` that a background thread computes ahead."""
-        return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
+        return prefetch(self.ready_batches(rank_batch, device, scorers), _BATCHES_AHEAD)
 
     def score(
         self,
@@ -161,6 +174,10 @@ class Objective:
                 divergence = sums(kept.divergences(wanted, statistics["of_teacher"])).chosen
                 if "most_likely" in statistics:
                     agreement = sums((statistics["most_likely"] == kept.most_likely(wanted)).float())
+            squared_ratio = None
+            if LossKind.reverse_kl in self.loss.kinds:
+                assert reference is not None
+                squared_ratio = sums((token_logps - reference).square() / 2).chosen
             yield ScoredPairs(
                 policy=loss_sums(token_logps),
                 reference=None if reference is None else loss_sums(reference),
@@ -170,6 +187,7 @@ class Objective:
                     score_gaps=batch.score_gaps,
                     pair_weights=pair_weights,
                     divergence=divergence,
+                    squared_ratio=squared_ratio,
                     **numbers,
                 ),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
@@ -377,7 +395,7 @@ def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
 
 def _differentiable(pairs: ScoredPairs) -> list[Tensor]:
     """Return the policy's values by which a coupled loss is differentiated, [pairs] each."""
-    optional = (pairs.policy.whole_chosen, pairs.facts.divergence)
+    optional = (pairs.policy.whole_chosen, pairs.facts.divergence, pairs.facts.squared_ratio)
     return [pairs.policy.chosen, pairs.policy.rejected, *(each for each in optional if each is not None)]
 
 

@@ -31,6 +31,7 @@ DATA = {
     "drop_eval_prompts": True,
     "max_length": 30,
     "max_prompt_length": 5,
+    "max_scorer_length": 9,
     "truncation": Cut.drop,
     "text_as_messages": True,
     "template": TextTemplate.applied,

@@ -93,6 +93,7 @@ FACTS = BatchFacts(
     mismatch=torch.tensor(1.0),
     running=RunningMeans(margin=0.25, reward=0.125),
     divergence=torch.tensor([2.0, 3.0]),
+    squared_ratio=torch.tensor([1.0, 2.0]),
 )
 
 # With beta 0.5: b h is 2 and 0.5, b Dw 1 and 0, b Dl -1 and -0.5, 1 / (2 b) is 1.
@@ -103,6 +104,7 @@ BY_HAND = [
     ),
     (LossConfig(LossKind.custom, function=OWN), (0.0, 0.5)),
     (LossConfig(LossKind.distill), (0.4, 0.6)),  # divided by the mean of 4 and 6 tokens
+    (LossConfig(LossKind.reverse_kl), (0.2, 0.4)),
     (LossConfig(LossKind.ipo, options=IpoOptions(length_average=False)), (9.0, 0.0)),
     (
         LossConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)),
@@ -280,7 +282,11 @@ def test_only_the_losses_of_coupled_kinds_depend_on_other_pairs(config: LossConf
     for place, gap in enumerate(SCORE_GAPS.split(1)):
         given = one_pair(POLICY, place), one_pair(REFERENCE, place)
         assert facts.divergence is not None
-        of_pair = replace(facts, score_gaps=gap, divergence=facts.divergence[place : place + 1])
+        assert facts.squared_ratio is not None
+        own = slice(place, place + 1)
+        of_pair = replace(
+            facts, score_gaps=gap, divergence=facts.divergence[own], squared_ratio=facts.squared_ratio[own]
+        )
         alone.append(preference_loss(*given, config, of_pair))
     together = preference_loss(POLICY, REFERENCE, config, facts)
     assert torch.equal(torch.cat(alone), together) is not config.is_coupled
@@ -304,8 +310,8 @@ NOT_MONOTONE = {LossKind.ipo, LossKind.sppo_hard, LossKind.nca_pair, LossKind.ap
 NOT_MONOTONE |= {LossKind.reward_aware, LossKind.discopop}  # the latter at its default tau; docs/losses.md
 
 
-# All but the kind that reads no log-probs.
-OF_LOGPS = sorted({*LossKind} - {LossKind.distill})
+# All but the kinds that read sums over tokens, made before.
+OF_LOGPS = sorted({*LossKind} - {LossKind.distill, LossKind.reverse_kl})
 
 
 @given(st.sampled_from(OF_LOGPS), values, values, tokens, tokens, st.floats(0.01, 5))

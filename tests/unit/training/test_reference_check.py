@@ -159,7 +159,7 @@ def teachers_store(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def name_of(temperature: float = 1.0, *, is_smaller: bool = False, **teacher: Any) -> str:
         loss = LossConfig(LossKind.distill, options=DistillOptions(temperature=temperature))
-        settings = TeacherConfig(path=str(folder), **{"k": 8, "drawn": 4, **teacher})
+        settings = TeacherConfig(path=str(folder), **{"k": 8, **teacher})
         config = RunConfig(model=ModelConfig(dtype=Dtype.fp32), loss=loss, teacher=settings)
         files = SimpleNamespace(folder=folder, digest="files")
         policy = SimpleNamespace(folder=smaller if is_smaller else folder)
@@ -177,10 +177,7 @@ def test_a_store_of_a_teacher_knows_everything_that_changes_its_rows(
     teachers_store: Callable[..., str],
 ) -> None:
     others = [
-        {"seed": 1},
         {"k": 9},
-        {"drawn": 5},
-        {"k": 7, "drawn": 6},  # as many numbers
         {"temperature": 2.0},
         {"is_smaller": True},  # a student with fewer token ids
     ]
