@@ -49,15 +49,12 @@ class EncodedExample(Example):
     scorer_prompts: Mapping[str, TokenIds] = field(default_factory=dict)  # of scorers with another prompt
 
 
-NO_SYSTEMS: Mapping[str, str] = {}
-
-
 def encode_pair(
     record: PreferenceRecord,
     config: DataConfig,
     tokenizer: Tokenizer,
     processor: ImageProcessor | None = None,
-    systems: Mapping[str, str] = NO_SYSTEMS,
+    systems: Mapping[str, str] | None = None,
 ) -> EncodedExample | BadRecord:
     """Encode a record's responses as one example, as `encode_record`; the images are `ExpandedImage`."""
     facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
@@ -95,7 +92,7 @@ def encode_pair(
         scorer_prompts = dict[str, TokenIds]()
         replaces_system = False
         for scorer in SCORERS:
-            other, replaces = _read_by(scorer, record, systems.get(scorer))
+            other, replaces = _read_by(scorer, record, (systems or {}).get(scorer))
             replaces_system |= replaces
             if other is None:
                 continue
@@ -413,7 +410,7 @@ def encode_record(
     config: DataConfig,
     tokenizer: Tokenizer,
     processor: ImageProcessor | None = None,
-    systems: Mapping[str, str] = NO_SYSTEMS,
+    systems: Mapping[str, str] | None = None,
 ) -> EncodedRecord | BadRecord:
     """Encode the training examples of a record; a bad record is returned as it is.
 
