@@ -217,21 +217,20 @@ def test_a_teacher_that_reads_more_takes_longer(tmp_path: Path) -> None:
     def asking(*more: str) -> float:
         config = load_run_config([*words, f"data.cache={tmp_path}/encoded", *more])
         used = planned_data(
-            config.section_of(PlanConfig),
+            config.plan,
             config.data,
             config.model,
             config.loss,
             lambda *_: nullcontext(lambda *_: None),
             systems=config.systems,
         )
-        machine = choose_machine(config.section_of(PlanConfig), config.model.dtype)
-        policy = policy_without_weights(config.model)
+        machine = choose_machine(config.plan, config.model.dtype)
+        policy = without_weights(AutoConfig.from_pretrained(model), config.model)
         return estimate(config, used, machine, policy, policy).asking
 
     ignored = f"data.train=[{{path: {tmp_path}/pairs.jsonl, ignore: [teacher_prompt]}}]"
-    assert (
-        asking(ignored) < asking() < asking("teacher.system='You are a sailor who says yes to all the sea.'")
-    )
+    longer = asking("teacher.system='You are a sailor who says yes to the sea.'")
+    assert asking(ignored) < asking() < longer
 
 
 def test_a_plan_says_whose_machine_it_is_for_and_no_fractions_of_a_second(tmp_path: Path) -> None:
