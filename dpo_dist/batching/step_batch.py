@@ -108,18 +108,19 @@ class RankBatch:
 
     def batches_for(self, live: Collection[str]) -> Iterator[PackedBatch]:
         """Yield `batches` with the keys by which scorers know them, and as the `live` scorers read them."""
-        others = {scorer: self.view(scorer) for scorer in SCORERS if self.view(scorer) is not self}
-        views = {scorer: view.batches() for scorer, view in others.items() if scorer in live}
+        views = {scorer: self.view(scorer) for scorer in SCORERS}
+        views = {scorer: view for scorer, view in views.items() if view is not self}
+        packed = {scorer: view.batches() for scorer, view in views.items() if scorer in live}
         for indices, batch in zip(self.micro_batches, self.batches(), strict=True):
-            packed = {scorer: next(batches) for scorer, batches in views.items()}
-            keys = {
-                scorer: packed[scorer].keys
-                if scorer in packed
-                else view.dataset.examples_with_keys(indices, self.which)[1]
-                for scorer, view in others.items()
-                if indices
-            }
-            yield replace(batch, other_keys=keys, views=packed)
+            keys = dict[str, Keys]()
+            read = dict[str, PackedBatch]()
+            for scorer, view in views.items():
+                if scorer in packed:
+                    read[scorer] = next(packed[scorer])
+                    keys[scorer] = read[scorer].keys
+                elif indices:
+                    keys[scorer] = view.dataset.examples_with_keys(indices, self.which)[1]
+            yield replace(batch, other_keys=keys, views=read)
 
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""
@@ -215,7 +216,7 @@ def _at_least(sizes: ExampleSizes, scored: ExampleSizes) -> ExampleSizes:
     """Return sizes of examples that, `scored` without a backward, may take several times the tokens."""
 
     def larger(own: Counts, other: Counts) -> Counts:
-        return np.maximum(own, -(-other // SCORING_TOKENS_FACTOR))
+        return np.maximum(own, np.ceil(other / SCORING_TOKENS_FACTOR).astype(np.int64))
 
     tokens = larger(sizes.tokens, scored.tokens)
     longest = larger(sizes.longest, scored.longest)
