@@ -504,6 +504,7 @@ RULES = (
     unused_beside(
         "reference.system", LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference
     ),
+    unused("reference.system", "reference.mode!=none"),
     # An experiment may set these, while the command chooses a loss or mode without a reference.
     *_unused_by_reference("reference.offload", yields_to=("reference.mode",)),
     Rule(
@@ -546,6 +547,7 @@ RULES = (
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
         for name in ("path", "system", "mode", "k", "offload")
     ),
+    unused("teacher.offload", "teacher.mode=cached|live"),
     Rule(
         "teacher.path!=null teacher.mode=policy|adapter",
         "in this mode the policy is its own teacher",

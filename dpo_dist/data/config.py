@@ -162,12 +162,7 @@ class DataConfig:
 
     @property
     def longest(self) -> int:
-        """The most tokens of an encoded prompt with its response."""
-        return self.max_length
-
-    @property
-    def longest_scored(self) -> int:
-        """The most tokens of a prompt, the policy's or a scorer's own, with its response."""
+        """The most tokens of an encoded prompt, the policy's or a scorer's own, with its response."""
         return max(self.max_length, self.max_scorer_length or 0)
 
     @property

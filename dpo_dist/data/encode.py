@@ -26,7 +26,7 @@ from dpo_dist.data.records import (
     turns_of,
 )
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
-from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
+from dpo_dist.data.text.render import AS_TURN, RenderedRecord, render_record, with_images
 from dpo_dist.data.text.thoughts import DEFAULT_MARKS
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import Span
@@ -92,7 +92,11 @@ def encode_pair(
         scorer_prompts = dict[str, TokenIds]()
         replaces_system = False
         for scorer in SCORERS:
-            other, replaces = _read_by(scorer, record, (systems or {}).get(scorer))
+            system = (systems or {}).get(scorer)
+            if system is not None and isinstance(record.prompt, str) and rendered.read_as != AS_TURN:
+                detail = f"{scorer}.system before a text that is no user's turn"
+                raise UnusableRecordError("scorer_prompt_differs", detail)
+            other, replaces = _read_by(scorer, record, system)
             replaces_system |= replaces
             if other is None:
                 continue

@@ -265,7 +265,7 @@ def _completed(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
 
         dataset = _add_counts(run, dataset, labels=labels)
     if run.config.loss.needs_partners:
-        partnered = partial(with_partners, dataset, run.config.data.max_length)
+        partnered = partial(with_partners, dataset, run.config.data.max_length, run.config.data.longest)
         dataset = on_every_rank(run, partnered, "preparing the partners of records")
     if not dataset.scorer_prompts:
         return dataset
@@ -388,7 +388,7 @@ def model_notes(
     notes = [Note("model.path", text) for text in (*stored_notes(model, causal_lm), *text_notes(causal_lm))]
     experts = [*router_notes(routers, causal_lm), *experts_note(causal_lm, model.adapter)]
     notes += [Note("experts", text) for text in experts]
-    long = length_warnings(policy.model_config, data.max_length)
+    long = length_warnings(policy.model_config, data.longest)
     notes += [Note("data.max_length", text, is_warning=True) for text in long]
     if not policy.tokenizer.eos_token and not model.gives_scores:
         notes.append(Note("end", _NO_END, is_warning=True))
