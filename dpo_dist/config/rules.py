@@ -504,7 +504,6 @@ RULES = (
     unused_beside(
         "reference.system", LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference
     ),
-    unused("reference.system", "reference.mode!=none", or_if=lambda c: not c.loss.needs_reference),
     # An experiment may set these, while the command chooses a loss or mode without a reference.
     *_unused_by_reference("reference.offload", yields_to=("reference.mode",)),
     Rule(
