@@ -71,6 +71,9 @@ class ExampleSource(Protocol):
     def score_gaps(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the score of each example's best response minus that of its worst."""
 
+    def keys_of(self, indices: Sequence[int], which: int | None = None) -> Keys:
+        """Return the keys of the responses of examples, or only of response `which` of each."""
+
     def examples_with_keys(
         self, indices: Sequence[int], which: int | None = None
     ) -> tuple[list[Example], Keys]:
@@ -100,29 +103,33 @@ class RankBatch:
     image_tokens: int = 0  # placeholders of images in the prompts, of the global batch
     with_images: tuple[bool, ...] = ()  # for each micro-batch, whether it has an image on any rank
     costs: ComputeCosts | None = None  # decide which tokens are shared; None: those of prompts
+    live: tuple[str, ...] = ()  # scorers that compute the micro-batches
 
     def view(self, scorer: str) -> "RankBatch":
         """Return the same micro-batches as a scorer reads them; `self` if it reads the same prompts."""
         view = self.dataset.view(scorer)
         return self if view is self.dataset else replace(self, dataset=view, partners=None)
 
-    def batches_for(self, live: Collection[str]) -> Iterator[PackedBatch]:
-        """Yield `batches` with the keys by which scorers know them, and as the `live` scorers read them."""
-        others = {scorer: self.view(scorer) for scorer in SCORERS if self.view(scorer) is not self}
-        views = {scorer: view.batches() for scorer, view in others.items() if scorer in live}
-        for indices, batch in zip(self.micro_batches, self.batches(), strict=True):
-            packed = {scorer: next(batches) for scorer, batches in views.items()}
-            keys = {
-                scorer: packed[scorer].keys
-                if scorer in packed
-                else view.dataset.examples_with_keys(indices, self.which)[1]
-                for scorer, view in others.items()
-                if indices
-            }
-            yield replace(batch, other_keys=keys, views=packed)
-
     def batches(self) -> Iterator[PackedBatch]:
-        """Collate this rank's micro-batches in order, on the host."""
+        """Collate this rank's micro-batches in order, on the host.
+
+        They have the keys by which scorers know them, and are there as the `live` scorers read them, too.
+        """
+        views = {scorer: self.view(scorer) for scorer in SCORERS}
+        views = {scorer: view for scorer, view in views.items() if view is not self}
+        packed = {scorer: view._own_batches() for scorer, view in views.items() if scorer in self.live}
+        for indices, batch in zip(self.micro_batches, self._own_batches(), strict=True):
+            keys = dict[str, Keys]()
+            read = dict[str, PackedBatch]()
+            for scorer, view in views.items():
+                if scorer in packed:
+                    read[scorer] = next(packed[scorer])
+                    keys[scorer] = read[scorer].keys
+                elif indices:
+                    keys[scorer] = view.dataset.keys_of(indices, self.which)
+            yield replace(batch, other_keys=keys, views=read)
+
+    def _own_batches(self) -> Iterator[PackedBatch]:
         dummy_image = self.dataset.dummy_image() if any(self.with_images) else None
         rows = zip(self.micro_batches, self.forwards, self.with_images, strict=True)
         for indices, forwards, with_images in rows:
@@ -208,6 +215,7 @@ def shard_batch(
         image_tokens=0 if sizes.image_tokens is None else int(sizes.image_tokens.sum()),
         with_images=tuple(any(with_images[at].any() for at in ranks) for ranks in plan),
         costs=costs,
+        live=tuple(live),
     )
 
 
@@ -215,7 +223,7 @@ def _at_least(sizes: ExampleSizes, scored: ExampleSizes) -> ExampleSizes:
     """Return sizes of examples that, `scored` without a backward, may take several times the tokens."""
 
     def larger(own: Counts, other: Counts) -> Counts:
-        return np.maximum(own, -(-other // SCORING_TOKENS_FACTOR))
+        return np.maximum(own, np.ceil(other / SCORING_TOKENS_FACTOR).astype(np.int64))
 
     tokens = larger(sizes.tokens, scored.tokens)
     longest = larger(sizes.longest, scored.longest)

@@ -546,6 +546,7 @@ RULES = (
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
         for name in ("path", "system", "mode", "k", "offload")
     ),
+    unused("teacher.offload", "teacher.mode=cached|live"),
     Rule(
         "teacher.path!=null teacher.mode=policy|adapter",
         "in this mode the policy is its own teacher",

@@ -182,7 +182,7 @@ class ModelConfig:
     activation_offload: bool = key(False, free=True, verbs="train")
     """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
     tiled_mlp: bool = key(False, free=True, verbs="train")
-    """Compute the MLPs of checkpointed layers by tiles of 2,048 tokens: long texts need less memory."""
+    """Compute the MLPs of scored and checkpointed layers by tiles of 2,048 tokens, in less memory."""
     fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute evaluate")
     """Fused layers: Liger's kernels (CUDA, the `liger` extra) or torch.compile; `auto`: Liger's or none."""
     adapter: AdapterConfig | None = key(None, verbs=EVERY_READER)

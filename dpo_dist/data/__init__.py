@@ -6,7 +6,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
   model, `UnpairedDataConfig` for a loss of single responses; `SourceConfig` has one source (`Source`: also as
-  a path); `TextTemplate` are values of a key.
+  a path); `TextTemplate` has the values of a key.
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.

@@ -162,23 +162,15 @@ class DataConfig:
 
     @property
     def longest(self) -> int:
-        """The most tokens of an encoded prompt with its response."""
-        return self.max_length
-
-    @property
-    def longest_scored(self) -> int:
-        """The most tokens of a prompt, the policy's or a scorer's own, with its response."""
+        """The most tokens of an encoded prompt, the policy's or a scorer's own, with its response."""
         return max(self.max_length, self.max_scorer_length or 0)
 
     @property
     def encoding_identity(self) -> dict[str, Any]:
         """What decides, beside a record and the chat template, the token ids and masks of the record."""
-        of_scorers = {} if self.max_scorer_length is None else {"max_scorer_length": self.max_scorer_length}
         return {
             **{name: getattr(self, name) for name in _ENCODING_KEYS},
-            **of_scorers,
-            "unpair": self.takes_apart,
-            "on_bad_record": "drop",  # once a key; the names of encoded files have it
+            "takes_apart": self.takes_apart,
             "template_applied": self.template is TextTemplate.applied,
             "template_date": TEMPLATE_DATE,
             "trained_roles": sorted(set(self.trained_roles)),
@@ -211,6 +203,7 @@ class UnpairedDataConfig(DataConfig):
 _ENCODING_KEYS = (
     "max_length",
     "max_prompt_length",
+    "max_scorer_length",
     "truncation",
     "text_as_messages",
     "template_arguments",

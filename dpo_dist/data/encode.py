@@ -26,7 +26,7 @@ from dpo_dist.data.records import (
     turns_of,
 )
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
-from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
+from dpo_dist.data.text.render import AS_TURN, RenderedRecord, render_record, with_images
 from dpo_dist.data.text.thoughts import DEFAULT_MARKS
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import Span
@@ -49,15 +49,12 @@ class EncodedExample(Example):
     scorer_prompts: Mapping[str, TokenIds] = field(default_factory=dict)  # of scorers with another prompt
 
 
-NO_SYSTEMS: Mapping[str, str] = {}
-
-
 def encode_pair(
     record: PreferenceRecord,
     config: DataConfig,
     tokenizer: Tokenizer,
     processor: ImageProcessor | None = None,
-    systems: Mapping[str, str] = NO_SYSTEMS,
+    systems: Mapping[str, str] | None = None,
 ) -> EncodedExample | BadRecord:
     """Encode a record's responses as one example, as `encode_record`; the images are `ExpandedImage`."""
     facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
@@ -95,7 +92,11 @@ def encode_pair(
         scorer_prompts = dict[str, TokenIds]()
         replaces_system = False
         for scorer in SCORERS:
-            other, replaces = _read_by(scorer, record, systems.get(scorer))
+            system = (systems or {}).get(scorer)
+            if system is not None and isinstance(record.prompt, str) and rendered.read_as != AS_TURN:
+                detail = f"{scorer}.system before a text that is no user's turn"
+                raise UnusableRecordError("scorer_prompt_differs", detail)
+            other, replaces = _read_by(scorer, record, system)
             replaces_system |= replaces
             if other is None:
                 continue
@@ -413,7 +414,7 @@ def encode_record(
     config: DataConfig,
     tokenizer: Tokenizer,
     processor: ImageProcessor | None = None,
-    systems: Mapping[str, str] = NO_SYSTEMS,
+    systems: Mapping[str, str] | None = None,
 ) -> EncodedRecord | BadRecord:
     """Encode the training examples of a record; a bad record is returned as it is.
 

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache, lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
@@ -33,7 +33,6 @@ from dpo_dist.data import (
     prompt_hash,
     source_labels,
 )
-from dpo_dist.data.encode import NO_SYSTEMS
 from dpo_dist.encoded.store import (
     IMAGE_SCHEMA,
     ROW_SCHEMA,
@@ -106,7 +105,7 @@ class Preparation:
     progress: EncodingProgress = no_progress
     part: Part = _ALL_RECORDS
     processor: ImageProcessor | None = None
-    systems: Mapping[str, str] = field(default_factory=dict)
+    systems: Mapping[str, str] | None = None
 
     def plan(self) -> tuple[PlannedSource, ...]:
         """Return which sources must be encoded. Raises DataError or ConfigError."""
@@ -291,7 +290,7 @@ def encode_records(
     part: Part = _ALL_RECORDS,
     processor: ImageProcessor | None = None,
     images: dict[bytes, ExpandedImage] | None = None,
-    systems: Mapping[str, str] = NO_SYSTEMS,
+    systems: Mapping[str, str] | None = None,
 ) -> pa.RecordBatch:
     """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason.
 
@@ -381,7 +380,7 @@ def _identities(source: DataSource) -> list[str]:
 
 
 def _fingerprint(
-    source: DataSource, config: DataConfig, digest: str, part: Part, systems: Mapping[str, str]
+    source: DataSource, config: DataConfig, digest: str, part: Part, systems: Mapping[str, str] | None
 ) -> str:
     """Return a digest of everything that decides the ids of a pinned source, but the files of its images."""
     content = {
@@ -390,7 +389,7 @@ def _fingerprint(
         **config.encoding_identity,
         **source.encoding_identity(Path(config.cache) / MEMO_FOLDER),
         "part": part.identity,
-        "systems": dict(systems),
+        "systems": dict(systems or {}),
     }
     return text_digest(json.dumps(content, sort_keys=True))
 

@@ -325,6 +325,14 @@ class PreferenceDataset:
             raise self.damaged_ids(indices)
         return self.with_inputs(examples), keys
 
+    def keys_of(self, indices: Sequence[int], which: int | None = None) -> Keys:
+        """Return the keys of the responses of examples, or only of response `which` of each."""
+        numbers = self.response_indices(np.asarray(indices, dtype=np.int64))
+        if which is not None:
+            numbers = np.array([self.response_range(index)[which] for index in indices], dtype=np.int64)
+        keys: Keys = self.keys[numbers]
+        return keys
+
     def damaged_ids(self, indices: Sequence[int]) -> DataError:
         """Return the error for examples whose token ids do not have the keys that were stored."""
         return DataError(
@@ -356,7 +364,9 @@ def columns_errors(*datasets: PreferenceDataset | None) -> Iterator[None]:
     except DpoDistError:
         raise
     except Exception as fault:
-        files = [dataset.columns_files for dataset in datasets if dataset is not None]
+        known = [dataset for dataset in datasets if dataset is not None]
+        known += [view for dataset in known for view in dataset.views.values()]
+        files = [dataset.columns_files for dataset in known]
         for file in itertools.chain(*files):
             if is_changed(file):
                 raise DataError(

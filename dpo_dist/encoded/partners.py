@@ -23,29 +23,36 @@ from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _CHUNK_EXAMPLES = 2**18
-_VERSION = 1  # increased when records get other partners
+_VERSION = 2  # increased when records get other partners
 
 
-def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
+def with_partners(
+    dataset: PreferenceDataset, max_length: int, scored_length: int | None = None
+) -> PreferenceDataset:
     """Give each example, which has one response, its partner's response as a second one.
 
-    The partner's response is cut to the room that `max_length` leaves after the prompt; no ids are copied.
+    The partner's response is cut to the room that `max_length` leaves after the prompt, and `scored_length`
+    (None: the same) after a scorer's own; no ids are copied.
     The columns are computed once for the sources of the dataset, and then mapped. Raises DataError: more than
     half of a source's records have the same prompt.
     """
     fingerprint = text_digest(f"{dataset.fingerprint} partners {_VERSION}")
     # The dataset's fingerprint has the `max_length` of its own encoding; this one is what the caller gives.
-    content = {"dataset": dataset.fingerprint, "max_length": max_length, **made_from(dataset.encoded)}
+    most = scored_length or max_length
+    limits = {"max_length": max_length, "scored_length": most}
+    content = {"dataset": dataset.fingerprint, **limits, **made_from(dataset.encoded)}
     # Examples that were never in a file have no cache.
     with nullcontext(dataset.encoded[0].cache) if dataset.encoded else TemporaryDirectory() as cache:
-        file = Path(cache) / f"{fingerprint}-{max_length}-columns.arrow"
+        file = Path(cache) / f"{fingerprint}-{max_length}-{most}-columns.arrow"
         with cache_errors(file):
-            arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
+            arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length, most))
     files = (*dataset.columns_files, file) if dataset.encoded else ()
     return replace(dataset, fingerprint=fingerprint, columns_files=files, **arrays)
 
 
-def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> TableFacts:
+def _write_partners(
+    dataset: PreferenceDataset, max_length: int, scored_length: int, columns: Columns
+) -> TableFacts:
     """Append the columns that partners change, with the examples' own values and their partners'."""
     stops = np.cumsum(dataset.source_pairs)
     sources = zip(stops, dataset.source_pairs, strict=True)
@@ -65,7 +72,10 @@ def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Column
         # The partner's response, cut to the room that is left, and how many of its tokens the loss counts.
         prompts = tokens[examples, 0]
         responses = tokens[partner, 1]
-        room = np.minimum(responses, np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
+        left = max_length - prompts
+        for others in dataset.scorer_prompts.values():
+            left = np.minimum(left, scored_length - others.tokens[examples])
+        room = np.minimum(responses, np.maximum(left, 1)).astype(tokens.dtype)
         is_cut = room < responses
         trained = np.where(is_cut, room, dataset.trained_tokens[partner])
         for place in np.flatnonzero(is_cut & (dataset.trained_tokens[partner] < responses)):

@@ -181,7 +181,7 @@ def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") ->
             where=f"data.max_length, {key}",
             got=f"{max_length - behind}, and the model has {positions} positions",
             expected=f"{most} or less" + ("" if behind else "; the last token of a sequence is not an input"),
-            remedy=f"set data.max_length to {most} or less",
+            remedy=f"set data.max_length to {most} or less, and data.max_scorer_length, if it is set",
         )
 
 

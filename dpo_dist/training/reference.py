@@ -60,7 +60,7 @@ def check_drift(
     world = run.world
     rank_batch = run.shard(dataset, pairs_to_check(run, visited), costs, [REFERENCE])
     drifts: list[tuple[str, StoredLogps]] = []
-    with objective.prefetch_batches(rank_batch, world.device, [REFERENCE]) as batches:
+    with objective.prefetch_batches(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
@@ -164,7 +164,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         files,
         config.model,
         config.reference,
-        config.data.longest_scored,
+        config.data.longest,
         world,
         inputs.processor,
     )

@@ -295,6 +295,8 @@ def _set_up(
     else:
         position = Position()
         report = reference.report
+        if "reference" in inputs.train_set.views:
+            report = {**report, "reads_other_prompts": True}
         if prepared.teacher.report:
             report = {**report, "teacher": prepared.teacher.report}
         if reference.policy_starts_as_reference:

@@ -85,7 +85,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
         folder,
         scoring_config(config.model, None),
         ReferenceConfig(offload=config.teacher.offload),
-        config.data.longest_scored,
+        config.data.longest,
         world,
         key=_KEY,
         processor=inputs.processor,

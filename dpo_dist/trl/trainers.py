@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import trl
 
+from dpo_dist.data import SCORERS
 from dpo_dist.trl.forward import REFERENCE_ADAPTER, Fallback, PackedForward, why_padded
 from dpo_dist.trl.older_names import check_prompts, trainer_arguments
 from dpo_dist.trl.reference import KeptReference
@@ -59,6 +60,9 @@ class _Guest:
         assert self._fallback is not None, "TRL has put no head on the model"
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        refused = sorted({f"{scorer}_prompt" for scorer in SCORERS}.intersection(dataset.column_names or ()))
+        if refused:
+            raise ValueError(f"TRL's trainers read no {refused[0]}; dpo-dist train does: remove the column")
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
         check_prompts(args, prepared)
         self._has_counted_prompts = True

@@ -16,7 +16,8 @@ FACE = "dpo_dist.data"
 TRAINER = """
     DataConfig ScoredDataConfig Source SourceConfig TextTemplate UnpairedDataConfig
     DataSource Part full_name read_records source_labels write_records
-    BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record UnusableRecordError prompt_hash
+    BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record SCORERS UnusableRecordError
+    prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
     trained_stops Example ImageInput Mask TokenIds
     DataCounts Outcome SourceLengths describe_counts named_in_one_line

@@ -35,6 +35,9 @@ from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_tho
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
 
+AS_TURN = "text as a user's turn"
+"""How a text is read that the template renders."""
+
 
 @dataclass(frozen=True)
 class RenderedRecord:
@@ -83,7 +86,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
             return _all_counted(prompt, [bare + end for bare, end in splits], read_as, changes)
         texts = tuple(bare for bare, _ in splits)
     if config.text_as_messages and (facts.chat is not None or config.text_as_messages is True):
-        rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text as a user's turn")
+        rendered = _by_template(replace(as_messages, responses=texts), facts, config, AS_TURN)
         return replace(rendered, changes=(rendered.changes - {"templated_content"}) | changes)
     if facts.tokenizer.chat_template and not is_applied:
         changes.add("chat_template_not_applied")

@@ -13,11 +13,6 @@ from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig
 
 MODELS_KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
-_NO_PROMPTS = Rule(
-    "sampling.prompts=0",
-    "a comparison needs prompts",
-    "set sampling.prompts=128",
-)
 _ONE_JUDGE = Rule(
     JUDGES,
     "a comparison has one judge",
@@ -57,7 +52,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
         "set model.revision=null; a revision of another model: download it and name its folder",
         lambda c: c.model.path not in locations,
     )
-    check_rules(config, [revision, _NO_PROMPTS])
+    check_rules(config, [revision])
     check_rules(config, [*endpoint_rules(lambda _: 2), _ONE_JUDGE])
     check_function(config.section_of(PairsConfig))
     return models

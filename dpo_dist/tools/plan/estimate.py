@@ -5,7 +5,9 @@ H100. The speeds of links, hosts and quantized weights are typical values.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +82,7 @@ class Data(NamedTuple):
     image_tokens: float = 0.0  # placeholders of images in a prompt
     saved: float = 0.0  # share of the tokens that shared prefixes of several pairs save
     responses: float = 2.0  # of a pair
+    scorer_prompts: Mapping[str, float] = MappingProxyType({})  # mean tokens of prompts that scorers read
 
     @property
     def targets(self) -> float:
@@ -265,19 +268,28 @@ def estimate(
     shapes = Shapes(config, causal_lm, teacher)
     prompt = PROMPT_SHARE * data.tokens
     response = data.targets / 2
-    attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
+
+    def attended(prompt: float) -> float:
+        return prompt**2 / 2 + 2 * response * (prompt + response / 2)
+
     computed = (1 - data.saved) * data.tokens
-    of_pair = round(computed), round(data.targets), round(attended), round(data.image_tokens)
+    of_pair = round(computed), round(data.targets), round(attended(prompt)), round(data.image_tokens)
     work = data.pairs * shapes.flops(*of_pair)
     useful = work / (gpus * machine.flops)
     again = shapes.recomputed_share
     useful *= _EXPERTS if shapes.has_experts else 1.0
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
+    scoring = forward + partners
+    read = data.scorer_prompts.get("reference")
+    if read is not None:
+        as_read = round(read + data.targets), round(data.targets), round(attended(read)), of_pair[3]
+        scoring *= shapes.flops(*as_read) / shapes.flops(*of_pair)
     asking = 0.0
     if teacher is not None:  # a forward of each chosen response, a third of a training step's work
         chosen = data.targets / data.responses
-        of_chosen = round(prompt + chosen), round(chosen), round((prompt + chosen) ** 2 / 2), 0
+        row = data.scorer_prompts.get("teacher", prompt) + chosen
+        of_chosen = round(row), round(chosen), round(row**2 / 2), 0
         asking = data.pairs * Shapes(config, teacher).flops(*of_chosen) / 3
     needs = shapes.footprint(gpus, machine.memory)
     micro_batch = _micro_batch(config, needs, machine)
@@ -309,7 +321,7 @@ def estimate(
         step_tokens=step_tokens,
         times=times,
         computing=useful * (1 + again) + partners,
-        scoring=forward + partners,
+        scoring=scoring,
         asking=asking / (gpus * machine.flops),
         launching=(1 + again) * steps * times * shapes.layers * _LAUNCHES,
         hooks=steps * times * shapes.layers * _HOOKS

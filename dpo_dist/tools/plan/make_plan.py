@@ -7,10 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 
-from dpo_dist.data import DataConfig, DataSource, SourceConfig
+from dpo_dist.data import SCORERS, DataConfig, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
@@ -74,7 +75,13 @@ def make_plan(config: RunConfig, progress: ProgressOf, *, suggests: bool = True)
     shares = config.trainer.prefix_tree and shapes.is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
     data = planned_data(
-        config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
+        config.section_of(PlanConfig),
+        config.data,
+        config.model,
+        config.loss,
+        progress,
+        of_gpu,
+        config.systems,
     )
     found = estimate(config, data, machine, causal_lm, teacher)
     parts = found.needs.parts
@@ -223,10 +230,12 @@ def planned_data(
     loss: LossConfig,
     progress: ProgressOf,
     sharing: int | None = None,
+    systems: Mapping[str, str] | None = None,
 ) -> Data:
     """Return an epoch's pairs and tokens: from the keys, from local data, or from the cards of hub data.
 
-    `sharing`: pairs of a step on a GPU, which share prefixes; None: they share none.
+    `sharing`: pairs of a step on a GPU, which share prefixes; None: they share none. `systems`: those that
+    scorers get in place of the records' own.
     """
     sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
@@ -246,7 +255,7 @@ def planned_data(
     from dpo_dist.kit import prepare_data, saved_by_tree  # noqa: PLC0415  (slow)
 
     of_sources = zip(
-        prepare_data(data, model, loss, progress).datasets, sources, strict=False
+        prepare_data(data, model, loss, progress, systems).datasets, sources, strict=False
     )  # evaluation data come after these
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
@@ -261,9 +270,21 @@ def planned_data(
             together = max(1, round(sharing * len(dataset) * weight / pairs))
             saved += saved_by_tree(dataset, together) * part / tokens
     responses = sum(len(dataset.keys) * weight for dataset, weight in used) / pairs
+    read = dict[str, float]()
+    for scorer in SCORERS:
+        if any(scorer in dataset.scorer_prompts for dataset, _ in used):
+            sums = [_prompt_tokens(dataset, scorer) * weight for dataset, weight in used]
+            read[scorer] = sum(sums) / pairs
     return Data(
-        plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved, responses
+        plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved, responses, read
     )
+
+
+def _prompt_tokens(dataset: Any, scorer: str) -> int:
+    """Return the tokens of all prompts of a dataset as a scorer reads them."""
+    own = dataset.piece_tokens[dataset.first_pieces[:-1]]
+    others = dataset.scorer_prompts.get(scorer)
+    return int(own.sum() if others is None else np.where(others.tokens > 0, others.tokens, own).sum())
 
 
 def _is_on_hub(source: SourceConfig) -> bool:

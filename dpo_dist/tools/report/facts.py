@@ -87,7 +87,9 @@ class RunFacts:
         """
         beta = self.setting("loss.beta")
         has_reference = self.unit == "record" or any("rewards/both_fall" in row for row in self.rows)
-        if not beta or not has_reference or self.setting("reference.path") is not None:
+        others = [self.setting("reference.path"), self.setting("reference.system")]
+        reads_others = (self.summary.get("reference") or {}).get("reads_other_prompts")
+        if not beta or not has_reference or others != [None, None] or reads_others:
             return None
         tokens = dict(values(rows, "tokens/chosen"))
         rewards = values(rows, "rewards/chosen")

@@ -283,7 +283,7 @@ def _check_steps(
         unreduced = [first for first, left in zip(train, trained, strict=True) if left == len(first.dataset)]
         for first in [*unreduced, *evaluation]:
             if first.is_whole:
-                with_partners(first.dataset, data.max_length)
+                with_partners(first.dataset, data.max_length, data.longest)
     every = sum(len(first.dataset) for first in train)
     if are_whole and not sum(trained):
         DataCounts(changed=Counter({part.count_of_others: every})).check_split(data)

@@ -357,7 +357,8 @@ def teacher_without_weights(config: RunConfig, shape: Mapping[str, Any] | None =
     path = config.teacher.path
     if not config.loss.needs_teacher or path is None:
         return None
-    teacher = replace(config.model, path=path, revision=None, adapter=None, quantization=None)
+    whole = replace(config.model, adapter=None, quantization=None, tiled_mlp=False)
+    teacher = replace(whole, path=path, revision=None)
     return policy_without_weights(teacher, shape)
 
 

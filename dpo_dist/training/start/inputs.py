@@ -22,10 +22,17 @@ from dpo_dist.batching.sampler import (
 )
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
-from dpo_dist.config.losses import RouterConfig
+from dpo_dist.config.losses import LossKind, RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import (
+    ModelConfig,
+    ParallelismConfig,
+    ParallelismKind,
+    ReferenceMode,
+    RunConfig,
+    TeacherMode,
+)
 from dpo_dist.data import DataConfig, ImageProcessor, Part, SourceConfig, describe_counts
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World, check_shared
@@ -173,6 +180,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
         labels = dataset.counts.get("labels")
         if labels:
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
+    _check_has_teacher(config, inputs)
     check_batch(sampler, config.loss.unit)
     note = batch_note(sampler, config.trainer, config.loss.unit)
     if note:
@@ -180,6 +188,25 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     for warning in short_run_warnings(sampler, config.loss.unit):
         run.warn(warning)
     return inputs
+
+
+def _check_has_teacher(config: RunConfig, inputs: Inputs) -> None:
+    """Check that a policy does not learn from what it says itself to the same prompts."""
+    files = inputs.reference_files
+    is_own = files is not None and files.digest == inputs.policy_files.digest
+    own = {
+        "reference": is_own and LossKind.reverse_kl in config.loss.kinds,
+        "teacher": config.loss.needs_teacher and config.teacher.mode is TeacherMode.policy,
+    }
+    for scorer, is_policy in own.items():
+        if is_policy and scorer not in inputs.train_set.views:
+            raise ConfigError(
+                f"the {scorer} is the policy itself, and reads the same prompts: nothing can be learned",
+                where=f"{scorer}.path",
+                got="null" if scorer == "teacher" else str(config.reference.path or config.model.path),
+                remedy=f"set {scorer}.path=TEACHER, or another prompt: {scorer}.system=TEXT, or "
+                f"{scorer}_prompt in the records (docs/reward_models.md)",
+            )
 
 
 def check_keep_best(metric: str, plan: MetricPlan) -> None:
@@ -238,7 +265,7 @@ def _completed(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
 
         dataset = _add_counts(run, dataset, labels=labels)
     if run.config.loss.needs_partners:
-        partnered = partial(with_partners, dataset, run.config.data.max_length)
+        partnered = partial(with_partners, dataset, run.config.data.max_length, run.config.data.longest)
         dataset = on_every_rank(run, partnered, "preparing the partners of records")
     if not dataset.scorer_prompts:
         return dataset
@@ -246,8 +273,8 @@ def _completed(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
         run.say(f"{scorer}_prompt of the data is not read: this run has no {scorer}")
     viewed = partial(with_views, dataset, run.config.scorers)
     dataset = on_every_rank(run, viewed, "preparing the prompts of reference and teacher")
-    for scorer, view in dataset.views.items():
-        others = int((view.piece_starts != dataset.piece_starts).sum())
+    for scorer in dataset.views:
+        others = int((dataset.scorer_prompts[scorer].tokens > 0).sum())
         run.say(f"the {scorer} reads another prompt in {others:,} of {len(dataset):,} examples")
     return dataset
 
@@ -361,7 +388,7 @@ def model_notes(
     notes = [Note("model.path", text) for text in (*stored_notes(model, causal_lm), *text_notes(causal_lm))]
     experts = [*router_notes(routers, causal_lm), *experts_note(causal_lm, model.adapter)]
     notes += [Note("experts", text) for text in experts]
-    long = length_warnings(policy.model_config, data.max_length)
+    long = length_warnings(policy.model_config, data.longest)
     notes += [Note("data.max_length", text, is_warning=True) for text in long]
     if not policy.tokenizer.eos_token and not model.gives_scores:
         notes.append(Note("end", _NO_END, is_warning=True))

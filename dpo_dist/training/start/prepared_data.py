@@ -12,7 +12,6 @@ from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data import DataConfig, Part, SourceConfig, TextTemplate
-from dpo_dist.data.encode import NO_SYSTEMS
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
@@ -59,7 +58,7 @@ def prepare_data(
     model: ModelConfig,
     loss: LossConfig,
     progress: ProgressOf,
-    systems: Mapping[str, str] = NO_SYSTEMS,
+    systems: Mapping[str, str] | None = None,
 ) -> PreparedData:
     """Encode the data of a run with its model's tokenizer; `systems`: see `encode_record`."""
     folder = description_folder(model.path, model.revision, needs_weights=False)

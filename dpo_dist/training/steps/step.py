@@ -12,7 +12,7 @@ after the last micro-batch
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -73,25 +73,12 @@ class Objective:
     custom: CustomMetrics = field(default_factory=CustomMetrics)
     teacher: Teacher | None = None
 
-    @property
-    def live_scorers(self) -> set[str]:
-        """The scorers that compute each micro-batch."""
-        is_live = {
-            "reference": self.reference.engine is not None or self.reference.policy is not None,
-            "teacher": self.teacher is not None and self.teacher.store is None,
-        }
-        return {scorer for scorer, computes in is_live.items() if computes}
-
-    def ready_batches(
-        self, rank_batch: RankBatch | None, device: torch.device, scorers: Collection[str] = ()
-    ) -> Iterator[PackedBatch]:
+    def ready_batches(self, rank_batch: RankBatch | None, device: torch.device) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches with stored reference log-probs; nothing if `rank_batch` is None.
 
-        They have the `views` of live scorers and of the given ones, and are on the host, in pinned memory if
-        `device` is a GPU. Needs no model; thread-safe.
+        The micro-batches are on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
         """
-        live = self.live_scorers.union(scorers)
-        for batch in () if rank_batch is None else rank_batch.batches_for(live):
+        for batch in () if rank_batch is None else rank_batch.batches():
             ready = self.reference.add_stored_logps(batch)
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
@@ -106,10 +93,10 @@ class Objective:
         return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), partners)
 
     def prefetch_batches(
-        self, rank_batch: RankBatch | None, device: torch.device, scorers: Collection[str] = ()
+        self, rank_batch: RankBatch | None, device: torch.device
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return the context of `ready_batches` that a background thread computes ahead."""
-        return prefetch(self.ready_batches(rank_batch, device, scorers), _BATCHES_AHEAD)
+        return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
 
     def score(
         self,

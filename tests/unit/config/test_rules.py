@@ -137,6 +137,7 @@ REFUSED = [
     ("loss=distill teacher.path=other teacher.mode=policy", "teacher.path"),
     ("loss=distill teacher.mode=adapter", "teacher.mode"),
     ("loss=simpo reference.system=sea", "reference.system"),
+    ("loss=distill teacher.mode=policy teacher.offload=cpu", "teacher.offload"),
     ("'loss.terms=[{kind:distill},{kind:kto}]' teacher.path=t", "loss.terms"),
     ("'loss.terms=[{kind:sft,weight:0}]'", "loss.terms"),
     ("'loss.terms=[{kind:kto},{kind:sft}]'", "loss.terms"),

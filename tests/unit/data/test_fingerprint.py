@@ -87,7 +87,7 @@ def test_data_that_earlier_versions_encoded_are_found() -> None:
     usual = {
         "max_length": 1024,
         "max_prompt_length": None,
-        "on_bad_record": "drop",
+        "max_scorer_length": None,
         "ranked": "whole",
         "template_applied": False,
         "template_arguments": None,
@@ -95,11 +95,11 @@ def test_data_that_earlier_versions_encoded_are_found() -> None:
         "text_as_messages": "auto",
         "trained_roles": ["assistant"],
         "truncation": "keep_start",
-        "unpair": False,
+        "takes_apart": False,
         "untrained": ["empty_thoughts"],
     }
     assert DataConfig().encoding_identity == usual
-    assert UnpairedDataConfig().encoding_identity == usual | {"unpair": True}
+    assert UnpairedDataConfig().encoding_identity == usual | {"takes_apart": True}
     assert ScoredDataConfig().encoding_identity == usual | {"for_scores": True}
 
 

@@ -205,6 +205,34 @@ def test_local_data_that_begin_alike_take_less_time(tmp_path: Path) -> None:
         assert "prefixes" not in line
 
 
+def test_a_teacher_that_reads_more_takes_longer(tmp_path: Path) -> None:
+    """Its own prompts and its system message are counted, as tokens and as hours."""
+    model = write_model(tmp_path / "model")
+    pairs = clean_pairs(12)
+    for pair in pairs[::2]:
+        pair["teacher_prompt"] = pair["prompt"] * 3 + " and all the sea"
+    words = [f"model.path={model}", "model.dtype=fp32", "loss=distill", f"teacher.path={model}"]
+    words += [f"data.train=[{write(tmp_path / 'pairs.jsonl', pairs)}]", "plan.gpu=h100-80g"]
+
+    def asking(*more: str) -> float:
+        config = load_run_config([*words, f"data.cache={tmp_path}/encoded", *more])
+        used = planned_data(
+            config.plan,
+            config.data,
+            config.model,
+            config.loss,
+            lambda *_: nullcontext(lambda *_: None),
+            systems=config.systems,
+        )
+        machine = choose_machine(config.plan, config.model.dtype)
+        policy = without_weights(AutoConfig.from_pretrained(model), config.model)
+        return estimate(config, used, machine, policy, policy).asking
+
+    ignored = f"data.train=[{{path: {tmp_path}/pairs.jsonl, ignore: [teacher_prompt]}}]"
+    longer = asking("teacher.system='You are a sailor who says yes to the sea.'")
+    assert asking(ignored) < asking() < longer
+
+
 def test_a_plan_says_whose_machine_it_is_for_and_no_fractions_of_a_second(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     given = [f"model.path={model}", "plan.pairs=100", "plan.tokens_per_pair=50"]

@@ -77,8 +77,11 @@ class OneProcess:
         return logps
 
     @torch.no_grad()
-    def base_token_logps(self, batch: PackedBatch) -> Tensor:
-        return self.token_logps(batch)
+    def scored(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, without_adapter: bool = False
+    ) -> Tensor:
+        assert without_adapter
+        return self.token_logps(batch, statistics)
 
     def backward(self, loss: Any, is_last: bool) -> None:
         loss.backward()

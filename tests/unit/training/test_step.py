@@ -35,8 +35,6 @@ NORM = 0.125
 class LogProbs:
     """Stands for a model: log-probs of the tokens of each response are its parameters, in float64."""
 
-    engine = policy = None  # as a reference: whose values are stored
-
     def __init__(self, dataset: PreferenceDataset, seed: int):
         draw = torch.Generator().manual_seed(seed)
         tokens = np.delete(dataset.piece_tokens, dataset.first_pieces[:-1]).tolist()
