@@ -93,7 +93,7 @@ def encode_pair(
         replaces_system = False
         for scorer in SCORERS:
             system = (systems or {}).get(scorer)
-            if system is not None and isinstance(record.prompt, str) and rendered.read_as != AS_TURN:
+            if system is not None and isinstance(record.prompt, str) and AS_TURN not in rendered.read_as:
                 detail = f"{scorer}.system before a text that is no user's turn"
                 raise UnusableRecordError("scorer_prompt_differs", detail)
             other, replaces = _read_by(scorer, record, system)

@@ -224,3 +224,36 @@ def test_a_scorer_s_prompt_that_cannot_be_read_is_a_bad_record(
     assert ended.code == 2
     assert "scorer_prompt_too_long" in ended.output
     assert "data.max_scorer_length" in ended.output
+
+
+def test_a_policy_that_is_its_own_teacher(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    """Its present weights, or with `adapter` those of the base, read the system message; else an error."""
+    file = write_pairs(tmp_path / "six.jsonl", 6, seed=1)
+    command = ["loss=distill", "teacher.k=100000", f"data.train=[{file}]", NO_CLIPPING, "trainer.max_steps=2"]
+    system = f"teacher.system='{SAILOR['content']}'"
+    train(overrides(*command, "teacher.mode=policy", system))
+    (policy,) = doubles(assets / "model")
+    losses = []
+    for row in rows_of(file):
+        with torch.no_grad():
+            wanted = answered(policy, [SAILOR, *row["prompt"]], row["chosen"])[0]
+        got = answered(policy, row["prompt"], row["chosen"])[0]
+        losses.append((wanted.exp() * (wanted - got)).sum(-1))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    first = first_step(tmp_path / "run")
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(gradient_norm(policy), rel=1e-5)
+    # Without its adapter the policy is the model that a live teacher would be.
+    adapted = [*command, system, "model.adapter={r: 4}", "optim.lr=1e-2"]
+    train(overrides(*adapted, "teacher.mode=adapter", f"run.dir={tmp_path}/base"))
+    beside = ["teacher.mode=live", f"teacher.path={assets}/model", f"run.dir={tmp_path}/beside"]
+    train(overrides(*adapted, *beside), processes=2)
+    assert_same_history(history(tmp_path / "beside"), history(tmp_path / "base"), 5e-5)
+    # On the same prompt there is nothing to learn.
+    ended = run_verb("train", overrides(*command, "teacher.mode=policy", f"run.dir={tmp_path}/none"))
+    assert ended.code == 2
+    assert "teacher.system=TEXT" in ended.output
+    ended = run_verb("train", overrides("loss=reverse_kl", f"run.dir={tmp_path}/none"))
+    assert ended.code == 2
+    assert "reference.path=TEACHER" in ended.output

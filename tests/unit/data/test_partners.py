@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,9 @@ from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.step_batch import collate
 from dpo_dist.data.example import Example
 from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset_columns import ScorerPrompts
 from dpo_dist.encoded.partners import with_partners
+from dpo_dist.encoded.views import with_views
 from dpo_dist.foundation.errors import DataError
 from tests.support.packing import dataset_of
 
@@ -85,3 +88,22 @@ def test_a_partner_is_cut_to_what_the_prompt_leaves(longest: int, masked: bool) 
         assert np.array_equal(response_keys([cut.example(index)]), cut.keys[2 * index : 2 * index + 2])
     assert len(collate(cut, [0, 1, 2, 3], 1).keys) == 4
     assert cut.truncated[1::2].any()
+
+
+def test_a_partner_is_cut_to_what_a_scorer_s_prompt_leaves() -> None:
+    """The same response stands behind both prompts, so that the longer one decides."""
+    data = labelled([1, 2, 3, 7])
+    ids = pa.chunked_array([np.arange(500, 507, dtype=np.int32)])
+    own = ScorerPrompts(ids, np.zeros(4, dtype=np.int64), np.array([7, 0, 7, 0], dtype=np.int32))
+    cut = with_views(with_partners(replace(data, scorer_prompts={"reference": own}), LONG, 9), {"reference"})
+    view = cut.view("reference")
+    for index, tokens in enumerate(own.tokens):
+        read = view.example(index)
+        partner = read.responses[1]
+        whole = data.example(int(partner[0])).responses[0]
+        assert partner.tolist() == (whole[:2] if tokens else whole).tolist()
+        assert read.prompt_ids.tolist() == (
+            [*range(500, 507)] if tokens else data.example(index).prompt_ids.tolist()
+        )
+        assert partner.tolist() == cut.example(index).responses[1].tolist()
+        assert np.array_equal(response_keys([read]), view.keys[2 * index : 2 * index + 2])

@@ -533,3 +533,9 @@ def test_what_of_trl_is_relied_on() -> None:
     assert issubclass(guest.DPOTrainer, trl.DPOTrainer)
     assert trainers.DPOTrainer is guest.DPOTrainer
     assert older_names.DPOConfig is guest.DPOConfig
+
+
+def test_a_scorer_s_own_prompt_is_refused_by_name(folder: Path, pairs: Any) -> None:
+    data = pairs.add_column("reference_prompt", ["the sea"] * len(pairs))
+    with pytest.raises(ValueError, match="read no reference_prompt"):
+        trainer_of(guest, folder, data)
