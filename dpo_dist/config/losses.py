@@ -303,7 +303,7 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.reverse_kl: KindFacts(
         "(log p - log q)^2 / 2 summed over tokens, q the reference's, / (mean nw of the global batch): "
-        "for [the policy's own samples](reward_models.md#on-the-policy-s-own-samples)",
+        "for [the policy's own samples](reward_models.md#on-policy-distillation)",
         "on-policy distillation, arXiv 2306.13649; this estimate: k2 of Schulman",
         frozenset(),
         fewest_responses=1,
