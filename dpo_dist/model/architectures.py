@@ -177,11 +177,11 @@ def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") ->
         behind = int(is_reward_model([type(causal_lm).__name__]))
         most = positions + 1 - behind
         raise ConfigError(
-            "the model has too few positions for data.max_length",
+            "the model has too few positions for data.max_length (or data.max_scorer_length)",
             where=f"data.max_length, {key}",
             got=f"{max_length - behind}, and the model has {positions} positions",
             expected=f"{most} or less" + ("" if behind else "; the last token of a sequence is not an input"),
-            remedy=f"set data.max_length to {most} or less, and data.max_scorer_length, if it is set",
+            remedy=f"set data.max_length to {most} or less",
         )
 
 
