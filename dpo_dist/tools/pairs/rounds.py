@@ -27,6 +27,7 @@ from dpo_dist.kit import (
 )
 from dpo_dist.tools.launching import launcher_command, run_command
 from dpo_dist.tools.pairs.folder import PairsFolder
+from dpo_dist.tools.sampling.judge_rules import count_judges
 from dpo_dist.tools.sampling.keys import (
     PairsConfig,
     RoundReference,
@@ -122,11 +123,13 @@ class _Rounds:
         config = self.config
         folder = self.folder
         results = list[RoundResult]()
-        count = config.section_of(PairsConfig).rounds
+        pairs = config.section_of(PairsConfig)
+        count = pairs.rounds
+        last_stage = count + 1 if count_judges(pairs) else count  # the last policy is sampled for its score
         with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
             check_settings(config, folder)
             os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # groups the rounds' trainings
-            for number in range(1, count + 2):
+            for number in range(1, last_stage + 1):
                 file = folder.round(number).round_result
                 code = int(ExitCode.completed)
                 if file.exists():

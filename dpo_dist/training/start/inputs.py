@@ -181,6 +181,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
         if labels:
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
     _check_has_teacher(config, inputs)
+    if LossKind.reverse_kl in config.loss.kinds:
+        run.say("reverse_kl: for responses that this policy has just sampled (pairs.rounds), not for others")
     check_batch(sampler, config.loss.unit)
     note = batch_note(sampler, config.trainer, config.loss.unit)
     if note:
