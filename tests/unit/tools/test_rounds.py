@@ -233,3 +233,13 @@ def test_only_sampling_asks_a_server_which_may_move_between_starts() -> None:
         "10",
         "10",
     ]
+
+
+def test_without_a_judge_the_last_training_is_the_end_and_the_teacher_stays() -> None:
+    """The reference of `reverse_kl` is its teacher in each round, where others take the policy before."""
+    verbs = Verbs()
+    words = ["pairs.function=null", "pairs.samples=1", "loss=reverse_kl", "reference.path=teacher"]
+    code, said = do(verbs, *words)
+    assert (code, verbs.order) == (ExitCode.completed, WHOLE[:-1])
+    assert [one["reference"]["path"] for one in verbs.of("train")] == ["teacher", "teacher"]
+    assert said[-1] == "the last policy: run/rounds/2/train/model"
