@@ -101,7 +101,7 @@ def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="2 of 256 records cannot be used") as raised:
             open_dataset(encoded, config)
         assert isinstance(raised.value.where, AtRecords)
-        assert raised.value.where.records[0] == f"{rows.path}:71"
+        assert raised.value.where.records[0] == f"{rows.path}:71 identical_responses"
 
 
 def encoders(parent: psutil.Process) -> list[psutil.Process]:

@@ -26,6 +26,7 @@ from dpo_dist.data.read.reading import (
     parse_record,
 )
 from dpo_dist.data.records import (
+    NOT_KEPT,
     SCORERS,
     BadRecord,
     Dialogue,
@@ -47,6 +48,8 @@ _SHORT = 20
 # Faults of a record that are those of its source, if all of the first records have one.
 _OF_SOURCE = {"unknown_format", "expression_failed", "spelled_messages", "unknown_key", "unread_column"}
 _OF_SOURCE |= {"unknown_label"}
+# Beside them: records that say nothing of how the source is read.
+_OF_RECORD = {NOT_KEPT, "all_tied"}
 _READ_BESIDE = (
     *("system", "history", "tools", "images", "loss_weight", "soft_label", "margin", "keep"),
     *(f"{scorer}_prompt" for scorer in SCORERS),
@@ -105,9 +108,10 @@ def declared(
     reading = replace(reading, notes=notes, reserved=_reserved())
     parse = parse_prompt if of_prompts else parse_record
     parsed = [parse(row, reading, Origin(source.path, 0)) for row in rows]
+    reasons = {record.reason for record in parsed if isinstance(record, BadRecord)}
     faults = [record for record in parsed if isinstance(record, BadRecord) and record.reason in _OF_SOURCE]
     prompts = [record.prompt for record in parsed if not isinstance(record, BadRecord)]
-    if faults and not prompts:
+    if faults and not prompts and reasons <= _OF_SOURCE | _OF_RECORD:
         raise _of_first(first, reading, faults)
     is_chat = any(not isinstance(prompt, str | Dialogue) for prompt in prompts)
     return replace(reading, is_chat=is_chat if prompts else None), chain(seen, records)
