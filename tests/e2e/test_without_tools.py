@@ -21,7 +21,7 @@ def test_the_trainer_trains_without_the_rooms_above_it(assets: Path, tmp_path: P
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     for room in ("tools", "compat", "trl"):
         shutil.rmtree(package / room)
-    usual = [word for word in small_run(assets, tmp_path) if not word.startswith("samples.")]  # a tool's key
+    usual = [word for word in small_run(assets, tmp_path) if not word.startswith("sampling.")]  # a tool's key
     words = [*usual, f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=2"]
     for arguments in ([*words, "--check"], words, ["loss.kind=dpo"]):
         ended = subprocess.run(
