@@ -17,8 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.losses import DistillOptions
+from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     AttentionBackend,
