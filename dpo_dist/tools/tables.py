@@ -86,4 +86,6 @@ def describe_reference(report: Fields) -> str:
 def _scored(report: Fields, unit: str) -> str:
     if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
         return str(report.get("mode", ""))
-    return f"cached: {pluralize(report['computed'], unit)} computed, {report['hits']:,} reused"
+    counts = [f"cached: {pluralize(report['computed'], unit)} computed", f"{report['hits']:,} reused"]
+    counts += [f"{each['entries']:,} from {each['url']}" for each in report.get("fetched", [])]
+    return ", ".join(counts)

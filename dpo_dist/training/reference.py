@@ -19,7 +19,7 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.text import duration, percent, pluralize
+from dpo_dist.foundation.text import duration, percent, pluralize, size
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
@@ -241,6 +241,7 @@ class ScoredOnce:
 
         tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
         costs = compute_costs(self.inputs.flops, prefixes=prefixes)
+        options["behind"] = run.config.reference.behind
         filler = StoreFiller(
             empty, load_scorer, run.world, tokens, costs, entries_per_shard, run.stops, **options
         )
@@ -256,7 +257,13 @@ class ScoredOnce:
             with run.console.progress(f"{name}: scoring responses", run.config.loss.unit) as progress:
                 filled += filler.fill(dataset, indices, progress)
         took = f", in {duration(filled.seconds)}" if filled.computed else ""
-        run.say(f"{name}: {pluralize(filled.computed, unit)} computed, {filled.hits:,} reused{took}")
+        counts = [f"{pluralize(filled.computed, unit)} computed", f"{filled.hits:,} reused"]
+        counts += [f"{each.entries:,} from {each.url} ({size(each.bytes)})" for each in filled.fetched]
+        run.say(f"{name}: {', '.join(counts)}{took}")
+        for each in filled.fetched:
+            if each.left_out:
+                left_out = pluralize(each.left_out, "entry", "entries")
+                run.warn(f"{name}: {left_out} of {each.url} left out: damaged, or not of these responses")
         sharing = describe_saving(filler.computed_tokens, filler.tokens)
         if filler.costs.shares_prefixes and sharing:
             run.note(f"{name}: {sharing}")
