@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ _LARGEST_PLACE = 2**48
 _LARGEST_STREAM = 2**30
 _GAP = 2**16  # between two entries; up to it they are one request
 _REQUEST = 2**23
+_FEW = 0.1  # of what was asked, below which the run says what may be the cause
 _PART = 2**26  # that a thread has in memory
 _THREADS = 8
 _ROUNDING = 1e-3  # of the log-prob 0
@@ -41,24 +42,31 @@ _SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 @dataclass(frozen=True)
 class Fetched:
-    """What came from a store: entries and bytes, and how many entries were left out."""
+    """What came from a store: entries of those asked for, bytes, and how many entries were left out.
+
+    `differences`: in words, where the store has few of them, what is other there than in this run.
+    """
 
     url: str
+    asked: int
     entries: int
     bytes: int
     left_out: int
+    differences: tuple[str, ...] = ()
 
 
 def merge_fetched(several: Iterable[Fetched]) -> tuple[Fetched, ...]:
     """Return one count for each URL."""
     by_url = dict[str, Fetched]()
     for each in several:
-        before = by_url.get(each.url, Fetched(each.url, 0, 0, 0))
+        before = by_url.get(each.url, Fetched(each.url, 0, 0, 0, 0))
         by_url[each.url] = Fetched(
             each.url,
+            before.asked + each.asked,
             before.entries + each.entries,
             before.bytes + each.bytes,
             before.left_out + each.left_out,
+            each.differences or before.differences,
         )
     return tuple(by_url.values())
 
@@ -70,13 +78,18 @@ def fault_of_logps(values: StoredLogps) -> str:
 
 
 class Space(NamedTuple):
-    """What a list says of a fingerprint: its `space.json`, shards, entries by digest and bytes, numbers."""
+    """What a list says of a fingerprint: its `space.json`, shards, entries by digest and bytes, numbers.
+
+    `recipe`: what decided the token ids of the run that scored last.
+    """
 
     space: dict[str, Any]
     shards: list[str]
     entries: str
     bytes: int
     numbers: int
+    recipe: dict[str, Any]
+    license: str
 
     @property
     def entry_count(self) -> int:
@@ -100,7 +113,7 @@ class _NoRangesError(OSError):
 
 @dataclass
 class Behind:
-    """A published store; `received` counts bytes, `left_out` entries, as in `Fetched`.
+    """A published store; `received` counts bytes, the others are as in `Fetched`.
 
     Making one sends no request. Raises ConfigError: the URL cannot be used, or its package is missing.
     """
@@ -108,6 +121,7 @@ class Behind:
     url: str
     received: int = 0
     left_out: int = 0
+    differences: tuple[str, ...] = ()
     _system: Any = field(init=False, repr=False)
     _path: str = field(init=False, repr=False)
 
@@ -129,18 +143,28 @@ class Behind:
         keys: Keys,
         tokens: npt.NDArray[np.int64],
         fault: Callable[[StoredLogps], str],
+        recipe: Mapping[str, Any],
     ) -> Iterator[tuple[int, StoredLogps]]:
         """Yield the places in `keys` of those that the store has, and their values, of `tokens` tokens each.
 
-        Left out are values of which `fault` returns words, and those that cannot be downloaded. Raises
-        DataError, ReferenceModelError: the list or the entries cannot be read.
+        Left out are values of which `fault` returns words, and those that cannot be downloaded. `recipe`:
+        what decides the token ids of this run. Raises DataError, ReferenceModelError: the list or the entries
+        cannot be read.
         """
-        space = self.spaces().get(fingerprint.name)
+        spaces = self.spaces()
+        space = spaces.get(fingerprint.name)
         if space is None:
+            of_model = [
+                each.space for each in spaces.values() if each.space["reference"] == fingerprint.reference
+            ]
+            others = [_differences(other["profile"], fingerprint.profile) for other in of_model]
+            self.differences = min(others, key=len, default=())
             return
         index, digests = self._entries(fingerprint.name, space)
         places, stops = index.locate(keys)
         found = np.flatnonzero(places < stops)
+        if len(found) < len(keys) * _FEW:
+            self.differences = _differences(space.recipe, recipe)
         places = places[found]
         # The lengths are known: what is longer is not read.
         fits = index.tokens[places] == fingerprint.width * tokens[found]
@@ -294,7 +318,15 @@ def _checked(name: str, space: Space) -> Space:
         raise ValueError(f"entries of {space.bytes!r} bytes")
     if not isinstance(space.numbers, int):
         raise TypeError(f"{space.numbers!r} numbers")
+    if not isinstance(space.recipe, dict) or not isinstance(space.license, str):
+        raise TypeError("a recipe or a license that is none")
     return space
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return in words what is other in a store than in this run."""
+    names = [name for name in here if there.get(name) != here[name]]
+    return tuple(f"{name} {str(there.get(name))[:80]} (here {here[name]})" for name in names)
 
 
 def _divide(index: Index, places: npt.NDArray[np.intp], most: int) -> list[list[_Read]]:

@@ -7,9 +7,9 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,11 +25,11 @@ from dpo_dist.distributed.processes.world import Stops, World, check_shared
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import locked, remove_abandoned
+from dpo_dist.foundation.files import locked, remove_abandoned, write_json
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
 from dpo_dist.reference.behind import Behind, Fetched, fault_of_logps, merge_fetched
-from dpo_dist.reference.store import LogpStore, StoredLogps
+from dpo_dist.reference.store import RECIPE_FILE, LogpStore, StoredLogps
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class StoreFiller:
         which: only this response of each pair is scored; None: all.
         prepare: adds to a batch on the host what the scorer needs.
         behind: folders or URLs of published stores, which are asked for what is missing.
+        recipe: what decides the run's token ids, for those who fetch from this store.
         fault: returns, in words, why a stranger's values cannot be an entry's; "" if they can.
         shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
             enough: a network file system may not show files that another node just wrote.
@@ -121,6 +122,7 @@ class StoreFiller:
     prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
     behind: Sequence[str] = ()
     fault: Callable[[StoredLogps], str] = fault_of_logps
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     shards: frozenset[str] = frozenset()
     computed_tokens: int = 0
     tokens: int = 0
@@ -142,7 +144,7 @@ class StoreFiller:
         with self._lock_store() as has_waited:
             if has_waited:
                 missing, report, self.shards = self.world.on_main(survey)
-            self.world.on_main(lambda: remove_abandoned(self.store.folder))
+            self.world.on_main(self._begin)
             if self.behind:
                 missing, fetched, self.shards = self.world.on_main(partial(self._fetch, dataset, missing))
                 report += FillReport(fetched=fetched)
@@ -156,6 +158,13 @@ class StoreFiller:
         missing, hits = missing_responses(store, dataset, indices, self.which)
         report = FillReport(hits, damaged=frozenset(store.damaged))
         return missing, report, self.shards.union(store.shards)
+
+    def _begin(self) -> None:
+        """Remove what killed jobs have left, and write the recipe; not collective."""
+        remove_abandoned(self.store.folder)
+        if self.recipe:
+            with contextlib.suppress(OSError):  # a full disk is an error of the shards
+                write_json(self.store.folder / RECIPE_FILE, self.recipe)
 
     def _fetch(
         self, dataset: PreferenceDataset, missing: Indices
@@ -176,7 +185,8 @@ class StoreFiller:
             is_found = np.zeros(len(keys), dtype=np.bool_)
             rows = list[int]()
             entries = list[StoredLogps]()
-            for row, entry in behind.find(self.store.fingerprint, keys, tokens, self.fault):
+            of_url = behind.find(self.store.fingerprint, keys, tokens, self.fault, self.recipe)
+            for row, entry in of_url:
                 rows.append(row)
                 entries.append(entry)
                 if len(rows) == self.entries_per_shard:
@@ -187,7 +197,8 @@ class StoreFiller:
             written |= self._write_shard(keys[rows], entries)
             is_found[rows] = True
             missing = missing[~is_found]
-            fetched.append(Fetched(url, int(is_found.sum()), behind.received, behind.left_out))
+            counts = (len(keys), int(is_found.sum()), behind.received, behind.left_out)
+            fetched.append(Fetched(url, *counts, behind.differences))
         self.store.remember(written)
         return missing, tuple(fetched), self.shards.union(written)
 

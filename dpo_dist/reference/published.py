@@ -3,7 +3,7 @@
     store.json                          format; of each fingerprint its `space.json`, shards and entries
     <fingerprint>/<digest>.entries      an `ENTRY` for each intact entry, sorted by key; the digest is its own
     <fingerprint>/<digest>.safetensors  the shards as they are, of which readers fetch ranges
-    <fingerprint>/space.json            with it the folder is a store itself
+    <fingerprint>/space.json            with it the folder is a store itself; `recipe.json`, if there is one
 
 The list is written last, so that nobody reads of files that are not there yet.
 """
@@ -22,6 +22,7 @@ from dpo_dist.foundation.files import staged_file
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
+    RECIPE_FILE,
     ReferenceFingerprint,
     Shard,
     list_shards,
@@ -59,11 +60,11 @@ class Pushed:
     damaged: int
 
 
-def push(folders: Sequence[Path], target: str) -> list[Pushed]:
+def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
     """Publish the intact entries of the folders of fingerprints at `target`, a folder or a URL.
 
-    A shard that is there already is not sent again. The list names these fingerprints alone. Raises DataError
-    for a target that cannot be written, ReferenceModelError if nothing is intact.
+    A shard that is there already is not sent again. The list names these fingerprints alone, with the license
+    `terms`. Raises DataError for a target that cannot be written, ReferenceModelError if nothing is intact.
     """
     place = _Target(target)
     listed = dict[str, Any]()
@@ -92,12 +93,17 @@ def push(folders: Sequence[Path], target: str) -> list[Pushed]:
         digest = values_digest(content).hex()
         place.send(content, f"{folder.name}/{digest}.entries")
         place.send_file(folder / FINGERPRINT_FILE, f"{folder.name}/{FINGERPRINT_FILE}")
+        recipe = folder / RECIPE_FILE
+        if recipe.exists():
+            place.send_file(recipe, f"{folder.name}/{RECIPE_FILE}")
         listed[folder.name] = {
             "space": fingerprint.as_dict(),
             "shards": names,
             "entries": digest,
             "bytes": len(content),
             "numbers": int(entries["numbers"].sum(dtype=np.int64)),
+            "recipe": json.loads(recipe.read_bytes()) if recipe.exists() else {},
+            "license": terms,
         }
         pushed.append(Pushed(fingerprint, len(entries), stored + len(content), damaged))
     if not pushed:

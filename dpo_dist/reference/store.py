@@ -51,6 +51,8 @@ LOGP_PATH_VERSION = 2
 STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
+RECIPE_FILE = "recipe.json"
+"""What decided the token ids of the last run that filled a folder, for those who fetch from it."""
 
 _THREADS = 8  # that wait for a network file system
 _SHARDS_AT_ONCE = 64

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             of_verb.add_argument("folder", type=Path)
             of_verb.add_argument("target", help="folder or URL; its list is replaced")
             only = "references or fingerprints to publish; all by default"
+            of_verb.add_argument("--license", default="", metavar="TEXT", help="terms that the list names")
             of_verb.add_argument("--only", nargs="+", default=[], metavar="DIGEST", help=only)
         else:
             kind = str if run is _info else Path
@@ -135,6 +136,9 @@ def _info_of_url(url: str) -> int:
             f"{pluralize(len(space.shards), 'shard')}"
         )
         print_line("    " + ", ".join(f"{name} {value}" for name, value in fingerprint.profile.items()))
+        recipe = {key: value for key, value in space.recipe.items() if value is not None}
+        recipe["license"] = space.license or "not given"
+        print_line("    " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
     print_line(f"{pluralize(len(spaces), 'fingerprint')}; for a run: reference.behind=[{url}]")
     return ExitCode.completed
 
@@ -144,7 +148,7 @@ def _push(options: argparse.Namespace) -> int:
     if options.only:
         chosen = [_find_by_digest(listings, digits, "--only") for digits in options.only]
         listings = [*itertools.chain.from_iterable(chosen)]
-    pushed = push(sorted({listing.folder for listing in listings}), options.target)
+    pushed = push(sorted({listing.folder for listing in listings}), options.target, options.license)
     for each in pushed:
         left_out = f", {pluralize(each.damaged, 'damaged shard')} left out" if each.damaged else ""
         entries = pluralize(each.entries, "entry", "entries")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, ReferenceModelError
+from dpo_dist.foundation.files import write_json
 from dpo_dist.objective.distillation import SparseRows
 from dpo_dist.reference import behind as module
 from dpo_dist.reference.behind import Behind, Fetched, fault_of_logps, merge_fetched
@@ -23,6 +25,7 @@ from tests.unit.data.test_urls import bucket  # noqa: F401  (a fixture)
 KEPT = SparseRows(k=3, drawn=2, temperature=1.0, vocabulary=50)
 TEACHER = ReferenceFingerprint("aa" * 16, {"dtype": "fp32"}, "org/teacher@0123", KEPT.width)
 REFERENCE = ReferenceFingerprint("ab" * 16, {"dtype": "fp32"}, "org/reference@0123")
+RECIPE = {"data.max_length": 1024, "data.train": ["org/pairs@main"]}
 ENTRIES = 300
 _RANDOM = np.random.default_rng(0)
 KEYS = _RANDOM.integers(0, 2**63, (ENTRIES, 2), dtype=np.uint64)
@@ -50,7 +53,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store = LogpStore.open(folder / "store", fingerprint)
         for start in range(0, ENTRIES, 128):
             store.write(KEYS[start : start + 128], values[start : start + 128])
-    assert main(["push", str(folder / "store"), str(folder / "public")]) == 0
+        write_json(store.folder / "recipe.json", RECIPE)
+    assert main(["push", str(folder / "store"), str(folder / "public"), "--license", "CC-BY"]) == 0
     return folder
 
 
@@ -70,7 +74,7 @@ def found_in(
     """What a store has of the entries `which`; each is checked to be that of its key."""
     behind = Behind(place)
     fault = KEPT.fault if fingerprint is TEACHER else fault_of_logps
-    found = dict(behind.find(fingerprint, KEYS[which], tokens[which], fault))
+    found = dict(behind.find(fingerprint, KEYS[which], tokens[which], fault, RECIPE))
     numbers = np.arange(ENTRIES)[which]
     for row, values in found.items():
         assert np.array_equal(values, VALUES[fingerprint][numbers[row]])
@@ -79,7 +83,7 @@ def found_in(
 
 def test_a_published_store_is_published_again_with_the_same_bytes(root: Path, tmp_path: Path) -> None:
     for source in (root / "store", root / "public"):
-        assert main(["push", str(source), str(tmp_path / "again")]) == 0
+        assert main(["push", str(source), str(tmp_path / "again"), "--license", "CC-BY"]) == 0
         assert contents(tmp_path / "again") == contents(root / "public")
     assert not list(tmp_path.rglob("*tmp*"))
 
@@ -126,8 +130,8 @@ def test_entries_of_a_folder_and_an_object_store(
         listed = len((public / LIST).read_bytes()) + ENTRIES * ENTRY.itemsize
         assert behind.received == listed + sum(VALUES[fingerprint][row].nbytes for row in FEW)
         other = ReferenceFingerprint("ff" * 16, {}, "unknown")
-        assert not dict(Behind(place).find(other, KEYS, TOKENS, fault_of_logps))
-        assert not dict(Behind(place).find(fingerprint, KEYS + 1, TOKENS, fault_of_logps))
+        assert not dict(Behind(place).find(other, KEYS, TOKENS, fault_of_logps, RECIPE))
+        assert not dict(Behind(place).find(fingerprint, KEYS + 1, TOKENS, fault_of_logps, RECIPE))
     memory.store.clear()
 
 
@@ -141,8 +145,10 @@ def test_entries_of_a_web_server(public: Path, ranges: bool, monkeypatch: pytest
         assert len(found_in(url, which=FEW)[0]) == len(FEW)
         of_shards = [each for each in asked if each.name.endswith(".safetensors")]
         if ranges:
-            sizes = [1 - eval(each.range.removeprefix("bytes=")) for each in of_shards]  # noqa: S307
-            assert sum(sizes) == sum(ROWS[row].nbytes for row in FEW)
+            ends = [each.range.removeprefix("bytes=").split("-") for each in of_shards]
+            assert sum(int(last) + 1 - int(first) for first, last in ends) == sum(
+                ROWS[row].nbytes for row in FEW
+            )
         else:
             assert len(of_shards) == len({each.name for each in of_shards}), "each shard once"
             monkeypatch.setattr(module, "_LARGEST_STREAM", 1000)
@@ -180,14 +186,27 @@ def test_info_lists_what_a_url_has_without_its_values(root: Path, capsys: pytest
     assert f"org/teacher@0123   reference {TEACHER.reference}   fingerprint {TEACHER.name}" in output
     assert output.count(f"{ENTRIES} entries, {TOKENS.sum():,} tokens") == 2
     assert "reference.behind=[memory://listed]" in output
+    assert "data.max_length 1024, data.train ['org/pairs@main'], license CC-BY" in output
     memory.store.clear()
     with pytest.raises(DataError, match="nothing is at the URL"):
         main(["info", "memory://listed"])
 
 
 def test_counts_of_a_url_are_one() -> None:
-    several = [Fetched("a", 1, 2, 3), Fetched("b", 1, 1, 1), Fetched("a", 10, 20, 30)]
-    assert merge_fetched(several) == (Fetched("a", 11, 22, 33), Fetched("b", 1, 1, 1))
+    several = [Fetched("a", 1, 2, 3, 4), Fetched("b", 1, 1, 1, 1), Fetched("a", 10, 20, 30, 40, ("c",))]
+    assert merge_fetched(several) == (Fetched("a", 11, 22, 33, 44, ("c",)), Fetched("b", 1, 1, 1, 1))
+
+
+def test_what_differs_is_said_where_a_store_has_few_of_the_responses(public: Path) -> None:
+    behind = Behind(str(public))
+    recipe = RECIPE | {"data.max_length": 512}
+    assert not dict(behind.find(TEACHER, KEYS + 1, TOKENS, KEPT.fault, recipe))
+    assert behind.differences == ("data.max_length 1024 (here 512)",)
+    _, behind = found_in(str(public))
+    assert not behind.differences
+    other = ReferenceFingerprint(TEACHER.reference, {"dtype": "bf16"}, width=KEPT.width)
+    assert not dict(behind.find(other, KEYS, TOKENS, KEPT.fault, RECIPE))
+    assert behind.differences == ("dtype fp32 (here bf16)",)
 
 
 # Stores of liars.
@@ -336,6 +355,7 @@ LIES: dict[str, Callable[[Path], None]] = {
     "half an entry": of_space(bytes=50),
     "no entry": of_space(bytes=0),
     "entries of another fingerprint": of_space(space=REFERENCE.as_dict()),
+    "a recipe that is a list": of_space(recipe=[1]),
     "a width of nothing": of_space(space={**TEACHER.as_dict(), "width": 0}),
     "a field that nobody knows": of_space(code="import os"),
     "entries of another digest": other_entries,
@@ -360,7 +380,7 @@ def test_headers_of_shards_are_not_parsed(public: Path) -> None:
 
 
 def test_a_missing_package_is_named_before_the_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ConfigError, match="s3fs"):
         Behind("s3://bucket/store")
 
