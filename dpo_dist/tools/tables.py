@@ -87,5 +87,5 @@ def _scored(report: Fields, unit: str) -> str:
     if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
         return str(report.get("mode", ""))
     counts = [f"cached: {pluralize(report['computed'], unit)} computed", f"{report['hits']:,} reused"]
-    counts += [f"{each['entries']:,} from {each['url']}" for each in report.get("fetched", [])]
+    counts += [f"{each['entries']:,} from {url}" for url, each in report.get("fetched", {}).items()]
     return ", ".join(counts)
