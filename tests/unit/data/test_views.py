@@ -13,6 +13,7 @@ from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR
 from dpo_dist.batching.prefixes import common_tokens
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
+from dpo_dist.data import SCORERS
 from dpo_dist.data.example import Example, TokenIds
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.encoded.dataset_columns import ScorerPrompts
@@ -25,12 +26,14 @@ SYSTEM = 200
 BUDGET = 300
 
 
-def behind(pairs: Sequence[Example], prompts: Sequence[TokenIds]) -> PreferenceDataset:
-    """Return a dataset of pairs, of which a reference reads these prompts; an empty one: the pair's own."""
-    lengths = np.array([*map(len, prompts)], dtype=np.int32)
-    ids = pa.chunked_array([np.concatenate(prompts)])
-    read = ScorerPrompts(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
-    return with_views(replace(dataset_of(pairs), scorer_prompts={"reference": read}), {"reference"})
+def behind(pairs: Sequence[Example], *prompts: Sequence[TokenIds]) -> PreferenceDataset:
+    """Return pairs of which a reference, and a teacher, read these prompts; an empty one: the pair's own."""
+    read = {}
+    for scorer, own in zip(SCORERS, prompts, strict=False):
+        lengths = np.array([*map(len, own)], dtype=np.int32)
+        ids = pa.chunked_array([np.concatenate(own)])
+        read[scorer] = ScorerPrompts(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+    return with_views(replace(dataset_of(pairs), scorer_prompts=read), SCORERS)
 
 
 def with_system(number: int, tokens: int = SYSTEM) -> PreferenceDataset:
@@ -45,11 +48,13 @@ def unordered(dataset: PreferenceDataset) -> PreferenceDataset:
     return replace(dataset, views={"reference": replace(dataset.view("reference"), prefixes=None)})
 
 
-def test_a_view_has_the_responses_of_its_dataset_behind_its_own_prompts() -> None:
+@pytest.mark.parametrize("scorer", ["reference", "teacher"])
+def test_a_view_has_the_responses_of_its_dataset_behind_the_scorer_s_prompts(scorer: str) -> None:
     pairs = random_pairs([(3, 4, 5), (2, 3, 3, 6), (4, 1, 2)])
     prompts = [np.arange(3, 12, dtype=np.int32), np.empty(0, dtype=np.int32), np.arange(3, 9, dtype=np.int32)]
-    data = behind(pairs, prompts)
-    view = data.view("reference")
+    others = [np.arange(20, 25, dtype=np.int32)] * 3
+    data = behind(pairs, prompts, others) if scorer == "reference" else behind(pairs, others, prompts)
+    view = data.view(scorer)
     for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
         read = view.example(index)
         assert read.prompt_ids.tolist() == (prompt if len(prompt) else pair.prompt_ids).tolist()
@@ -58,7 +63,8 @@ def test_a_view_has_the_responses_of_its_dataset_behind_its_own_prompts() -> Non
         assert np.array_equal(response_keys([read]), view.keys[responses])
         assert np.array_equal(view.keys[responses], data.keys[responses]) == (not len(prompt))
     assert (np.diff(view.keys[view.key_order].astype(object), axis=0)[:, 0] > 0).all()
-    assert data.view("teacher") is data
+    alone = behind(pairs, prompts)
+    assert alone.view("teacher") is alone
 
 
 @pytest.mark.parametrize("seed", range(20))
