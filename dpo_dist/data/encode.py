@@ -270,6 +270,14 @@ def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[st
     """Return patterns of the parts in `data.untrained`, each with the opening tag that may end a prompt."""
     names = config.untrained
     parts = [("", facts.tokens_around_turns)] if "formatting" in names else []
+    if not (facts.thoughts.is_known or {"thoughts", "empty_thoughts"}.isdisjoint(names)):
+        raise ConfigError(
+            "the chat template writes thoughts between marks that are not known",
+            where="data.untrained",
+            got=", ".join(names),
+            expected="a token before and after a thought, or the marks that docs/data.md lists",
+            remedy="set data.untrained=[], or to the marks: 'data.untrained=[BEGIN...END]'",
+        )
     # The template's thoughts, and those of contents in which it looks for none.
     thoughts = {marks.tags: marks for marks in (facts.thoughts, DEFAULT_MARKS)}
     if "empty_thoughts" in names:

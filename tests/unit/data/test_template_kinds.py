@@ -15,6 +15,7 @@ from tests.support.tiny import _byte_level
 from tests.unit.data.test_templates import ANSWER, DOUBT, QUESTION, TOOL, as_dict, pair, trained_text
 
 SPECIAL = ["<s>", "</s>", "<|turn|>", "<|end|>", "<|open|>", "<|close|>", "<|calls|>", "<|answer|>"]
+SPECIAL += ["<|sep|>", "<|message|>", "<|eom|>"]
 ADDED = ["<think>", "</think>", "<thought>", "</thought>"]
 
 
@@ -107,10 +108,10 @@ def test_a_response_starts_after_all_that_the_turn_shares_with_the_generation_pr
 
 # Kimi K3 ends a turn by several tokens with text between them; Command A always writes the next turn's start.
 SEVERAL = template_of(
-    "<|open|>turn<|turn|><|open|>thought<|turn|>{{ m.reasoning_content or '' }}<|close|>thought<|turn|>"
+    "<|open|>turn<|sep|><|open|>think<|sep|>{{ m.reasoning_content or '' }}<|close|>think<|sep|>"
     + CALLS
-    + "<|open|>answer<|turn|>{{ m.content }}<|close|>answer<|turn|><|close|>turn<|turn|><|end|>\n",
-    "<|open|>turn<|turn|><|open|>thought<|turn|>",
+    + "<|open|>answer<|sep|>{{ m.content }}<|close|>answer<|sep|><|close|>turn<|sep|><|end|>\n",
+    "<|open|>turn<|sep|><|open|>think<|sep|>",
 )
 ALWAYS = template_of("<|turn|><|open|>" + CALLS + "{{ m.content }}<|close|><|end|>\n").replace(
     PROMPT.replace("%G", ASSISTANT), "<|turn|><|open|>"
@@ -121,7 +122,7 @@ LAST = template_of(PLAIN) + "{% if messages[-1].role == 'assistant' %}{{ eos_tok
 @pytest.mark.parametrize(
     ("template", "end", "stops"),
     [
-        (SEVERAL, "<|close|>answer<|turn|><|close|>turn<|turn|><|end|>", {"<|end|>"}),
+        (SEVERAL, "<|close|>answer<|sep|><|close|>turn<|sep|><|end|>", {"<|end|>"}),
         (ALWAYS, "<|close|><|end|>", {"<|end|>"}),
         (LAST, "<|end|>", {"<|end|>"}),
         (template_of("{{ m.content }}<|close|><|answer|>\n"), "<|close|><|answer|>", {"<|answer|>"}),
