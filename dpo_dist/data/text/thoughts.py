@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 from dpo_dist.data.text.escape import THOUGHT_FIELDS, THOUGHT_TAGS, any_of
 from dpo_dist.data.text.template import PROBE_CALL, argument_names, probed, with_text_arguments
@@ -124,7 +125,7 @@ _TAG = r"<[^<>\s]{1,60}>"
 _QUESTION = "probe question"
 _THOUGHT = "probe thought"
 _ASKED: Fields = {"role": "user", "content": _QUESTION}
-_THINKING: Fields = {"role": "assistant", "content": ""} | dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)
+_THINKING: dict[str, Any] = {"role": "assistant", "content": ""} | dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)
 
 
 def thought_marks(tokenizer: Tokenizer, template: str | None, in_parts: Collection[str]) -> ThoughtMarks:
