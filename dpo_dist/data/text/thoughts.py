@@ -39,12 +39,6 @@ class ThoughtMarks:
         return re.compile(rf"\A\s*{self._ended}\s*")
 
     @cached_property
-    def whole_empty_start(self) -> re.Pattern[str]:
-        """Pattern of a response that starts with an empty thought."""
-        begin, end = map(re.escape, self.tags)
-        return re.compile(rf"\A{begin}\s*{end}\s*")
-
-    @cached_property
     def empty_end(self) -> re.Pattern[str]:
         """Pattern of the end of an opened thought that has no text."""
         return re.compile(rf"\s*{re.escape(self.tags[1])}\s*")
