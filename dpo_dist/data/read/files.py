@@ -1,4 +1,4 @@
-"""Read the records of a file: JSON lines, JSON, CSV, TSV or Parquet; write records as JSON lines."""
+"""Read the records of a file: JSON lines, JSON, CSV, TSV, Parquet or Arrow; write records as JSON lines."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ from dpo_dist.foundation.files import staged_file, text_digest, write_text
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
-_KINDS = (*_COMPRESSED_KINDS, ".parquet")
+_KINDS = (*_COMPRESSED_KINDS, ".parquet", ".arrow")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
 _SAMPLE_BYTES = 2**23
@@ -74,7 +74,7 @@ def check_kind(file: PurePath, path: str) -> None:
 def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[RawRecord]:
     """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
 
-    A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
+    A record's origin is `path` with its first line, counted from 1; in tables and .json with its number.
     The files that a record names are looked up in `folders`, then in the folder of its own file.
     Raises DataError: the file cannot be read.
     """
@@ -89,6 +89,8 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
                 values = enumerate(elements, start=1)
             case ".csv" | ".tsv" as kind:
                 values = _table_lines(_opened(file), path, _SEPARATORS[kind])
+            case ".arrow":
+                values = enumerate(_table_rows(pyarrow.ipc.open_stream(file)), start=1)
             case _:
                 values = enumerate(_parquet_rows(file, path), start=1)
         yield from numbered_records(values, path, (*folders, file.parent))
