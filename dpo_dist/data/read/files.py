@@ -179,12 +179,13 @@ def store_image(content: bytes, folder: Path) -> str:
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl in `folder`, named by its content; return its path.
 
-    They are a list, a `datasets.Dataset`, or a table: a frame of pandas or polars, anything that Arrow reads.
+    They are a list, or a `datasets.Dataset`.
     Images of Pillow, and files as bytes, are written once each to `folder`/images. `name`: the argument's
     name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
-    for record in _rows_in_memory(records, name):
+    rows = records if isinstance(records, list) else dataset_rows(records, reads_files=True)
+    for record in rows:
         try:
             lines.append(json.dumps(record, default=lambda value: store_image(as_file(value), folder)) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
@@ -201,21 +202,6 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     if not file.exists():
         write_text(file, text)
     return file
-
-
-def _rows_in_memory(records: Iterable[Any], name: str) -> Iterable[Any]:
-    if isinstance(records, list):
-        return records
-    if hasattr(records, "with_format") and hasattr(records, "iter"):
-        return dataset_rows(records, reads_files=True)
-    if not hasattr(records, "__arrow_c_stream__"):
-        return map(_with_given_arguments, records)
-    try:
-        return _table_rows([pyarrow.table(records)])
-    except (pyarrow.ArrowException, TypeError, ValueError) as error:
-        remedy = "give each column values of one type, or pass a list of records"
-        got = first_line(error)
-        raise ConfigError("this table cannot be read", where=name, got=got, remedy=remedy) from error
 
 
 def _opened(file: Path) -> BinaryIO:

@@ -338,10 +338,7 @@ def _looks_local(path: str) -> bool:
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         return True
-    if local.suffix in SUFFIXES or _DATA_NAME.search(local.name):
-        return True
-    # Like any file (`table.xlsx`) in an existing folder.
-    return bool(re.fullmatch(r"\.[A-Za-z]{2,7}", local.suffix)) and local.parent.is_dir()
+    return local.suffix in (*SUFFIXES, ".txt", ".xls", ".xlsx") or _DATA_NAME.search(local.name) is not None
 
 
 def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
