@@ -16,8 +16,8 @@ FloatArray = NDArray[np.float64]
 Interval = Sequence[float] | None
 Piece = tuple[str, str]
 """A part of a text, and its CSS classes: some of "special trained cut omitted role"."""
-LineRole = Literal["line", "light", "mean", "evaluation", "spike", "noise", "point", "bar"]
-"""What a line of a chart is: "light" are the values behind their mean, "noise" is a dashed level."""
+LineRole = Literal["line", "light", "mean", "evaluation", "spike", "point", "bar"]
+"""What a line of a chart is: "light" are the values behind their mean."""
 
 COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
 """Colours of lines on white that colour-blind people can distinguish: after Okabe and Ito

@@ -45,8 +45,8 @@ def smoothed(values: FloatArray) -> FloatArray:
     return np.where(is_known, means, math.nan)
 
 
-def charts_of_run(rows: Rows, noise: Mapping[str, float]) -> list[Chart]:
-    """Return all charts of a run that have a value; `noise`: how far rounding alone moves each metric."""
+def charts_of_run(rows: Rows) -> list[Chart]:
+    """Return all charts of a run that have a value."""
     charts = list[Chart]()
     steps = [row for row in rows if "loss" in row]
     for title, keys in _metrics_by_chart(rows).items():
@@ -55,10 +55,6 @@ def charts_of_run(rows: Rows, noise: Mapping[str, float]) -> list[Chart]:
             lines += _lines(rows, key, find_metric(key).title if len(keys) == 1 else _part(key))
         if "loss" in keys:
             lines += _spikes(steps)
-        level = noise.get(keys[0])
-        if level and any(keys[0] in row for row in steps):
-            ends = [steps[0]["step"], steps[-1]["step"]]
-            lines.append(Line("noise of rounding", ends, [level, level], "noise"))
         charts += _chart(title, lines, keys[0], "step")
     return charts
 
@@ -233,5 +229,5 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     """Draw metrics rows to the PNG file `path`, 1600 pixels wide, whole or not at all."""
     absent = ACCURACIES[0] if any(AUC in row for row in rows) else AUC
     titles = [METRICS[name].chart for name in _IN_IMAGE if name != absent]
-    charts = {chart.title: chart for chart in charts_of_run(rows, {})}
+    charts = {chart.title: chart for chart in charts_of_run(rows)}
     draw_charts([charts.get(name, Chart(name, [])) for name in titles], [path], title)

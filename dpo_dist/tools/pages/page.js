@@ -16,8 +16,8 @@
     const {role, color} = data.lines[index];
     const stroke = () => style("--c" + color % 6) + (role === "light" ? "60" : "");
     const isLine = !["spike", "point", "bar"].includes(role) || (role === "point" && data.lines[index].xs.length > 1);
-    const dash = role === "evaluation" || role === "noise" ? [3, 3] : color > 5 ? [8, 4] : [];
-    const hasPoints = role !== "noise" && (["evaluation", "spike", "point"].includes(role) || data.lines[index].xs.length < 30);
+    const dash = role === "evaluation" ? [3, 3] : color > 5 ? [8, 4] : [];
+    const hasPoints = ["evaluation", "spike", "point"].includes(role) || data.lines[index].xs.length < 30;
     return {
       label, stroke, dash, width: role === "mean" || role === "line" ? 2 : 1,
       fill: role === "bar" ? stroke : undefined,

@@ -41,7 +41,6 @@ from dpo_dist.tools.pages.render import flat, page
 from dpo_dist.tools.pages.samples import CAUTION, samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, data_findings, last
 from dpo_dist.tools.report.verdict import RUN_RULES
-from dpo_dist.tools.tables import describe_reference
 
 _NO_PROOF = (
     "No rule of the verdict found a fault. That does not prove that the model is good: read its responses, "
@@ -49,8 +48,7 @@ _NO_PROOF = (
 )
 _CURVES = (
     "Light lines, where there are any: means of the steps between two metrics rows; bold lines: their moving "
-    "mean; rings: evaluations. A dashed line without rings, where there is one, is the noise of rounding, "
-    "measured at the start: a value below it is no progress."
+    "mean; rings: evaluations."
 )
 _OF_PAIRS = (
     "Accuracy: share of pairs whose chosen response has the larger reward; guessing gives 0.5. Margin: "
@@ -68,24 +66,10 @@ _NOT_EXAMINED = (
     "The doctor has not examined these data. Run dpo-dist doctor with the configuration of this run: it "
     "finds copies, leaks, labels that the length gives away, and more."
 )
-_TIME = (
-    "All work of all starts, from joining the processes to writing the model. A start that was killed "
-    "counts up to its last checkpoint."
-)
 _REPEAT = (
     "Started in the same folder, this command gives the same run if commit, versions (both below) and data "
     "are the same. Give it an empty run.dir: with the existing one it resumes or completes that run."
 )
-_WORK_NAMES = {
-    "starting": "starting",
-    "reference": "reference log-probs",
-    "training": "training steps",
-    "evaluation": "evaluations",
-    "samples": "generating samples",
-    "saving": "saving",
-    "other": "the rest",
-}
-"""Kinds of work in summary.json, in the order of the page."""
 
 
 class PageFacts:
@@ -161,17 +145,14 @@ def write_page(
     outcome = facts.summary.get("exit")
     level = _level(facts)
     is_running = "exit" not in facts.summary
-    reference = describe_reference(facts.section("reference"))
     command = facts.environment.get("command")
     blocks: list[PageBlock] = [
         *_verdict(facts, level),
         Table([], list(_tiles(facts)), "tiles"),
         *samples_section(folder),
-        *_curves(charts_of_run(run.rows, run.noise(run.steps))),
+        *_curves(charts_of_run(run.rows)),
         *_accuracy(facts, folder),
         *titled_section("Data", _data(facts, folder)),
-        *_time(facts),
-        *titled_section("Reference model", [Text(f"{reference}.")] if reference else []),
         *titled_section("Repeat this run", [Text(command, "code"), Text(_REPEAT, "note")] if command else []),
     ]
     for title, fields in (("Configuration", facts.config), ("Environment", facts.environment)):
@@ -269,17 +250,6 @@ def _data(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
         yield Text(_NOT_EXAMINED, "note")
 
 
-def _time(facts: PageFacts) -> list[PageBlock]:
-    seconds = facts.section("work").get("seconds", {})
-    rows = []
-    for work, name in _WORK_NAMES.items():
-        if seconds.get(work, 0.0) > 0:
-            rows.append([name, duration(seconds[work]), percent(seconds[work] / sum(seconds.values()))])
-    return titled_section(
-        "Time", [Table(["work", "time", "share"], rows), Text(_TIME, "note")] if rows else []
-    )
-
-
 def _about(facts: PageFacts) -> Iterator[str]:
     """Yield phrases on the run's model, loss, data and size; nothing without a configuration."""
     if not facts.config:
@@ -328,7 +298,6 @@ def _tiles(facts: PageFacts) -> Iterator[list[str]]:
     pairs = summary.get("pairs_seen")
     pairs_of_steps = "" if pairs is None else f"{number(pairs)} {unit}s"
     finished_share = last(facts.run.evaluations, "samples/finished")
-    seconds = facts.section("work").get("device_seconds")
     checkpoint = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
     metric = f"step; {checkpoint['metric']} {number(checkpoint['value'])}"
     if "model_step" in summary:
@@ -342,7 +311,6 @@ def _tiles(facts: PageFacts) -> Iterator[list[str]]:
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
         (f"{unit}s per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
-        ("time of all processes", seconds, duration, "all work of all starts"),
     )
     for label, value, form, remark in tiles:
         if value is not None:
