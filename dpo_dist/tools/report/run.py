@@ -251,7 +251,7 @@ def _data(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
 
 
 def _about(facts: PageFacts) -> Iterator[str]:
-    """Yield phrases on the run's model, loss, data and size; nothing without a configuration."""
+    """Yield phrases on the run's model and loss; nothing without a configuration."""
     if not facts.config:
         return
     weights = "LoRA adapter" if facts.setting("model.adapter") else "all weights"
@@ -261,20 +261,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
     beta = facts.section("settings").get("loss.beta")
     with_beta = "" if beta is None else f" with beta {number(beta, 3)}"
     yield f"loss {loss}{with_beta}"
-    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
-    unit = facts.run.unit
-    for name, noun in (("train", "training"), ("eval", "evaluation")):
-        counts = facts.run.counts(name)
-        if counts.get("pairs"):
-            labels = counts.get("labels")
-            label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield pluralize(counts["pairs"], f"{noun} {unit}") + label_counts
-    steps = facts.summary.get("steps")
-    batch = facts.summary.get("global_batch_pairs")
-    if steps and batch:
-        yield f"{pluralize(steps, 'step')} of {pluralize(batch, unit)}"
-    processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
-    yield pluralize(processes, "process", "processes") + "."
+    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}."
 
 
 def _tiles(facts: PageFacts) -> Iterator[list[str]]:

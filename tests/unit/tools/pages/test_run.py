@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("heading", "expected"),
     [
-        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
+        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6."),
         ("final loss", "0.4"),
         ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
