@@ -60,7 +60,7 @@ from dpo_dist.training.reference import (
     prepare_reference,
     reference_without_store,
 )
-from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_rows
 from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.environment import describe_run, package_versions
@@ -523,7 +523,7 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
 
     def card(loader: str) -> str:
         assert loop.recorder is not None
-        rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step)
+        rows = loop.recorder.metrics.rows if is_last else read_rows(run.folder, step)
         ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
         ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
         is_evaluated = loop.inputs.eval_set is not None and is_last

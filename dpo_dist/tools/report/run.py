@@ -85,7 +85,7 @@ class PageFacts:
         self.environment = _fields(folder.environment)
         self.state = _fields(folder.state)
         summary = _fields(folder.summary)
-        rows = history.latest_rows() if rows is None else rows
+        rows = history.rows() if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, data_findings(folder))
         self.by_source = metrics_by_source(rows)

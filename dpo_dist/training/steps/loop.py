@@ -349,7 +349,7 @@ class Loop:
             return
         row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}
         if "loss" in row:
-            count_spike(row, self.recorder.metrics.sample.steps, self.run.warn)
+            count_spike(row, self.recorder.metrics.rows, self.run.warn)
         self.recorder.row(row, margins)
         show_row(self.run.console, row, self.inputs.sampler.steps, self.run.config.loss.unit)
 
