@@ -1,4 +1,4 @@
-"""Charts of metrics rows and of distributions, for pages and as images."""
+"""Charts of metrics rows, for pages and as images."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
@@ -18,8 +17,6 @@ from dpo_dist.tools.pages.blocks import COLORS, Chart, FloatArray, Line, LineRol
 
 Rows = Sequence[Mapping[str, float]]
 
-PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
-"""Those that a distribution has."""
 _SMOOTHED_SHARE = 0.06
 _WIDE = 100  # a logarithmic axis whose ends have a smaller ratio has ticks within a decade
 _LOGARITHMIC = "Gradient norm"
@@ -134,40 +131,6 @@ def _spikes(steps: Rows) -> Iterator[Line]:
     risen = [row for row, before in zip(steps, most, strict=False) if row.get("loss_spikes", 0.0) > before]
     if risen:
         yield Line("spike", [row["step"] for row in risen], [row["loss"] for row in risen], "spike")
-
-
-def distribution(
-    values: NDArray[Any], edges: FloatArray, counts: NDArray[np.int64] | None = None
-) -> dict[str, Any]:
-    """Return the distribution of values; a value outside the edges counts in the first or last bin.
-
-    `counts`: how often there is each value, once by default.
-    """
-    bins, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
-    percentiles = np.percentile(values, PERCENTILES, weights=counts, method="inverted_cdf")
-    return {
-        "count": len(values) if counts is None else int(counts.sum()),
-        "mean": float(np.average(values, weights=counts)),
-        "smallest": float(np.min(values)),
-        "largest": float(np.max(values)),
-        "percentiles": dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
-        "edges": edges.tolist(),
-        "counts": bins.tolist(),
-    }
-
-
-def histogram(
-    title: str, values: Mapping[str, Any], unit: str, limit: float | None = None, note: str = ""
-) -> Chart:
-    """Return a histogram of a `distribution`, whose bins have the same width; a line marks `limit`."""
-    edges = values["edges"]
-    if limit is not None:
-        is_inside = edges[0] <= limit <= edges[-1]
-        limit = float(np.interp(limit, edges, range(len(edges)))) - 0.5 if is_inside else None
-    bins = range(len(values["counts"]))
-    ticks: dict[float, str] = {at: number(edges[at], 3) for at in bins}
-    bars = Line("number", bins, values["counts"], "bar")
-    return Chart(title, [bars], unit, f"{unit} from", ticks=ticks, limit=limit, note=note)
 
 
 _STYLES: Mapping[LineRole, Mapping[str, Any]] = {

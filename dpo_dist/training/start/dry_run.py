@@ -67,7 +67,6 @@ class _FirstRecords(NamedTuple):
 
     text: str  # counts in words
     notes: list[tuple[str, str]]  # lines about columns that nothing reads
-    tokens: float  # of an example, on average
     is_whole: bool  # whether the source has no more
     dataset: PreferenceDataset
     images: int  # records with images
@@ -93,7 +92,6 @@ def dry_run(
     models: Sequence[EvaluatedModel] = (),
     *,
     trains: bool = True,
-    plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
 ) -> CheckReport:
     """Make the `CHECKS` after those of `check_start`, and return what they found.
 
@@ -103,15 +101,13 @@ def dry_run(
     Args:
         models: models to evaluate; empty for training.
         trains: whether the run starts from the content of its directory.
-        plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
     look = _DryRun(config, models, trains and not models)
     for stage in (Stage.policy, Stage.models, Stage.data, Stage.run):
         make_checks(CHECKS, stage, look)
-    if plan is not None:
-        examples = sum(len(first.dataset) for first in look.train)
-        look.lines += plan(config, sum(first.tokens * len(first.dataset) for first in look.train) / examples)
-    doctor = "dpo-dist doctor with the same arguments without --check examines all records"
+    doctor = (
+        "dpo-dist doctor with the same arguments examines all records, dpo-dist plan says memory and hours"
+    )
     return CheckReport(look.lines, hint="" if models else doctor)
 
 
@@ -329,7 +325,7 @@ def _first_records(
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")
     notes = [("  not read", named_in_one_line(counts.unread))] if counts.unread else []
-    return _FirstRecords("; ".join(parts), notes, tokens, not has_more, dataset, images)
+    return _FirstRecords("; ".join(parts), notes, not has_more, dataset, images)
 
 
 CHECKS = (
