@@ -74,16 +74,3 @@ def _time_facts(rows: Sequence[Fields], summary: Fields) -> Iterator[str]:
         yield f"peak memory {size(summary['peak_memory_bytes'])}"
         if summary.get("world_size", 1) > 1:
             yield pluralize(summary["world_size"], "process", "processes")
-
-
-def describe_reference(report: Fields) -> str:
-    """Return the section `reference` of summary.json in words: "cached: 6,403 log-probs computed, ..."."""
-    teacher = report.get("teacher")
-    of_teacher = "" if not teacher else f"; teacher {_scored(teacher, 'response')}"
-    return _scored(report, "log-prob") + of_teacher
-
-
-def _scored(report: Fields, unit: str) -> str:
-    if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
-        return str(report.get("mode", ""))
-    return f"cached: {pluralize(report['computed'], unit)} computed, {report['hits']:,} reused"

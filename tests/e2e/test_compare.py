@@ -56,13 +56,6 @@ def results(place: Path, run: str) -> dict[str, Any]:
     return content
 
 
-def test_a_check_says_what_is_compared_in_lines(place: Path) -> None:
-    ended = compare(place, "checked", "pairs.function=rule:score", "--check")
-    assert ended.code == 0, ended.output
-    assert "\ncheck passed: everything that needs no weights and no GPU is in order\n" in ended.output
-    assert not (place / "checked").exists()
-
-
 def test_two_processes_write_what_one_does(place: Path) -> None:
     for run, processes in (("alone", 1), ("together", 2)):
         ended = compare(place, run, "pairs.function=rule:score", processes=processes)

@@ -51,7 +51,6 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def test_the_pairs_do_not_depend_on_processes_or_starts(place: Path) -> None:
-    assert make(place, "alone", *SAMPLES, "--check").output.count("check passed: everything") == 1
     assert "prompts: 18 different ones, 2 repeated" in make(place, "alone", *SAMPLES).output
     folder = place / "alone/pairs"
     pairs, first = rows(folder / "pairs.jsonl"), (folder / "pairs.jsonl").read_bytes()

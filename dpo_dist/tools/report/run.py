@@ -41,7 +41,6 @@ from dpo_dist.tools.pages.render import flat, page
 from dpo_dist.tools.pages.samples import CAUTION, samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, data_findings, last
 from dpo_dist.tools.report.verdict import RUN_RULES
-from dpo_dist.tools.tables import describe_reference
 
 _NO_PROOF = (
     "No rule of the verdict found a fault. That does not prove that the model is good: read its responses, "
@@ -49,8 +48,7 @@ _NO_PROOF = (
 )
 _CURVES = (
     "Light lines, where there are any: means of the steps between two metrics rows; bold lines: their moving "
-    "mean; rings: evaluations. A dashed line without rings, where there is one, is the noise of rounding, "
-    "measured at the start: a value below it is no progress."
+    "mean; rings: evaluations."
 )
 _OF_PAIRS = (
     "Accuracy: share of pairs whose chosen response has the larger reward; guessing gives 0.5. Margin: "
@@ -68,24 +66,10 @@ _NOT_EXAMINED = (
     "The doctor has not examined these data. Run dpo-dist doctor with the configuration of this run: it "
     "finds copies, leaks, labels that the length gives away, and more."
 )
-_TIME = (
-    "All work of all starts, from joining the processes to writing the model. A start that was killed "
-    "counts up to its last checkpoint."
-)
 _REPEAT = (
     "Started in the same folder, this command gives the same run if commit, versions (both below) and data "
     "are the same. Give it an empty run.dir: with the existing one it resumes or completes that run."
 )
-_WORK_NAMES = {
-    "starting": "starting",
-    "reference": "reference log-probs",
-    "training": "training steps",
-    "evaluation": "evaluations",
-    "samples": "generating samples",
-    "saving": "saving",
-    "other": "the rest",
-}
-"""Kinds of work in summary.json, in the order of the page."""
 
 
 class PageFacts:
@@ -101,7 +85,7 @@ class PageFacts:
         self.environment = _fields(folder.environment)
         self.state = _fields(folder.state)
         summary = _fields(folder.summary)
-        rows = history.latest_rows() if rows is None else rows
+        rows = history.rows() if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, data_findings(folder))
         self.by_source = metrics_by_source(rows)
@@ -161,17 +145,14 @@ def write_page(
     outcome = facts.summary.get("exit")
     level = _level(facts)
     is_running = "exit" not in facts.summary
-    reference = describe_reference(facts.section("reference"))
     command = facts.environment.get("command")
     blocks: list[PageBlock] = [
         *_verdict(facts, level),
         Table([], list(_tiles(facts)), "tiles"),
         *samples_section(folder),
-        *_curves(charts_of_run(run.rows, run.noise(run.steps))),
+        *_curves(charts_of_run(run.rows)),
         *_accuracy(facts, folder),
         *titled_section("Data", _data(facts, folder)),
-        *_time(facts),
-        *titled_section("Reference model", [Text(f"{reference}.")] if reference else []),
         *titled_section("Repeat this run", [Text(command, "code"), Text(_REPEAT, "note")] if command else []),
     ]
     for title, fields in (("Configuration", facts.config), ("Environment", facts.environment)):
@@ -269,19 +250,8 @@ def _data(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
         yield Text(_NOT_EXAMINED, "note")
 
 
-def _time(facts: PageFacts) -> list[PageBlock]:
-    seconds = facts.section("work").get("seconds", {})
-    rows = []
-    for work, name in _WORK_NAMES.items():
-        if seconds.get(work, 0.0) > 0:
-            rows.append([name, duration(seconds[work]), percent(seconds[work] / sum(seconds.values()))])
-    return titled_section(
-        "Time", [Table(["work", "time", "share"], rows), Text(_TIME, "note")] if rows else []
-    )
-
-
 def _about(facts: PageFacts) -> Iterator[str]:
-    """Yield phrases on the run's model, loss, data and size; nothing without a configuration."""
+    """Yield phrases on the run's model and loss; nothing without a configuration."""
     if not facts.config:
         return
     weights = "LoRA adapter" if facts.setting("model.adapter") else "all weights"
@@ -291,20 +261,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
     beta = facts.section("settings").get("loss.beta")
     with_beta = "" if beta is None else f" with beta {number(beta, 3)}"
     yield f"loss {loss}{with_beta}"
-    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
-    unit = facts.run.unit
-    for name, noun in (("train", "training"), ("eval", "evaluation")):
-        counts = facts.run.counts(name)
-        if counts.get("pairs"):
-            labels = counts.get("labels")
-            label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield pluralize(counts["pairs"], f"{noun} {unit}") + label_counts
-    steps = facts.summary.get("steps")
-    batch = facts.summary.get("global_batch_pairs")
-    if steps and batch:
-        yield f"{pluralize(steps, 'step')} of {pluralize(batch, unit)}"
-    processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
-    yield pluralize(processes, "process", "processes") + "."
+    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}."
 
 
 def _tiles(facts: PageFacts) -> Iterator[list[str]]:
@@ -328,7 +285,6 @@ def _tiles(facts: PageFacts) -> Iterator[list[str]]:
     pairs = summary.get("pairs_seen")
     pairs_of_steps = "" if pairs is None else f"{number(pairs)} {unit}s"
     finished_share = last(facts.run.evaluations, "samples/finished")
-    seconds = facts.section("work").get("device_seconds")
     checkpoint = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
     metric = f"step; {checkpoint['metric']} {number(checkpoint['value'])}"
     if "model_step" in summary:
@@ -342,7 +298,6 @@ def _tiles(facts: PageFacts) -> Iterator[list[str]]:
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
         (f"{unit}s per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
-        ("time of all processes", seconds, duration, "all work of all starts"),
     )
     for label, value, form, remark in tiles:
         if value is not None:

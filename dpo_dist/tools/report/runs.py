@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +100,7 @@ def compare_runs(
     results = _Results(groups, last, list(map(_intervals, facts)), sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     keys = _result_metrics(last)
-    parts = dict[str, list[str]]()
-    if is_short:
-        parts = {key: _differing_parts(texts) for key, texts in naming.items()}
+    parts = naming if is_short else {}
     metrics = {METRICS[key].title: results.cells(key) for key in keys}
     table = _table({"run": names, **parts, "outcome": outcomes, **metrics})
     tables = [table]
@@ -216,26 +212,11 @@ def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> lis
     names = [key.rpartition(".")[2] for key in settings]
     for (key, texts), name in zip(settings.items(), names, strict=True):
         title = name if names.count(name) == 1 else key
-        for description, text, part in zip(descriptions, texts, _differing_parts(texts), strict=True):
+        for description, text in zip(descriptions, texts, strict=True):
             if text != "-":
-                description.append(f"{title} {part}")
+                description.append(f"{title} {text}")
     without = "all others" if any(descriptions) else "all"
     return [", ".join(description) or without for description in descriptions]
-
-
-def _differing_parts(texts: Sequence[str]) -> list[str]:
-    """Return the texts; long ones without the words and folders that all of them begin or end with."""
-    if max(map(len, texts)) <= _MOST_CHARACTERS / 4 or len(set(texts)) == 1:
-        return list(texts)
-    start = _common_words(texts)
-    end = _common_words([text[start:][::-1] for text in texts])
-    return [text[start : len(text) - end].strip(" ,[]{}") for text in texts]
-
-
-def _common_words(texts: Sequence[str]) -> int:
-    """Return the number of characters of whole words with which all texts begin."""
-    common = os.path.commonprefix(texts)  # noqa: RUF071  (of characters, not of paths)
-    return len(re.sub(r"[^/ ]*$", "", common))
 
 
 def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:

@@ -172,7 +172,6 @@ class RewardModel:
 
     def describe(self) -> dict[str, Any]:
         """Return the model's name, the digest of its files, and its dtype."""
-        self.check()
         files = digest_model(self._folder, self.store, remote_code=self.config.trust_remote_code)
         digest = text_digest(f"{files.digest} {tokenizer_digest(self._folder)}")
         dtype = str(self.config.dtype)

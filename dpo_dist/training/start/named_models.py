@@ -132,7 +132,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
 def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
     """Return the checkpoint, and the folder to write.
 
-    Does not check their files. With `export.push_to` the folder to write may exist.
+    Does not check their files.
     """
     run = existing_run(config.run.path)
     differing = changed_keys(run.config, config.identity)
@@ -165,7 +165,7 @@ def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
         name += "-merged"
     folder = config.export.output
     output = run.exported / name if folder is None else Path(folder).expanduser()
-    if os.path.lexists(output) and config.export.push_to is None:
+    if os.path.lexists(output):
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return checkpoint, output

@@ -30,17 +30,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("heading", "expected"),
     [
-        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
+        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6."),
         ("final loss", "0.4"),
         ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
-        ("Margin of rewards", "noise of rounding values step margin margin (evaluation) noise of rounding 1"),
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
         ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
         ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
         ("Evaluation data", "300 (75 %) in the training part of the split"),
         ("Findings of the doctor", "error label leak, plain plain To do: plain First: plain:4"),
-        ("Time", "training steps 1 h 10 min 95 %"),
-        ("Reference model", "cached: 840 log-probs computed, 3,000 reused."),
         ("Repeat this run", "python -m dpo_dist.train plain"),
         ("Configuration", "loss.beta 0.1 loss.kind sigmoid loss.terms [] model.adapter null"),
     ],
