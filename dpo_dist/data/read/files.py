@@ -1,4 +1,4 @@
-"""Read the records of a file: JSON lines, JSON, CSV, TSV or Parquet; write records as JSON lines."""
+"""Read the records of a file: JSON lines, JSON, CSV, TSV, Parquet or Arrow; write records as JSON lines."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ from dpo_dist.foundation.files import staged_file, text_digest, write_text
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
-_KINDS = (*_COMPRESSED_KINDS, ".parquet")
+_KINDS = (*_COMPRESSED_KINDS, ".parquet", ".arrow")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
 _SAMPLE_BYTES = 2**23
@@ -74,7 +74,7 @@ def check_kind(file: PurePath, path: str) -> None:
 def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[RawRecord]:
     """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
 
-    A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
+    A record's origin is `path` with its first line, counted from 1; in tables and .json with its number.
     The files that a record names are looked up in `folders`, then in the folder of its own file.
     Raises DataError: the file cannot be read.
     """
@@ -89,6 +89,8 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
                 values = enumerate(elements, start=1)
             case ".csv" | ".tsv" as kind:
                 values = _table_lines(_opened(file), path, _SEPARATORS[kind])
+            case ".arrow":
+                values = enumerate(_table_rows(pyarrow.ipc.open_stream(file)), start=1)
             case _:
                 values = enumerate(_parquet_rows(file, path), start=1)
         yield from numbered_records(values, path, (*folders, file.parent))
@@ -177,12 +179,13 @@ def store_image(content: bytes, folder: Path) -> str:
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl in `folder`, named by its content; return its path.
 
-    They are a list, a `datasets.Dataset`, or a table: a frame of pandas or polars, anything that Arrow reads.
+    They are a list, or a `datasets.Dataset`.
     Images of Pillow, and files as bytes, are written once each to `folder`/images. `name`: the argument's
     name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
-    for record in _rows_in_memory(records, name):
+    rows = records if isinstance(records, list) else dataset_rows(records, reads_files=True)
+    for record in rows:
         try:
             lines.append(json.dumps(record, default=lambda value: store_image(as_file(value), folder)) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
@@ -199,21 +202,6 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     if not file.exists():
         write_text(file, text)
     return file
-
-
-def _rows_in_memory(records: Iterable[Any], name: str) -> Iterable[Any]:
-    if isinstance(records, list):
-        return records
-    if hasattr(records, "with_format") and hasattr(records, "iter"):
-        return dataset_rows(records, reads_files=True)
-    if not hasattr(records, "__arrow_c_stream__"):
-        return map(_with_given_arguments, records)
-    try:
-        return _table_rows([pyarrow.table(records)])
-    except (pyarrow.ArrowException, TypeError, ValueError) as error:
-        remedy = "give each column values of one type, or pass a list of records"
-        got = first_line(error)
-        raise ConfigError("this table cannot be read", where=name, got=got, remedy=remedy) from error
 
 
 def _opened(file: Path) -> BinaryIO:
