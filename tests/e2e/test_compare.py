@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PARTS = constants(**{"dpo_dist.tools.compare.models.PROMPTS_AT_ONCE": 4})
+PARTS = constants(**{"dpo_dist.tools.compare.models.PROMPTS_OF_A_PART": 4})
 
 
 def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:

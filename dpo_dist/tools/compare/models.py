@@ -45,6 +45,7 @@ from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.judges import Judge, Question
 from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    PROMPTS_OF_A_PART,
     Parts,
     Prompts,
     as_user_message,
@@ -56,8 +57,6 @@ from dpo_dist.tools.sampling.respond import Completions, open_generator
 from dpo_dist.tools.sampling.settings import sampling_for
 
 _Row = dict[str, Any]
-PROMPTS_AT_ONCE = 16
-"""Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
 WON = 1.0
 TIED = 0.5
 LOST = 0.0
@@ -114,7 +113,7 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
         most = settings.prompts or USUAL_PROMPTS
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, most, console.say))
-        prompts = Prompts(run, folder.comparison_parts, list(in_chunks(records, PROMPTS_AT_ONCE)))
+        prompts = Prompts(run, folder.comparison_parts, list(in_chunks(records, PROMPTS_OF_A_PART)))
         judge, judge_facts = open_judge_together(run)
         sampling = sampling_for("compare", settings)
         answers = []
@@ -133,8 +132,7 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
             return judge_pairs(prompts.parts[index], list(pairs), judge)
 
         made_with = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
-        client = None if judge is None else judge.client
-        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged, client)
+        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged)
 
         def write() -> _Row:
             counts = Counter[str]()

@@ -50,7 +50,7 @@ class Text(NamedTuple):
 class Table(NamedTuple):
     """Rows below titles; what follows a line end in a cell is in small letters below it.
 
-    `kind`: "numbers", "facts" (names and values) or "tiles" (name, value and remark).
+    `kind`: "numbers" or "facts" (names and values).
     """
 
     titles: Sequence[str]

@@ -31,6 +31,7 @@ from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.sampling.judges import Judge, Judgement, Question
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    PROMPTS_OF_A_PART,
     Parts,
     Prompts,
     as_user_message,
@@ -47,8 +48,6 @@ from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.tools.written_records import as_fields, context_fields, scorer_fields
 
 _MODELS = "pairs.models"
-PART_PROMPTS = 64
-"""Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
 
 
 def different_prompts(
@@ -309,7 +308,7 @@ def pairs_from_models(run: Run) -> None:
     pairs = config.section_of(PairsConfig)
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
-    prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PART_PROMPTS)))
+    prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PROMPTS_OF_A_PART)))
     models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
     judge, judge_facts = open_judge_together(run)
     sampling = sampling_for("pairs", config.section_of(SamplingConfig), config.trainer.seed)
@@ -342,8 +341,7 @@ def pairs_from_models(run: Run) -> None:
 
     names = [parts.folder.name for parts in responses]
     inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": judge_facts}
-    client = None if judge is None else judge.client
-    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored, client)
+    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
     facts: dict[str, Any] = {"sampling": asdict(sampling)}
     if judge:
         facts["judge"] = judge_facts

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from dpo_dist.kit import (
     on_every_rank,
     unsharded_loading,
 )
-from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import (
@@ -42,6 +40,8 @@ from dpo_dist.tools.sampling.respond import (
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
 
+PROMPTS_OF_A_PART = 16
+"""Processes share the parts, and finished parts are not repeated."""
 _FAILED = "failed"
 
 
@@ -55,10 +55,6 @@ class Parts:
     def file(self, index: int) -> Path:
         """Return the file of a part, which exists if the part is finished."""
         return self.folder / f"{index:06d}.jsonl"
-
-    def replies(self, index: int) -> Path:
-        """Return the file of a server's replies for a part that is not finished."""
-        return self.folder / f"replies-{index:06d}.jsonl"
 
     def unfinished(self) -> list[int]:
         """Return the indices of unfinished parts."""
@@ -105,13 +101,8 @@ class Prompts:
         title: str,
         parts: Parts,
         work: Callable[[int], list[dict[str, Any]]],
-        client: Client | None = None,
     ) -> Parts:
-        """Write the rows that `work` returns for each unfinished part of a stage; return the stage.
-
-        `client`: that of a server which `work` asks. Its requests are the progress, and its replies are kept
-        until their part is finished.
-        """
+        """Write the rows that `work` returns for each unfinished part of a stage; return the stage."""
         world = self.run.world
         console = self.run.console
         flag = parts.folder / _FAILED
@@ -125,24 +116,18 @@ class Prompts:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    replies: AbstractContextManager[None] = contextlib.nullcontext()
-                    if client is not None:  # the requests of later parts are not known: they are estimated
-                        replies = client.keeping(parts.replies(index), show, len(share) / done)
-                    with replies, explain_out_of_memory(title, remedy):
+                    with explain_out_of_memory(title, remedy):
                         rows = work(index)
                     with files.staged_file(parts.file(index)) as temporary:
                         files.write_lines(temporary, rows)
-                    parts.replies(index).unlink(missing_ok=True)
-                    if client is None:
-                        show(done, len(share))
+                    show(done, len(share))
             except BaseException:
                 with contextlib.suppress(OSError):
                     flag.touch()
                 raise
 
-        with console.progress(title, "part" if client is None else "request") as show:
-            if client is None:
-                show(0, len(share))
+        with console.progress(title, "part") as show:
+            show(0, len(share))
             world.together(my_parts)
         return parts
 
@@ -175,8 +160,7 @@ class Prompts:
             records = self.parts[index]
             return list(map(asdict, respond(records, responder, generate, sampling, numbers)))
 
-        client = None if server is None else server.client
-        return self.finish(f"responses of {source.name}", stage, part, client)
+        return self.finish(f"responses of {source.name}", stage, part)
 
     def _served(self, source: ModelSource, records: Sequence[PreferenceRecord]) -> Server:
         """Return the server on every rank, checked by some of the prompts that it is asked; collective."""

@@ -17,7 +17,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data import DataSource
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.foundation.console import Console, LineScreen
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.reference.model_source import ModelSource
 from dpo_dist.tools.pairs import __main__ as verb
@@ -33,7 +33,6 @@ from dpo_dist.tools.pairs.make_pairs import (
     select_pairs,
 )
 from dpo_dist.tools.pairs.start import check_pairs, responding_models
-from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judgement
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.tools.sampling.prompts import Parts, Prompts, open_judge_together
@@ -295,38 +294,6 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
     assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
     assert stage(tmp_path, parts=4).folder != parts.folder, "other prompts have other parts, too"
-
-
-def test_a_killed_part_asks_a_server_again_only_for_what_it_has_not_answered(tmp_path: Path) -> None:
-    parts, asked, said = stage(tmp_path), list[str](), list[str]()
-    client = Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 1)
-    world = {"rank": 0, "size": 1, "on_main": lambda work: work(), "together": lambda work: work()}
-
-    def answer(key: str) -> str:
-        asked.append(key)
-        if key == "2:1" and len(asked) > 5:
-            raise ConfigError("the server died", remedy="start it")
-        return f"reply {key}"
-
-    def work(index: int) -> list[dict[str, Any]]:
-        replies = client.ask([f"{index}:{n}" for n in range(3)], answer, list)
-        return [{"reply": reply} for reply in replies.values()]
-
-    prompts = prompts_of(parts.folder, 5, **world)
-    prompts = replace(prompts, run=SimpleNamespace(world=prompts.run.world, console=console_to(said)))
-    with pytest.raises(ConfigError, match="the server died"):
-        prompts.finish("responses", parts, work, client)
-    asked.clear()  # of part 2 one request was answered, one failed, and the last may have been under way
-    prompts.finish("responses", parts, work, client)
-    assert asked == ["2:1", "2:2", *(f"{part}:{n}" for part in (3, 4) for n in range(3))]
-    assert [row["reply"] for row in parts.read(2)] == [f"reply 2:{n}" for n in range(3)]
-    assert not list(parts.folder.glob("replies-*"))
-    assert any("of 15 requests" in line for line in said)
-
-
-def console_to(lines: list[str]) -> Console:
-    screen = LineScreen(lines.append, seconds=0)
-    return Console(screen)
 
 
 PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]

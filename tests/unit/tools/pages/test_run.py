@@ -30,13 +30,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("heading", "expected"),
     [
-        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6."),
-        ("final loss", "0.4"),
-        ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
+        ("plain (all weights, bf16)", "loss sigmoid with beta 0.1; learning rate 1e-6."),
+        ("training loss", "0.6900 0.4000"),
+        ("evaluation accuracy 0", "0.625 0.625 0.625 at step 1"),
+        ("run completed", "30 steps, 1 h 10 min of training, 1,920 pairs, 0.5 pairs/s, peak memory 3.0 GiB"),
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
         ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
-        ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
-        ("Evaluation data", "300 (75 %) in the training part of the split"),
+        (
+            "train data:",
+            "1,920 of 2,000 records kept: 80 dropped (identical_responses): two responses are the",
+        ),
+        ("eval data:", "100 of 100 records kept"),
         ("Findings of the doctor", "error label leak, plain plain To do: plain First: plain:4"),
         ("Repeat this run", "python -m dpo_dist.train plain"),
         ("Configuration", "loss.beta 0.1 loss.kind sigmoid loss.terms [] model.adapter null"),
