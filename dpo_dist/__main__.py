@@ -26,6 +26,9 @@ def main() -> int:
         return ExitCode.completed
     from dpo_dist.config.verbs import OWN, VERBS  # noqa: PLC0415  (slow: it reads the keys of tools)
 
+    if verb == "train" and not {"-m", "--multirun"}.isdisjoint(arguments):  # as a program with Hydra sweeps
+        verb = "sweep"
+        arguments = [word for word in arguments if word not in ("-m", "--multirun")]
     if verb in VERBS:
         # RANK is not enough to know that a launcher started this process: some pods set RANK for all
         # programs.

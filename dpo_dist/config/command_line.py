@@ -8,10 +8,8 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import reduce
-from operator import getitem
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias
 
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
@@ -359,56 +357,21 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
     return with_pages(usage(command, about, keys, folders))
 
 
-_COMPUTED = r"\$\{|^(choice|float|int|interval|range|shuffle|sort|tag)\(|,"
-"""Pattern of texts in place of a number: another key's value, `${run.root}`, or several values of a sweep."""
-
-
 def file_schema(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the JSON schema of a file of keys, which may also have `loss: ipo` and `loss.beta: 0.2`."""
+    """Return the JSON schema of a file of keys, which may also have `loss: ipo`.
+
+    It has the names of keys such as `loss.beta: 0.2`, and the values of those that are written in sections.
+    """
     schema = SCHEMA.json_schema()
-    for kind in schema["$defs"].values():
-        for value in kind.get("properties", {}).values():
-            _accept_computed(value)
-    sections = dict(schema["properties"])
-    for name in run_keys():
-        section, *inside = name.split(".")
-        if inside and inside[0] != "options":  # the kind of loss decides which options there are
-            place = sections[section]["$ref"]
-            for part in inside:
-                place = _schema_at(schema, place).get("$ref", place)
-                place = f"{place}/properties/{part}"
-            schema["properties"][name] = {"$ref": place}
-    for section, value in sections.items():
+    for section, value in [*schema["properties"].items()]:
         names = preset_names(section, folders)
         # YAML of version 1.1 reads a bare `off` as false; null is a section without keys.
         presets: list[Any] = [*names, *[False] * ("off" in names), None]
         schema["properties"][section] = {"anyOf": [value, {"enum": presets}]}
+    schema["properties"] |= {name: {} for name in run_keys() if "." in name}
     schema["properties"]["defaults"] = {"type": ["array", "string"], "description": "Presets, as in Hydra."}
     schema["patternProperties"] = {r"^loss\.options(\.|$)": {}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _schema_at(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the part of a schema at `#/$defs/NAME/...`; of a section or null, the section."""
-    part: dict[str, Any] = reduce(getitem, place.removeprefix("#/").split("/"), cast(Any, schema))
-    return next((each for each in part.get("anyOf", ()) if "$ref" in each), part)
-
-
-def _accept_computed(value: dict[str, Any]) -> None:
-    """Make the schema of a key accept `_COMPUTED` texts, and numbers where a text is wanted."""
-    kind = value.get("type")
-    text = {"type": "string", "pattern": _COMPUTED}
-    if "anyOf" in value:
-        is_list = any(each.get("type") == "array" for each in value["anyOf"])
-        value["anyOf"] += [{"type": "string"} if is_list else text, {"enum": ["none", "None"]}]
-    elif "$ref" in value:
-        value["anyOf"] = [{"$ref": value.pop("$ref")}, text]
-    elif kind == "array":  # a text is a list of one
-        value["type"] = ["array", "string"]
-    elif kind == "string":
-        value["type"] = ["string", "number"]
-    elif kind in ("number", "integer", "boolean"):
-        value |= {"type": [kind, "string"], "pattern": _COMPUTED}
 
 
 def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:

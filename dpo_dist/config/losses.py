@@ -126,6 +126,8 @@ class DistillOptions:
 
     temperature: float = key(1.0, gt=0)
     """`distill`: temperature of the softmax of teacher and policy."""
+    mix: float = key(0.0, ge=0, le=1)
+    """`distill`: 0: KL(teacher, policy), 1: KL(policy, teacher), between: a Jensen-Shannon divergence."""
 
 
 @schema
@@ -291,8 +293,9 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.distill: KindFacts(
         "KL(teacher, policy) summed over tokens / (mean nw of the global batch), at the temperature "
-        "`loss.options.temperature`; [a teacher](reward_models.md#a-teacher)",
-        "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870",
+        "`loss.options.temperature`; with `loss.options.mix` another divergence; "
+        "[a teacher](reward_models.md#a-teacher)",
+        "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870; GKD, arXiv 2306.13649",
         frozenset(),
         options=DistillOptions,
         needs_reference=False,

@@ -32,7 +32,6 @@ from dpo_dist.data import (
     ImageProcessor,
     Mask,
     Origin,
-    SourceLengths,
     full_name,
 )
 from dpo_dist.encoded.dataset_columns import (
@@ -49,9 +48,9 @@ from dpo_dist.encoded.dataset_columns import (
 from dpo_dist.encoded.store import (
     EncodedSource,
     cache_errors,
+    fitting_length,
     has_images,
     read_counts,
-    read_lengths,
     read_source,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -455,12 +454,12 @@ def _checked_counts(
             example._replace(file=full_name(source.path, example.file)) for example in counts.examples
         ]
 
-    def lengths() -> list[SourceLengths]:
+    def fitting() -> int:
         pairs = zip(tables, counted, strict=True)
-        return [read_lengths(table, counts, config) for table, counts in pairs]
+        return max(fitting_length(table, counts, config) for table, counts in pairs)
 
     for source, counts in zip(sources, counted, strict=True):
-        counts.check(source.path, config, lengths=lengths)
+        counts.check(source.path, config, fitting=fitting)
         by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
     total = DataCounts.total(map(vars, counted))
     total.check_split(config)

@@ -20,7 +20,7 @@ TRAINER = """
     prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
     trained_stops Example ImageInput Mask TokenIds
-    DataCounts Outcome SourceLengths describe_counts named_in_one_line
+    DataCounts Outcome describe_counts named_in_one_line
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 MODULES_FOR_TOOLS = {

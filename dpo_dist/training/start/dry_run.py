@@ -35,7 +35,7 @@ from dpo_dist.encoded.dataset import (
     metric_labels,
 )
 from dpo_dist.encoded.dataset_columns import dataset_columns, key_order
-from dpo_dist.encoded.store import read_counts, read_lengths
+from dpo_dist.encoded.store import fitting_length, read_counts
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
@@ -298,7 +298,7 @@ def _first_records(
         data,
         key=key,
         of_first=has_more,
-        lengths=lambda: [read_lengths(table, counts, data)],
+        fitting=lambda: fitting_length(table, counts, data),
     )
     columns = dataset_columns(table)
     dataset = PreferenceDataset(

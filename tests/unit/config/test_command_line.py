@@ -326,6 +326,15 @@ def test_the_version_does_not_read_the_keys() -> None:
     assert ended.stdout.splitlines() == [f"dpo_dist {dpo_dist.__version__}", "False"]
 
 
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_train_with_the_option_of_hydra_is_the_sweep(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", "train", "loss.beta=0.1,0.2", option, "my.yaml"])
+    programs = []
+    monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
+    dpo_dist.__main__.main()
+    assert programs == [[sys.executable, "-m", VERBS["sweep"].module, "loss.beta=0.1,0.2", "my.yaml"]]
+
+
 GPUS = [f"nvidia{number}" for number in range(4)]
 
 
