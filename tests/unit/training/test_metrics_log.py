@@ -54,8 +54,6 @@ def test_rows_are_appended_to_a_file_from_which_the_tables_are_written_at_the_en
         assert list(stored_rows(folder)) == log.rows == rows[:number]
     assert not folder.log_history.exists(), "until the run ends"
     assert not folder.metrics_table.exists()
-        "until the run ends"
-    )
     log.close({"steps": 3})
     assert json.loads(folder.summary.read_text()) == {"steps": 3}
     assert folder.log_history.read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
