@@ -126,6 +126,8 @@ class DistillOptions:
 
     temperature: float = key(1.0, gt=0)
     """`distill`: temperature of the softmax of teacher and policy."""
+    mix: float = key(0.0, ge=0, le=1)
+    """`distill`: 0: KL(teacher, policy), 1: KL(policy, teacher), between: a Jensen-Shannon divergence."""
 
 
 @schema
@@ -290,9 +292,9 @@ KINDS: dict[LossKind, KindFacts] = {
         length_averaged=True,
     ),
     LossKind.distill: KindFacts(
-        "KL(teacher, policy) summed over tokens / (mean nw of the global batch), at the temperature "
-        "`loss.options.temperature`; [a teacher](reward_models.md#a-teacher)",
-        "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870",
+        "KL(teacher, policy) or by `loss.options.mix` [another](reward_models.md#a-teacher), at "
+        "`loss.options.temperature`, summed over tokens / (mean nw of the global batch)",
+        "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870; GKD, arXiv 2306.13649",
         frozenset(),
         options=DistillOptions,
         needs_reference=False,

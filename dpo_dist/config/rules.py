@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_dist.config.extensions import rule_modules
 from dpo_dist.config.keys import all_keys, to_unset
-from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
+from dpo_dist.config.losses import DistillOptions, LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import nearest
 from dpo_dist.config.schema import SCHEMA, UNSET, Direction, Offload, ReferenceMode, RunConfig, TeacherMode
@@ -87,6 +87,10 @@ def unused_beside(key: str, other: str, remedy: str, has_effect: Condition) -> R
         lambda c: value_at(c, key, default) != default and not has_effect(c),
         yields_to=() if other == LOSS else (other,),  # loss=NAME gives all options of the loss
     )
+
+
+def _needs_whole_teacher(config: RunConfig) -> bool:
+    return config.loss.options_of(DistillOptions).mix > 0
 
 
 def without_evaluations(key: str, or_if: Condition = lambda _: False) -> Rule:
@@ -531,6 +535,18 @@ RULES = (
         for name in ("path", "system", "mode", "k", "offload")
     ),
     unused("teacher.offload", "teacher.mode=cached|live"),
+    Rule(
+        f"teacher.mode=cached {LOSS}",
+        "loss.options.mix above 0 needs whole distributions, and the store has sparse ones",
+        "set teacher.mode=live, or learn KL(policy, teacher) on the policy's own samples: loss=reverse_kl",
+        _needs_whole_teacher,
+    ),
+    Rule(
+        f"teacher.k {LOSS}",
+        "teacher.k has no effect with loss.options.mix above 0, which takes whole distributions",
+        to_unset("teacher.k") + ", or loss.options.mix",
+        lambda c: c.teacher.k != all_keys()["teacher.k"].default and _needs_whole_teacher(c),
+    ),
     Rule(
         "teacher.path!=null teacher.mode=policy|adapter",
         "in this mode the policy is its own teacher",

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from dpo_dist.model.files.load import check_has_score, load_packed
 from dpo_dist.model.layers import (
     decoder_layers,
     join_gradients,
+    output_layer,
     partly_used_blocks,
     shared_weights,
     without_gradient,
@@ -108,6 +109,13 @@ class Engine:
         with explain_out_of_memory(f"scoring {size}", REFERENCE_REMEDY):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
+
+    @torch.no_grad()
+    def logits_of_states(self) -> Callable[[Tensor], Tensor]:
+        """Return `PackedCausalLM.logits_of_states` of the weights as they are now; collective if sharded."""
+        head = output_layer(self.causal_lm)
+        with deepspeed.zero.GatheredParameters([*head.parameters()], enabled=self._shards_weights):
+            return self.model.logits_of_states(copied=self._shards_weights)
 
     @contextlib.contextmanager
     def ready_to_generate(self, *, without_adapter: bool = False) -> Iterator[Any]:

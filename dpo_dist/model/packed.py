@@ -3,8 +3,9 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,19 @@ from dpo_dist.model.library_internals import (
     whole_mask,
 )
 from dpo_dist.model.states import ForkedStates
-from dpo_dist.objective.distillation import SoftTargets, TeacherInputs
+from dpo_dist.objective.distillation import (
+    SoftTargets,
+    SparseRows,
+    TeacherInputs,
+    WholeDistributions,
+    WholeTargets,
+)
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,
     LogitChange,
     Statistic,
+    changed_logits,
     float32_logits,
     logps_of_logits,
     rows_of_logits,
@@ -88,12 +96,13 @@ class LogpHead(nn.Linear):
         input: Tensor,  # noqa: A002  (nn.Linear's name)
         targets: Tensor | None = None,
         statistics: Sequence[Statistic] = (),
-        soft: SoftTargets | None = None,
+        soft: SoftTargets | WholeTargets | None = None,
         asked: TeacherInputs | None = None,
     ) -> Tensor:
         """Return `token_logps` of `targets`, or `teacher_rows` of what is `asked`, or else all logits."""
         if asked is not None:
             assert asked.uniforms is not None
+            assert isinstance(asked.kept, SparseRows)
             return teacher_rows(input, self.weight, self.bias, asked.uniforms, asked.kept, self.change)
         if targets is not None:
             return token_logps(input, self.weight, self.bias, targets, statistics, self.change, soft)
@@ -110,7 +119,7 @@ class ScoreHead(LogpHead):
         input: Tensor,  # noqa: A002  (nn.Linear's name)
         targets: Tensor | None = None,
         statistics: Sequence[Statistic] = (),
-        soft: SoftTargets | None = None,
+        soft: SoftTargets | WholeTargets | None = None,
         asked: TeacherInputs | None = None,
     ) -> Tensor:
         """Return float32 [targets]; without targets all logits. A score has no distribution."""
@@ -235,7 +244,8 @@ class PackedCausalLM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return `objective.token_logps.token_logps` of the targets in `batch`.
 
-        For the statistic `as_teacher` return the rows of the batch's `teacher`, float32 [width, targets].
+        For the statistic `as_teacher` return the rows of the batch's `teacher`, float32 [width, targets], or
+        the states that `logits_of_states` reads, of the model's dtype.
         The ranks of `sequence` call it together. `with_routing` also returns `objective.router.routing_sums`
         of a mixture of experts.
         """
@@ -376,6 +386,8 @@ class PackedCausalLM(nn.Module):
         if "as_teacher" in statistics:
             assert teacher is not None
             assert teacher.uniforms is not None
+            if isinstance(teacher.kept, WholeDistributions):
+                return predicting.T
             if self.own_logits:
                 return rows_of_logits(predicting, teacher.uniforms, teacher.kept).T
             rows: Tensor = head(predicting, asked=teacher)
@@ -383,13 +395,26 @@ class PackedCausalLM(nn.Module):
         soft = None
         if "of_teacher" in statistics:
             assert teacher is not None
-            assert teacher.rows is not None
-            soft = teacher.kept.soft_targets(teacher.rows)
+            soft = teacher.wanted()
             statistics = [statistic for statistic in statistics if statistic != "of_teacher"]
         if self.own_logits:
             return logps_of_logits(predicting, targets, statistics, soft)
         logps: Tensor = head(predicting, targets=targets, statistics=statistics, soft=soft)
         return logps
+
+    def logits_of_states(self, *, copied: bool) -> Callable[[Tensor], Tensor]:
+        """Return the map of states [n, width] to float32 logits [n, ids] without a graph.
+
+        It has `copied` weights where they are whole only now.
+        """
+        if self.own_logits:
+            return Tensor.float
+        head = output_layer(self.causal_lm)
+        weight, bias = (
+            parameter.detach().clone() if copied and parameter is not None else parameter
+            for parameter in (head.weight, head.bias)
+        )
+        return partial(changed_logits, weight=weight, bias=bias, change=head.change)
 
     def _routing(self, outputs: "_Outputs", weights: Tensor) -> Tensor:
         """Return `routing_sums` of tokens that count `weights` times, float [tokens]."""

@@ -1,12 +1,15 @@
-"""A teacher's distribution of the next token as a sparse row: its largest probabilities, draws from the rest.
+"""A teacher's distributions of the next token: sparse rows, which a store has, or whole, beside the policy.
 
-The cross-entropy with a row, and its gradient, are unbiased estimates of those with the whole distribution
-(arXiv 2503.16870). Those with the largest probabilities alone are not, renormalised or not.
+A sparse row has the largest probabilities, and draws from the rest. The cross-entropy with a row, and its
+gradient, are unbiased estimates of those with the whole distribution (arXiv 2503.16870). Those with the
+largest probabilities alone are not, renormalised or not. Divergences that weigh tokens by the policy's
+probability need whole distributions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +32,7 @@ DRAWN = 16
 class SoftTargets(NamedTuple):
     """What a teacher wants at each position: probabilities of some tokens, at this temperature of softmax."""
 
-    ids: Tensor  # int64 [positions, tokens]; a token may stand there more than once
+    ids: Tensor  # int64 [positions, tokens], the most likely first; a token may stand there more than once
     shares: Tensor  # float32 [positions, tokens], with the sum 1, or 0 where nothing is wanted
     temperature: float
 
@@ -121,9 +124,62 @@ class SparseRows:
         """
         return -rows[:, -1] - expected_logps
 
-    def most_likely(self, rows: Tensor) -> Tensor:
-        """Return the id of the teacher's largest probability, float32 [positions]."""
-        return rows[:, 0]
+
+@dataclass(frozen=True)
+class WholeDistributions:
+    """A teacher beside the policy gives its whole distributions, as states that its output layer reads.
+
+    `mix`, above 0, is that of `generalized_jsd`, `temperature` that of both softmaxes. Distributions are over
+    the first `vocabulary` ids, which both models have.
+    """
+
+    mix: float
+    temperature: float
+    vocabulary: int
+    drawn: ClassVar[int] = 0
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Return log-probs, [positions, vocabulary], from logits of at least as many ids."""
+        return torch.log_softmax(logits[:, : self.vocabulary].float() / self.temperature, dim=-1)
+
+
+def generalized_jsd(logps: Tensor, teacher_logps: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    """Return divergences of the policy from a teacher, and their derivatives with respect to its logits.
+
+    With p the policy's distribution, q the teacher's and m = mix q + (1 - mix) p, a divergence is
+    mix KL(q || m) + (1 - mix) KL(p || m), and with mix = 1 it is KL(p || q), in nats (GKD, arXiv 2306.13649,
+    equation 1, and the limit that TRL takes there).
+
+    Args:
+        logps: [positions, ids], log-probs under p.
+        teacher_logps: [positions, ids], log-probs under q.
+        mix: above 0, at most 1.
+
+    Returns:
+        [positions], and [positions, ids].
+    """
+    probabilities = logps.exp()
+    if mix == 1:
+        apart = logps - teacher_logps
+        of_policy = (probabilities * apart).sum(1, keepdim=True)
+        return of_policy.squeeze(1), probabilities * (apart - of_policy)
+    mixture = torch.logaddexp(logps + math.log1p(-mix), teacher_logps + math.log(mix))
+    apart = logps - mixture
+    of_policy = (probabilities * apart).sum(1, keepdim=True)
+    of_teacher = (teacher_logps.exp() * (teacher_logps - mixture)).sum(1)
+    values = mix * of_teacher + (1 - mix) * of_policy.squeeze(1)
+    # m depends on p, too; what that adds to the derivative is 0 in all.
+    return values, (1 - mix) * probabilities * (apart - of_policy)
+
+
+def kept_distributions(
+    teacher: TeacherConfig, loss: LossConfig, vocabulary: int
+) -> SparseRows | WholeDistributions:
+    """Return how a run keeps a teacher's distributions over so many token ids."""
+    options = loss.options_of(DistillOptions)
+    if options.mix:
+        return WholeDistributions(options.mix, options.temperature, vocabulary)
+    return sparse_rows(teacher, loss, vocabulary)
 
 
 def sparse_rows(teacher: TeacherConfig, loss: LossConfig, vocabulary: int) -> SparseRows:
@@ -133,14 +189,46 @@ def sparse_rows(teacher: TeacherConfig, loss: LossConfig, vocabulary: int) -> Sp
     return SparseRows(k, drawn, loss.options_of(DistillOptions).temperature, vocabulary)
 
 
-class TeacherInputs(NamedTuple):
-    """What a batch has of a teacher, one of two: rows for the policy, or what the teacher draws rows by."""
+class WholeTargets(NamedTuple):
+    """A teacher's whole distributions at each position, of which a chunk is computed at a time."""
 
-    kept: SparseRows
-    rows: Tensor | None = None  # float32 [targets, kept.width]
-    uniforms: Tensor | None = None  # float32 [targets, kept.drawn], in [0, 1)
+    kept: WholeDistributions
+    states: Tensor  # [positions, width]: hidden states, or logits
+    logits: Callable[[Tensor], Tensor]  # of states [n, width], float32 [n, ids]
+
+    @torch.no_grad()
+    def log_softmax(self) -> Tensor:
+        """Return the teacher's log-probs, float32 [positions, kept.vocabulary]."""
+        return self.kept.log_softmax(self.logits(self.states))
+
+
+class TeacherInputs(NamedTuple):
+    """What a batch has of a teacher: what it wants of the policy, or what it is asked by."""
+
+    kept: SparseRows | WholeDistributions
+    rows: Tensor | None = None  # float32 [targets, kept.width], or states of `WholeTargets`
+    uniforms: Tensor | None = None  # float32 [targets, kept.drawn], in [0, 1): the teacher draws rows by them
+    logits: Callable[[Tensor], Tensor] | None = None  # of `WholeTargets`
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TeacherInputs":
-        """Return these inputs with their tensors changed."""
-        rows, uniforms = (None if each is None else change(each) for each in self[1:])
-        return TeacherInputs(self.kept, rows, uniforms)
+        """Return these inputs with their tensors of targets changed."""
+        rows, uniforms = (None if each is None else change(each) for each in self[1:3])
+        return self._replace(rows=rows, uniforms=uniforms)
+
+    def wanted(self) -> SoftTargets | WholeTargets:
+        """Return what the teacher wants of the policy."""
+        assert self.rows is not None
+        if isinstance(self.kept, SparseRows):
+            return self.kept.soft_targets(self.rows)
+        assert self.logits is not None
+        return WholeTargets(self.kept, self.rows, self.logits)
+
+    def divergences(self, values: Tensor) -> Tensor:
+        """Return the divergence at each position, in nats, float32 [targets].
+
+        `values`: what `token_logps` returns of the teacher.
+        """
+        if not isinstance(self.kept, SparseRows):
+            return values
+        assert self.rows is not None
+        return self.kept.divergences(self.rows, values)

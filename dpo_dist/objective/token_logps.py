@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_dist.objective.distillation import SoftTargets, SparseRows
+from dpo_dist.objective.distillation import SoftTargets, SparseRows, WholeTargets, generalized_jsd
 
 # Float32 logits computed at a time: they fit in a CPU's caches, and fill a GPU's matrix units.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -19,13 +19,15 @@ _BLOCK_ROWS = 2048
 # Chunks of probabilities kept for backward: to keep all would save up to a quarter of the head's time.
 _KEPT_CHUNKS = 4
 
-Statistic = Literal["collisions", "entropy", "most_likely", "of_teacher", "as_teacher"]
+Statistic = Literal["collisions", "entropy", "agreement", "of_teacher", "as_teacher"]
 """A value of the distribution at each target, beside the log-prob of the target (`token_logps`).
 
 Two are of a packed model and what its batch has of a teacher: the mean of the model's log-probs under the
-teacher's rows, which comes first and has a gradient; and the rows of the model as a teacher, in place of all
-other values.
+teacher's rows, or the divergence from its whole distributions, which comes first and has a gradient; and the
+rows or states of the model as a teacher, in place of all other values.
 """
+
+_Wanted = SoftTargets | WholeTargets
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def token_logps(
     targets: Tensor,
     statistics: Sequence[Statistic] = (),
     change: LogitChange = UNCHANGED,
-    soft: SoftTargets | None = None,
+    soft: _Wanted | None = None,
 ) -> Tensor:
     """Return the log-prob of each target under softmax(change(hidden @ weight.T + bias)), in chunks.
 
@@ -60,17 +62,18 @@ def token_logps(
         hidden: [targets, hidden_size], the state that predicts each target.
         weight: [vocab, hidden_size], possibly more precise than the states.
         statistics: also return these, without a graph. `collisions`: the log of the sum of p(v)^2 over the
-            vocabulary. `entropy`: the negative sum of p(v) log p(v), in nats. `most_likely`: the id with the
-            largest p(v).
-        soft: also return the mean of log-probs over these distributions, as differentiable as the log-probs.
+            vocabulary. `entropy`: the negative sum of p(v) log p(v), in nats. `agreement`: 1 where the
+            largest p(v) is that of the id that `soft` has as most likely, else 0.
+        soft: also return the mean of log-probs over these distributions, or the divergence from whole ones,
+            as differentiable as the log-probs.
 
     Returns:
         float32 [targets]; with `soft` or statistics float32 [1 + soft + statistics, targets], in this order.
     """
     kept_chunks = _KEPT_CHUNKS if torch.is_grad_enabled() else 0
-    # A kept chunk may also have slopes, or a second softmax, as large as its probabilities.
-    has_other_softmax = soft is not None and soft.temperature != 1
-    kept_chunks //= 1 + (change.softcap is not None) + has_other_softmax
+    # A kept chunk may also have slopes, or what `soft` needs, as large as its probabilities.
+    has_pull = isinstance(soft, WholeTargets) or (soft is not None and soft.temperature != 1)
+    kept_chunks //= 1 + (change.softcap is not None) + has_pull
     values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden.to(weight.dtype), weight, bias, targets, kept_chunks, tuple(statistics), change, soft
     )
@@ -78,7 +81,7 @@ def token_logps(
 
 
 def logps_of_logits(
-    logits: Tensor, targets: Tensor, statistics: Sequence[Statistic] = (), soft: SoftTargets | None = None
+    logits: Tensor, targets: Tensor, statistics: Sequence[Statistic] = (), soft: _Wanted | None = None
 ) -> Tensor:
     """Return the same as `token_logps` from logits that exist, [targets, vocab]; the softmax is float32."""
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
@@ -87,10 +90,16 @@ def logps_of_logits(
         return logps
     probabilities = log_probabilities.detach().exp()
     rows = [logps]
-    if soft is not None:
+    likeliest = None
+    if isinstance(soft, WholeTargets):
+        wanted = soft.log_softmax()
+        rows.append(generalized_jsd(soft.kept.log_softmax(logits), wanted, soft.kept.mix)[0])
+        likeliest = wanted.argmax(1)
+    elif soft is not None:
         softened = torch.log_softmax(logits.float() / soft.temperature, dim=-1)
         rows.append((softened.gather(1, soft.ids) * soft.shares).sum(1))
-    rows += [_statistic(probabilities, statistic) for statistic in statistics]
+        likeliest = soft.ids[:, 0]
+    rows += [_statistic(probabilities, statistic, likeliest) for statistic in statistics]
     return torch.stack(rows)
 
 
@@ -110,7 +119,7 @@ def teacher_rows(
     """
     rows = torch.empty(len(hidden), kept.width, dtype=torch.float32, device=hidden.device)
     for chunk in _chunks(len(hidden), weight):
-        logits, _ = _changed_logits(hidden[chunk].to(weight.dtype), weight, bias, change)
+        logits = changed_logits(hidden[chunk], weight, bias, change)
         rows[chunk] = kept.rows(torch.softmax(logits / kept.temperature, dim=-1), uniforms[chunk])
     return rows
 
@@ -118,6 +127,13 @@ def teacher_rows(
 def rows_of_logits(logits: Tensor, uniforms: Tensor, kept: SparseRows) -> Tensor:
     """Return the same as `teacher_rows` from logits that exist, [positions, vocab]."""
     return kept.rows(torch.softmax(logits.float() / kept.temperature, dim=-1), uniforms)
+
+
+def changed_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, change: LogitChange = UNCHANGED
+) -> Tensor:
+    """Return change(hidden @ weight.T + bias), float32 [n, vocab], without a graph."""
+    return _changed_logits(hidden.to(weight.dtype), weight, bias, change)[0]
 
 
 def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,11 +147,13 @@ def chunk_bytes(memory: float) -> float:
     return min(_CHUNK_BYTES["cuda"], memory / _CHUNKS_IN_MEMORY)
 
 
-def _chunks(positions: int, weight: Tensor) -> list[slice]:
+def _chunks(positions: int, weight: Tensor, soft: _Wanted | None = None) -> list[slice]:
     device = weight.device
     chunk: float = _CHUNK_BYTES["cpu"]
     if device.type == "cuda":
         chunk = chunk_bytes(torch.cuda.get_device_properties(device).total_memory)
+    if isinstance(soft, WholeTargets):  # of which about eight tensors of a chunk's size live at once
+        chunk /= 4
     size = max(1, int(chunk) // (4 * len(weight)))
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
@@ -145,15 +163,17 @@ class _Chunk:
     """The distributions at some positions, float32 [n, vocab], and the log-probs of the targets.
 
     `slopes`: float32 [n, vocab], derivative of each changed logit with respect to the product of the output
-    layer, without the factor `LogitChange.scale`; None: 1. `expected` and `softened` are of soft targets:
-    the mean log-probs, and the distributions at another temperature than 1.
+    layer, without the factor `LogitChange.scale`; None: 1. Three are of a teacher: `of_teacher`, the mean
+    log-probs or the divergence; `pull`, the distributions at another temperature than 1, or the derivatives
+    of the divergence with respect to logits at its temperature; `likeliest`, the teacher's most likely ids.
     """
 
     probabilities: Tensor
     logps: Tensor
     slopes: Tensor | None
-    expected: Tensor | None = None
-    softened: Tensor | None = None
+    of_teacher: Tensor | None = None
+    pull: Tensor | None = None
+    likeliest: Tensor | None = None
 
 
 def _changed_logits(
@@ -190,7 +210,7 @@ def _compute(
     bias: Tensor | None,
     targets: Tensor,
     change: LogitChange,
-    soft: SoftTargets | None,
+    soft: _Wanted | None,
 ) -> _Chunk:
     """Return the distributions at positions with these hidden states."""
     logits, slopes = _changed_logits(hidden, weight, bias, change)
@@ -198,28 +218,37 @@ def _compute(
     logps = (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
     if soft is None:
         return _Chunk(probabilities, logps, slopes)
+    if isinstance(soft, WholeTargets):
+        wanted = soft.log_softmax()
+        divergences, pull = generalized_jsd(soft.kept.log_softmax(logits), wanted, soft.kept.mix)
+        return _Chunk(probabilities, logps, slopes, divergences, pull, wanted.argmax(1))
     softened = None
     if soft.temperature != 1:
         logits /= soft.temperature
         softened, normalizers = _softmax(logits)
     expected = ((logits.gather(1, soft.ids) - normalizers) * soft.shares).sum(1)
-    return _Chunk(probabilities, logps, slopes, expected, softened)
+    return _Chunk(probabilities, logps, slopes, expected, softened, soft.ids[:, 0])
 
 
-def _part(soft: SoftTargets | None, chunk: slice) -> SoftTargets | None:
-    return None if soft is None else soft._replace(ids=soft.ids[chunk], shares=soft.shares[chunk])
+def _part(soft: _Wanted | None, chunk: slice) -> _Wanted | None:
+    if soft is None:
+        return None
+    if isinstance(soft, WholeTargets):
+        return soft._replace(states=soft.states[chunk])
+    return soft._replace(ids=soft.ids[chunk], shares=soft.shares[chunk])
 
 
-def _statistic(probabilities: Tensor, statistic: Statistic) -> Tensor:
-    """Return a statistic of distributions [n, vocab], float32 [n]."""
+def _statistic(probabilities: Tensor, statistic: Statistic, likeliest: Tensor | None) -> Tensor:
+    """Return a statistic of distributions [n, vocab], float32 [n]; `likeliest`: the teacher's ids, [n]."""
     values: Tensor
     match statistic:
         case "collisions":
             values = torch.linalg.vector_norm(probabilities, dim=-1).log() * 2
         case "entropy":
             values = torch.special.entr(probabilities).sum(dim=-1)
-        case "most_likely":  # exact: ids are below 2^24
-            values = probabilities.argmax(dim=-1).float()
+        case "agreement":
+            assert likeliest is not None
+            values = (probabilities.argmax(dim=-1) == likeliest).float()
         case "of_teacher" | "as_teacher":
             raise ValueError(f"{statistic} needs what a batch has of a teacher")
     return values
@@ -253,54 +282,59 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         kept_chunks: int,
         statistics: tuple[Statistic, ...],
         change: LogitChange,
-        soft: SoftTargets | None,
+        soft: _Wanted | None,
     ) -> Tensor:
         count = 1 + (soft is not None) + len(statistics)
         values = torch.empty(count, len(targets), dtype=torch.float32, device=hidden.device)
-        chunks = _chunks(len(targets), weight)
+        chunks = _chunks(len(targets), weight, soft)
         ctx.kept = {}
         for number, chunk in enumerate(chunks):
             computed = _compute(hidden[chunk], weight, bias, targets[chunk], change, _part(soft, chunk))
             rows = [computed.logps]
-            if computed.expected is not None:
-                rows.append(computed.expected)
-            rows += [_statistic(computed.probabilities, statistic) for statistic in statistics]
+            if computed.of_teacher is not None:
+                rows.append(computed.of_teacher)
+            rows += [
+                _statistic(computed.probabilities, statistic, computed.likeliest) for statistic in statistics
+            ]
             for row, of_chunk in enumerate(rows):
                 values[row, chunk] = of_chunk
             if number >= len(chunks) - kept_chunks:
                 ctx.kept[chunk.start] = computed
         ctx.change = change
-        ctx.temperature = 1.0 if soft is None else soft.temperature
-        ctx.save_for_backward(hidden, weight, bias, targets, *(soft or ())[:2])
+        ctx.soft = soft
+        ctx.save_for_backward(hidden, weight, bias, targets)
         return values if count > 1 else values[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         grad_logps = grad_values if grad_values.dim() == 1 else grad_values[0]
-        hidden, weight, bias, targets, *of_teacher = ctx.saved_tensors
-        soft = SoftTargets(of_teacher[0], of_teacher[1], ctx.temperature) if of_teacher else None
+        hidden, weight, bias, targets = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for chunk in reversed(_chunks(len(targets), weight)):  # kept chunks first, to free them
+        for chunk in reversed(_chunks(len(targets), weight, ctx.soft)):  # kept chunks first, to free them
             computed = ctx.kept.pop(chunk.start, None)
-            part = _part(soft, chunk)
+            part = _part(ctx.soft, chunk)
             if computed is None:
                 computed = _compute(hidden[chunk], weight, bias, targets[chunk], ctx.change, part)
             upstream = grad_logps[chunk, None] * ctx.change.scale
             if part is None:
                 gradient = computed.probabilities.mul_(-upstream)  # in the chunk's own memory
+            elif isinstance(part, WholeTargets):
+                gradient = computed.probabilities.mul_(-upstream)
+                pulled = grad_values[1, chunk, None] * (ctx.change.scale / part.kept.temperature)
+                gradient[:, : part.kept.vocabulary].addcmul_(computed.pull, pulled)
             else:
                 pull = grad_values[1, chunk, None] * (ctx.change.scale / part.temperature)
                 wanted = pull * part.shares
                 all_wanted = wanted.sum(1, keepdim=True)
-                if computed.softened is None:
+                if computed.pull is None:
                     gradient = computed.probabilities.mul_(-upstream - all_wanted)
                 else:
                     gradient = computed.probabilities.mul_(-upstream)
-                    gradient.addcmul_(computed.softened, -all_wanted)
+                    gradient.addcmul_(computed.pull, -all_wanted)
                 gradient.scatter_add_(1, part.ids, wanted)
             gradient.scatter_add_(1, targets[chunk, None], upstream)
             if computed.slopes is not None:

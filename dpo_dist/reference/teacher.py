@@ -11,7 +11,7 @@ import torch
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.distributed.zero import Engine, PolicyEngine
-from dpo_dist.objective.distillation import SparseRows, TeacherInputs
+from dpo_dist.objective.distillation import SparseRows, TeacherInputs, WholeDistributions
 from dpo_dist.reference.store import LogpStore
 
 
@@ -22,7 +22,7 @@ class Teacher:
     `policy`: the trained model itself, with `without_adapter` before it was trained.
     """
 
-    kept: SparseRows
+    kept: SparseRows | WholeDistributions
     engine: Engine | None = None
     store: LogpStore | None = None
     policy: PolicyEngine | None = None
@@ -38,6 +38,7 @@ class Teacher:
                 return with_uniforms(batch, self.kept)
             asked = with_uniforms(batch.view("teacher"), self.kept)
             return replace(batch, views={**batch.views, "teacher": asked})
+        assert isinstance(self.kept, SparseRows)
         keys = batch.keys_for("teacher")
         lengths = batch.response_lengths
         chosen = _chosen(batch) if len(batch.keys) else []
@@ -63,11 +64,15 @@ class Teacher:
         else:
             assert self.engine is not None
             rows = self.engine.token_logps(asked, ("as_teacher",))
-        rows = rows.T
-        return replace(batch, teacher=TeacherInputs(self.kept, rows=rows))
+        answered = TeacherInputs(self.kept, rows=rows.T)
+        if isinstance(self.kept, WholeDistributions):
+            model = self.policy or self.engine
+            assert model is not None
+            answered = answered._replace(logits=model.logits_of_states())
+        return replace(batch, teacher=answered)
 
 
-def with_uniforms(batch: PackedBatch, kept: SparseRows) -> PackedBatch:
+def with_uniforms(batch: PackedBatch, kept: SparseRows | WholeDistributions) -> PackedBatch:
     """Return a batch on the host with the numbers that draw its teacher's tokens."""
     uniforms = np.zeros((len(batch.targets), kept.drawn), dtype=np.float32)
     if len(batch.keys):

@@ -20,7 +20,7 @@ from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
-from dpo_dist.objective.distillation import sparse_rows
+from dpo_dist.objective.distillation import SparseRows, kept_distributions
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.reference.fill import missing_responses
@@ -64,7 +64,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     mode = config.teacher.mode
     if config.loss.needs_teacher and config.teacher.is_policy:
         vocabulary = load_config(inputs.policy_files.folder, config.model).get_text_config().vocab_size
-        kept = sparse_rows(config.teacher, config.loss, vocabulary)
+        kept = kept_distributions(config.teacher, config.loss, vocabulary)
         without_adapter = mode is TeacherMode.adapter
         own = Teacher(kept, without_adapter=without_adapter)
         return PreparedTeacher(own, {"mode": mode.value})
@@ -79,7 +79,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     # Output layers may be padded to different numbers of ids, such as those of Qwen2.5.
     folders = (inputs.policy_files.folder, folder)
     sizes = [load_config(each, config.model).get_text_config().vocab_size for each in folders]
-    teacher = Teacher(sparse_rows(config.teacher, config.loss, min(sizes)))
+    kept = kept_distributions(config.teacher, config.loss, min(sizes))
     load = partial(
         load_for_scoring,
         folder,
@@ -92,9 +92,9 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     )
     report: dict[str, Any] = {"mode": config.teacher.mode.value}
     if config.teacher.mode is TeacherMode.live:
-        return PreparedTeacher(replace(teacher, engine=load()), report)
+        return PreparedTeacher(Teacher(kept, engine=load()), report)
     # The entries of the store that these files give under these numerics and draws (law L3).
-    kept = teacher.kept
+    assert isinstance(kept, SparseRows)
     rows = (
         f"{kept.k} largest, {kept.drawn} drawn with seed 0, of {kept.vocabulary} ids, "
         f"temperature {kept.temperature}"
@@ -114,7 +114,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
     filled = asked.fill(filler, scored, _TEACHER, "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
-    teacher = replace(teacher, store=filler.open_filled())
+    teacher = Teacher(kept, store=filler.open_filled())
     if asked.engine is not None:
         report["largest_difference"] = _check_answers(run, asked.engine, teacher, *scored[0], filler.costs)
         run.say(
@@ -142,15 +142,17 @@ def _check_answers(
     world = run.world
     place = (world.replica, world.replicas)
     share = shard_batch(dataset, pairs_to_check(run, visited), *place, run.micro_batch_tokens, costs, which=0)
+    kept = teacher.kept
+    assert isinstance(kept, SparseRows)
     differences: list[tuple[str, StoredLogps]] = []
     for micro_batch, batch in zip(share.micro_batches, share.batches(), strict=True):
-        asked = with_uniforms(batch, teacher.kept).to(world.device)
+        asked = with_uniforms(batch, kept).to(world.device)
         fresh = engine.token_logps(asked, ("as_teacher",)).T.cpu().numpy()
         inputs = teacher.ready(batch).teacher
         assert inputs is not None
         assert inputs.rows is not None
         if micro_batch and world.leads:
-            apart = teacher.kept.distances(inputs.rows.numpy(), fresh)
+            apart = kept.distances(inputs.rows.numpy(), fresh)
             of_response = np.split(apart, np.cumsum(batch.response_tokens.numpy())[:-1])
             differences += zip(
                 (str(dataset.origin(index)) for index in micro_batch), of_response, strict=True

@@ -244,6 +244,24 @@ def test_a_policy_that_is_its_own_teacher(overrides: Overrides, assets: Path, tm
     first = first_step(tmp_path / "run")
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert first["grad_norm"] == pytest.approx(gradient_norm(policy), rel=1e-5)
+    # KL(policy, teacher) by whole distributions, its own on two processes with sharded weights.
+    policy.zero_grad()
+    losses = []
+    for row in rows_of(file):
+        with torch.no_grad():
+            wanted = answered(policy, [SAILOR, *row["prompt"]], row["chosen"])[0]
+        got = answered(policy, row["prompt"], row["chosen"])[0]
+        losses.append((got.exp() * (got - wanted)).sum(-1))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    whole = [*command[:1], *command[2:], "loss.options.mix=1", system]
+    for processes in (1, 2):
+        run = f"run.dir={tmp_path}/{processes}"
+        train(overrides(*whole, "teacher.mode=policy", run), processes=processes)
+        first = first_step(tmp_path / f"{processes}")
+        assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(gradient_norm(policy), rel=1e-5)
+    assert_same_history(history(tmp_path / "2"), history(tmp_path / "1"), 2e-5)
     # Without its adapter the policy is the model that a live teacher would be.
     adapted = [*command, system, "model.adapter={r: 4}", "optim.lr=1e-2"]
     train(overrides(*adapted, "teacher.mode=adapter", f"run.dir={tmp_path}/base"))

@@ -93,6 +93,53 @@ def test_a_whole_teacher_is_the_dense_divergence_on_any_number_of_processes(
     assert not list((tmp_path / "no").glob("*/*.safetensors"))
 
 
+@pytest.mark.parametrize("mix", [0.4, 1.0])
+def test_whole_distributions_beside_the_policy(
+    overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path, mix: float
+) -> None:
+    """The divergence of the definition and its gradient, however the models are sharded; a store cannot."""
+    file = write_pairs(tmp_path / "six.jsonl", 6, seed=1)
+    command = ["loss=distill", f"loss.options.mix={mix}", "loss.options.temperature=1.5"]
+    command += [f"teacher.path={teacher}", f"data.train=[{file}]", f"data.eval=[{assets}/eval.jsonl]"]
+    command += ["trainer.max_steps=2", "optim.max_grad_norm=1e9", "optim.lr=1e-3"]
+    student, larger = (
+        AutoModelForCausalLM.from_pretrained(each).double() for each in (assets / "model", teacher)
+    )
+    divergences = []
+    for record in read_records(str(file)):
+        assert isinstance(record, PreferenceRecord)
+        pair = encode(record, tiny.qwen())
+        ids = torch.tensor([*pair.prompt_ids, *pair.responses[0]])[None]
+        place = slice(len(pair.prompt_ids) - 1, -1)
+        known = student.config.vocab_size
+        p, q = (torch.softmax(model(ids).logits[0, place, :known] / 1.5, -1) for model in (student, larger))
+        m = mix * q.detach() + (1 - mix) * p
+        apart = p * (p / (q if mix == 1 else m)).log()
+        of_teacher = 0 if mix == 1 else mix * q * (q / m).log()
+        divergences.append((of_teacher + (1 if mix == 1 else 1 - mix) * apart).sum(-1))
+    loss = torch.cat(divergences).mean()
+    loss.backward()
+    gradient = torch.cat([weight.grad.flatten() for weight in student.parameters()]).norm()
+    runs = {
+        "one": ([], 1),
+        "sharded": ([], 2),
+        "replicas": (["parallelism=ddp"], 3),
+        "sequence": (["parallelism.sequence_parallel=2"], 2),
+    }
+    for name, (more, processes) in runs.items():
+        beside = ["teacher.mode=live", *more, f"run.dir={tmp_path}/{name}"]
+        train(overrides(*command, *beside), processes=processes)
+        rows = history(tmp_path / name)
+        first = next(row for row in rows if "loss" in row)
+        assert first["loss"] == pytest.approx(loss.item(), rel=1e-5), name
+        assert first["grad_norm"] == pytest.approx(gradient.item(), rel=1e-5), name
+        assert_same_history(rows, history(tmp_path / "one"), 2e-5)
+    assert "eval_teacher/agreement" in last_evaluation(tmp_path / "one")
+    ended = run_verb("train", overrides(*command, f"run.dir={tmp_path}/stored"))
+    assert ended.code == 2
+    assert "set teacher.mode=live" in ended.output
+
+
 def test_the_teacher_is_asked_once(overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path) -> None:
     """Beside a preference loss, by `precompute` on two processes; again for what changes distributions."""
     terms = "loss.terms=[{kind: ipo, weight: 1}, {kind: distill, weight: 0.5, options: {temperature: 2}}]"

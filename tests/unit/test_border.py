@@ -25,12 +25,12 @@ TRAINER = """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 MODULES_FOR_TOOLS = {
     "config": "TEMPLATE_DATE",
-    "counts": "DROPPED_PROMPT_PREFIX count_lines counts_in_one_line in_words reason_remedy",
+    "counts": "DROPPED_PROMPT_PREFIX count_lines counts_in_one_line reason_remedy",
     "encode": "encode_pair",
     "images": "decode_image",
     "read.files": "store_image",
     "read.plain": "parse_json",
-    "records": "COUNTS_OF_OTHERS parts_of",
+    "records": "parts_of",
     "text.escape": "THOUGHT_FIELDS any_of",
     "text.tokenizer": "TokenizerFacts tokenizer_facts",
 }

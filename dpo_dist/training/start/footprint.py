@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
 from dpo_dist.batching.costs import Arrangement
+from dpo_dist.config.losses import DistillOptions
 from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.schema import (
     ZERO_STAGES,
@@ -261,6 +262,9 @@ class Shapes:
         is_beside = teacher.mode is TeacherMode.live and teacher.offload is Offload.none
         if self.teacher is not None and is_beside:
             parts["teacher"] = number * _count_weights(self.teacher) / shards
+        if config.loss.options_of(DistillOptions).mix > 0 and stage == 3 and shards > 1:
+            # Whole for the policy's head, which compares whole distributions.
+            parts["teacher's output layer"] = number * output_layer(self.teacher or causal_lm).weight.numel()
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing

@@ -122,7 +122,7 @@ class Objective:
         if is_evaluation and model is not None and not self.loss.of_scores:
             statistic_names.append("entropy")
         if is_evaluation and self.teacher is not None:
-            statistic_names.append("most_likely")
+            statistic_names.append("agreement")
         for host_batch in batches:
             enter("data")
             batch = host_batch.to(device)
@@ -155,12 +155,10 @@ class Objective:
                 pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
             numbers = {name: getattr(batch, name) for name in NUMBERS}
             divergence = agreement = None
-            if batch.teacher is not None and batch.teacher.rows is not None:
-                kept = batch.teacher.kept
-                wanted = batch.teacher.rows
-                divergence = sums(kept.divergences(wanted, statistics["of_teacher"])).chosen
-                if "most_likely" in statistics:
-                    agreement = sums((statistics["most_likely"] == kept.most_likely(wanted)).float())
+            if batch.teacher is not None and "of_teacher" in statistics:
+                divergence = sums(batch.teacher.divergences(statistics["of_teacher"])).chosen
+                if "agreement" in statistics:
+                    agreement = sums(statistics["agreement"])
             squared_ratio = None
             if LossKind.reverse_kl in self.loss.kinds:
                 assert reference is not None

@@ -291,15 +291,12 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
         ("dpo", "write dpo-dist train"),
         ("resume", "write dpo-dist train RUN/config.yaml"),
         ("version", "write dpo-dist --version"),
-        ("orpo", "write dpo-dist train loss=orpo"),
         ("grpo", "not offered: there is no online RL"),
         ("evluate", "did you mean evaluate?"),
-        ("+experiment=smollm2", "write dpo-dist train +experiment=smollm2"),
-        ("mine.yaml", "write dpo-dist train mine.yaml"),
+        ("+experiment=smollm2", "write the verb first: dpo-dist train +experiment=smollm2"),
+        ("mine.yaml", "write the verb first: dpo-dist train mine.yaml"),
         ("xyzzy", "there is no verb 'xyzzy'"),
-        ("--check", "options come after the verb: dpo-dist train --check"),
-        ("--verison", "did you mean --version?"),
-        ("-V", "did you mean --version?"),
+        ("--check", "write the verb first: dpo-dist train --check"),
         ("list", "write dpo-dist report output/*"),
         ("init", "write dpo-dist train model.path=MODEL 'data.train=[FILE]' --cfg job > my.yaml"),
     ],
@@ -327,21 +324,6 @@ def test_the_version_does_not_read_the_keys() -> None:
     command = [sys.executable, "-c", program, "--version"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines() == [f"dpo_dist {dpo_dist.__version__}", "False"]
-
-
-@pytest.mark.parametrize(
-    ("asked", "becomes"), [("loss.beta", ["train", "--help", "loss.beta"]), ("chat", ["chat", "--help"])]
-)
-@pytest.mark.parametrize("word", ["help", "--help"])
-def test_help_about_a_key_or_a_verb_may_come_first(
-    word: str, asked: str, becomes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["dpo-dist", word, asked])
-    programs = []
-    monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
-    dpo_dist.__main__.main()
-    verb, *rest = becomes
-    assert programs == [[sys.executable, "-m", VERBS[verb].module, *rest]]
 
 
 @pytest.mark.parametrize("option", ["-m", "--multirun"])

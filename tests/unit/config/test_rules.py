@@ -135,6 +135,8 @@ REFUSED = [
     ("loss=reverse_kl reference=none", "reference.mode"),
     ("loss=distill teacher.path=other teacher.mode=policy", "teacher.path"),
     ("loss=distill teacher.mode=adapter", "teacher.mode"),
+    ("loss=distill loss.options.mix=0.5 teacher.path=t", "teacher.mode"),
+    ("loss=distill loss.options.mix=1 teacher.path=t teacher.mode=live teacher.k=9", "teacher.k"),
     ("loss=simpo reference.system=sea", "reference.system"),
     ("loss=distill teacher.mode=policy teacher.offload=cpu", "teacher.offload"),
     ("'loss.terms=[{kind:distill},{kind:kto}]' teacher.path=t", "loss.terms"),

@@ -1,5 +1,6 @@
 """A teacher's sparse rows, and the head's gradient towards them, beside whole distributions in float64."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist.objective import token_logps as head
-from dpo_dist.objective.distillation import SparseRows
+from dpo_dist.objective.distillation import SparseRows, WholeDistributions, WholeTargets, generalized_jsd
 from dpo_dist.objective.token_logps import (
     LogitChange,
+    changed_logits,
     logps_of_logits,
     rows_of_logits,
     teacher_rows,
@@ -39,6 +41,8 @@ def drawn(seed: int = 0) -> dict[str, Tensor]:
         "targets": torch.randint(VOCABULARY, (POSITIONS,)),
         "teacher": torch.randn(POSITIONS, VOCABULARY) * 2,
         "slopes": torch.randn(2, POSITIONS),
+        "states": torch.randn(POSITIONS, HIDDEN + 8),
+        "wide": torch.randn(VOCABULARY - 3, HIDDEN + 8) / 2,
     }
 
 
@@ -79,11 +83,78 @@ def test_existing_logits_give_the_same() -> None:
     rows = teacher_rows(facts["hidden"], facts["weight"], facts["bias"], uniforms, kept)
     torch.testing.assert_close(rows, rows_of_logits(logits, uniforms, kept))
     soft = kept.soft_targets(rows)
-    arguments = facts["targets"], ("entropy", "most_likely"), soft
+    arguments = facts["targets"], ("entropy", "agreement"), soft
     mine = token_logps(facts["hidden"], facts["weight"], facts["bias"], *arguments[:2], soft=soft)
     torch.testing.assert_close(mine, logps_of_logits(logits, *arguments))
-    assert torch.equal(mine[3], logits.argmax(1).float())
-    assert torch.equal(kept.most_likely(rows), logits.argmax(1).float())
+    assert mine[3].all(), "a model agrees with itself"
+
+
+def gkd(logits: Tensor, teacher: Tensor, mix: float, temperature: float) -> Tensor:
+    """Divergences by the definition, of logits [n, ids]."""
+    p, q = (torch.softmax(each / temperature, -1) for each in (logits, teacher))
+    if mix == 1:
+        return (p * (p / q).log()).sum(1)
+    m = mix * q + (1 - mix) * p
+    return mix * (q * (q / m).log()).sum(1) + (1 - mix) * (p * (p / m).log()).sum(1)
+
+
+@pytest.mark.parametrize("mix", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_divergences_from_whole_distributions(change: LogitChange, temperature: float, mix: float) -> None:
+    """Also beside log-probs with gradients of their own; only ids that both models have are compared."""
+    facts = drawn()
+    known = VOCABULARY - 7
+    kept = WholeDistributions(mix, temperature, known)
+    teacher = changed_logits(facts["states"], facts["wide"], None)
+    soft = WholeTargets(kept, facts["states"], partial(changed_logits, weight=facts["wide"], bias=None))
+    leaves = [facts[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    values = token_logps(*leaves, facts["targets"], ("agreement",), change, soft)
+    (values[:2] * facts["slopes"]).sum().backward()
+
+    exact = [facts[name].double().requires_grad_() for name in ("hidden", "weight", "bias")]
+    logits = changed(*exact, change)
+    logps = torch.log_softmax(logits, -1).gather(1, facts["targets"][:, None])[:, 0]
+    divergences = gkd(logits[:, :known], teacher.double()[:, :known], mix, temperature)
+    expected = torch.stack((logps, divergences))
+    (expected * facts["slopes"].double()).sum().backward()
+    torch.testing.assert_close(values[:2].double(), expected, rtol=1e-6, atol=2e-6)
+    assert torch.equal(values[2], (logits.argmax(1) == teacher[:, :known].argmax(1)).float())
+    for leaf, other in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+
+    own = logits.detach().float().requires_grad_()
+    of_logits = logps_of_logits(own, facts["targets"], ("agreement",), soft)
+    torch.testing.assert_close(of_logits, values)
+    of_logits[1].sum().backward()
+    exact_logits = logits.detach().requires_grad_()
+    gkd(exact_logits[:, :known], teacher.double()[:, :known], mix, temperature).sum().backward()
+    torch.testing.assert_close(own.grad.double(), exact_logits.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mix", [0.2, 1.0])
+def test_a_certain_teacher_has_finite_divergences(mix: float) -> None:
+    """Of an id to which bf16 logits leave no probability at all."""
+    logits = torch.zeros(2, VOCABULARY, requires_grad=True)
+    certain = torch.full((2, VOCABULARY), -3e3).index_fill(1, torch.tensor([4]), 3e3)
+    kept = WholeDistributions(mix, 1.0, VOCABULARY)
+    values, slopes = generalized_jsd(kept.log_softmax(logits), kept.log_softmax(certain), mix)
+    assert values.isfinite().all()
+    assert slopes.isfinite().all()
+    assert values.min() > 0
+
+
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+def test_divergences_are_those_of_trl(mix: float) -> None:
+    gkd_trainer = pytest.importorskip("trl.experimental.gkd").GKDTrainer
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, POSITIONS, VOCABULARY) * 3
+    kept = WholeDistributions(mix, 1.3, VOCABULARY)
+    by_trl = gkd_trainer.generalized_jsd_loss(
+        logits[None], teacher[None], beta=mix, temperature=1.3, reduction="sum"
+    )
+    mine = generalized_jsd(kept.log_softmax(logits), kept.log_softmax(teacher), mix)[0].sum()
+    assert mine.item() == pytest.approx(by_trl.item(), rel=1e-6)
 
 
 def test_draws_are_unbiased() -> None:
