@@ -417,8 +417,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
         return None
     owes = position.evaluation_is_due
     resumed = position.step or None
-    plan = MetricPlan(run.config.loss)
-    metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes)
+    metrics = MetricsLog.open(run.folder, resumed, run.warn, evaluation_is_due=owes)
     return Recorder.open(run, metrics, reporting)
 
 

@@ -30,6 +30,7 @@ MODULES_FOR_TOOLS = {
     "images": "decode_image",
     "read.files": "store_image",
     "read.plain": "parse_json",
+    "records": "parts_of",
     "text.escape": "THOUGHT_FIELDS any_of",
     "text.tokenizer": "TokenizerFacts tokenizer_facts",
 }

@@ -72,7 +72,7 @@ def compare_runs(
     names = [folder.path.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
-    settings, others = _differing(facts)
+    settings = _differing(facts)
     naming = settings
     if points:
         keys_of_points = dict.fromkeys(itertools.chain(*points))
@@ -111,7 +111,7 @@ def compare_runs(
     all_metrics = [[key, *results.cells(key)] for key in dict.fromkeys(itertools.chain(*last))]
     sentence = "All settings of the training are equal."
     if settings:
-        sentence = "These settings differ; all other recorded settings are equal."
+        sentence = "These settings differ; all others that can change a result are equal."
     blocks: list[PageBlock] = [
         *titled_section("Sweep", charts),
         Heading("Results"),
@@ -125,9 +125,6 @@ def compare_runs(
         Text(sentence, "note"),
         _settings(labels, settings),
     ]
-    if others:
-        title = "Other settings, versions and hardware that differ"
-        blocks.append(Folded(title, [_settings(labels, others)]))
     blocks += _curves(facts, groups, kinds)
     write_text(page, render.page(f"{len(facts)} runs", blocks))
     lines = table.lines()
@@ -179,15 +176,13 @@ def _table(columns: Mapping[str, Sequence[str]]) -> Table:
     return Table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return by key the settings that differ and can change results, and other differences."""
+def _differing(facts: Sequence[PageFacts]) -> dict[str, list[str]]:
+    """Return by key the settings that differ and can change results."""
     differing = differing_settings([each.config for each in facts])
     differing.pop("loss.options", None)  # present only if null; each option has a row of its own
     settings = {}
-    others = {}
     for key, texts in differing.items():
         if key.startswith(_KEYS_WITHOUT_RESULT):
-            others[key] = texts
             continue
         settings[key] = texts
         # Losses of other kinds do not depend on it.
@@ -196,7 +191,7 @@ def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[s
             kinds = _kinds(each)
             if users and kinds and not users.intersection(kinds):
                 texts[index] = "-"
-    return settings, others | differing_settings([each.environment for each in facts])
+    return settings
 
 
 def _kinds(facts: PageFacts) -> list[str]:

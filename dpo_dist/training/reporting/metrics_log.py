@@ -6,9 +6,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_dist.config.metrics import (
     ACCURACIES,
@@ -28,16 +28,10 @@ from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import for_json
-from dpo_dist.training.clock import PHASES
-
-if TYPE_CHECKING:  # it imports torch, and pages of runs need none
-    from dpo_dist.objective.metrics import MetricPlan
 
 MetricsRow = dict[str, float]
 """Metrics of a logged step or of an evaluation, by name, as in log_history.json."""
 
-_SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
-_OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
 # A tracker's summary has the best values of these metrics, summary.json only those of `_BEST`.
 METRICS_WITH_BEST = {
     key: 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
@@ -54,17 +48,6 @@ _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 _AFTER_STEP = 0.5
 
 
-def csv_columns(plan: "MetricPlan | None" = None) -> tuple[str, ...]:
-    """Return the columns of a new CSV file: with `plan` those of its loss, else those of a loss for pairs."""
-    measured = PAIR_METRICS
-    if plan is not None and plan.loss.terms:
-        measured += tuple(TERMS[kind] for kind in plan.loss.kinds)
-    if plan is not None and plan.loss.is_unpaired:
-        measured = tuple(name for name, (_, group) in plan.rows.items() if not group)
-    step_columns = ("step", "epoch", *measured, "grad_norm", "learning_rate", "pairs", "tokens")
-    return (*step_columns, *_SPEED, *_OTHERS, *(PREFIX + key for key in measured))
-
-
 class MetricsLog:
     """The metrics rows of one run, in a file and in memory."""
 
@@ -78,7 +61,6 @@ class MetricsLog:
         folder: RunFolder,
         resume_step: int | None,
         warn: Callable[[str], None] = print,
-        plan: "MetricPlan | None" = None,
         *,
         evaluation_is_due: bool = False,
     ) -> "MetricsLog":
@@ -104,9 +86,9 @@ class MetricsLog:
             warn("training starts again: an earlier start left no checkpoint; its rows are replaced")
         elif resume_step is not None and not (has_file or rows):
             warn(f"metrics up to step {resume_step} are lost: {folder.rows} is missing")
-        # Tables of an earlier end would lack the rows of this start; `write_tables` reads the header.
+        # Tables of an earlier end would lack the rows of this start.
         folder.log_history.unlink(missing_ok=True)
-        files.write_text(folder.metrics_table, ",".join(csv_columns(plan)) + "\n")
+        folder.metrics_table.unlink(missing_ok=True)
         return cls(folder, rows)
 
     def append(self, row: Mapping[str, float]) -> None:
@@ -181,29 +163,21 @@ def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
 
 
 def write_tables(folder: RunFolder) -> None:
-    """Write all rows as log_history.json and training_metrics.csv, each whole or not at all.
-
-    The CSV file has the columns of its header so far, then all others that rows have.
-    """
-    columns = dict.fromkeys(csv_columns())
-    if folder.metrics_table.exists():
-        with folder.metrics_table.open(encoding="utf-8", newline="") as table:
-            columns = dict.fromkeys(next(csv.reader(table), columns))
-    with files.staged_file(folder.log_history) as temporary, temporary.open("wb") as history:
-        history.write(b"[")
-        before = b"\n"
-        for line, row in _stored_lines(folder):
-            history.write(before + line.rstrip())
-            before = b",\n"
-            columns.update(dict.fromkeys(row))
-        history.write(b"\n]\n")
+    """Write all rows as log_history.json and training_metrics.csv, each whole or not at all."""
+    lines = []
+    rows = []
+    for line, row in _stored_lines(folder):
+        lines.append(line.decode().rstrip())
+        rows.append(row)
+    files.write_text(folder.log_history, "[\n" + ",\n".join(lines) + "\n]\n")
+    columns = dict.fromkeys(chain(*sorted(rows, key=is_evaluation)))  # those of steps first
     with (
         files.staged_file(folder.metrics_table) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as table,
     ):
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(map(row.get, columns) for row in stored_rows(folder))
+        writer.writerows(map(row.get, columns) for row in rows)
 
 
 def final_and_best(rows: Sequence[MetricsRow]) -> dict[str, Any]:
