@@ -486,7 +486,8 @@ RULES = (
         "reference.mode=adapter switches off the policy's adapter, and the policy has none",
         _ADAPTER + ", or choose reference=cached",
     ),
-    # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
+    # Not `reference.store` and `behind`: like `data.cache` they name folders, which scripts set for runs of
+    # every mode.
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
     unused_beside(
