@@ -218,6 +218,8 @@ class ReferenceConfig:
     """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
     store: NonEmpty = key("${run.root}/reference", free=True, verbs=EVERY_READER)
     """Folder of stored log-probs, shared by runs."""
+    behind: list[Place] = key([], free=True, verbs="train precompute evaluate")
+    """Folders or URLs of published stores, whose entries are fetched rather than computed."""
 
 
 @schema
@@ -392,8 +394,6 @@ class ExportConfig:
     """Merge an adapter into its base, and write one model."""
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
-    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub repository to which the folder is sent; a new one is private. `--check` only lists its files."""
 
 
 @schema

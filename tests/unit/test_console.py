@@ -270,6 +270,7 @@ def test_the_table_of_a_run() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "it's a [run]", 'a "b" $HOME'])
 @pytest.mark.parametrize("on_path", [True, False])
 def test_the_line_that_talks_to_the_model_runs_in_a_shell(
