@@ -18,8 +18,11 @@ from dpo_dist.data.example import Example, TokenIds
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.encoded.dataset_columns import ScorerPrompts
 from dpo_dist.encoded.views import with_views
+from tests.support import tiny
+from tests.support.cache import opened
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.prefixes import sizes_of
+from tests.support.records import jsonl
 from tests.unit.reference.test_fill import Scorer, assert_filled, fill
 
 SYSTEM = 200
@@ -65,6 +68,18 @@ def test_a_view_has_the_responses_of_its_dataset_behind_the_scorer_s_prompts(sco
     assert (np.diff(view.keys[view.key_order].astype(object), axis=0)[:, 0] > 0).all()
     alone = behind(pairs, prompts)
     assert alone.view("teacher") is alone
+
+
+def test_the_stored_columns_of_each_scorer_are_its_own(tmp_path: Path) -> None:
+    """Written beside the encoded data, and mapped by the next start."""
+    own = {"reference_prompt": "the short form", "teacher_prompt": "the solution"}
+    rows = [{"prompt": f"number {n}?", "chosen": "yes", "rejected": "no", **own} for n in range(3)]
+    data = opened(tmp_path, jsonl(tmp_path, *rows))
+    for _ in range(2):
+        views = with_views(data, SCORERS)
+        read = [tiny.qwen().decode(views.view(scorer).example(0).prompt_ids) for scorer in SCORERS]
+        assert read == [*own.values()]
+    assert views.view("teacher").columns_files != views.view("reference").columns_files
 
 
 @pytest.mark.parametrize("seed", range(20))
