@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_dist.batching.content_keys import response_keys
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR
 from dpo_dist.batching.prefixes import common_tokens
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
@@ -143,3 +144,15 @@ def test_a_live_scorer_s_own_prompts_divide_micro_batches() -> None:
     batches = [batch.views["reference"] for batch in share.batches()]
     assert len(batches) > len(shard_batch(data, np.arange(40), 0, 1, BUDGET, COSTS).micro_batches)
     assert max(batch.tokens for batch in batches) <= SCORING_TOKENS_FACTOR * BUDGET
+
+
+def test_a_live_scorer_that_pads_its_rows_is_held_to_their_longest() -> None:
+    """One of eight prompts is long: all rows of its micro-batch would be."""
+    pairs = random_pairs([(5, 6, 7)] * 8)
+    prompts = [pair.prompt_ids for pair in pairs]
+    prompts[0] = random_pairs([(500, 1)], seed=3)[0].prompt_ids
+    costs = replace(COSTS, arrangement=Arrangement.padded)
+    data = behind(pairs, prompts)
+    assert len(shard_batch(data, np.arange(8), 0, 1, BUDGET, costs).micro_batches) == 1
+    share = shard_batch(data, np.arange(8), 0, 1, BUDGET, costs, live=("reference",))
+    assert (0,) in share.micro_batches
