@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -191,7 +190,10 @@ def shard_batch(
     # A scorer without a backward may take several times the tokens.
     scored_tokens = SCORING_TOKENS_FACTOR * micro_batch_tokens
     if not all(fits_in_bins(each, costs, bins, scored_tokens) for each in scored):
-        plan = plan_micro_batches(reduce(_at_least, scored, sizes), world_size, micro_batch_tokens, costs)
+        planned = sizes
+        for each in scored:
+            planned = _at_least(planned, each, costs, micro_batch_tokens)
+        plan = plan_micro_batches(planned, world_size, micro_batch_tokens, costs)
         bins = _bins(plan, len(indices))
     shared = shares_in_bins(sizes, costs, bins).tokens
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
@@ -228,11 +230,18 @@ def _bins(plan: Sequence[Sequence[Sequence[int]]], examples: int) -> Indices:
     return bins
 
 
-def _at_least(sizes: ExampleSizes, scored: ExampleSizes) -> ExampleSizes:
-    """Return sizes of examples that, `scored` without a backward, may take several times the tokens."""
+def _at_least(sizes: ExampleSizes, scored: ExampleSizes, costs: ComputeCosts, budget: int) -> ExampleSizes:
+    """Return sizes of examples that, `scored` without a backward, may take several times the tokens.
+
+    A micro-batch has what all of them begin with once, as scored: the rest of its `budget` is for the others.
+    """
+    most = SCORING_TOKENS_FACTOR * budget
+    begins = shares_in_bins(scored, costs, np.zeros_like(scored.tokens)).tokens
+    common = min(int(np.sort(begins)[1:2].sum()), most - 1)  # the first one shares with none before it
 
     def larger(own: Counts, other: Counts) -> Counts:
-        return np.maximum(own, np.ceil(other / SCORING_TOKENS_FACTOR).astype(np.int64))
+        rest = (other - common) * budget / (most - common)
+        return np.maximum(own, np.ceil(rest).astype(np.int64))
 
     tokens = larger(sizes.tokens, scored.tokens)
     longest = larger(sizes.longest, scored.longest)

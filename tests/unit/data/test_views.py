@@ -136,6 +136,20 @@ def test_a_live_scorer_s_system_message_costs_no_micro_batches(ranks: int) -> No
     assert max(batch.tokens for batch in batches) <= SCORING_TOKENS_FACTOR * BUDGET
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_system_message_that_takes_most_of_a_live_micro_batch_is_counted_once_in_it(ranks: int) -> None:
+    """Of 1,200 tokens it leaves 200, for 12 pairs of 16 tokens."""
+    data = with_system(40, tokens=5 * SYSTEM)
+    shares = [
+        shard_batch(data, np.arange(40), rank, ranks, BUDGET, COSTS, live=("reference",))
+        for rank in range(ranks)
+    ]
+    batches = [batch.views["reference"] for share in shares for batch in share.batches()]
+    assert len(batches) == 4
+    assert sum(batch.tokens for batch in batches) == pytest.approx(4 * 5 * SYSTEM + 40 * 16, rel=0.02)
+    assert max(batch.tokens for batch in batches) <= SCORING_TOKENS_FACTOR * BUDGET
+
+
 def test_a_live_scorer_s_own_prompts_divide_micro_batches() -> None:
     """Prompts that share nothing are held to what a scorer may have at once."""
     pairs = random_pairs([(5, 6, 7)] * 40)
