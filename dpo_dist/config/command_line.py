@@ -33,7 +33,7 @@ from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import assigned, did_you_mean, instead_of_key, nearest, unknown_key
 from dpo_dist.config.named_code import COMMAND, code_warnings
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
@@ -119,9 +119,6 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
         )
         mistake = ConfigError("--processes has no effect here", where=Typed("--processes"), remedy=remedy)
         options.mistakes.append(mistake)
-    if options.help and "=" in options.help:
-        options.words = [options.help, *options.words]
-        options.help = ""
     return options
 
 
@@ -163,20 +160,6 @@ def _named_run(options: argparse.Namespace, needed: Collection[str]) -> Path | N
     has_file = options.config_dir is not None or any("=" not in word for word in options.words)
     is_whole = has_file or not {"experiment", *needed}.isdisjoint(values)
     return None if is_whole or "run.dir" not in values else Path(str(values["run.dir"])).expanduser()
-
-
-def _check_more_than_run(options: argparse.Namespace) -> None:
-    """Raise ConfigError for a command that names an existing run in place of what it trains."""
-    folder = _named_run(options, {"model", "model.path", "data", "data.train"})
-    if folder is not None and RunFolder(folder).config.is_file():
-        file = shlex.quote(str(RunFolder(folder).config))
-        words = shlex.join(options.words)
-        raise ConfigError(
-            "this command names a run, and not what it trains",
-            where="run.dir",
-            got=str(folder),
-            remedy=f"begin with the run's configuration: dpo-dist train {file} {words}",
-        )
 
 
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
@@ -238,8 +221,6 @@ def _facts(row: Key) -> list[str]:
         "digest": digest,
     }
     declaring = [kind for kind in KINDS if KINDS[kind].options is row.declared_in]
-    if declaring:
-        facts["paper"] = KINDS[declaring[0]].source
     kinds = declaring or kinds_using(row.name.removeprefix("loss."))
     if kinds:
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
@@ -288,8 +269,6 @@ def _run(
         if load_points is not None:
             points = load_points(words, folder, mistakes=mistakes)
         else:
-            if verb == "train":
-                _check_more_than_run(options)
             saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
             points = {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
         config = next(iter(points.values()))

@@ -218,6 +218,8 @@ class ReferenceConfig:
     """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
     store: NonEmpty = key("${run.root}/reference", free=True, verbs=EVERY_READER)
     """Folder of stored log-probs, shared by runs."""
+    behind: list[Place] = key([], free=True, verbs="train precompute evaluate")
+    """Folders or URLs of published stores, whose entries are fetched rather than computed."""
 
 
 @schema

@@ -83,6 +83,7 @@ def encode_pair(
         tokens = 0
         scorer_prompts = dict[str, TokenIds]()
         replaces_system = False
+        is_scorer_resplit = False
         for scorer in SCORERS:
             system = (systems or {}).get(scorer)
             if system is not None and isinstance(record.prompt, str) and AS_TURN not in rendered.read_as:
@@ -98,7 +99,9 @@ def encode_pair(
             if rendered_other.responses != rendered.responses:
                 detail = f"the template writes the responses differently after the {scorer}'s prompt"
                 raise UnusableRecordError("scorer_prompt_differs", detail)
-            scorer_prompts[scorer] = _scorer_ids(scorer, rendered_other, cut_responses, facts, config)
+            longest = max(map(len, cut_responses))
+            scorer_prompts[scorer], resplits = _scorer_ids(scorer, rendered_other, longest, facts, config)
+            is_scorer_resplit |= resplits
     except UnusableRecordError as fault:
         return replace(fault.as_bad_record(record.origin), tokens=tokens)
     except RecursionError:
@@ -114,6 +117,7 @@ def encode_pair(
         "partly_trained": bool(masks),
         "image_tag_in_text": has_tags,
         "scorer_system_replaced": replaces_system,
+        "scorer_boundary_resplit": is_scorer_resplit,
     }
     if config.for_scores:
         cut_responses = [[*ids, _SCORE_ID] for ids in cut_responses]
@@ -153,25 +157,26 @@ def _read_by(
 def _scorer_ids(
     scorer: str,
     rendered: RenderedRecord,
-    responses: Sequence[Sequence[int]],
+    longest: int,
     facts: TokenizerFacts,
     config: DataConfig,
-) -> TokenIds:
-    """Return the ids of a scorer's prompt, behind which the policy's ids of the responses stand.
+) -> tuple[TokenIds, bool]:
+    """Return the ids of a scorer's prompt, and whether a response behind it would join its last token.
 
-    It is never cut: what is cut may be what the scorer has to know.
+    Behind it stand the policy's ids of the responses, `longest` at most. It is never cut: what is cut may be
+    what the scorer has to know.
     """
-    ids, _, _ = facts.encoder.encode_after(rendered.prompt, (), keeps_boundary=True)
+    ids, _, resplits = facts.encoder.encode_after(rendered.prompt, rendered.responses, keeps_boundary=True)
     ids, prefix_length = facts.with_prefix(ids, is_whole=rendered.is_whole)
     if len(ids) == prefix_length:
         raise UnusableRecordError("scorer_prompt_differs", f"the {scorer}'s prompt has no tokens")
-    tokens = len(ids) + max(map(len, responses))
+    tokens = len(ids) + longest
     limit = config.max_scorer_length or config.max_length
     if tokens > limit:
         raise UnusableRecordError(
             "scorer_prompt_too_long", f"{tokens} tokens of the {scorer}, at most {limit}"
         )
-    return np.array(ids, dtype=np.int32)
+    return np.array(ids, dtype=np.int32), resplits
 
 
 def _are_distinct(responses: Sequence[Sequence[int]]) -> bool:

@@ -268,6 +268,17 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
         buffers = [None, pa.py_buffer(starts), pa.py_buffer(values)]
         chunks.append(pa.Array.from_buffers(pa.large_binary(), len(ids), buffers))
     texts = pa.chunked_array(chunks, pa.large_binary())
+    places, shared = sorted_places(texts)
+    schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
+    with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
+        writer.write_batch(pa.record_batch([places, shared], schema=ORDER_SCHEMA))
+
+
+def sorted_places(texts: pa.ChunkedArray) -> tuple[Row, Row]:
+    """Return the place of each text by its bytes, which are ids, and how many ids two neighbours share.
+
+    Both int32 [texts]; the second by place, with the text before it.
+    """
     order = pc.sort_indices(texts).to_numpy()
     places, shared = np.empty((2, len(order)), dtype=np.int32)
     places[order] = np.arange(len(order))
@@ -276,9 +287,7 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
         row: Row = np.frombuffer(texts[record].as_buffer(), dtype=np.int32)
         shared[place] = common_tokens(before, row)
         before = row
-    schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
-    with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
-        writer.write_batch(pa.record_batch([places, shared], schema=ORDER_SCHEMA))
+    return places, shared
 
 
 @contextmanager

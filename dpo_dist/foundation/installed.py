@@ -45,8 +45,8 @@ def is_installed(package: str) -> bool:
     return True
 
 
-def install_extra(extra: str) -> str:
-    """Return the command that installs the packages of an extra of pyproject.toml.
+def install_extra(extra: str, only: str = "") -> str:
+    """Return the command that installs the packages of an extra of pyproject.toml, or only one of them.
 
     It names the packages: no index has this one.
     """
@@ -56,4 +56,5 @@ def install_extra(extra: str) -> str:
         return f"install the extra {extra!r} of dpo_dist's pyproject.toml"
     parts = [requirement.partition(";") for requirement in every]
     packages = [name.strip() for name, _, extras in parts if re.search(rf"extra == .{extra}\W", extras)]
+    packages = [name for name in packages if name.startswith(only)]
     return f"pip install {shlex.join(packages)}"

@@ -13,7 +13,14 @@ from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
 
 _WEB = ("http", "https")
-_CLOUD = (*_WEB, "s3", "s3a", "gs", "gcs")
+_PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+}
 # Without these a server that accepts a connection and sends nothing would be waited for without an end.
 _CONNECT_SECONDS = 10
 _SILENT_SECONDS = 60
@@ -30,6 +37,11 @@ _DENIED = re.compile(r"(?i)credential|forbidden|unauthorized|access.?denied|inva
 def is_url(path: str) -> bool:
     """Return whether a path names files by a URL, not on a disk or by the name of a dataset."""
     return "://" in path
+
+
+def is_web(path: str) -> bool:
+    """Return whether a path is the URL of a web server."""
+    return path.partition("://")[0].lower() in _WEB
 
 
 _ONE_SLASH = re.compile(r"(https?|s3a?|gs|gcs|hf|file):/?(?=[^/])")
@@ -82,7 +94,7 @@ def check_url(url: str, where: str) -> None:
             remedy="set credentials in the environment or the files where the file system looks for them "
             "(for https:// ~/.netrc); download what only a signed URL can reach",
         )
-    lacks_place = not rest.strip("/") or (protocol.lower() in _CLOUD and rest.startswith("/"))
+    lacks_place = not rest.strip("/") or (protocol.lower() in _PACKAGES and rest.startswith("/"))
     if separator and lacks_place:
         raise ConfigError(
             "the URL names no bucket, host or folder",
@@ -112,7 +124,9 @@ def open_file_system(url: str) -> tuple[Any, str]:
             f"{protocol}:// needs a package that is not installed",
             where=url,
             got=in_one_line(fault),
-            remedy=install_extra("cloud") if protocol in _CLOUD else "install the package",
+            remedy=install_extra("cloud", _PACKAGES[protocol])
+            if protocol in _PACKAGES
+            else "install the package",
             lacks=Lack.package,
         ) from fault
     except ValueError as fault:

@@ -7,9 +7,9 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,10 +25,11 @@ from dpo_dist.distributed.processes.world import Stops, World, check_shared
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import locked, remove_abandoned
+from dpo_dist.foundation.files import locked, remove_abandoned, write_json
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
-from dpo_dist.reference.store import LogpStore, StoredLogps
+from dpo_dist.reference.behind import Behind, Fetched, fault_of_logps, merge_fetched
+from dpo_dist.reference.store import RECIPE_FILE, LogpStore, StoredLogps
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,14 @@ class FillReport:
         computed: distinct responses that were scored now.
         seconds: time of scoring.
         damaged: names of damaged shards.
+        fetched: what came from each store behind this one.
     """
 
     hits: int = 0
     computed: int = 0
     seconds: float = 0.0
     damaged: frozenset[str] = frozenset()
+    fetched: tuple[Fetched, ...] = ()
 
     def __add__(self, other: "FillReport") -> "FillReport":
         return FillReport(
@@ -69,11 +72,13 @@ class FillReport:
             self.computed + other.computed,
             self.seconds + other.seconds,
             self.damaged | other.damaged,
+            merge_fetched(self.fetched + other.fetched),
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report's fields of the section `reference` in summary.json."""
-        return {**vars(self), "seconds": round(self.seconds, 3), "damaged": sorted(self.damaged)}
+        fields = {**vars(self), "seconds": round(self.seconds, 3), "damaged": sorted(self.damaged)}
+        return fields | {"fetched": [vars(each) for each in self.fetched]}
 
 
 class _Part(NamedTuple):
@@ -97,6 +102,9 @@ class StoreFiller:
         stops: checked after each micro-batch.
         which: only this response of each pair is scored; None: all.
         prepare: adds to a batch on the host what the scorer needs.
+        behind: folders or URLs of published stores, which are asked for what is missing.
+        recipe: what decides the run's token ids, for those who fetch from this store.
+        fault: returns, in words, why a stranger's values cannot be an entry's; "" if they can.
         shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
             enough: a network file system may not show files that another node just wrote.
         computed_tokens: those of the micro-batches of this rank.
@@ -112,6 +120,9 @@ class StoreFiller:
     stops: Stops
     which: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
+    behind: Sequence[str] = ()
+    fault: Callable[[StoredLogps], str] = fault_of_logps
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     shards: frozenset[str] = frozenset()
     computed_tokens: int = 0
     tokens: int = 0
@@ -133,7 +144,10 @@ class StoreFiller:
         with self._lock_store() as has_waited:
             if has_waited:
                 missing, report, self.shards = self.world.on_main(survey)
-            self.world.on_main(lambda: remove_abandoned(self.store.folder))
+            self.world.on_main(self._begin)
+            if self.behind:
+                missing, fetched, self.shards = self.world.on_main(partial(self._fetch, dataset, missing))
+                report += FillReport(fetched=fetched)
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
     def _survey(
@@ -144,6 +158,49 @@ class StoreFiller:
         missing, hits = missing_responses(store, dataset, indices, self.which)
         report = FillReport(hits, damaged=frozenset(store.damaged))
         return missing, report, self.shards.union(store.shards)
+
+    def _begin(self) -> None:
+        """Remove what killed jobs have left, and write the recipe; not collective."""
+        remove_abandoned(self.store.folder)
+        if self.recipe:
+            with contextlib.suppress(OSError):  # a full disk is an error of the shards
+                write_json(self.store.folder / RECIPE_FILE, self.recipe)
+
+    def _fetch(
+        self, dataset: PreferenceDataset, missing: Indices
+    ) -> tuple[Indices, tuple[Fetched, ...], frozenset[str]]:
+        """Write what stores behind have of the missing responses as shards of this one; not collective.
+
+        Returns the responses that are still missing, what was fetched, and the names of all shards.
+        """
+        written = set[str]()
+        fetched = list[Fetched]()
+        for url in self.behind:
+            if not len(missing):
+                break
+            behind = Behind(url)
+            pieces = missing + dataset.locate_responses(missing)[0] + 1
+            tokens = dataset.piece_tokens[pieces].astype(np.int64)
+            keys = dataset.keys[missing]
+            is_found = np.zeros(len(keys), dtype=np.bool_)
+            rows = list[int]()
+            entries = list[StoredLogps]()
+            of_url = behind.find(self.store.fingerprint, keys, tokens, self.fault, self.recipe)
+            for row, entry in of_url:
+                rows.append(row)
+                entries.append(entry)
+                if len(rows) == self.entries_per_shard:
+                    written |= self._write_shard(keys[rows], entries)
+                    is_found[rows] = True
+                    rows.clear()
+                    entries.clear()
+            written |= self._write_shard(keys[rows], entries)
+            is_found[rows] = True
+            missing = missing[~is_found]
+            counts = (len(keys), int(is_found.sum()), behind.received, behind.left_out)
+            fetched.append(Fetched(url, *counts, behind.differences))
+        self.store.remember(written)
+        return missing, tuple(fetched), self.shards.union(written)
 
     def open_filled(self) -> LogpStore:
         """Return the store with the same shards on every rank: those found and those written."""

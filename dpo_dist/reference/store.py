@@ -51,6 +51,8 @@ LOGP_PATH_VERSION = 2
 STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
+RECIPE_FILE = "recipe.json"
+"""What decided the token ids of the last run that filled a folder, for those who fetch from it."""
 
 _THREADS = 8  # that wait for a network file system
 _SHARDS_AT_ONCE = 64
@@ -90,13 +92,22 @@ class ReferenceFingerprint:
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
     """Return a folder's fingerprint; None if `space.json` is missing, damaged or of another folder."""
     try:
-        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
-        fingerprint = ReferenceFingerprint(
-            content["reference"], dict(content["profile"]), content["label"], content.get("width", 1)
-        )
-        return fingerprint if fingerprint.as_dict() == content and fingerprint.name == folder.name else None
+        return fingerprint_in(json.loads((folder / FINGERPRINT_FILE).read_bytes()), folder.name)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+def fingerprint_in(content: dict[str, Any], name: str) -> ReferenceFingerprint:
+    """Return the fingerprint with this content of `space.json`, of a folder `name`.
+
+    Raises ValueError, KeyError, TypeError: it is damaged, or of another folder.
+    """
+    fingerprint = ReferenceFingerprint(
+        content["reference"], dict(content["profile"]), content["label"], content.get("width", 1)
+    )
+    if fingerprint.as_dict() != content or fingerprint.name != name:
+        raise ValueError("a fingerprint of another folder")
+    return fingerprint
 
 
 def read_fingerprints(root: Path) -> list[ReferenceFingerprint]:
@@ -154,12 +165,16 @@ class Shard:
         """The place of each entry's first value in the file, int64 [entries], in bytes."""
         return self.file.stat().st_size - 4 * (self.tokens - self.ends + self.lengths)
 
-    def count_damaged(self) -> int:
-        """Return the number of entries whose values do not match their checksums."""
+    def are_intact(self) -> npt.NDArray[np.bool_]:
+        """Return whether the values of each entry match its checksum, bool [entries]."""
         values = self.values.data.cast("B")
         ends = (4 * self.ends).tolist()
         entries = zip([0, *ends[:-1]], ends, self.checks.tolist(), strict=True)
-        return sum(zlib.crc32(values[start:end]) != check for start, end, check in entries)
+        return np.array([zlib.crc32(values[start:end]) == check for start, end, check in entries])
+
+    def count_damaged(self) -> int:
+        """Return the number of entries whose values do not match their checksums."""
+        return int((~self.are_intact()).sum())
 
 
 def _map_file(file: Path) -> npt.NDArray[np.uint8]:

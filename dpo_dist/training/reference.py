@@ -14,12 +14,14 @@ import torch
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.schema import Dtype, Quantization, ReferenceMode
+from dpo_dist.config.schema import Dtype, Quantization, ReferenceMode, RunConfig
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.text import duration, percent, pluralize
+from dpo_dist.foundation.fields import plain_values
+from dpo_dist.foundation.remote import is_url
+from dpo_dist.foundation.text import duration, percent, pluralize, size, without_secrets
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
@@ -38,6 +40,16 @@ from dpo_dist.training.steps.step import Objective
 REFERENCE = "reference"
 _CHECKED_PAIRS = 16
 _LEAST_SAVED = 0.01
+_DECIDE_IDS = (
+    "max_length",
+    "max_prompt_length",
+    "max_scorer_length",
+    "truncation",
+    "text_as_messages",
+    "template",
+    "chat_template",
+    "template_arguments",
+)
 # Largest accepted difference of stored and new log-probs, in nats, in the mean of a response's tokens.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
@@ -212,6 +224,21 @@ def scoring_profile(run: Run, folder: Path, quantization: Quantization | None) -
     return profile
 
 
+def recipe_of(config: RunConfig) -> dict[str, Any]:
+    """Return what decides the token ids of a run's prompts and responses, without paths of its machine."""
+    data = plain_values(config.data)
+    recipe = {f"data.{name}": data[name] for name in _DECIDE_IDS}
+    names = []
+    for source in config.data.train:
+        is_local = not is_url(source.path) and Path(source.path).expanduser().exists()
+        name = Path(source.path).name if is_local else source.path
+        names.append(name if source.revision is None else f"{name}@{source.revision}")
+    recipe["data.train"] = names
+    recipe["reference.system"] = config.reference.system
+    recipe["teacher.system"] = config.teacher.system
+    return dict(without_secrets(recipe))
+
+
 @dataclass
 class ScoredOnce:
     """A model that fills a store; it is loaded only if the store lacks something. Methods are collective."""
@@ -241,6 +268,7 @@ class ScoredOnce:
 
         tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
         costs = compute_costs(self.inputs.flops, prefixes=prefixes)
+        options |= {"behind": run.config.reference.behind, "recipe": recipe_of(run.config)}
         filler = StoreFiller(
             empty, load_scorer, run.world, tokens, costs, entries_per_shard, run.stops, **options
         )
@@ -256,7 +284,16 @@ class ScoredOnce:
             with run.console.progress(f"{name}: scoring responses", run.config.loss.unit) as progress:
                 filled += filler.fill(dataset, indices, progress)
         took = f", in {duration(filled.seconds)}" if filled.computed else ""
-        run.say(f"{name}: {pluralize(filled.computed, unit)} computed, {filled.hits:,} reused{took}")
+        counts = [f"{pluralize(filled.computed, unit)} computed", f"{filled.hits:,} reused"]
+        counts += [f"{each.entries:,} from {each.url} ({size(each.bytes)})" for each in filled.fetched]
+        run.say(f"{name}: {', '.join(counts)}{took}")
+        for each in filled.fetched:
+            if each.differences:
+                of_asked = f"{each.entries:,} of {pluralize(each.asked, 'response')}"
+                run.warn(f"{name}: {each.url} has {of_asked}; other there: {'; '.join(each.differences)}")
+            if each.left_out:
+                left_out = pluralize(each.left_out, "entry", "entries")
+                run.warn(f"{name}: {left_out} of {each.url} left out: damaged, or not of these responses")
         sharing = describe_saving(filler.computed_tokens, filler.tokens)
         if filler.costs.shares_prefixes and sharing:
             run.note(f"{name}: {sharing}")

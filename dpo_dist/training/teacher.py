@@ -111,7 +111,9 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
         world.on_main(lambda: _check_room(empty.folder, taken))
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept)
-    filler = asked.filler(empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare)
+    filler = asked.filler(
+        empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare, fault=kept.fault
+    )
     filled = asked.fill(filler, scored, _TEACHER, "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
     teacher = Teacher(kept, store=filler.open_filled())

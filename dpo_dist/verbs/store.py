@@ -1,6 +1,7 @@
-"""Inspect, verify and clean a reference store: `dpo-dist store info|verify|gc [FOLDER]`."""
+"""Inspect, verify, clean and publish a reference store: `dpo-dist store info|verify|gc|push [FOLDER]`."""
 
 import argparse
+import itertools
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,12 +12,16 @@ from pathlib import Path
 
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned, temporary_name
+from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import pluralize, size
+from dpo_dist.reference.behind import Behind
 from dpo_dist.reference.index import forget_whole
+from dpo_dist.reference.published import push
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
     find_fingerprint_folders,
+    fingerprint_in,
     list_shards,
     open_shard,
     read_fingerprint,
@@ -36,10 +41,19 @@ def _parser() -> argparse.ArgumentParser:
         (["info", "list"], _info, "list the references with their entries, sizes and dates of last use"),
         (["verify"], _verify, "read every entry; the exit code is 2 if a file is damaged"),
         (["gc", "clean"], _gc, "remove references by digest or age, and files that killed jobs have left"),
+        (["push", "publish"], _push, "publish intact entries, which others fetch by reference.behind"),
     ):
         of_verb = verbs.add_parser(verb, aliases=others, help=text, description=text)
-        of_verb.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
         of_verb.set_defaults(run=run)
+        if run is _push:
+            of_verb.add_argument("folder", type=Path)
+            of_verb.add_argument("target", help="folder or URL; its list is replaced")
+            only = "references or fingerprints to publish; all by default"
+            of_verb.add_argument("--license", default="", metavar="TEXT", help="terms that the list names")
+            of_verb.add_argument("--only", nargs="+", default=[], metavar="DIGEST", help=only)
+        else:
+            kind = str if run is _info else Path
+            of_verb.add_argument("folder", type=kind, nargs="?", default=kind("output/reference"))
     gc = verbs.choices["gc"]
     drop = "references or fingerprints to remove"
     gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help=drop)
@@ -94,7 +108,9 @@ def _list_folder(folder: Path) -> _Listing:
 
 
 def _info(options: argparse.Namespace) -> int:
-    listings = _list_store(options.folder)
+    if is_url(options.folder):
+        return _info_of_url(options.folder)
+    listings = _list_store(Path(options.folder))
     lines = []
     for listing in listings:
         lines.append(listing.line)
@@ -105,6 +121,40 @@ def _info(options: argparse.Namespace) -> int:
     stored = size(sum(listing.bytes for listing in listings))
     lines.append(f"{pluralize(len(listings), 'fingerprint')}, {entries}, {stored}")
     print_result("\n".join(lines) + "\n")
+    return ExitCode.completed
+
+
+def _info_of_url(url: str) -> int:
+    """List what a published store has, from its list alone."""
+    spaces = Behind(url).spaces()
+    for name, space in spaces.items():
+        fingerprint = fingerprint_in(space.space, name)
+        print_line(
+            f"{fingerprint.label or 'unnamed'}   reference {fingerprint.reference}   fingerprint {name}   "
+            f"{pluralize(space.entry_count, 'entry', 'entries')}, "
+            f"{pluralize(space.numbers // fingerprint.width, 'token')}, {size(4 * space.numbers)}, "
+            f"{pluralize(len(space.shards), 'shard')}"
+        )
+        print_line("    " + ", ".join(f"{name} {value}" for name, value in fingerprint.profile.items()))
+        recipe = {key: value for key, value in space.recipe.items() if value is not None}
+        recipe["license"] = space.license or "not given"
+        print_line("    " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    print_line(f"{pluralize(len(spaces), 'fingerprint')}; for a run: reference.behind=[{url}]")
+    return ExitCode.completed
+
+
+def _push(options: argparse.Namespace) -> int:
+    listings = _list_store(options.folder)
+    if options.only:
+        chosen = [_find_by_digest(listings, digits, "--only") for digits in options.only]
+        listings = [*itertools.chain.from_iterable(chosen)]
+    pushed = push(sorted({listing.folder for listing in listings}), options.target, options.license)
+    for each in pushed:
+        left_out = f", {pluralize(each.damaged, 'damaged shard')} left out" if each.damaged else ""
+        entries = pluralize(each.entries, "entry", "entries")
+        print_line(f"{each.fingerprint.label or 'unnamed'}: {entries}, {size(each.bytes)}{left_out}")
+    number = pluralize(len(pushed), "fingerprint")
+    print_line(f"{options.target} has {number}; for a run: reference.behind=[{options.target}]")
     return ExitCode.completed
 
 
@@ -167,14 +217,14 @@ def _gc(options: argparse.Namespace) -> int:
     return ExitCode.completed
 
 
-def _find_by_digest(listings: Sequence[_Listing], digits: str) -> list[_Listing]:
+def _find_by_digest(listings: Sequence[_Listing], digits: str, option: str = "--drop") -> list[_Listing]:
     """Return the folders of the one fingerprint or reference whose digest begins with `digits`."""
     matching = [each for each in listings if any(name.startswith(digits) for name in each.digests)]
     if len({each.digests[-1] for each in matching}) != 1:
         number = "more than one" if matching else "no"
         raise ConfigError(
             f"a digest matches {number} reference",
-            where="--drop",
+            where=option,
             got=digits,
             remedy="dpo-dist store info lists the digests",
         )

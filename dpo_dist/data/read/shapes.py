@@ -255,6 +255,8 @@ def _recognised(first: _First, *, of_prompts: bool) -> Reading:
     fits = _fitting(first.rows, of_prompts=of_prompts)
     readings = [_reading(name, source, first.columns) for name in fits]
     if len(readings) == 1:
+        if not of_prompts:
+            _check_sides(first, readings[0])
         return readings[0]
     if not first.rows:
         return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
@@ -272,6 +274,20 @@ def _recognised(first: _First, *, of_prompts: bool) -> Reading:
         got=", ".join(reading.shape for reading in readings),
         remedy="\n    ".join(["write the source as one of these", *ways]),
     )
+
+
+def _check_sides(first: _First, reading: Reading) -> None:
+    """Check that records are not read as one response because the column of the other has no value."""
+    texts = [shape["fields"].get("rejected", "none") for shape in _SHAPES.values()]
+    sides = _columns_of(texts).intersection(first.columns) - reading.ignored
+    empty = sorted(name for name in sides if not any(is_given(row.get(name)) for row in first.rows))
+    if empty and "completion" in reading.fields:
+        line = _line(first, ignore=[*(first.source.ignore or ()), *empty])
+        raise _unlike(
+            first,
+            f"{', '.join(empty)} has no value in the first {len(first.rows)} records: they are no pairs",
+            f"write the rejected side; or, to read each record as one response: {line}",
+        )
 
 
 def _fitting(rows: Sequence[Fields], *, of_prompts: bool) -> list[str]:

@@ -303,6 +303,10 @@ def _folders(start: _Start) -> None:
     stores |= config.loss.needs_teacher and config.teacher.mode is TeacherMode.cached
     if stores and not store.is_dir():
         folders["reference.store"] = store  # the same
+    if stores and config.reference.behind:
+        from dpo_dist.reference.published import open_place  # noqa: PLC0415  (slow)
+
+        make_all(partial(open_place, place) for place in config.reference.behind)
     make_all(partial(check_writable, folder, key) for key, folder in folders.items())
 
 

@@ -23,6 +23,11 @@ CASES = [
     Case("pairs from records without scores", "data.train=[train.jsonl] pairs.method=scores run.dir=p",
          "no pair can be made", "p/pairs/pairs.jsonl", "different scores", "",
          "pairs.method=samples", verb="pairs", run="", leaves=("p(/.*)?",)),
+    Case("responses that do not end",
+         "data.train=[train.jsonl] pairs.method=samples pairs.samples=1 model.path=model "
+         "sampling.max_new_tokens=1 run.dir=p",
+         "no pair can be made", "p/pairs/pairs.jsonl", "responses ended", "", verb="pairs", run="",
+         to_do="pairs.unfinished=keep", joins=True, leaves=("p(/.*)?",)),
     Case("pairs from a missing function",
          "data.train=[train.jsonl] pairs.method=samples model.path=model pairs.function=nothing:here",
          "the function of pairs.function is not found", "pairs.function", "nothing", verb="pairs", run="",

@@ -288,9 +288,14 @@ def test_a_tie_among_the_first_records_hides_no_fault_of_the_source(tmp_path: Pa
     assert "unread_column (label)" in kept.message
 
 
-def test_a_side_of_nulls_makes_single_responses_unless_a_record_has_one(tmp_path: Path) -> None:
+def test_a_side_of_nulls_makes_no_single_responses(tmp_path: Path) -> None:
     row = {"messages": [user("q"), assistant("yes")], "rejected_response": None}
-    assert good(jsonl(tmp_path, row)).responses == ("yes",)
+    error = refusal(jsonl(tmp_path, row, row))
+    assert "rejected_response has no value" in error.message
+    [line] = lines_of(error)
+    assert line.ignore == ["rejected_response"]
+    assert good(line.path, ignore=line.ignore).responses == ("yes",)
+    assert len([*DataSource(line.path).prompts()]) == 2
     one_pair = jsonl(tmp_path, row, row | {"rejected_response": "no"})
     assert [type(record).__name__ for record in read(one_pair)] == ["BadRecord", "PreferenceRecord"]
 
