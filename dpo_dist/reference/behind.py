@@ -5,23 +5,22 @@ of its shards are never read. An entry that cannot be that of the run's response
 """
 
 import contextlib
-import json
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field
 
 from dpo_dist.batching.content_keys import Keys
-from dpo_dist.foundation.errors import DataError, ReferenceModelError
+from dpo_dist.foundation.errors import DataError, ReferenceModelError, in_one_line
 from dpo_dist.foundation.remote import is_web, remote_errors
 from dpo_dist.foundation.text import size
 from dpo_dist.reference.index import Index
-from dpo_dist.reference.published import ENTRY, LIST, PUBLISHED_FORMAT, open_place, values_digest
+from dpo_dist.reference.published import ENTRY, LIST, open_place, values_digest
 from dpo_dist.reference.store import ReferenceFingerprint, StoredLogps, fingerprint_in
 
 log = logging.getLogger(__name__)
@@ -29,46 +28,13 @@ log = logging.getLogger(__name__)
 _LARGEST_LIST = 2**24
 _LARGEST_ENTRIES = 2**32
 _LARGEST_PLACE = 2**48
-_LARGEST_STREAM = 2**30
+_LARGEST_WHOLE = 2**30
 _GAP = 2**16  # between two entries; up to it they are one request
 _REQUEST = 2**23
 _FEW = 0.1  # of what was asked, below which the run says what may be the cause
-_PART = 2**26  # that a thread has in memory
+_PARTIAL = 206  # the status of a reply with a range
 _THREADS = 8
 _ROUNDING = 1e-3  # of the log-prob 0
-_NAME = re.compile(r"[0-9a-f]{32}")
-_SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """What came from a store: entries of those asked for, bytes, and how many entries were left out.
-
-    `differences`: in words, where the store has few of them, what is other there than in this run.
-    """
-
-    url: str
-    asked: int
-    entries: int
-    bytes: int
-    left_out: int
-    differences: tuple[str, ...] = ()
-
-
-def merge_fetched(several: Iterable[Fetched]) -> tuple[Fetched, ...]:
-    """Return one count for each URL."""
-    by_url = dict[str, Fetched]()
-    for each in several:
-        before = by_url.get(each.url, Fetched(each.url, 0, 0, 0, 0))
-        by_url[each.url] = Fetched(
-            each.url,
-            before.asked + each.asked,
-            before.entries + each.entries,
-            before.bytes + each.bytes,
-            before.left_out + each.left_out,
-            each.differences or before.differences,
-        )
-    return tuple(by_url.values())
 
 
 def fault_of_logps(values: StoredLogps) -> str:
@@ -77,24 +43,26 @@ def fault_of_logps(values: StoredLogps) -> str:
     return "" if is_logp.all() else f"the log-prob {values[~is_logp][0]:g}"
 
 
-class Space(NamedTuple):
+class Space(BaseModel, extra="forbid"):
     """What a list says of a fingerprint: its `space.json`, shards, entries by digest and bytes, numbers.
 
     `recipe`: what decided the token ids of the run that scored last.
     """
 
     space: dict[str, Any]
-    shards: list[str]
-    entries: str
-    bytes: int
+    shards: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.safetensors$")]]
+    entries: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    bytes: Annotated[int, Field(gt=0, le=_LARGEST_ENTRIES, multiple_of=ENTRY.itemsize)]
     numbers: int
     recipe: dict[str, Any]
     license: str
 
-    @property
-    def entry_count(self) -> int:
-        """The number of entries."""
-        return self.bytes // ENTRY.itemsize
+
+class _List(BaseModel):
+    """The content of the list."""
+
+    format: Literal[1]
+    fingerprints: dict[str, Space]
 
 
 @dataclass
@@ -107,35 +75,42 @@ class _Read:
     rows: list[int]
 
 
-class _NoRangesError(OSError):
-    """A server that is asked for a part of a file sends the whole."""
-
-
 @dataclass
 class Behind:
-    """A published store; `received` counts bytes, the others are as in `Fetched`.
+    """A published store, and counts of what was asked.
 
     Making one sends no request. Raises ConfigError: the URL cannot be used, or its package is missing.
+
+    Attributes:
+        url: a folder or a URL.
+        responses: those that were asked for.
+        entries: those that were found.
+        bytes_read: of the list, of tables of entries and of shards.
+        left_out: entries that were wrong or could not be downloaded.
+        differences: in words, where few were found, what is other there than in this run.
     """
 
     url: str
-    received: int = 0
+    responses: int = 0
+    entries: int = 0
+    bytes_read: int = 0
     left_out: int = 0
     differences: tuple[str, ...] = ()
-    _system: Any = field(init=False, repr=False)
-    _path: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._system, self._path = open_place(self.url)
 
-    def spaces(self) -> dict[str, Space]:
-        """Return what the list says, by names of fingerprints. Raises DataError, ReferenceModelError."""
+    def counts(self) -> dict[str, Any]:
+        """Return the counts so far."""
+        names = ("responses", "entries", "bytes_read", "left_out", "differences")
+        return {name: getattr(self, name) for name in names}
+
+    def spaces(self) -> list[tuple[ReferenceFingerprint, Space]]:
+        """Return the fingerprints in the list. Raises DataError, ReferenceModelError."""
         content = self._whole(LIST, _LARGEST_LIST)
         with self._plain_errors():
-            listed = json.loads(content)
-            if listed["format"] != PUBLISHED_FORMAT:
-                raise ValueError(f"format {listed['format']!r} in place of {PUBLISHED_FORMAT}")
-            return {name: _checked(name, Space(**one)) for name, one in listed["fingerprints"].items()}
+            spaces = _List.model_validate_json(content).fingerprints
+            return [(fingerprint_in(space.space, name), space) for name, space in spaces.items()]
 
     def find(
         self,
@@ -151,14 +126,12 @@ class Behind:
         what decides the token ids of this run. Raises DataError, ReferenceModelError: the list or the entries
         cannot be read.
         """
-        spaces = self.spaces()
-        space = spaces.get(fingerprint.name)
+        self.responses += len(keys)
+        of_model = [each for each in self.spaces() if each[0].reference == fingerprint.reference]
+        space = next((space for other, space in of_model if other == fingerprint), None)
         if space is None:
-            of_model = [
-                each.space for each in spaces.values() if each.space["reference"] == fingerprint.reference
-            ]
-            others = [_differences(other["profile"], fingerprint.profile) for other in of_model]
-            self.differences = min(others, key=len, default=())
+            differences = [_differences(other.profile, fingerprint.profile) for other, _ in of_model]
+            self.differences = min(differences, key=len, default=())
             return
         index, digests = self._entries(fingerprint.name, space)
         places, stops = index.locate(keys)
@@ -173,35 +146,31 @@ class Behind:
         found = found[fits]
         places = places[fits]
         has_ranges = self._has_ranges(f"{fingerprint.name}/{space.entries}.entries", space.bytes)
-        parts = _divide(index, places, _PART if has_ranges else _LARGEST_PLACE)
+        reads = _reads(index, places, has_ranges=has_ranges)
         if not has_ranges:
-            self._check_stream(parts)
+            self._check_whole(reads)
 
-        def fetch(part: Sequence[_Read]) -> dict[int, StoredLogps]:
-            """Return the entries of a part that are right, which are not all where a download ends early."""
+        def fetch(read: _Read) -> dict[int, StoredLogps]:
+            """Return the entries of a read that are right, by their places in `keys`."""
             entries = dict[int, StoredLogps]()
-            name = f"{fingerprint.name}/{space.shards[part[0].shard]}"
-            contents = self._ranges(name, part) if has_ranges else self._stream(name, part)
-            with self._logged_errors(name):
-                for read, content in zip(part, contents, strict=True):
-                    for row in read.rows:
-                        start = int(index.starts[places[row]]) - read.first
-                        values = content[start : start + 4 * int(index.tokens[places[row]])]
-                        if values_digest(values) != digests[places[row]].tobytes():
-                            continue
-                        entry = np.frombuffer(values, "<f4")
-                        entry = entry if fingerprint.width == 1 else entry.reshape(-1, fingerprint.width)
-                        if not fault(entry):
-                            entries[int(found[row])] = entry
+            content = self._logged(f"{fingerprint.name}/{space.shards[read.shard]}", read)
+            for row in read.rows:
+                start = int(index.starts[places[row]]) - read.first
+                values = content[start : start + 4 * int(index.tokens[places[row]])]
+                if values_digest(values) == digests[places[row]].tobytes():
+                    entry = np.frombuffer(values, "<f4")
+                    entry = entry if fingerprint.width == 1 else entry.reshape(-1, fingerprint.width)
+                    if not fault(entry):
+                        entries[int(found[row])] = entry
             return entries
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            for begin in range(0, len(parts), _THREADS):  # in memory are the values of so many parts
-                some = parts[begin : begin + _THREADS]
-                for part, entries in zip(some, pool.map(fetch, some), strict=True):
-                    read = sum(each.stop - each.first for each in part)
-                    self.received += read if has_ranges else part[-1].stop
-                    self.left_out += sum(len(each.rows) for each in part) - len(entries)
+            for begin in range(0, len(reads), _THREADS):  # in memory are the values of so many reads
+                some = reads[begin : begin + _THREADS]
+                for read, entries in zip(some, pool.map(fetch, some), strict=True):
+                    self.bytes_read += read.stop - read.first * has_ranges
+                    self.entries += len(entries)
+                    self.left_out += len(read.rows) - len(entries)
                     yield from entries.items()
 
     def _entries(self, name: str, space: Space) -> tuple[Index, npt.NDArray[np.uint8]]:
@@ -222,105 +191,79 @@ class Behind:
 
     def _whole(self, name: str, most: int) -> bytes:
         """Return the content of a file of at most so many bytes."""
-        with remote_errors(f"{self.url}/{name}"), self._open(name, 0, most + 1) as file:
-            content = _read(file, most + 1)
+        with remote_errors(f"{self.url}/{name}"):
+            content = self._part(name, 0, most + 1)
         with self._plain_errors():
             if len(content) > most:
                 raise ValueError(f"{name} has more than {size(most)}")
-        self.received += len(content)
+        self.bytes_read += len(content)
         return content
 
     def _has_ranges(self, name: str, length: int) -> bool:
         """Return whether a part of a file can be asked for; it is the last byte of this one."""
         with remote_errors(f"{self.url}/{name}"):
-            try:
-                with self._open(name, length - 1, length):
-                    return True
-            except _NoRangesError:
-                return False
+            file, place = self._open(name, length - 1, length)
+            file.close()
+        return place > 0
 
-    def _ranges(self, name: str, part: Sequence[_Read]) -> Iterator[bytes]:
-        """Yield the bytes of each read by a request of its own."""
-        for read in part:
-            with self._open(name, read.first, read.stop) as file:
-                yield _read(file, read.stop - read.first)
+    def _logged(self, name: str, read: _Read) -> bytes:
+        """Return the bytes of a read; nothing after an error of the file system, which is logged."""
+        try:
+            with remote_errors(f"{self.url}/{name}"):
+                return self._part(name, read.first, read.stop)
+        except DataError as error:
+            log.warning("entries of a store are left out: %s: %s", error.where, error.got)
+            return b""
 
-    def _stream(self, name: str, part: Sequence[_Read]) -> Iterator[bytes]:
-        """Yield the bytes of each read of a file that is sent from its beginning."""
-        place = 0
-        with self._open(name, 0, part[-1].stop) as file:
-            for read in part:
-                _read(file, read.first - place)
-                yield _read(file, read.stop - read.first)
-                place = read.stop
+    def _part(self, name: str, first: int, stop: int) -> bytes:
+        """Return bytes of a file, fewer at its end, and never more."""
+        file, place = self._open(name, first, stop)
+        parts = list[bytes]()
+        with file:
+            while place < stop:
+                part = file.read(min(stop - place, _REQUEST))  # a connection may give some at a time
+                if not part:
+                    break
+                parts.append(part[max(0, first - place) :])
+                place += len(part)
+        return b"".join(parts)
 
-    def _check_stream(self, parts: Sequence[Sequence[_Read]]) -> None:
+    def _check_whole(self, reads: Sequence[_Read]) -> None:
         """Check that shards which are read from their beginning are not too large."""
-        streamed = sum(part[-1].stop for part in parts)
-        if streamed > _LARGEST_STREAM:
+        whole = sum(read.stop for read in reads)
+        if whole > _LARGEST_WHOLE:
             raise ReferenceModelError(
                 "the server of a store sends whole files only",
                 where=f"reference.behind: {self.url}",
-                got=f"{size(streamed)} to download",
-                expected=f"a server that sends ranges of files, or at most {size(_LARGEST_STREAM)}",
+                got=f"{size(whole)} to download",
+                expected=f"a server that sends ranges of files, or at most {size(_LARGEST_WHOLE)}",
                 remedy="copy the store to a folder, and name the folder in reference.behind",
             )
 
-    def _open(self, name: str, first: int, stop: int) -> Any:
-        """Open a file at its byte `first`, to read up to `stop`."""
+    def _open(self, name: str, first: int, stop: int) -> tuple[Any, int]:
+        """Open a file to read up to `stop`, and return it with the place where it begins: `first`, or 0."""
         path = f"{self._path}/{name}"
         if not is_web(self.url):
             file = self._system.open(path, "rb", cache_type="none")
             file.seek(first)
-            return file
+            return file, first
         # fsspec would keep a reply in memory, however long it is; with a size it sends no request for that.
         asked = {"Range": f"bytes={first}-{stop - 1}", "Accept-Encoding": "identity"}
         file = self._system.open(path, "rb", block_size=0, size=1, headers=asked)
-        if first and file.r.status != 206:
-            file.close()
-            raise _NoRangesError(f"{self.url} sends whole files")
-        return file
-
-    @contextlib.contextmanager
-    def _logged_errors(self, name: str) -> Iterator[None]:
-        """Log an error of the file system: entries that were not read are missing."""
-        try:
-            with remote_errors(f"{self.url}/{name}"):
-                yield
-        except DataError as error:
-            log.warning("entries of a store are left out: %s: %s", error.where, error.got)
+        return file, first if file.r.status == _PARTIAL else 0
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
         """Raise ReferenceModelError for a list or entries that are not what `push` writes."""
         try:
             yield
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+        except (ValueError, KeyError, TypeError) as fault:
             raise ReferenceModelError(
                 "a published store cannot be read",
                 where=self.url,
-                got=f"{type(fault).__name__}: {str(fault)[:200]}",
+                got=in_one_line(fault)[:300],
                 remedy="leave it out of reference.behind; its owner can publish it again by `store push`",
             ) from fault
-
-
-def _checked(name: str, space: Space) -> Space:
-    """Return what a list says of a fingerprint. Raises ValueError, KeyError, TypeError."""
-    width = fingerprint_in(space.space, name).width
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"{width!r} numbers of a token")
-    if not isinstance(space.shards, list) or not all(map(_SHARD.fullmatch, space.shards)):
-        raise ValueError("a shard with a name that is none")
-    if not _NAME.fullmatch(space.entries):
-        raise ValueError("entries with a name that is none")
-    is_size = isinstance(space.bytes, int) and 0 < space.bytes <= _LARGEST_ENTRIES
-    if not is_size or space.bytes % ENTRY.itemsize:
-        raise ValueError(f"entries of {space.bytes!r} bytes")
-    if not isinstance(space.numbers, int):
-        raise TypeError(f"{space.numbers!r} numbers")
-    if not isinstance(space.recipe, dict) or not isinstance(space.license, str):
-        raise TypeError("a recipe or a license that is none")
-    return space
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
@@ -329,33 +272,20 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str
     return tuple(f"{name} {str(there.get(name))[:80]} (here {here[name]})" for name in names)
 
 
-def _divide(index: Index, places: npt.NDArray[np.intp], most: int) -> list[list[_Read]]:
-    """Return the reads of the entries at `places`; each part is of one shard, and has about `most` bytes."""
+def _reads(index: Index, places: npt.NDArray[np.intp], *, has_ranges: bool) -> list[_Read]:
+    """Return the reads of the entries at `places`; without ranges a shard is one read."""
     starts = index.starts[places].astype(np.int64)
     ends = starts + 4 * index.tokens[places].astype(np.int64)
     shards = index.shards[places]
-    parts = list[list[_Read]]()
+    reads = list[_Read]()
     for row in np.lexsort((starts, shards)).tolist():
         start = int(starts[row])
         end = int(ends[row])
-        part = parts[-1] if parts else []
-        if not part or part[0].shard != shards[row] or end - part[0].first > most:
-            parts.append([_Read(int(shards[row]), start, end, [row])])
-        elif start > part[-1].stop + _GAP or end - part[-1].first > _REQUEST:
-            part.append(_Read(int(shards[row]), start, end, [row]))
+        last = reads[-1] if reads else None
+        is_near = last is not None and start <= last.stop + _GAP and end <= last.first + _REQUEST
+        if last is not None and last.shard == shards[row] and (is_near or not has_ranges):
+            last.stop = max(last.stop, end)
+            last.rows.append(row)
         else:
-            part[-1].stop = max(part[-1].stop, end)
-            part[-1].rows.append(row)
-    return parts
-
-
-def _read(file: Any, length: int) -> bytes:
-    """Return the next `length` bytes of a file, fewer at its end; a connection may give some at a time."""
-    parts = list[bytes]()
-    while length > 0:
-        part = file.read(min(length, _REQUEST))
-        if not part:
-            break
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+            reads.append(_Read(int(shards[row]), start, end, [row]))
+    return reads

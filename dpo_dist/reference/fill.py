@@ -28,7 +28,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, remove_abandoned, write_json
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
-from dpo_dist.reference.behind import Behind, Fetched, fault_of_logps, merge_fetched
+from dpo_dist.reference.behind import Behind, fault_of_logps
 from dpo_dist.reference.store import RECIPE_FILE, LogpStore, StoredLogps
 
 log = logging.getLogger(__name__)
@@ -57,14 +57,14 @@ class FillReport:
         computed: distinct responses that were scored now.
         seconds: time of scoring.
         damaged: names of damaged shards.
-        fetched: what came from each store behind this one.
+        fetched: counts of each store behind this one in all fills so far, by its URL.
     """
 
     hits: int = 0
     computed: int = 0
     seconds: float = 0.0
     damaged: frozenset[str] = frozenset()
-    fetched: tuple[Fetched, ...] = ()
+    fetched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __add__(self, other: "FillReport") -> "FillReport":
         return FillReport(
@@ -72,13 +72,12 @@ class FillReport:
             self.computed + other.computed,
             self.seconds + other.seconds,
             self.damaged | other.damaged,
-            merge_fetched(self.fetched + other.fetched),
+            {**self.fetched, **other.fetched},
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report's fields of the section `reference` in summary.json."""
-        fields = {**vars(self), "seconds": round(self.seconds, 3), "damaged": sorted(self.damaged)}
-        return fields | {"fetched": [vars(each) for each in self.fetched]}
+        return {**vars(self), "seconds": round(self.seconds, 3), "damaged": sorted(self.damaged)}
 
 
 class _Part(NamedTuple):
@@ -102,7 +101,7 @@ class StoreFiller:
         stops: checked after each micro-batch.
         which: only this response of each pair is scored; None: all.
         prepare: adds to a batch on the host what the scorer needs.
-        behind: folders or URLs of published stores, which are asked for what is missing.
+        behind: published stores, which are asked for what is missing.
         recipe: what decides the run's token ids, for those who fetch from this store.
         fault: returns, in words, why a stranger's values cannot be an entry's; "" if they can.
         shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
@@ -120,7 +119,7 @@ class StoreFiller:
     stops: Stops
     which: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
-    behind: Sequence[str] = ()
+    behind: Sequence[Behind] = ()
     fault: Callable[[StoredLogps], str] = fault_of_logps
     recipe: Mapping[str, Any] = field(default_factory=dict)
     shards: frozenset[str] = frozenset()
@@ -168,39 +167,27 @@ class StoreFiller:
 
     def _fetch(
         self, dataset: PreferenceDataset, missing: Indices
-    ) -> tuple[Indices, tuple[Fetched, ...], frozenset[str]]:
+    ) -> tuple[Indices, Mapping[str, Mapping[str, Any]], frozenset[str]]:
         """Write what stores behind have of the missing responses as shards of this one; not collective.
 
-        Returns the responses that are still missing, what was fetched, and the names of all shards.
+        Returns the responses that are still missing, counts by URL, and the names of all shards.
         """
         written = set[str]()
-        fetched = list[Fetched]()
-        for url in self.behind:
-            if not len(missing):
-                break
-            behind = Behind(url)
+        counts = {}
+        for behind in self.behind:
             pieces = missing + dataset.locate_responses(missing)[0] + 1
             tokens = dataset.piece_tokens[pieces].astype(np.int64)
             keys = dataset.keys[missing]
             is_found = np.zeros(len(keys), dtype=np.bool_)
-            rows = list[int]()
-            entries = list[StoredLogps]()
-            of_url = behind.find(self.store.fingerprint, keys, tokens, self.fault, self.recipe)
-            for row, entry in of_url:
-                rows.append(row)
-                entries.append(entry)
-                if len(rows) == self.entries_per_shard:
-                    written |= self._write_shard(keys[rows], entries)
-                    is_found[rows] = True
-                    rows.clear()
-                    entries.clear()
-            written |= self._write_shard(keys[rows], entries)
-            is_found[rows] = True
+            found = behind.find(self.store.fingerprint, keys, tokens, self.fault, self.recipe)
+            while some := list(itertools.islice(found, self.entries_per_shard)):
+                rows = [row for row, _ in some]
+                written |= self._write_shard(keys[rows], [entry for _, entry in some])
+                is_found[rows] = True
             missing = missing[~is_found]
-            counts = (len(keys), int(is_found.sum()), behind.received, behind.left_out)
-            fetched.append(Fetched(url, *counts, behind.differences))
+            counts[behind.url] = behind.counts()
         self.store.remember(written)
-        return missing, tuple(fetched), self.shards.union(written)
+        return missing, counts, self.shards.union(written)
 
     def open_filled(self) -> LogpStore:
         """Return the store with the same shards on every rank: those found and those written."""

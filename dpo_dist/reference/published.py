@@ -8,12 +8,12 @@
 The list is written last, so that nobody reads of files that are not there yet.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
     RECIPE_FILE,
-    ReferenceFingerprint,
     Shard,
     list_shards,
     open_shard,
@@ -50,11 +49,10 @@ def open_place(place: str) -> tuple[Any, str]:
     return system, path.rstrip("/")
 
 
-@dataclass(frozen=True)
-class Pushed:
+class Pushed(NamedTuple):
     """What was published of a fingerprint; `damaged`: files that were left out, or have entries left out."""
 
-    fingerprint: ReferenceFingerprint
+    label: str
     entries: int
     bytes: int
     damaged: int
@@ -74,28 +72,30 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
         if fingerprint is None:
             continue
         names = list[str]()
-        tables = [np.empty(0, ENTRY)]
+        tables = []
         damaged = 0
         stored = 0
         for name in list_shards(folder):
             shard = open_shard(folder / name)
-            table = np.empty(0, ENTRY) if shard is None else _intact_entries(shard, len(names))
+            table: Any = [] if shard is None else _intact_entries(shard, len(names))
             damaged += shard is None or len(table) < len(shard.keys)
             if len(table):
                 names.append(name)
                 tables.append(table)
                 stored += (folder / name).stat().st_size
-                place.send_file(folder / name, f"{folder.name}/{name}")
-        entries = _sorted_by_key(np.concatenate(tables))
-        if not len(entries):
+                place.send(folder / name, f"{folder.name}/{name}")
+        if not names:
             continue
+        joined = np.concatenate(tables)
+        # Of those with the same key the first is read, as in a store.
+        entries = joined[np.lexsort((joined["shard"], joined["key"][:, 1], joined["key"][:, 0]))]
         content = entries.tobytes()
         digest = values_digest(content).hex()
         place.send(content, f"{folder.name}/{digest}.entries")
-        place.send_file(folder / FINGERPRINT_FILE, f"{folder.name}/{FINGERPRINT_FILE}")
+        place.send((folder / FINGERPRINT_FILE).read_bytes(), f"{folder.name}/{FINGERPRINT_FILE}")
         recipe = folder / RECIPE_FILE
         if recipe.exists():
-            place.send_file(recipe, f"{folder.name}/{RECIPE_FILE}")
+            place.send(recipe.read_bytes(), f"{folder.name}/{RECIPE_FILE}")
         listed[folder.name] = {
             "space": fingerprint.as_dict(),
             "shards": names,
@@ -105,15 +105,15 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
             "recipe": json.loads(recipe.read_bytes()) if recipe.exists() else {},
             "license": terms,
         }
-        pushed.append(Pushed(fingerprint, len(entries), stored + len(content), damaged))
+        pushed.append(Pushed(fingerprint.label, len(entries), stored + len(content), damaged))
     if not pushed:
         raise ReferenceModelError(
             "no intact entry can be published",
             where=str(folders[0].parent),
             remedy="dpo-dist store verify says what is damaged",
         )
-    content = json.dumps({"format": PUBLISHED_FORMAT, "fingerprints": listed}, indent=1, sort_keys=True)
-    place.send(content.encode(), LIST)
+    text = json.dumps({"format": PUBLISHED_FORMAT, "fingerprints": listed}, indent=1, sort_keys=True)
+    place.send(text.encode(), LIST)
     return pushed
 
 
@@ -131,47 +131,22 @@ def _intact_entries(shard: Shard, number: int) -> Any:
     return table[shard.are_intact()]
 
 
-def _sorted_by_key(table: Any) -> Any:
-    """Return entries sorted by key; of those with the same one that of the first shard, as a store has it."""
-    order = np.lexsort((table["shard"], table["key"][:, 1], table["key"][:, 0]))
-    ordered = table[order]
-    is_first = np.ones(len(ordered), dtype=np.bool_)
-    is_first[1:] = (ordered["key"][1:] != ordered["key"][:-1]).any(axis=1)
-    return ordered[is_first]
-
-
 class _Target:
     """A folder or URL to which files are sent; a file in a folder appears whole."""
 
     def __init__(self, place: str):
         self._url = place
         self._system, self._path = open_place(place)
-        self._is_folder = not is_url(place)
 
-    def send(self, content: bytes, name: str) -> None:
-        """Write a file."""
-        path = self._begin(name)
-        with remote_errors(self._url):
-            if self._is_folder:
-                with staged_file(Path(path)) as staged:
-                    staged.write_bytes(content)
-            else:
-                self._system.pipe_file(path, content)
-
-    def send_file(self, file: Path, name: str) -> None:
-        """Copy a file, unless a file of its size is there: shards are named by their content."""
-        path = self._begin(name)
-        with remote_errors(self._url):
-            if self._system.exists(path) and self._system.size(path) == file.stat().st_size:
-                return
-            if self._is_folder:
-                with staged_file(Path(path)) as staged:
-                    self._system.put_file(str(file), str(staged))
-            else:
-                self._system.put_file(str(file), path)
-
-    def _begin(self, name: str) -> str:
+    def send(self, content: bytes | Path, name: str) -> None:
+        """Write bytes, or copy a file, unless one of its size is there: shards are named by their content."""
         path = f"{self._path}/{name}"
         with remote_errors(self._url):
             self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
-        return path
+            staged = contextlib.nullcontext(path) if is_url(self._url) else staged_file(Path(path))
+            if isinstance(content, bytes):
+                with staged as place:
+                    self._system.pipe_file(str(place), content)
+            elif not self._system.exists(path) or self._system.size(path) != content.stat().st_size:
+                with staged as place:
+                    self._system.put_file(str(content), str(place))

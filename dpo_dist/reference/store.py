@@ -105,7 +105,8 @@ def fingerprint_in(content: dict[str, Any], name: str) -> ReferenceFingerprint:
     fingerprint = ReferenceFingerprint(
         content["reference"], dict(content["profile"]), content["label"], content.get("width", 1)
     )
-    if fingerprint.as_dict() != content or fingerprint.name != name:
+    is_whole = fingerprint.as_dict() == content and fingerprint.name == name
+    if not is_whole or fingerprint.width < 1:
         raise ValueError("a fingerprint of another folder")
     return fingerprint
 

@@ -15,12 +15,12 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Quantization, ReferenceMode, RunConfig
+from dpo_dist.data import source_labels
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.fields import plain_values
-from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.text import duration, percent, pluralize, size, without_secrets
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
@@ -29,6 +29,7 @@ from dpo_dist.model.flops import compute_costs, visited_experts
 from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.objective.token_logps import Statistic
+from dpo_dist.reference.behind import Behind
 from dpo_dist.reference.digest import Profile, check_same_numerics, model_label
 from dpo_dist.reference.engine import ReferenceProvider, load_reference, scoring_config
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
@@ -195,7 +196,14 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
     # While the model is there a sample is scored again, unless the check before step 0 does it.
-    if scored.engine is not None and not (policy_starts_as_reference and step0_follows):
+    is_checked_later = policy_starts_as_reference and step0_follows
+    if (
+        scored.engine is None
+        and not is_checked_later
+        and any(each["entries"] for each in filled.fetched.values())
+    ):
+        run.warn("reference: fetched log-probs are not compared with the model, which is not loaded")
+    if scored.engine is not None and not is_checked_later:
         objective = Objective(config.loss, provider)
         score = scored.engine.token_logps
         report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
@@ -228,12 +236,10 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     """Return what decides the token ids of a run's prompts and responses, without paths of its machine."""
     data = plain_values(config.data)
     recipe = {f"data.{name}": data[name] for name in _DECIDE_IDS}
-    names = []
-    for source in config.data.train:
-        is_local = not is_url(source.path) and Path(source.path).expanduser().exists()
-        name = Path(source.path).name if is_local else source.path
-        names.append(name if source.revision is None else f"{name}@{source.revision}")
-    recipe["data.train"] = names
+    labels = source_labels(config.data.train)
+    recipe["data.train"] = [
+        f"{label}@{source.revision}" for label, source in zip(labels, config.data.train, strict=True)
+    ]
     recipe["reference.system"] = config.reference.system
     recipe["teacher.system"] = config.teacher.system
     return dict(without_secrets(recipe))
@@ -268,7 +274,8 @@ class ScoredOnce:
 
         tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
         costs = compute_costs(self.inputs.flops, prefixes=prefixes)
-        options |= {"behind": run.config.reference.behind, "recipe": recipe_of(run.config)}
+        behind = [*map(Behind, run.config.reference.behind)]
+        options |= {"behind": behind, "recipe": recipe_of(run.config)}
         filler = StoreFiller(
             empty, load_scorer, run.world, tokens, costs, entries_per_shard, run.stops, **options
         )
@@ -285,15 +292,17 @@ class ScoredOnce:
                 filled += filler.fill(dataset, indices, progress)
         took = f", in {duration(filled.seconds)}" if filled.computed else ""
         counts = [f"{pluralize(filled.computed, unit)} computed", f"{filled.hits:,} reused"]
-        counts += [f"{each.entries:,} from {each.url} ({size(each.bytes)})" for each in filled.fetched]
+        for url, each in filled.fetched.items():
+            counts.append(f"{each['entries']:,} from {url} ({size(each['bytes_read'])})")
+            if each["differences"]:
+                asked = pluralize(each["responses"], "response")
+                run.warn(
+                    f"{name}: {url} lacks most of {asked}; other there: {'; '.join(each['differences'])}"
+                )
+            if each["left_out"]:
+                left_out = pluralize(each["left_out"], "entry", "entries")
+                run.warn(f"{name}: {left_out} of {url} left out: damaged, or not of these responses")
         run.say(f"{name}: {', '.join(counts)}{took}")
-        for each in filled.fetched:
-            if each.differences:
-                of_asked = f"{each.entries:,} of {pluralize(each.asked, 'response')}"
-                run.warn(f"{name}: {each.url} has {of_asked}; other there: {'; '.join(each.differences)}")
-            if each.left_out:
-                left_out = pluralize(each.left_out, "entry", "entries")
-                run.warn(f"{name}: {left_out} of {each.url} left out: damaged, or not of these responses")
         sharing = describe_saving(filler.computed_tokens, filler.tokens)
         if filler.costs.shares_prefixes and sharing:
             run.note(f"{name}: {sharing}")

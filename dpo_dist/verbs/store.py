@@ -17,11 +17,10 @@ from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.reference.behind import Behind
 from dpo_dist.reference.index import forget_whole
-from dpo_dist.reference.published import push
+from dpo_dist.reference.published import ENTRY, push
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
     find_fingerprint_folders,
-    fingerprint_in,
     list_shards,
     open_shard,
     read_fingerprint,
@@ -127,18 +126,17 @@ def _info(options: argparse.Namespace) -> int:
 def _info_of_url(url: str) -> int:
     """List what a published store has, from its list alone."""
     spaces = Behind(url).spaces()
-    for name, space in spaces.items():
-        fingerprint = fingerprint_in(space.space, name)
+    for fingerprint, space in spaces:
         print_line(
-            f"{fingerprint.label or 'unnamed'}   reference {fingerprint.reference}   fingerprint {name}   "
-            f"{pluralize(space.entry_count, 'entry', 'entries')}, "
+            f"{fingerprint.label or 'unnamed'}   reference {fingerprint.reference}   "
+            f"fingerprint {fingerprint.name}   "
+            f"{pluralize(space.bytes // ENTRY.itemsize, 'entry', 'entries')}, "
             f"{pluralize(space.numbers // fingerprint.width, 'token')}, {size(4 * space.numbers)}, "
             f"{pluralize(len(space.shards), 'shard')}"
         )
-        print_line("    " + ", ".join(f"{name} {value}" for name, value in fingerprint.profile.items()))
-        recipe = {key: value for key, value in space.recipe.items() if value is not None}
-        recipe["license"] = space.license or "not given"
-        print_line("    " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+        for facts in (fingerprint.profile, {**space.recipe, "license": space.license or "not given"}):
+            known = [f"{name} {value}" for name, value in facts.items() if value is not None]
+            print_line("    " + ", ".join(known))
     print_line(f"{pluralize(len(spaces), 'fingerprint')}; for a run: reference.behind=[{url}]")
     return ExitCode.completed
 
@@ -146,13 +144,13 @@ def _info_of_url(url: str) -> int:
 def _push(options: argparse.Namespace) -> int:
     listings = _list_store(options.folder)
     if options.only:
-        chosen = [_find_by_digest(listings, digits, "--only") for digits in options.only]
+        chosen = (_find_by_digest(listings, digits, "--only") for digits in options.only)
         listings = [*itertools.chain.from_iterable(chosen)]
     pushed = push(sorted({listing.folder for listing in listings}), options.target, options.license)
     for each in pushed:
         left_out = f", {pluralize(each.damaged, 'damaged shard')} left out" if each.damaged else ""
         entries = pluralize(each.entries, "entry", "entries")
-        print_line(f"{each.fingerprint.label or 'unnamed'}: {entries}, {size(each.bytes)}{left_out}")
+        print_line(f"{each.label or 'unnamed'}: {entries}, {size(each.bytes)}{left_out}")
     number = pluralize(len(pushed), "fingerprint")
     print_line(f"{options.target} has {number}; for a run: reference.behind=[{options.target}]")
     return ExitCode.completed

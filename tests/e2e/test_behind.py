@@ -6,11 +6,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.reference.fill import StoreFiller
-from dpo_dist.reference.store import StoredLogps
+from dpo_dist.reference.store import LogpStore, StoredLogps, open_shard, read_fingerprint
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, constants, history, run_verb, summary, train
 from tests.support.tiny_model import write_model
@@ -34,7 +35,7 @@ def counts(run: Path, *, of_teacher: bool = False) -> tuple[int, int, int]:
     """How many were computed, reused and fetched."""
     report: dict[str, Any] = summary(run)["reference"]
     report = report["teacher"] if of_teacher else report
-    return report["computed"], report["hits"], sum(each["entries"] for each in report["fetched"])
+    return report["computed"], report["hits"], sum(each["entries"] for each in report["fetched"].values())
 
 
 def test_a_second_machine_computes_nothing(overrides: Overrides, tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_a_second_machine_computes_nothing(overrides: Overrides, tmp_path: Path)
     screen = train(overrides(*command, *second(tmp_path, "one", public))).output
     assert counts(tmp_path / "one") == (0, 0, 24)
     assert f"0 log-probs computed, 0 reused, 24 from {public} (" in screen
+    assert "fetched log-probs are not compared with the model" in screen
     assert_same_history(history(tmp_path / "one"), rows, 0)
     # Its entries are its own now: nothing is asked again.
     shutil.move(public, tmp_path / "gone")
@@ -83,6 +85,35 @@ def test_a_teacher_that_was_asked_elsewhere(overrides: Overrides, teacher: Path,
     assert fetched == 11
     assert f"1 entry of {public} left out" in screen
     assert_same_history(history(tmp_path / "cut"), history(tmp_path / "run"), 1e-6)
+
+
+def test_wrong_entries_of_others_are_found_by_the_policy_that_starts_from_the_reference(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    train(overrides("trainer.max_steps=2"))
+    [folder] = (path.parent for path in (tmp_path / "store").glob("*/space.json"))
+    fingerprint = read_fingerprint(folder)
+    assert fingerprint is not None
+    shards = [shard for shard in map(open_shard, sorted(folder.glob("*.safetensors"))) if shard]
+    keys = np.concatenate([shard.keys for shard in shards])
+    values = [entry - np.float32(0.01) for entry in LogpStore.open(folder.parent, fingerprint).read(keys)]
+    (tmp_path / "wrong" / folder.name).mkdir(parents=True)
+    LogpStore.open(tmp_path / "wrong", fingerprint).write(keys, values)
+    assert run_verb("store", ["push", str(tmp_path / "wrong"), str(tmp_path / "public")]).code == 0
+    keys_of_run = second(tmp_path, "one", tmp_path / "public")
+    refused = run_verb("train", overrides("trainer.max_steps=2", *keys_of_run))
+    assert refused.code == 2
+    assert "differ from a fresh computation" in refused.output
+
+
+def test_what_differs_is_said(overrides: Overrides, tmp_path: Path) -> None:
+    train(overrides("trainer.max_steps=2"))
+    assert run_verb("store", ["push", str(tmp_path / "store"), str(tmp_path / "public")]).code == 0
+    keys = second(tmp_path, "one", tmp_path / "public")
+    command = ("trainer.max_steps=2", "reference.system=Answer in French.")
+    screen = train(overrides(*command, *keys)).output
+    assert "other there: reference.system None (here Answer in French.)" in screen
+    assert counts(tmp_path / "one")[0] > 0
 
 
 def _killed_after_a_shard() -> None:

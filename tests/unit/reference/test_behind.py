@@ -15,7 +15,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, Ref
 from dpo_dist.foundation.files import write_json
 from dpo_dist.objective.distillation import SparseRows
 from dpo_dist.reference import behind as module
-from dpo_dist.reference.behind import Behind, Fetched, fault_of_logps, merge_fetched
+from dpo_dist.reference.behind import Behind, fault_of_logps
 from dpo_dist.reference.published import ENTRY, LIST, push, values_digest
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, list_shards
 from dpo_dist.verbs.store import main
@@ -41,14 +41,14 @@ def rows(tokens: int) -> Any:
 
 ROWS = [rows(tokens) for tokens in TOKENS]
 LOGPS = [-_RANDOM.random(tokens, dtype=np.float32) for tokens in TOKENS]
-VALUES = {TEACHER: ROWS, REFERENCE: LOGPS}
+VALUES = {TEACHER.name: ROWS, REFERENCE.name: LOGPS}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of a teacher and a reference, in several shards, and what is published of it."""
     folder = tmp_path_factory.mktemp("behind")
-    for fingerprint, values in VALUES.items():
+    for fingerprint, values in ((TEACHER, ROWS), (REFERENCE, LOGPS)):
         (folder / "store" / fingerprint.name).mkdir(parents=True)
         store = LogpStore.open(folder / "store", fingerprint)
         for start in range(0, ENTRIES, 128):
@@ -77,7 +77,7 @@ def found_in(
     found = dict(behind.find(fingerprint, KEYS[which], tokens[which], fault, RECIPE))
     numbers = np.arange(ENTRIES)[which]
     for row, values in found.items():
-        assert np.array_equal(values, VALUES[fingerprint][numbers[row]])
+        assert np.array_equal(values, VALUES[fingerprint.name][numbers[row]])
     return found, behind
 
 
@@ -98,8 +98,9 @@ def test_only_intact_entries_of_chosen_references_are_published(root: Path, tmp_
     second.write_bytes(b"")
     assert main(["push", str(store), str(tmp_path / "public"), "--only", "ab"]) == 0
     spaces = Behind(str(tmp_path / "public")).spaces()
-    assert [*spaces] == [REFERENCE.name]
-    entries = spaces[REFERENCE.name].entry_count
+    [(fingerprint, space)] = spaces
+    assert fingerprint == REFERENCE
+    entries = space.bytes // ENTRY.itemsize
     found, behind = found_in(str(tmp_path / "public"), REFERENCE)
     assert 128 < len(found) == entries < ENTRIES - 1
     assert behind.left_out == 0
@@ -128,7 +129,7 @@ def test_entries_of_a_folder_and_an_object_store(
         found, behind = found_in(place, fingerprint, which=FEW)
         assert len(found) == len(FEW)
         listed = len((public / LIST).read_bytes()) + ENTRIES * ENTRY.itemsize
-        assert behind.received == listed + sum(VALUES[fingerprint][row].nbytes for row in FEW)
+        assert behind.bytes_read == listed + sum(VALUES[fingerprint.name][row].nbytes for row in FEW)
         other = ReferenceFingerprint("ff" * 16, {}, "unknown")
         assert not dict(Behind(place).find(other, KEYS, TOKENS, fault_of_logps, RECIPE))
         assert not dict(Behind(place).find(fingerprint, KEYS + 1, TOKENS, fault_of_logps, RECIPE))
@@ -151,7 +152,7 @@ def test_entries_of_a_web_server(public: Path, ranges: bool, monkeypatch: pytest
             )
         else:
             assert len(of_shards) == len({each.name for each in of_shards}), "each shard once"
-            monkeypatch.setattr(module, "_LARGEST_STREAM", 1000)
+            monkeypatch.setattr(module, "_LARGEST_WHOLE", 1000)
             with pytest.raises(ReferenceModelError, match="sends whole files only"):
                 found_in(url)
 
@@ -173,7 +174,7 @@ def test_entries_of_a_bucket(root: Path, bucket: Any) -> None:  # noqa: F811
 
 
 def test_large_parts_are_divided(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("_GAP", 0), ("_REQUEST", 500), ("_PART", 2000), ("_THREADS", 2)):
+    for name, size in (("_GAP", 0), ("_REQUEST", 500), ("_THREADS", 2)):
         monkeypatch.setattr(module, name, size)
     assert len(found_in(str(public))[0]) == ENTRIES
 
@@ -190,11 +191,6 @@ def test_info_lists_what_a_url_has_without_its_values(root: Path, capsys: pytest
     memory.store.clear()
     with pytest.raises(DataError, match="nothing is at the URL"):
         main(["info", "memory://listed"])
-
-
-def test_counts_of_a_url_are_one() -> None:
-    several = [Fetched("a", 1, 2, 3, 4), Fetched("b", 1, 1, 1, 1), Fetched("a", 10, 20, 30, 40, ("c",))]
-    assert merge_fetched(several) == (Fetched("a", 11, 22, 33, 44, ("c",)), Fetched("b", 1, 1, 1, 1))
 
 
 def test_what_differs_is_said_where_a_store_has_few_of_the_responses(public: Path) -> None:
