@@ -26,10 +26,6 @@ def main() -> int:
         return ExitCode.completed
     from dpo_dist.config.verbs import OWN, VERBS  # noqa: PLC0415  (slow: it reads the keys of tools)
 
-    if verb in ("help", "-h", "--help") and arguments:
-        verb, *arguments = (
-            [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
-        )
     if verb == "train" and not {"-m", "--multirun"}.isdisjoint(arguments):  # as a program with Hydra sweeps
         verb = "sweep"
         arguments = [word for word in arguments if word not in ("-m", "--multirun")]
@@ -89,23 +85,14 @@ def _refuse(verb: str) -> NoReturn:
 def _suggest(verb: str) -> str:
     """Return what to write for a verb that does not exist."""
     from dpo_dist.config.extensions import meanings_of  # noqa: PLC0415  (slow)
-    from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.config.verbs import VERBS  # noqa: PLC0415  (slow)
-    from dpo_dist.foundation.fields import choices  # noqa: PLC0415  (slow)
 
     answers = meanings_of(verb, "methods")
     if answers:
         return str(answers[0])
-    if verb.startswith("-"):
-        option = {"-v": "--version"}.get(verb.lower(), verb)
-        near = get_close_matches(option, ("--version", "--help"), 1, 0.8)
-        if near:
-            return f"did you mean {near[0]}?"
-        return f"options come after the verb: dpo-dist train {verb}"
-    if "=" in verb or verb.endswith((".yaml", ".yml")):
-        return f"write dpo-dist train {shlex.quote(verb)}"
-    losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
-    commands = [*meanings_of(verb, "verbs"), *losses]
+    if verb.startswith(("-", "+")) or "=" in verb or verb.endswith((".yaml", ".yml")):
+        return f"write the verb first: dpo-dist train {shlex.quote(verb)}"
+    commands = meanings_of(verb, "verbs")
     if commands:
         return f"write dpo-dist {commands[0]}"
     guesses = get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)

@@ -10,7 +10,7 @@ import faulthandler
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -210,7 +210,7 @@ def as_guest() -> Iterator[None]:
 
 
 Records: TypeAlias = Iterable[Any]
-"""Records as mappings, or a table of them: a `datasets.Dataset`, a frame of pandas or polars."""
+"""Records as mappings, or a `datasets.Dataset`."""
 
 
 def train(
@@ -227,9 +227,8 @@ def train(
 
     Args:
         words: of the command line, as in `load_run_config`.
-        train: a list of records, a `datasets.Dataset`, or a frame of pandas or polars, in place of
-            `data.train`. The records are written below `data.cache`, to a file named by their content, so
-            that the same call resumes the run.
+        train: a list of records, or a `datasets.Dataset`, in place of `data.train`. The records are written
+            below `data.cache`, to a file named by their content, so that the same call resumes the run.
         eval: records in place of `data.eval`.
         on_row: called on rank 0 with each metrics row, after the row is recorded. If it returns true, the run
             stops with a checkpoint, after the next step at the latest. If it raises, the run stops in the
@@ -245,8 +244,9 @@ def train(
     sources = {"data.train": train, "data.eval": eval}
     records_by_key = {key: records for key, records in sources.items() if records is not None}
     for key, records in records_by_key.items():
-        if isinstance(records, str | Path | Mapping):
-            remedy = f"give a list of mappings; pass a path as a word: {key}=[pairs.jsonl]"
+        if not (isinstance(records, list) or hasattr(records, "with_format")):
+            remedy = "give a list of mappings, or a datasets.Dataset, as Dataset.from_pandas makes it; pass "
+            remedy += f"a path as a word: {key}=[pairs.jsonl]"
             raise ConfigError("records must be a list", where=key, got=type(records).__name__, remedy=remedy)
     if on_row is not None and not callable(on_row):
         raise ConfigError("on_row must be a function", where="on_row", got=repr(on_row), remedy="pass one")

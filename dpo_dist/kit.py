@@ -34,7 +34,7 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   what reports on it is a `Reporting`.
 - **A model's files**: a `ModelSource` is checked, loaded to generate (`load`) and to score (`load_packed`);
   `find_files` finds one, `find_model` also names it by a digest. `description_folder`, `model_folder` and
-  `local_model_folder` find folders, `check_contents_at_hand` and `check_tokenizer_files` check them,
+  `local_model_folder` find folders, `check_tokenizer_files` checks them,
   `digest_model` says which version they have. `load_config`, `load_tokenizer` (`tokenizer_digest`) and
   `load_encoder` read what is not weights, `load_weights` the rest, `load_reference` an engine of it;
   `context_length` and `find_stop_ids` say where texts end. `TORCH_DTYPES` are the dtypes of weights,
@@ -130,7 +130,6 @@ if TYPE_CHECKING:
     )
     from dpo_dist.model.files.load import (
         TORCH_DTYPES,
-        check_contents_at_hand,
         load_config,
         load_encoder,
         load_tokenizer,
@@ -204,7 +203,7 @@ _NAMES = {
     "model.architectures": "context_length",
     "model.files.folder": "check_tokenizer_files description_folder local_model_folder model_folder",
     "model.files.load": """
-        TORCH_DTYPES check_contents_at_hand load_config load_encoder load_tokenizer load_weights
+        TORCH_DTYPES load_config load_encoder load_tokenizer load_weights
         tokenizer_digest
     """,
     "model.files.stops": "find_stop_ids",

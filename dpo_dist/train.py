@@ -46,7 +46,7 @@ def check(config: RunConfig) -> CheckReport:
     check_start(config, trains=True)
     from dpo_dist.training.start.dry_run import dry_run  # noqa: PLC0415  (slow)
 
-    return dry_run(config, plan=hook("plan_in_brief"))
+    return dry_run(config)
 
 
 if __name__ == "__main__":

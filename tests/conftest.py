@@ -23,6 +23,7 @@ DEVICE = Path(with_device.__file__).parent
 LONG = (
     "real/test_smollm2.py",
     "simulated_cuda/test_gpu_tests.py",
+    "e2e/test_sweep.py",
     "e2e/test_slurm.py",
     "golden/test_trajectory.py",
     "e2e/test_kills.py",

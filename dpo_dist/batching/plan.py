@@ -98,6 +98,18 @@ def shares_in_bins(sizes: ExampleSizes, costs: ComputeCosts, bins: Bins) -> Shar
     return Shares(shared, costs.saved_by_sharing(shared, sizes.longest - shared), shared - copies)
 
 
+def fits_in_bins(sizes: ExampleSizes, costs: ComputeCosts, bins: Bins, budget: int) -> bool:
+    """Return whether each bin of several examples, which may be padded, has at most `budget` tokens."""
+    members = np.bincount(bins)
+    if costs.pads_rows:
+        longest = np.zeros(len(members), dtype=np.int64)
+        np.maximum.at(longest, bins, sizes.longest)
+        tokens = longest * np.bincount(bins, sizes.responses)
+    else:
+        tokens = np.bincount(bins, sizes.tokens - shares_in_bins(sizes, costs, bins).memory)
+    return not ((tokens > budget) & (members > 1)).any()
+
+
 def deal_out(sizes: ExampleSizes, costs: ComputeCosts, ranks: int) -> list[Counts]:
     """Return the examples of each rank, of about equal cost, and if possible of those that begin alike."""
     if sizes.prefixes is None:
@@ -146,9 +158,8 @@ def _fill_together(
     def step_time(candidate: tuple[Bins, int]) -> float:
         bins, number = candidate
         shares = shares_in_bins(sizes, costs, bins)
-        is_above = np.bincount(bins, sizes.tokens - shares.memory) > budget
         # One more micro-batch gathers all weights once more under ZeRO-3, which `costs` do not know.
-        if number > plain[1] or (is_above & (np.bincount(bins) > 1)).any():
+        if number > plain[1] or not fits_in_bins(sizes, costs, bins, budget):
             return math.inf
         # The ranks of a micro-batch wait for the costliest.
         loads = np.bincount(bins, sizes.costs - shares.time, world_size * number)

@@ -12,7 +12,7 @@ import torch
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, causal_pairs
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR, plan_micro_batches, shares_in_bins
+from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR, fits_in_bins, plan_micro_batches, shares_in_bins
 from dpo_dist.batching.prefixes import Counts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
@@ -183,15 +183,18 @@ def shard_batch(
         weights = column[indices]
     # Every rank plans the whole batch: that takes milliseconds, and to be sent a plan would be one more wait.
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
-    planned = sizes
-    for scorer in live:
-        view = dataset.view(scorer)
-        if view is not dataset:
-            planned = _at_least(planned, view.sizes(indices, responses, counts, costs))
-    plan = plan_micro_batches(planned, world_size, micro_batch_tokens, costs)
-    bins = np.empty(len(indices), dtype=np.int64)
-    for number, members in enumerate(itertools.chain.from_iterable(plan)):
-        bins[members] = number
+    views = [view for view in map(dataset.view, live) if view is not dataset]
+    scored = [view.sizes(indices, responses, counts, costs) for view in views]
+    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)
+    bins = _bins(plan, len(indices))
+    # A scorer without a backward may take several times the tokens.
+    scored_tokens = SCORING_TOKENS_FACTOR * micro_batch_tokens
+    if not all(fits_in_bins(each, costs, bins, scored_tokens) for each in scored):
+        planned = sizes
+        for each in scored:
+            planned = _at_least(planned, each, costs, micro_batch_tokens)
+        plan = plan_micro_batches(planned, world_size, micro_batch_tokens, costs)
+        bins = _bins(plan, len(indices))
     shared = shares_in_bins(sizes, costs, bins).tokens
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
     with_images = dataset.with_images(indices)
@@ -219,11 +222,26 @@ def shard_batch(
     )
 
 
-def _at_least(sizes: ExampleSizes, scored: ExampleSizes) -> ExampleSizes:
-    """Return sizes of examples that, `scored` without a backward, may take several times the tokens."""
+def _bins(plan: Sequence[Sequence[Sequence[int]]], examples: int) -> Indices:
+    """Return the bin of each example, which is the number of its micro-batch among those of all ranks."""
+    bins = np.empty(examples, dtype=np.int64)
+    for number, members in enumerate(itertools.chain.from_iterable(plan)):
+        bins[members] = number
+    return bins
+
+
+def _at_least(sizes: ExampleSizes, scored: ExampleSizes, costs: ComputeCosts, budget: int) -> ExampleSizes:
+    """Return sizes of examples that, `scored` without a backward, may take several times the tokens.
+
+    A micro-batch has what all of them begin with once, as scored: the rest of its `budget` is for the others.
+    """
+    most = SCORING_TOKENS_FACTOR * budget
+    begins = shares_in_bins(scored, costs, np.zeros_like(scored.tokens)).tokens
+    common = min(int(np.sort(begins)[1:2].sum()), most - 1)  # the first one shares with none before it
 
     def larger(own: Counts, other: Counts) -> Counts:
-        return np.maximum(own, np.ceil(other / SCORING_TOKENS_FACTOR).astype(np.int64))
+        rest = (other - common) * budget / (most - common)
+        return np.maximum(own, np.ceil(rest).astype(np.int64))
 
     tokens = larger(sizes.tokens, scored.tokens)
     longest = larger(sizes.longest, scored.longest)

@@ -44,7 +44,7 @@ def equivalents(name: str, table: str) -> tuple[Any, ...]:
     """Return the meanings of another trainer's name, or of its last part, in a table.
 
     Tables: `keys`; `sources`: keys in an entry of `data.train`; `values`; `methods`: other ways of training;
-    `verbs`; `launcher`: options of `launch`; `advice`: its rows.
+    `verbs`; `advice`: its rows.
     """
     plain = name.lower().replace("-", "_")
     key, equals, value = plain.partition("=")  # whose value may be a file: its last part is no name

@@ -8,10 +8,8 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import reduce
-from operator import getitem
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias
 
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
@@ -35,7 +33,7 @@ from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import assigned, did_you_mean, instead_of_key, nearest, unknown_key
 from dpo_dist.config.named_code import COMMAND, code_warnings
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
@@ -121,9 +119,6 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
         )
         mistake = ConfigError("--processes has no effect here", where=Typed("--processes"), remedy=remedy)
         options.mistakes.append(mistake)
-    if options.help and "=" in options.help:
-        options.words = [options.help, *options.words]
-        options.help = ""
     return options
 
 
@@ -165,20 +160,6 @@ def _named_run(options: argparse.Namespace, needed: Collection[str]) -> Path | N
     has_file = options.config_dir is not None or any("=" not in word for word in options.words)
     is_whole = has_file or not {"experiment", *needed}.isdisjoint(values)
     return None if is_whole or "run.dir" not in values else Path(str(values["run.dir"])).expanduser()
-
-
-def _check_more_than_run(options: argparse.Namespace) -> None:
-    """Raise ConfigError for a command that names an existing run in place of what it trains."""
-    folder = _named_run(options, {"model", "model.path", "data", "data.train"})
-    if folder is not None and RunFolder(folder).config.is_file():
-        file = shlex.quote(str(RunFolder(folder).config))
-        words = shlex.join(options.words)
-        raise ConfigError(
-            "this command names a run, and not what it trains",
-            where="run.dir",
-            got=str(folder),
-            remedy=f"begin with the run's configuration: dpo-dist train {file} {words}",
-        )
 
 
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
@@ -240,8 +221,6 @@ def _facts(row: Key) -> list[str]:
         "digest": digest,
     }
     declaring = [kind for kind in KINDS if KINDS[kind].options is row.declared_in]
-    if declaring:
-        facts["paper"] = KINDS[declaring[0]].source
     kinds = declaring or kinds_using(row.name.removeprefix("loss."))
     if kinds:
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
@@ -290,8 +269,6 @@ def _run(
         if load_points is not None:
             points = load_points(words, folder, mistakes=mistakes)
         else:
-            if verb == "train":
-                _check_more_than_run(options)
             saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
             points = {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
         config = next(iter(points.values()))
@@ -359,56 +336,21 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
     return with_pages(usage(command, about, keys, folders))
 
 
-_COMPUTED = r"\$\{|^(choice|float|int|interval|range|shuffle|sort|tag)\(|,"
-"""Pattern of texts in place of a number: another key's value, `${run.root}`, or several values of a sweep."""
-
-
 def file_schema(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the JSON schema of a file of keys, which may also have `loss: ipo` and `loss.beta: 0.2`."""
+    """Return the JSON schema of a file of keys, which may also have `loss: ipo`.
+
+    It has the names of keys such as `loss.beta: 0.2`, and the values of those that are written in sections.
+    """
     schema = SCHEMA.json_schema()
-    for kind in schema["$defs"].values():
-        for value in kind.get("properties", {}).values():
-            _accept_computed(value)
-    sections = dict(schema["properties"])
-    for name in run_keys():
-        section, *inside = name.split(".")
-        if inside and inside[0] != "options":  # the kind of loss decides which options there are
-            place = sections[section]["$ref"]
-            for part in inside:
-                place = _schema_at(schema, place).get("$ref", place)
-                place = f"{place}/properties/{part}"
-            schema["properties"][name] = {"$ref": place}
-    for section, value in sections.items():
+    for section, value in [*schema["properties"].items()]:
         names = preset_names(section, folders)
         # YAML of version 1.1 reads a bare `off` as false; null is a section without keys.
         presets: list[Any] = [*names, *[False] * ("off" in names), None]
         schema["properties"][section] = {"anyOf": [value, {"enum": presets}]}
+    schema["properties"] |= {name: {} for name in run_keys() if "." in name}
     schema["properties"]["defaults"] = {"type": ["array", "string"], "description": "Presets, as in Hydra."}
     schema["patternProperties"] = {r"^loss\.options(\.|$)": {}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _schema_at(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the part of a schema at `#/$defs/NAME/...`; of a section or null, the section."""
-    part: dict[str, Any] = reduce(getitem, place.removeprefix("#/").split("/"), cast(Any, schema))
-    return next((each for each in part.get("anyOf", ()) if "$ref" in each), part)
-
-
-def _accept_computed(value: dict[str, Any]) -> None:
-    """Make the schema of a key accept `_COMPUTED` texts, and numbers where a text is wanted."""
-    kind = value.get("type")
-    text = {"type": "string", "pattern": _COMPUTED}
-    if "anyOf" in value:
-        is_list = any(each.get("type") == "array" for each in value["anyOf"])
-        value["anyOf"] += [{"type": "string"} if is_list else text, {"enum": ["none", "None"]}]
-    elif "$ref" in value:
-        value["anyOf"] = [{"$ref": value.pop("$ref")}, text]
-    elif kind == "array":  # a text is a list of one
-        value["type"] = ["array", "string"]
-    elif kind == "string":
-        value["type"] = ["string", "number"]
-    elif kind in ("number", "integer", "boolean"):
-        value |= {"type": [kind, "string"], "pattern": _COMPUTED}
 
 
 def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:

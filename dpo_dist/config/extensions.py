@@ -68,8 +68,8 @@ def rule_modules() -> list[Any]:
 def hook(name: str) -> Callable[..., Any] | None:
     """Return the function of an extension; None without such a one.
 
-    `reporting`: returns the `Reporting` of a run. `plan_in_brief`: lines of `--check`. `run_card`: the text
-    of a model card. Of other programs: `equivalents`: our names for theirs; `advice`: what to do about an
+    `reporting`: returns the `Reporting` of a run. `run_card`: the text of a model card.
+    Of other programs: `equivalents`: our names for theirs; `advice`: what to do about an
     option that has none; `foreign_file`: the error for a file of theirs.
     """
     for extension in extensions():

@@ -292,9 +292,8 @@ KINDS: dict[LossKind, KindFacts] = {
         length_averaged=True,
     ),
     LossKind.distill: KindFacts(
-        "KL(teacher, policy) summed over tokens / (mean nw of the global batch), at the temperature "
-        "`loss.options.temperature`; with `loss.options.mix` another divergence; "
-        "[a teacher](reward_models.md#a-teacher)",
+        "KL(teacher, policy) or by `loss.options.mix` [another](reward_models.md#a-teacher), at "
+        "`loss.options.temperature`, summed over tokens / (mean nw of the global batch)",
         "knowledge distillation, arXiv 1503.02531; a sparse teacher, arXiv 2503.16870; GKD, arXiv 2306.13649",
         frozenset(),
         options=DistillOptions,

@@ -38,12 +38,8 @@ def _named(values: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def code_options(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the options in a configuration's plain values that run Python code, as text by key."""
-    options = {}
-    for name, found in _named(values).items():
-        key, is_listed, inside = name.partition("[].")
-        text = ", ".join(map(as_written, found))
-        options[key] = f"{key} with {inside} {text}" if is_listed else f"{key}={text}"
-    return options
+    named = _named(values).items()
+    return {name.partition("[]")[0]: f"{name}={', '.join(map(as_written, found))}" for name, found in named}
 
 
 def named_functions(values: Mapping[str, Any]) -> dict[str, str]:

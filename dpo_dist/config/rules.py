@@ -203,15 +203,10 @@ _JUDGED_METRICS = [PREFIX + name for name in METRICS if METRICS[name].best]
 """Metrics of evaluations with a known best direction."""
 
 
-def likely_metric(name: str) -> str | None:
-    """Return the evaluation metric with a known best direction that is probably meant."""
-    return next(iter(nearest(name, _JUDGED_METRICS)), None)
-
-
 def _instead_of_metric(name: str) -> str:
     listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
-    guess = likely_metric(name)
-    return f"did you mean {guess}? {listed}" if guess else listed
+    near = nearest(name, _JUDGED_METRICS)
+    return f"did you mean {near[0]}? {listed}" if near else listed
 
 
 _NOT_KEPT = (HIDDEN, "${")
@@ -358,12 +353,6 @@ RULES = (
         "make it one term with the sum of the weights",
         lambda c: len(set(c.loss.kinds)) < len(c.loss.kinds),
     ),
-    Rule(
-        "loss.terms",
-        "a loss whose terms all have weight 0 trains nothing",
-        "give one of them a weight",
-        lambda c: bool(c.loss.terms) and not any(term.weight for term in c.loss.terms),
-    ),
     unused_beside(
         "loss.kind",
         "loss.terms",
@@ -415,11 +404,6 @@ RULES = (
         "optim.kind=muon parallelism.kind=zero3",
         "ZeRO-3 cuts each matrix over all processes, and Muon needs whole ones",
         "choose parallelism=zero2, or optim.kind=adamw",
-    ),
-    Rule(
-        "optim.kind=muon model.dtype=fp16",
-        "Muon computes its updates in bf16, and fp16 is for GPUs without it",
-        "set model.dtype=bf16, or optim.kind=adamw",
     ),
     Rule(
         "optim.warmup",
@@ -586,7 +570,8 @@ _NEEDED = {
     "model.path": Rule(
         f"model.path={UNSET}",
         "model.path is not set",
-        "set model.path to a folder or hub name, or choose a preset: model=NAME",
+        "set model.path to a folder or hub name, or choose a preset: model=NAME; for a run that exists "
+        "begin with its configuration: dpo-dist train RUN/config.yaml",
     ),
     "data.train": Rule(
         "data.train=[]",

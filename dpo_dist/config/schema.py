@@ -394,8 +394,6 @@ class ExportConfig:
     """Merge an adapter into its base, and write one model."""
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: in `<run.dir>/exported`."""
-    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub repository to which the folder is sent; a new one is private. `--check` only lists its files."""
 
 
 @schema

@@ -20,7 +20,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
   image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
   that end responses, `final_tokens` those at the end of whole texts.
 - **Counts**: `DataCounts` counts kept, dropped and changed records by each record's `Outcome`, checks that
-  enough is left, by `SourceLengths` too, and says so: `describe_counts`, `named_in_one_line`.
+  enough is left, and says so: `describe_counts`, `named_in_one_line`.
 
 Each name is imported when it is asked for: a part needs no package of the others.
 """
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
         prompt_hash,
         turns_of,
     )
-    from dpo_dist.data.text.lengths import SourceLengths
     from dpo_dist.data.text.render import final_tokens, trained_stops
     from dpo_dist.data.text.template import ChatTemplate
 
@@ -79,7 +78,6 @@ _NAMES = {
     "read.sources": "DataSource full_name source_labels",
     "records": "IMAGE SCORERS BadRecord Dialogue ImageFile Message Origin Part PreferenceRecord Prompt "
     "RawRecord Record Response UnusableRecordError prompt_hash turns_of",
-    "text.lengths": "SourceLengths",
     "text.render": "final_tokens trained_stops",
     "text.template": "ChatTemplate",
 }

@@ -1,6 +1,5 @@
 """The keys of preference data: sources, and the limits within which their records are encoded."""
 
-import re
 from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -8,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, as_written, key, schema
+from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, key, schema
 
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
@@ -55,31 +54,9 @@ class SourceConfig:
     """Name of the source in metrics and counts; null: from its path."""
 
 
-def _as_source(entry: Any) -> Any:
-    """Return an entry as a mapping. Raises ConfigError: `columns` and `format` are now `fields`."""
-    entry = as_entry("path")(entry)
-    if not isinstance(entry, dict) or {"columns", "format"}.isdisjoint(entry):
-        return entry
-    new = dict(entry)
-    columns = new.pop("columns", None) or {}
-    shape = new.pop("format", None)
-    paths = {name: re.sub(r"\.(-?\d+)\b", r"[\1]", path) for name, path in columns.items() if path}
-    if paths:
-        new["fields"] = {name: name for name in ("prompt", "chosen", "rejected")} | paths
-    elif shape not in (None, "auto", "messages"):
-        new["fields"] = shape
-    if None in columns.values():
-        new["ignore"] = [name for name in columns if name not in paths]
-    raise ConfigError(
-        "columns and format of a source are now fields, an expression for each, and ignore",
-        where=f"source {entry.get('path')}",
-        got=as_written(entry),
-        expected=as_written(new),
-        remedy="write the source so; docs/data.md has the names of fields",
-    )
-
-
-Source = Annotated[SourceConfig, BeforeValidator(_as_source, json_schema_input_type=SourceConfig | NonEmpty)]
+Source = Annotated[
+    SourceConfig, BeforeValidator(as_entry("path"), json_schema_input_type=SourceConfig | NonEmpty)
+]
 
 
 @schema

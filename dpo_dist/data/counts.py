@@ -2,14 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from dpo_dist.data.config import DataConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, NOT_KEPT, BadRecord, Record
-from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import AtRecords
@@ -207,12 +206,12 @@ class DataCounts:
         *,
         key: str = "",
         of_first: bool = False,
-        lengths: Callable[[], Sequence[SourceLengths]] | None = None,
+        fitting: Callable[[], int] | None = None,
     ) -> None:
         """Check that enough of a source's records were kept; `of_first`: only its first records were read.
 
-        An error names the source by its `path`, after its `key` if there is one. `lengths` returns the record
-        lengths of all sources, to suggest limits.
+        An error names the source by its `path`, after its `key` if there is one. `fitting` returns the
+        `data.max_length` that keeps enough records of all sources, 0 if none does.
 
         Raises:
             DataError: no record was kept, more were dropped than `data.max_bad_share` allows, the chat
@@ -246,7 +245,7 @@ class DataCounts:
             return
         reason = max(self.dropped, key=lambda name: (name != NOT_KEPT, self.dropped[name]))
         reasons = ", ".join(f"{name} {number}" for name, number in sorted(self.dropped.items()))
-        remedy = _remedy(reason, config, lengths)
+        remedy = _remedy(reason, config, fitting)
         if self.kept:
             share = math.ceil(100 * dropped / (self.read - left_out)) / 100
             remedy += f"; or set data.max_bad_share={share:g} if dropping these records is intended"
@@ -336,17 +335,13 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _remedy(reason: str, config: DataConfig, lengths: Callable[[], Sequence[SourceLengths]] | None) -> str:
-    """Return what to do about the most frequent reason; for records that are too long with other limits."""
-    remedy = reason_remedy(reason)
-    if reason not in _TOO_LONG:
-        return remedy
-    fitting = None if lengths is None else fitting_limits(lengths(), config)
-    return fitting or remedy + f" (data.max_length is {config.max_length})"
+def _remedy(reason: str, config: DataConfig, fitting: Callable[[], int] | None) -> str:
+    """Return what to do about the most frequent reason; for records that are too long with another limit."""
+    longest = fitting() if fitting is not None and reason in _TOO_LONG else 0
+    if longest > config.max_length:
+        return f"set data.max_length={longest}"
+    return reason_remedy(reason)
 
 
-_TOO_LONG = (
-    *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
-    *("identical_after_truncation", "image_does_not_fit"),
-)
-"""Reasons for which another limit helps."""
+_TOO_LONG = ("too_long", "prompt_fills_max_length", "response_fills_max_length", "identical_after_truncation")
+"""Reasons for which another `data.max_length` helps."""

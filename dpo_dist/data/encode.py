@@ -20,12 +20,10 @@ from dpo_dist.data.records import (
     Message,
     PreferenceRecord,
     Record,
-    RecordLengths,
     UnusableRecordError,
     training_examples,
     turns_of,
 )
-from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.text.render import AS_TURN, RenderedRecord, render_record, with_images
 from dpo_dist.data.text.thoughts import DEFAULT_MARKS
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
@@ -45,7 +43,6 @@ class EncodedExample(Example):
     changes: frozenset[str] = frozenset()  # names in counts.yaml
     truncated: tuple[bool, ...] = ()  # for each response, whether its end and its end-of-turn token were cut
     read_as: str = ""
-    lengths: RecordLengths | None = None
     scorer_prompts: Mapping[str, TokenIds] = field(default_factory=dict)  # of scorers with another prompt
 
 
@@ -58,7 +55,7 @@ def encode_pair(
 ) -> EncodedExample | BadRecord:
     """Encode a record's responses as one example, as `encode_record`; the images are `ExpandedImage`."""
     facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
-    lengths: RecordLengths | None = None
+    tokens = 0
     try:
         images, has_tags = _images(record, processor)
         rendered = render_record(record, facts, config)
@@ -73,13 +70,7 @@ def encode_pair(
             )
         is_usable = len(prompt) > prefix_length and all(mask.any() for mask in masks)
         if is_usable and _are_distinct(responses):
-            lengths = RecordLengths(
-                len(prompt),
-                longest=max(map(len, responses)),
-                bos=prefix_length,
-                needed=needed_tokens(responses, masks),
-                least_prompt=min(least, len(prompt)),
-            )
+            tokens = len(prompt) + max(map(len, responses))
         cut_prompt, cut_responses = _truncated(prompt, responses, prefix_length, least, config)
         pairs = zip(cut_responses, responses, strict=True)
         truncated = tuple(len(cut) < len(response) for cut, response in pairs)
@@ -89,8 +80,10 @@ def encode_pair(
         masks = [mask[: len(ids)] for mask, ids in zip(masks, cut_responses, strict=False)]
         if not all(mask.any() for mask in masks):
             raise UnusableRecordError("no_trained_token", "the loss would count no token of a response")
+        tokens = 0
         scorer_prompts = dict[str, TokenIds]()
         replaces_system = False
+        is_scorer_resplit = False
         for scorer in SCORERS:
             system = (systems or {}).get(scorer)
             if system is not None and isinstance(record.prompt, str) and AS_TURN not in rendered.read_as:
@@ -106,9 +99,11 @@ def encode_pair(
             if rendered_other.responses != rendered.responses:
                 detail = f"the template writes the responses differently after the {scorer}'s prompt"
                 raise UnusableRecordError("scorer_prompt_differs", detail)
-            scorer_prompts[scorer] = _scorer_ids(scorer, rendered_other, cut_responses, facts, config)
+            longest = max(map(len, cut_responses))
+            scorer_prompts[scorer], resplits = _scorer_ids(scorer, rendered_other, longest, facts, config)
+            is_scorer_resplit |= resplits
     except UnusableRecordError as fault:
-        return replace(fault.as_bad_record(record.origin), lengths=lengths)
+        return replace(fault.as_bad_record(record.origin), tokens=tokens)
     except RecursionError:
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
@@ -122,6 +117,7 @@ def encode_pair(
         "partly_trained": bool(masks),
         "image_tag_in_text": has_tags,
         "scorer_system_replaced": replaces_system,
+        "scorer_boundary_resplit": is_scorer_resplit,
     }
     if config.for_scores:
         cut_responses = [[*ids, _SCORE_ID] for ids in cut_responses]
@@ -135,7 +131,6 @@ def encode_pair(
         changes=rendered.changes.union(record.numbers, changes),
         truncated=truncated,
         read_as=rendered.read_as,
-        lengths=lengths,
         scorer_prompts=scorer_prompts,
     )
 
@@ -162,25 +157,26 @@ def _read_by(
 def _scorer_ids(
     scorer: str,
     rendered: RenderedRecord,
-    responses: Sequence[Sequence[int]],
+    longest: int,
     facts: TokenizerFacts,
     config: DataConfig,
-) -> TokenIds:
-    """Return the ids of a scorer's prompt, behind which the policy's ids of the responses stand.
+) -> tuple[TokenIds, bool]:
+    """Return the ids of a scorer's prompt, and whether a response behind it would join its last token.
 
-    It is never cut: what is cut may be what the scorer has to know.
+    Behind it stand the policy's ids of the responses, `longest` at most. It is never cut: what is cut may be
+    what the scorer has to know.
     """
-    ids, _, _ = facts.encoder.encode_after(rendered.prompt, (), keeps_boundary=True)
+    ids, _, resplits = facts.encoder.encode_after(rendered.prompt, rendered.responses, keeps_boundary=True)
     ids, prefix_length = facts.with_prefix(ids, is_whole=rendered.is_whole)
     if len(ids) == prefix_length:
         raise UnusableRecordError("scorer_prompt_differs", f"the {scorer}'s prompt has no tokens")
-    tokens = len(ids) + max(map(len, responses))
+    tokens = len(ids) + longest
     limit = config.max_scorer_length or config.max_length
     if tokens > limit:
         raise UnusableRecordError(
             "scorer_prompt_too_long", f"{tokens} tokens of the {scorer}, at most {limit}"
         )
-    return np.array(ids, dtype=np.int32)
+    return np.array(ids, dtype=np.int32), resplits
 
 
 def _are_distinct(responses: Sequence[Sequence[int]]) -> bool:
@@ -270,6 +266,14 @@ def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[st
     """Return patterns of the parts in `data.untrained`, each with the opening tag that may end a prompt."""
     names = config.untrained
     parts = [("", facts.tokens_around_turns)] if "formatting" in names else []
+    if not (facts.thoughts.is_known or {"thoughts", "empty_thoughts"}.isdisjoint(names)):
+        raise ConfigError(
+            "the chat template writes thoughts between marks that are not known",
+            where="data.untrained",
+            got=", ".join(names),
+            expected="a token before and after a thought, or the marks that docs/data.md lists",
+            remedy="set data.untrained=[], or to the marks: 'data.untrained=[BEGIN...END]'",
+        )
     # The template's thoughts, and those of contents in which it looks for none.
     thoughts = {marks.tags: marks for marks in (facts.thoughts, DEFAULT_MARKS)}
     if "empty_thoughts" in names:
@@ -347,9 +351,7 @@ def _truncated(
             )
         prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
-    if len(prompt) == prompt_tokens and 0 < longest <= limits.max_length - prompt_tokens:
-        return prompt, responses
-    prompt_room, room = map(int, kept_tokens(len(prompt), longest, prefix_length, limits))
+    prompt_room, room = _kept_tokens(len(prompt), longest, prefix_length, limits)
     if least > prefix_length and prompt_room < min(least, prompt_tokens):
         room_in_words = f"room for {max(prompt_room, 0)}"
         detail = f"{least} tokens of {prompt_tokens} from the first image on, and {room_in_words}"
@@ -363,6 +365,31 @@ def _truncated(
             raise UnusableRecordError("response_fills_max_length", f"{longest} tokens")
         case _:
             raise UnusableRecordError("prompt_fills_max_length", f"{len(prompt)} tokens")
+
+
+def _kept_tokens(prompt: int, longest: int, prefix: int, limits: DataConfig) -> tuple[int, int]:
+    """Return how many tokens truncation leaves of a prompt and, at most, of each response; docs/data.md.
+
+    `prefix` counts the tokens of BOS, which stay. Nothing is left of the responses if the record may not be
+    cut, or has no room for both sides.
+    """
+    most = limits.max_length
+    if prompt + longest <= most:
+        return prompt, longest
+    room = 0
+    match limits.truncation:
+        case Truncation.keep_start:
+            room = max(most - prompt, 0)
+        case Truncation.keep_end:
+            room = longest if longest + prefix < most else 0
+        case Truncation.both:
+            room = most * longest // (prompt + longest)
+            if 2 * prompt < most:
+                room = most - prompt
+            if 2 * longest < most:
+                room = longest
+            room = min(max(room, 1), max(most - prefix - 1, 0))
+    return min(prompt, most - room), min(room, longest)
 
 
 def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:

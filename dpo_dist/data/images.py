@@ -245,18 +245,15 @@ def _on_white(image: "Image", bits: int) -> "Image":
     """Return an image as RGB, its transparent parts on white, as processors of models and servers show it.
 
     Pixels that are not seen have a colour, too, often black as the drawing beside them. `bits`: of a value in
-    the file, whose transparent colour Pillow does not scale as it scales pixels.
+    the file. Raises UnusableRecordError.
     """
     pillow = _pillow()
     key = image.info.get("transparency")
+    is_key_of_file = image.mode.startswith("I;16") or (image.mode in ("L", "RGB") and bits != 8)
+    if key is not None and is_key_of_file:  # Pillow does not scale it as it scales pixels
+        raise UnusableRecordError("image_unreadable", f"a transparent colour of {bits} bits")
     if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-        values = np.asarray(image)
-        image = pillow.fromarray(np.where(values == key, 255, values >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    if image.mode in ("L", "RGB") and key is not None:
-        values = np.atleast_1d(key)
-        scaled = (values >> 8 if bits == 16 else values * 255 // (2**bits - 1)).tolist()
-        image.info["transparency"] = tuple(scaled) if image.mode == "RGB" else scaled[0]
+        image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -101,19 +101,6 @@ SCORERS = ("reference", "teacher")
 """Models that only score responses, and may read another prompt than the policy."""
 
 
-class RecordLengths(NamedTuple):
-    """Numbers of a record's tokens before any cut."""
-
-    prompt: int
-    longest: int
-    """Of its longest response."""
-    bos: int
-    needed: int
-    """Of each response, so that all stay distinct and the loss counts one of each."""
-    least_prompt: int
-    """What must stay of the prompt: BOS, and all from the first image."""
-
-
 @dataclass(frozen=True)
 class Origin:
     """Position of a record: its source as configured, and the 1-based line or number of the record in it.
@@ -195,14 +182,14 @@ class BadRecord:
     """A record that cannot be used, with a reason from counts.yaml.
 
     The `detail` has no text of the record. `unread` are columns, or keys of messages, that nothing reads.
-    `lengths` are known if the record could be used with other limits.
+    `tokens`: of the prompt and the longest response, if the record could be used with other limits; else 0.
     """
 
     reason: str
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
-    lengths: RecordLengths | None = None
+    tokens: int = 0
 
     @property
     def why(self) -> str:

@@ -58,7 +58,7 @@ from dpo_dist.foundation.files import (
 from dpo_dist.foundation.types import Tokenizer
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 26
+_ENCODING_VERSION = 27
 _ALL_RECORDS = Part()
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
@@ -313,7 +313,7 @@ def encode_records(
                 encoded = encode_record(readable, config, tokenizer, processor, systems)
         if isinstance(encoded, BadRecord):
             outcome = Outcome(encoded.reason, unread=encoded.unread)
-            values = {"detail": encoded.detail, "lengths": encoded.lengths or ()}
+            values = {"detail": encoded.detail, "tokens": encoded.tokens}
         elif encoded is None:
             outcome = Outcome(changed=((part.count_of_others, 1),))
         else:
@@ -345,6 +345,7 @@ _EMPTY_ROW = {
     "detail": "",
     "prompt": 0,
     "largest_id": -1,
+    "tokens": 0,
     **{field.name: () for field in ROW_SCHEMA if pa.types.is_list(field.type)},
 }
 
@@ -369,7 +370,6 @@ def _row_values(record: EncodedRecord) -> dict[str, Any]:
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.trained if not m.all())]),
         "examples": record.ranks,  # an example is a ranking of the record's responses, which are stored once
         "images": [image.digest for image in example.images],
-        "lengths": example.lengths or (),
         **{f"{scorer}_prompt": prompt for scorer, prompt in example.scorer_prompts.items()},
     }
 

@@ -3,11 +3,10 @@
 Token ids and masks are in the files of the sources, the other columns in a file of the dataset.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from dpo_dist.data import (
     ImageProcessor,
     Mask,
     Origin,
-    SourceLengths,
     full_name,
 )
 from dpo_dist.encoded.dataset_columns import (
@@ -50,16 +48,16 @@ from dpo_dist.encoded.dataset_columns import (
 from dpo_dist.encoded.store import (
     EncodedSource,
     cache_errors,
+    fitting_length,
     has_images,
     read_counts,
-    read_lengths,
     read_source,
 )
-from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, first_line
+from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
 from dpo_dist.foundation.remedies import AtRecords
-from dpo_dist.foundation.tables import Array, Columns, TableFacts, is_changed, stored_columns
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 from dpo_dist.foundation.types import Tokenizer
 
 _MAX_THREADS = 8
@@ -353,32 +351,6 @@ def metric_labels(labels: Iterable[str]) -> tuple[str, ...]:
     return distinct if len(distinct) > 1 else ()
 
 
-@contextlib.contextmanager
-def columns_errors(*datasets: PreferenceDataset | None) -> Iterator[None]:
-    """Raise DataError for what an error of the block is if a file of columns has changed since it was mapped.
-
-    Token ids that change have another key, which every batch checks.
-    """
-    try:
-        yield
-    except DpoDistError:
-        raise
-    except Exception as fault:
-        known = [dataset for dataset in datasets if dataset is not None]
-        known += [view for dataset in known for view in dataset.views.values()]
-        files = [dataset.columns_files for dataset in known]
-        for file in itertools.chain(*files):
-            if is_changed(file):
-                raise DataError(
-                    "the encoded data changed on the disk while they were used",
-                    where=f"data.cache: {file}",
-                    got=first_line(fault),
-                    remedy="check the disk, and let no other program write there; start again: damaged data "
-                    "are encoded again",
-                ) from fault
-        raise
-
-
 def open_dataset(
     sources: Sequence[EncodedSource], config: DataConfig, processor: ImageProcessor | None = None
 ) -> PreferenceDataset:
@@ -482,12 +454,12 @@ def _checked_counts(
             example._replace(file=full_name(source.path, example.file)) for example in counts.examples
         ]
 
-    def lengths() -> list[SourceLengths]:
+    def fitting() -> int:
         pairs = zip(tables, counted, strict=True)
-        return [read_lengths(table, counts, config) for table, counts in pairs]
+        return max(fitting_length(table, counts, config) for table, counts in pairs)
 
     for source, counts in zip(sources, counted, strict=True):
-        counts.check(source.path, config, lengths=lengths)
+        counts.check(source.path, config, fitting=fitting)
         by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
     total = DataCounts.total(map(vars, counted))
     total.check_split(config)

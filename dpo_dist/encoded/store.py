@@ -28,7 +28,6 @@ from dpo_dist.data import (
     ImageFile,
     Origin,
     Outcome,
-    SourceLengths,
 )
 from dpo_dist.encoded.watched_images import is_unchanged, is_unchanged_by_metadata, metadata_in_folders
 from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
@@ -66,8 +65,8 @@ ROW_SCHEMA = pa.schema(
         "trained": pa.list_(pa.bool_()),
         # The indices of the responses of each example, best first.
         "examples": pa.list_(pa.list_(pa.int32())),
-        # `RecordLengths`, also of records that are dropped for their length.
-        "lengths": pa.list_(pa.int64()),
+        # Of records that are dropped and could be used with other limits; else 0.
+        "tokens": pa.int64(),
         # The digests of the prompt's images; their files, if the record only names them, as they were read.
         "images": pa.list_(pa.binary()),
         "watched": pa.list_(
@@ -269,6 +268,17 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
         buffers = [None, pa.py_buffer(starts), pa.py_buffer(values)]
         chunks.append(pa.Array.from_buffers(pa.large_binary(), len(ids), buffers))
     texts = pa.chunked_array(chunks, pa.large_binary())
+    places, shared = sorted_places(texts)
+    schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
+    with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
+        writer.write_batch(pa.record_batch([places, shared], schema=ORDER_SCHEMA))
+
+
+def sorted_places(texts: pa.ChunkedArray) -> tuple[Row, Row]:
+    """Return the place of each text by its bytes, which are ids, and how many ids two neighbours share.
+
+    Both int32 [texts]; the second by place, with the text before it.
+    """
     order = pc.sort_indices(texts).to_numpy()
     places, shared = np.empty((2, len(order)), dtype=np.int32)
     places[order] = np.arange(len(order))
@@ -277,9 +287,7 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
         row: Row = np.frombuffer(texts[record].as_buffer(), dtype=np.int32)
         shared[place] = common_tokens(before, row)
         before = row
-    schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
-    with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
-        writer.write_batch(pa.record_batch([places, shared], schema=ORDER_SCHEMA))
+    return places, shared
 
 
 @contextmanager
@@ -341,7 +349,12 @@ def read_counts(table: pa.Table) -> DataCounts:
     return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), bad_records)
 
 
-def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
-    """Return the lengths of records before they were cut."""
-    lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 5)
-    return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
+def fitting_length(table: pa.Table, counts: DataCounts, config: DataConfig) -> int:
+    """Return the least `data.max_length` that drops no more records than allowed; 0: there is none."""
+    tokens = np.sort(table["tokens"].to_numpy())[::-1]
+    tokens = tokens[tokens > 0]
+    others = counts.read - counts.kept - len(tokens)
+    may_drop = int(config.max_bad_share * counts.read) - others
+    if may_drop < 0 or not len(tokens):
+        return 0
+    return int(tokens[min(may_drop, len(tokens) - 1)])

@@ -72,16 +72,6 @@ def stored_digest(file: Path) -> str:
         return stream.read().hex()
 
 
-def is_changed(file: Path) -> bool:
-    """Return whether a file of `write_table`, read again, has not the content that was written."""
-    try:
-        content = file.read_bytes()
-    except OSError:  # deleted: who has mapped it still has its content
-        return False
-    digest = hashlib.blake2b(memoryview(content)[:-_DIGEST_BYTES], digest_size=_DIGEST_BYTES).digest()
-    return digest != content[-_DIGEST_BYTES:]
-
-
 class Columns:
     """Columns that grow chunk by chunk, in files of a folder: they take no memory."""
 

@@ -12,6 +12,7 @@ from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import aligned, duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import MAIN, METRICS, LossKind, RunFolder, loss_kinds, loss_unit
+from dpo_dist.tools.pages.blocks import Table
 
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
@@ -22,17 +23,29 @@ _OUTCOMES = {
 
 def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
     """Return the lines printed at the end of a run; facts that `rows` and `summary` lack are left out."""
-    lines = [["", "first", "last", "best"]]
+    results = result_table(rows, summary)
+    lines = ["", *aligned([results.titles, *results.rows], numbers=(1, 2)), ""] if results.rows else [""]
+    return [*lines, *(f"{name:<11}{text}" for name, text in closing_facts(folder, rows, summary).items())]
+
+
+def result_table(rows: Sequence[Fields], summary: Fields) -> Table:
+    """Return the first, last and best values of the main metrics."""
+    lines = []
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
         for name in MAIN:
             metric = METRICS[name]
             values = [row[prefix + name] for row in rows if prefix + name in row]
-            best = summary.get("best", {}).get(prefix + name)
+            best = (summary.get("best") or {}).get(prefix + name)
             at_best = f"{metric.form(best['value'])} at step {int(best['step']):,}" if best else ""
             if values:
                 line = [f"{part} {metric.title}", metric.form(values[0]), metric.form(values[-1]), at_best]
                 lines.append(line)
-    facts: dict[str, object] = {}
+    return Table(["", "first", "last", "best"], lines)
+
+
+def closing_facts(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> dict[str, str]:
+    """Return how a run ended, its time, and where its results are."""
+    facts: dict[str, str] = {}
     outcome = RunOutcome(summary["exit"])
     ended = _OUTCOMES[outcome].format(pluralize(summary["steps"], "step"))
     facts["run"] = ", ".join([ended, *_time_facts(rows, summary)])
@@ -43,12 +56,11 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     if outcome is RunOutcome.completed:
         step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
         facts["model"] = f"{folder.model}{step_note}"
-    facts["report"] = folder.report
+    facts["report"] = str(folder.report)
     has_scores = LossKind.reward in loss_kinds(summary.get("settings") or {})
     if outcome is RunOutcome.completed and not has_scores:
         facts["talk to it"] = f"{_program()} chat {shlex.quote(str(folder))}"
-    table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
-    return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
+    return facts
 
 
 def _program() -> str:
@@ -74,18 +86,3 @@ def _time_facts(rows: Sequence[Fields], summary: Fields) -> Iterator[str]:
         yield f"peak memory {size(summary['peak_memory_bytes'])}"
         if summary.get("world_size", 1) > 1:
             yield pluralize(summary["world_size"], "process", "processes")
-
-
-def describe_reference(report: Fields) -> str:
-    """Return the section `reference` of summary.json in words: "cached: 6,403 log-probs computed, ..."."""
-    teacher = report.get("teacher")
-    of_teacher = "" if not teacher else f"; teacher {_scored(teacher, 'response')}"
-    return _scored(report, "log-prob") + of_teacher
-
-
-def _scored(report: Fields, unit: str) -> str:
-    if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
-        return str(report.get("mode", ""))
-    counts = [f"cached: {pluralize(report['computed'], unit)} computed", f"{report['hits']:,} reused"]
-    counts += [f"{each['entries']:,} from {url}" for url, each in report.get("fetched", {}).items()]
-    return ", ".join(counts)

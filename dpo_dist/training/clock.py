@@ -1,9 +1,7 @@
-"""Clocks for the phases of a step, and for the kinds of work of a run."""
+"""The clock of the phases of a step."""
 
-import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # pages of runs read the names below, and need no torch
@@ -11,8 +9,6 @@ if TYPE_CHECKING:  # pages of runs read the names below, and need no torch
 
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)  # of a step, with the key `time/<phase>` in a metrics row
-
-Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
 
 
 class StepClock:
@@ -55,49 +51,3 @@ class StepClock:
         seconds["other"] = 0.0
         seconds["other"] = total - sum(seconds.values())
         return seconds
-
-
-class WorkClock:
-    """Measures a run's time by kind of work; each moment counts as one kind, at first as `starting`.
-
-    `started`: time of `time.monotonic`.
-    """
-
-    def __init__(self, processes: int, started: float):
-        self._processes = processes
-        self._marked = started
-        self._work: Work = "starting"
-        self._seconds: dict[str, float] = {}
-        self._device_seconds = 0.0
-
-    def resume(self, former: Mapping[str, Any]) -> None:
-        """Add the time of earlier starts; `former` is a result of `read`."""
-        for work, seconds in former["seconds"].items():
-            self._seconds[work] = self._seconds.get(work, 0.0) + seconds
-        self._device_seconds += former["device_seconds"]
-
-    def enter(self, work: Work) -> None:
-        """Count the time from now on as `work`."""
-        now = time.monotonic()
-        self._seconds[self._work] = self._seconds.get(self._work, 0.0) + now - self._marked
-        self._device_seconds += (now - self._marked) * self._processes
-        self._work = work
-        self._marked = now
-
-    @contextlib.contextmanager
-    def measure(self, work: Work) -> Iterator[None]:
-        """Count the time of the block as `work`, also inside a block of another work."""
-        outer = self._work
-        self.enter(work)
-        try:
-            yield
-        finally:
-            self.enter(outer)
-
-    def read(self) -> dict[str, Any]:
-        """Return the section `work` of summary.json: seconds by kind of work; all seconds times processes."""
-        self.enter(self._work)
-        return {
-            "seconds": {work: round(seconds, 3) for work, seconds in self._seconds.items()},
-            "device_seconds": round(self._device_seconds, 3),
-        }

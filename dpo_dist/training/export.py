@@ -64,7 +64,7 @@ from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.reference.digest import description_digest, digest_model
 from dpo_dist.reference.model_source import find_model
-from dpo_dist.training.reporting.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 
@@ -279,7 +279,7 @@ def export_model(
             "settings": settings(config),
             "data": state["counts"],
         }
-        rows = read_latest_rows(folder, state["step"])
+        rows = read_rows(folder, state["step"])
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
         return run_card(merged, rows, summary, console.warn, versions, loader, is_evaluated=is_evaluated)

@@ -6,9 +6,8 @@ load models and set up the loop, train, write model, summary, report and outcome
 
 import contextlib
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.batching.sampler import BatchSampler, steps_in_words
-from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.batching.sampler import steps_in_words
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
@@ -39,18 +37,17 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine, load_to_train
-from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import duration, first_few, percent, pluralize
+from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.experts import experts_kernel
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.files.stops import padding_token, set_padding
-from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
+from dpo_dist.model.flops import compute_costs, matmul_peak
 from dpo_dist.model.states import lacks_delta_kernels
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
@@ -60,11 +57,10 @@ from dpo_dist.training.reference import (
     Reference,
     check_drift,
     describe_drift,
-    describe_saving,
     prepare_reference,
     reference_without_store,
 )
-from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_rows
 from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.environment import describe_run, package_versions
@@ -87,8 +83,6 @@ from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
 from dpo_dist.training.teacher import PreparedTeacher, prepare_teacher
 
-_PLANNED_STEPS = 8  # at most, to say what shared prefixes save
-
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
     """Train `config`, from the last checkpoint if there is one; return the exit code.
@@ -102,8 +96,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
         if isinstance(start, RunState):
             return _finish_complete_run(run, start, reporting)
         inputs, state, custom = _begin(run, start, reporting)
-        unchanged = columns_errors(inputs.train_set, inputs.eval_set)
-        with unchanged, stop.deferred(), contextlib.ExitStack() as engines:
+        with stop.deferred(), contextlib.ExitStack() as engines:
             try:
                 loop, position = _set_up(run, start, inputs, state, custom, engines, reporting)
             except StoppedError:
@@ -226,8 +219,7 @@ def _set_up(
     config = run.config
     world = run.world
     # Prompts of samples are checked before a model is loaded: a mistake in them costs no loading.
-    with run.clock.measure("samples"):
-        samples = reporting.prepare_samples(run, inputs, state.step)
+    samples = reporting.prepare_samples(run, inputs, state.step)
     # The reference first: while it fills the store, no policy with its optimizer states is in memory.
     run.stops.check()
     scores = "scores" if config.loss.of_scores else "log-probs"
@@ -241,10 +233,6 @@ def _set_up(
     )
     # How the ranks share the work of a step; after loading, which proves whether the model can be packed.
     costs = balance_costs(run, inputs, policy, reference)
-    planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
-    sharing = describe_prefixes(planned)
-    if sharing:
-        run.note(sharing)
     run.stops.check()
     objective = Objective(
         config.loss, reference.provider, inputs.router, custom, prepared.teacher.beside(policy)
@@ -284,7 +272,6 @@ def _set_up(
             part.load_shards(checkpoint.folder)
         with reading_errors(checkpoint.folder):
             position = Position.from_state(checkpoint.state)
-        run.clock.resume(checkpoint.state["work"])
         run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
         for name in checkpoint.damaged:
             run.warn(f"checkpoint {name} is damaged and not used")
@@ -307,24 +294,12 @@ def _set_up(
             report = {**report, "drift": drift}
     run.stops.check()
     if samples is not None:
-        with run.clock.measure("samples"):
-            samples.open(policy)
+        samples.open(policy)
     # The peak FLOP/s of all devices, measured while all of them work: some share power or a host.
     world.barrier()
     peak = sum(world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype])))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # else the run's peak would count these matrices
-        flops = 0.0
-        for batch in planned:
-            counts = (batch.computed_tokens, batch.targets, batch.attended, batch.image_tokens)
-            flops += inputs.flops.step(*counts)
-        sampler = inputs.sampler
-        pairs_left = (sampler.steps - position.step) * sampler.global_batch_pairs
-        work = flops / sum(batch.pairs for batch in planned) * pairs_left
-        fastest = work * (1 + recomputed_share(config.model)) / peak
-        ends = " to ".join(duration(fastest / share) for share in REACHED_SHARES)
-        shares = " to ".join(map(percent, REACHED_SHARES))
-        run.say(f"training takes about {ends}, at {shares} of the measured peak of matrix products")
     loop = Loop(
         run=run,
         inputs=inputs,
@@ -358,15 +333,13 @@ def _prepare_scored(
     run: Run, inputs: Inputs, engines: contextlib.ExitStack, *, step0_follows: bool
 ) -> _Scored:
     """Fill the store by the teacher and the reference, or load them beside the policy; collective."""
-    with run.clock.measure("reference"):
-        teacher = prepare_teacher(run, inputs)
+    teacher = prepare_teacher(run, inputs)
     if teacher.engine is not None:
         engines.push(partial(_free, teacher.engine, run.world))
     run.stops.check()
     if run.config.reference.mode is ReferenceMode.adapter:
         return _Scored(None, teacher)
-    with run.clock.measure("reference"):
-        reference = prepare_reference(run, inputs, step0_follows=step0_follows)
+    reference = prepare_reference(run, inputs, step0_follows=step0_follows)
     if reference.provider.engine is not None:
         engines.push(partial(_free, reference.provider.engine, run.world))
     run.stops.check()
@@ -439,31 +412,12 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
     return replace(costs, arrangement=arrangement, reference_pads=reference_pads)
 
 
-def planned_steps(
-    run: Run, dataset: PreferenceDataset, sampler: BatchSampler, costs: ComputeCosts
-) -> list[RankBatch]:
-    """Return the global batches of a few steps, spread over the first epoch."""
-    steps = min(sampler.steps, math.ceil(sampler.pairs_per_epoch / sampler.global_batch_pairs))
-    some = range(0, steps, math.ceil(steps / _PLANNED_STEPS))
-    return [run.shard(dataset, sampler.indices(step), costs) for step in some]
-
-
-def describe_prefixes(planned: Sequence[RankBatch]) -> str | None:
-    """Return what shared prefixes save in these steps; None if it is little."""
-    batches = [*planned, *(batch.partners for batch in planned if batch.partners is not None)]
-    computed = sum(batch.computed_tokens for batch in batches)
-    tokens = sum(batch.tokens for batch in batches)
-    sharing = describe_saving(computed, tokens)
-    return f"prefixes: {sharing}" if sharing else None
-
-
 def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Recorder | None:
     if not run.world.is_main:
         return None
     owes = position.evaluation_is_due
     resumed = position.step or None
-    plan = MetricPlan(run.config.loss)
-    metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes)
+    metrics = MetricsLog.open(run.folder, resumed, run.warn, evaluation_is_due=owes)
     return Recorder.open(run, metrics, reporting)
 
 
@@ -471,7 +425,7 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
     """Check the inputs of a run that has its model, and write a missing report; collective."""
     world = run.world
     folder = run.folder
-    environment, _ = describe_run(run.config, world)
+    describe_run(run.config, world)
     identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
@@ -482,11 +436,6 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
             finish(run, completed, recorder, finished.summary)
     report = f", report {folder.report}" if folder.report.exists() else ""
     run.say(f"{folder} is complete: model {folder.model}{report}")
-    metrics_function = environment.get("metrics_function")
-    former = folder.environment.read_text() if folder.environment.exists() else ""
-    if metrics_function is not None and json.dumps(metrics_function) not in former:
-        function = f"metrics.function={run.config.metrics.function}"
-        run.say(f"to compute metrics of this function: dpo-dist evaluate run.dir={folder} {function}")
     if run.config.trainer.patience is None:
         run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
@@ -527,9 +476,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
         if best is None:
             run.warn("no evaluation had a finite value of this metric: the model is that of the last step")
-    with run.clock.measure("saving"):
-        _write_model(loop, step, summary, run_card)
-    summary["work"] = run.clock.read()
+    _write_model(loop, step, summary, run_card)
     exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
     completed = replace(exported, outcome=RunOutcome.completed)
     run.write(lambda: write_state(run.folder, exported))
@@ -560,7 +507,6 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "peak_memory_bytes": peak_bytes,
         **({"best_checkpoint": asdict(best)} if best else {}),
         "reference": loop.reference_report,
-        "work": loop.run.clock.read(),
         "world_size": world.size,
         "vocabulary": len(loop.inputs.tokenizer),
         "settings": settings(loop.run.config),
@@ -576,7 +522,7 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
 
     def card(loader: str) -> str:
         assert loop.recorder is not None
-        rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step)
+        rows = loop.recorder.metrics.rows if is_last else read_rows(run.folder, step)
         ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
         ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
         is_evaluated = loop.inputs.eval_set is not None and is_last

@@ -9,7 +9,8 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +19,15 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.process import this_rank
 
 log = logging.getLogger(__name__)
 
-_RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "no_cuda": "use_cpu",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-}
+_TABLE = own_table(Path(__file__).with_suffix(".yaml"))
+_RENAMED: Mapping[str, str] = _TABLE["renamed"]
+_WITHOUT_EFFECT: Sequence[str] = _TABLE["without_effect"]
+_GONE: Mapping[str, str] = _TABLE["gone"]
 LONGEST_PROMPT = "max_prompt_length"
 _OFF = (None, False, "", 0)
 _REWRITTEN: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
@@ -44,33 +42,7 @@ _REWRITTEN: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "include_inputs_for_metrics": lambda _, __: {"include_for_metrics": ["inputs"]},
 }
 """Arguments of today by the value that is not off, and the other arguments."""
-_WITHOUT_EFFECT = (
-    *("padding_value", "label_pad_token_id", "base_model_attribute_name", "overwrite_output_dir"),
-    *("use_mps_device", "force_use_ref_model", "use_logits_to_keep", "use_num_logits_to_keep"),
-    *("half_precision_backend", "fp16_backend", "fp16_opt_level", "save_safetensors", "tpu_metrics_debug"),
-    *("use_legacy_prediction_loop", "ray_scope", "xpu_backend", "mp_parameters", "past_index"),
-    *("include_tokens_per_second", "max_target_length", "use_ipex", "jit_mode_eval", "sharded_ddp"),
-)
 _LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
-_CUT = "cut or filter the texts of the dataset before; max_length counts the tokens of prompt and response"
-_GONE = {
-    LONGEST_PROMPT: _CUT,
-    "max_completion_length": _CUT,
-    "reference_free": "train without a reference by CPOTrainer of trl.experimental.cpo",
-    "generate_during_eval": "add trl.LogCompletionsCallback to the callbacks",
-    "is_encoder_decoder": "choose a causal language model",
-    "model_adapter_name": "call the adapter 'default'",
-    "ref_adapter_name": "pass the reference as ref_model; a continued adapter is copied by TRL",
-    "ref_model_init_kwargs": "load the reference, and pass it as ref_model",
-    "tools": "put them into a column `tools` of the dataset",
-    "push_to_hub_organization": "write hub_model_id='ORGANIZATION/NAME'",
-    "tpu_num_cores": "start with accelerate launch",
-    "split_batches": "write accelerator_config={'split_batches': True}",
-    "torchdynamo": "write torch_compile=True",
-    "fsdp_min_num_params": "write fsdp_config={'min_num_params': ...}",
-    "fsdp_transformer_layer_cls_to_wrap": "write fsdp_config={'transformer_layer_cls_to_wrap': [...]}",
-}
-"""What to write where the value is not off."""
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -201,7 +173,9 @@ def check_prompts(args: Any, prepared: Any) -> None:
         words = f"a prompt of {longest} tokens" if longest > limit else ""
     if words:
         raise ArgumentError(
-            type(args).__name__, {LONGEST_PROMPT: _CUT}, f"{LONGEST_PROMPT}={limit}, and {words}"
+            type(args).__name__,
+            {LONGEST_PROMPT: _GONE[LONGEST_PROMPT]},
+            f"{LONGEST_PROMPT}={limit}, and {words}",
         )
     _say(f"{LONGEST_PROMPT}={limit} is left out: no prompt is longer")
 

@@ -22,7 +22,6 @@ def main(config: RunConfig) -> int:
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), checked_console(config) as console:
         # These imports are slow.
-        from dpo_dist.encoded.dataset import columns_errors  # noqa: PLC0415
         from dpo_dist.training.reference import prepare_reference  # noqa: PLC0415
         from dpo_dist.training.start.inputs import load_inputs  # noqa: PLC0415
         from dpo_dist.training.start.open_run import open_run, say_header  # noqa: PLC0415
@@ -32,7 +31,7 @@ def main(config: RunConfig) -> int:
             say_header(run)
             inputs = load_inputs(run)
             stored = []
-            with columns_errors(inputs.train_set, inputs.eval_set), stop.deferred():
+            with stop.deferred():
                 if config.reference.mode is ReferenceMode.cached:
                     prepare_reference(run, inputs)
                     stored.append("reference: all log-probs")

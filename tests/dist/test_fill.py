@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.distributed.processes.world import Stops, World
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset_columns import ScorerPrompts
+from dpo_dist.encoded.views import with_views
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from tests.dist.scenario import PAIRS, Assets, load_reference
+from tests.dist.scenario import PAIRS, Assets, entries_of, load_reference
 from tests.support.packing import COSTS, prefixes_of
 from tests.support.ranks import run_ranks, start_ranks
 
@@ -35,8 +41,10 @@ def fill(
     _folder: Path,
     change: Callable[[Tensor], Tensor] = lambda logps: logps,
     entries_per_shard: int = 4,
+    read: Callable[[Assets], PreferenceDataset] = Assets.dataset,
 ) -> dict[str, Any]:
     """Fill `store` for the first `pairs`; return the report and the number of entries this rank scored."""
+    dataset = read(assets)
     scored = {"entries": 0, "dummies": 0}
 
     def load_scorer() -> Scorer:
@@ -52,16 +60,16 @@ def fill(
     empty = LogpStore(store, FINGERPRINT, [])
     stops = Stops(StopRequest(), world)
     filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard, stops)
-    report = filler.fill(assets.dataset(), np.arange(pairs), lambda _done, _total: None)
+    report = filler.fill(dataset, np.arange(pairs), lambda _done, _total: None)
     opened = filler.open_filled()
-    complete = bool(opened.contains(assets.dataset().keys[: 2 * pairs]).all())
+    complete = bool(opened.contains(dataset.keys[: 2 * pairs]).all())
     found = {"complete": complete, "shards": opened.shards}
     return {"hits": report.hits, "computed": report.computed, **found, **scored}
 
 
-def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int) -> None:
+def assert_whole(store: Path, dataset: PreferenceDataset, plain_entries: Entries, pairs: int) -> None:
     """Assert that the store has the model's log-probs of the first `pairs`."""
-    entries = LogpStore.open(store, FINGERPRINT).read(assets.dataset().keys[: 2 * pairs])
+    entries = LogpStore.open(store, FINGERPRINT).read(dataset.keys[: 2 * pairs])
     for entry, plain in zip(entries, plain_entries[: 2 * pairs], strict=True):
         np.testing.assert_allclose(entry, plain, atol=1e-5, rtol=0)
 
@@ -85,7 +93,7 @@ def test_ranks_share_the_work_and_every_entry_is_the_models(
     """First of fewer pairs than ranks, then of more; all ranks open the same shards."""
     scenario = partial(fill_one_and_more, assets, tmp_path / "store")
     ones, more = zip(*run_ranks(scenario, 3, tmp_path / "ranks"), strict=True)
-    assert_whole(tmp_path / "store", assets, plain_entries, 7)
+    assert_whole(tmp_path / "store", assets.dataset(), plain_entries, 7)
     for fills, hits, computed in ((ones, 0, 2), (more, 2, 12)):
         for of_rank in fills:
             assert (of_rank["hits"], of_rank["computed"], of_rank["complete"]) == (hits, computed, True)
@@ -127,14 +135,27 @@ def test_pairs_that_begin_alike_are_scored_by_one_rank(
     for shares in (True, False):
         store = tmp_path / str(shares)
         found = run_ranks(partial(fill_in_order, assets, store, shares), ranks, tmp_path / f"ranks {shares}")
-        assert_whole(store, assets, plain_entries, PAIRS)
+        assert_whole(store, assets.dataset(), plain_entries, PAIRS)
         assert len({of_rank["calls"] for of_rank in found}) == 1
         assert max(of_rank["tokens"] for of_rank in found) < 2 * min(of_rank["tokens"] for of_rank in found)
         tokens.append(sum(of_rank["tokens"] for of_rank in found))
     assert tokens[0] < tokens[1]
 
 
-def fill_and_die(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
+def other_prompts(assets: Assets) -> PreferenceDataset:
+    """The view of a reference that reads another prompt in every second pair."""
+    dataset = assets.dataset()
+    lengths = np.where(np.arange(len(dataset)) % 2, 0, 9).astype(np.int32)
+    ids = pa.chunked_array([np.arange(9, 9 + lengths.sum(), dtype=np.int32) % 90])
+    prompts = ScorerPrompts(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+    return with_views(replace(dataset, scorer_prompts={"reference": prompts}), {"reference"}).view(
+        "reference"
+    )
+
+
+def fill_and_die(
+    assets: Assets, store: Path, read: Callable[[Assets], PreferenceDataset], world: World, folder: Path
+) -> dict[str, Any]:
     """Fill; rank 1 is killed when half of its second shard is written."""
     save_file, calls = store_module.save_file, []
 
@@ -147,24 +168,27 @@ def fill_and_die(assets: Assets, store: Path, world: World, folder: Path) -> dic
 
     if world.rank == 1:
         store_module.save_file = save
-    return fill(assets, store, PAIRS, world, folder)
+    return fill(assets, store, PAIRS, world, folder, read=read)
 
 
+@pytest.mark.parametrize("read", [Assets.dataset, other_prompts], ids=["own prompts", "other prompts"])
 def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
-    assets: Assets, plain_entries: Entries, tmp_path: Path
+    assets: Assets, tmp_path: Path, read: Callable[[Assets], PreferenceDataset]
 ) -> None:
     store = tmp_path / "store"
-    outcomes = start_ranks(partial(fill_and_die, assets, store), 2, tmp_path / "killed").finish()
+    dataset = read(assets)
+    outcomes = start_ranks(partial(fill_and_die, assets, store, read), 2, tmp_path / "killed").finish()
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert "rank 1 of 2 died" in outcomes[0].message
 
     assert list(store.glob("*/*.tmp-*")), "the half-written shard should be there, under another name"
     left = LogpStore.open(store, FINGERPRINT)
-    stored = left.contains(assets.dataset().keys)
+    stored = left.contains(dataset.keys)
     assert 0 < stored.sum() == len(left) < 2 * PAIRS
 
-    first, second = run_ranks(partial(fill, assets, store, PAIRS), 2, tmp_path / "again")
-    assert_whole(store, assets, plain_entries, PAIRS)
+    first, second = run_ranks(partial(fill, assets, store, PAIRS, read=read), 2, tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32)
+    assert_whole(store, dataset, entries_of(model, dataset), PAIRS)
     missing = 2 * PAIRS - len(left)
     assert first["hits"] == len(left)
     assert not list(left.folder.glob("*.tmp-*"))
@@ -194,7 +218,7 @@ def test_of_concurrent_fills_of_one_store_one_computes_and_the_other_waits(
             assert outcome.result["hits"] + outcome.result["computed"] == 2 * PAIRS
         computed.append(outcome.result["computed"])
     assert sorted(computed) == [0, 2 * PAIRS]
-    assert_whole(tmp_path / "store", assets, plain_entries, PAIRS)
+    assert_whole(tmp_path / "store", assets.dataset(), plain_entries, PAIRS)
 
 
 def fill_with_one_broken_rank(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:

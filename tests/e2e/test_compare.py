@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PARTS = constants(**{"dpo_dist.tools.compare.models.PROMPTS_AT_ONCE": 4})
+PARTS = constants(**{"dpo_dist.tools.compare.models.PROMPTS_OF_A_PART": 4})
 
 
 def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
@@ -54,13 +54,6 @@ def results(place: Path, run: str) -> dict[str, Any]:
     text = (place / run / "comparison/comparison.json").read_text()
     content: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
     return content
-
-
-def test_a_check_says_what_is_compared_in_lines(place: Path) -> None:
-    ended = compare(place, "checked", "pairs.function=rule:score", "--check")
-    assert ended.code == 0, ended.output
-    assert "\ncheck passed: everything that needs no weights and no GPU is in order\n" in ended.output
-    assert not (place / "checked").exists()
 
 
 def test_two_processes_write_what_one_does(place: Path) -> None:

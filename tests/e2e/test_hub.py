@@ -15,9 +15,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.e2e.conftest import Overrides
-from tests.support.launch import Finished, constants, run_verb, train
-
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
 import json, sys
@@ -227,44 +224,3 @@ def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub
         assert hub.commit("o/model", files | {"config.json": b'{"changed": 1}'}) != first
         rest, _ = process.communicate("\n")
     assert rest.split() == [first, first]
-
-
-def test_an_export_is_sent_and_a_check_only_lists_it(
-    overrides: Overrides, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(overrides("trainer.max_steps=1", "model.adapter={r: 4}"))
-    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    library = "huggingface_hub.constants."
-    online = constants(**{f"{library}ENDPOINT": hub.url, f"{library}HF_HUB_OFFLINE": False})
-
-    def export(*words: str) -> Finished:
-        named = [f"run.dir={tmp_path}/run", "export.push_to=o/model", *words]
-        return run_verb("export", named, prepare=online)
-
-    before = export("--check")
-    assert before.code == 0, before.output
-    assert "private" in before.output
-    assert not (tmp_path / "run/exported").exists()
-    assert run_verb("export", [f"run.dir={tmp_path}/run"], prepare=online).code == 0
-    listed = export("--check")
-    assert listed.code == 0, listed.output
-    assert "  adapter_model.safetensors  " in listed.output
-    assert not hub.sent
-    assert not hub.asked
-
-    hub.is_open = False
-    refused = export()
-    assert refused.code == 2, refused.output
-    assert "401" in refused.output
-    assert "hf auth login" in refused.output
-    assert "Traceback" not in refused.output
-
-    hub.is_open = True
-    sent = export()
-    assert sent.code == 0, sent.output
-    assert json.loads(hub.sent["api/repos/create"])["visibility"] == "private"
-    lines = map(json.loads, hub.sent["api/models/o/model/commit/main"].splitlines())
-    files = {line["value"]["path"] for line in lines if line["key"] == "file"}
-    folder = tmp_path / "run/exported/step-000001"
-    assert files == {file.name for file in folder.iterdir()}
-    assert "README.md" in files

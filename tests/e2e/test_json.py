@@ -34,7 +34,7 @@ def document(words: list[str], folder: Path, size: int = 1) -> tuple[int, dict[s
     variables = environment() | ENVIRONMENT
     if verb in VERBS:
         variables |= launcher_variables(TWO_PROCESSES) if size > 1 else {}
-        prepare = {"launch": fork_python}.get(verb)
+        prepare = fork_python if verb in ("launch", "sweep") else None
         module = VERBS[verb].module
         code, output, errors = run_warm_apart(module, arguments, variables, folder, 240, prepare, size)
     else:

@@ -10,7 +10,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import DpoDistError, ExitCode
-from dpo_dist.training.reporting.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_rows
 from dpo_dist.training.start.dry_run import dry_run
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_verb, summary, train
@@ -158,7 +158,7 @@ def test_a_run_that_fails_after_steps_keeps_its_rows_until_the_same_command_star
     failed = run_verb("train", command, cwd=tmp_path)
     assert failed.code == 2, failed.output
     assert "does not return one loss per pair" in failed.output
-    assert [row["step"] for row in read_latest_rows(run)] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(run)] == [1, 2, 3]
     assert "does not return one loss per pair" in run.rank_log(0).read_text()
 
     own.write_text(OWN_LOSS)

@@ -89,14 +89,6 @@ def test_the_page_of_a_run(tmp_path: Path, browser: Any) -> None:
     assert watched.page.get_by_role("row", name="30 0.4 0.41", exact=True).is_visible()
 
 
-def test_the_page_of_several_runs(tmp_path: Path, browser: Any) -> None:
-    runs = [made_run(tmp_path / HOSTILE.replace("/", "") / name, HOSTILE) for name in "ab"]
-    change(runs[0].config, "loss", "kind", value=HOSTILE)
-    compare_runs(runs, tmp_path / "runs.html")
-    watched = assert_readable(browser, tmp_path / "runs.html", 7)
-    assert watched.page.get_by_text("Their losses differ").is_visible()
-
-
 def test_the_page_of_a_comparison(tmp_path: Path, browser: Any) -> None:
     content = results([model("base", 0.41), model(HOSTILE, 0.62)], 0.6)
     rows = []
@@ -125,7 +117,7 @@ def test_the_page_of_a_comparison(tmp_path: Path, browser: Any) -> None:
 def test_the_page_of_the_doctor_hides_texts_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
     config = RunConfig(run=FolderConfig(str(tmp_path)))
     write_doctor_page(DoctorFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
-    watched = assert_readable(browser, DoctorFolder(config.run.path).doctor_page, 3)
+    watched = assert_readable(browser, DoctorFolder(config.run.path).doctor_page, 0)
     hidden = watched.page.locator(".trained", has_text="javascript:alert(3)")
     assert not hidden.is_visible()
     watched.page.locator(".prompt summary").focus()
@@ -133,8 +125,9 @@ def test_the_page_of_the_doctor_hides_texts_until_they_are_asked_for(tmp_path: P
     assert hidden.is_visible()
 
 
-def test_the_figure_of_a_sweep_is_on_its_page(tmp_path: Path, browser: Any) -> None:
-    runs = [made_run(tmp_path / name) for name in "ab"]
+def test_the_page_of_several_runs_has_the_figure_of_their_sweep(tmp_path: Path, browser: Any) -> None:
+    runs = [made_run(tmp_path / HOSTILE.replace("/", "") / name, HOSTILE) for name in "ab"]
+    change(runs[0].config, "loss", "kind", value=HOSTILE)
     accuracy = "eval_rewards/accuracies"
     points = []
     for kind in ("ipo", HOSTILE):
@@ -142,7 +135,8 @@ def test_the_figure_of_a_sweep_is_on_its_page(tmp_path: Path, browser: Any) -> N
             settings = {"loss.kind": kind, "trainer.seed": seed}
             points.append({"settings": settings, "metrics": {accuracy: 0.5 + len(kind) / 1000 + seed / 10}})
     compare_runs(runs, tmp_path / "report.html", figures(points))
-    watched = assert_readable(browser, tmp_path / "report.html", 6)
+    watched = assert_readable(browser, tmp_path / "report.html", 8)
+    assert watched.page.get_by_text("Their losses differ").is_visible()
     assert legend(watched)[1] == f"accuracy {number(0.55 + len(HOSTILE) / 1000)}"
     hover(watched, 0.0)
     assert legend(watched) == ["loss.kind ipo", "accuracy 0.553"]

@@ -61,9 +61,3 @@ def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
     assert "an epoch of 6 pairs" in ended.output
     assert "(of data.train)" in ended.output
     assert re.search(r"  this run, trainer.max_steps=7 +under 1 s", ended.output)
-    checked = run_verb("train", [*words, "plan.gpus=1", "--check"])
-    assert checked.code == 0, checked.output
-    [verdict] = re.findall("fits: there is room for .* tokens", ended.output)
-    assert f"plan:          {verdict} (1 GPU, h100-80g)" in checked.output
-    [tokens] = re.findall(r"pairs of (\d+) tokens \(of data", ended.output)
-    assert f" for 10,000 pairs of {tokens} tokens" in checked.output

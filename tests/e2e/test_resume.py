@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -189,7 +188,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
         assert (run / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
+def test_a_killed_rank_is_named_and_the_reference_is_that_of_all_starts(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """Of three starts, the first is killed and the second stopped."""
@@ -205,7 +204,7 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     assert not list((run / "model").glob("*"))
     (folder,) = sorted(run.glob("checkpoints/step-*"))[-1:]
     saved = json.loads((folder / "state.json").read_text())
-    first, before = saved["reference_report"], saved["work"]
+    first = saved["reference_report"]
     assert first["computed"] > 0
     assert first["seconds"] > 0.0
     assert first["drift"]["responses"] > 0
@@ -215,12 +214,6 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     ended = summary(run)
     assert ended["exit"] == "completed"
     assert stopped["reference"] == ended["reference"] == first
-    works = ("starting", "reference", "training", "evaluation", "samples", "saving")
-    for work in works:
-        assert ended["work"]["seconds"][work] > before["seconds"][work] > 0.0, work
-    total = sum(ended["work"]["seconds"].values())
-    assert math.isclose(ended["work"]["device_seconds"], 2 * total, abs_tol=0.1)
-    assert math.isclose(ended["work"]["seconds"]["training"], ended["train_seconds"], rel_tol=0.2)
 
 
 def test_a_stopped_run_ends_with_75_refuses_another_base_and_resumes_exactly(

@@ -11,6 +11,7 @@ from dpo_dist.tools.pairs.rounds import run_rounds
 from tests.support.invented import write_pairs
 from tests.support.launch import run_verb, running, wait_until
 from tests.support.tiny_model import write_model
+from tests.support.warm_launch import fork_python
 
 
 def warm(command: str) -> int:
@@ -33,7 +34,7 @@ def test_scores_rise_with_a_round_across_sigterm(tmp_path: Path) -> None:
         *("parallelism=ddp", "tracking=off"),
     ]
     part, result = "rounds/1/pairs/parts/responses-*/000000.jsonl", tmp_path / "run/rounds/1/round.json"
-    with running("pairs", overrides, tmp_path / "screen.txt") as process:
+    with running("pairs", overrides, tmp_path / "screen.txt", prepare=fork_python) as process:
         wait_until(lambda: list((tmp_path / "run").glob(part)), process)
         os.kill(process.pid, signal.SIGTERM)
         process.join(240)

@@ -37,7 +37,7 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
         assert process.exitcode == 75, process.screen.read_text()
     assert "stopped: the same command continues" in process.screen.read_text()
     assert run_state(first)["outcome"] == "preempted"
-    with running("sweep", command, tmp_path / "killed.txt") as process:
+    with running("sweep", command, tmp_path / "killed.txt", prepare=fork_python) as process:
         wait_until(lambda: is_saved(third), process)
         process.kill()
         wait_until(lambda: run_state(third)["outcome"] == "preempted", _Ended(process.screen))
@@ -45,7 +45,7 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     finished = (first / "run_state.json").stat().st_mtime_ns
 
     with locked(RunFolder(elsewhere).lock, "trains"):
-        ended = run_verb("sweep", command)
+        ended = run_verb("sweep", command, prepare=fork_python)
     assert ended.code == 3, ended.output
     assert "optim.weight_decay=1e+38: trained by another process\n" in ended.output
     assert "optim.weight_decay=1e+38: point 4 of 4" in ended.output, "the number that it had before"

@@ -168,7 +168,6 @@ def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
     ended = run_train(command(assets, run, "bf16", "trainer.micro_batch_tokens=auto"), prepare=smooth)
     assert_on_cuda(run, ended)
     assert "micro-batches: up to 32,768 tokens (about " in log(run)
-    assert re.search(r"training takes about .* to .*, at 50 % to 35 % of the measured peak", ended.output)
     exact, rounded = (history(on_cpu(assets, base)) for base in ("full", "bf16"))
     # The few values of one quantity are taken together: a drift of one value may be small by chance.
     for keys in (("loss", "eval_loss"), ("logps/chosen", "logps/rejected"), ("grad_norm",)):

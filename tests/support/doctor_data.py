@@ -94,7 +94,6 @@ def lines(finding: Finding) -> list[int]:
 
 LENGTHS = {
     **{"count": 4, "mean": 7.0, "smallest": 0, "largest": 30, "percentiles": {25: 1.0, 50: 3.0, 95: 30.0}},
-    **{"edges": [0.0, 10.0, 20.0, 30.0], "counts": [3, 0, 1]},
 }
 SIDE = {"characters": LENGTHS, "tokens": LENGTHS, "cut": 1, "cut_tokens": 20}
 EMPTY: dict[str, Any] = {

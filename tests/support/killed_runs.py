@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tests.support.launch import history, summary
 
-_OF_STARTS = frozenset({"train_seconds", "work", "window", "reference_report"})
+_OF_STARTS = frozenset({"train_seconds", "window", "reference_report"})
 
 
 def assert_same_run(killed: Path, whole: Path) -> None:

@@ -78,10 +78,16 @@ def run_verb(
 
 
 @contextlib.contextmanager
-def running(verb: str, overrides: list[str], screen: Path, cwd: Path = ROOT) -> Iterator[Any]:
+def running(
+    verb: str,
+    overrides: list[str],
+    screen: Path,
+    cwd: Path = ROOT,
+    prepare: Callable[[], None] | None = None,
+) -> Iterator[Any]:
     """A verb on a warm process that writes to the file `screen`; killed at the end of the block."""
     screen.touch()
-    (process,) = start_verb(verb, overrides, environment(), 1, cwd, screen)
+    (process,) = start_verb(verb, overrides, environment(), 1, cwd, screen, prepare)
     process.screen = screen
     try:
         yield process

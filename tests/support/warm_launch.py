@@ -8,23 +8,26 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.tools import launching
 from tests.support.warm import be_random_anew
 
 
 def fork_python() -> None:
-    """Fork this process where a launcher of torch starts Python; go on in it where Python is executed."""
+    """Fork this process where torch's launcher or a verb starts Python; go on in it where it is executed."""
     mock.patch.object(subprocess_handler, "Popen", _Fork).start()
+    mock.patch.object(launching, "subprocess", SimpleNamespace(Popen=_Fork)).start()
     mock.patch.object(os, "execvp", lambda _file, words: _be_python(words, dict(os.environ))).start()
 
 
 class _Fork:
-    """What torch's launcher uses of `subprocess.Popen`."""
+    """What torch's launcher and a verb that starts another one use of `subprocess.Popen`."""
 
     def __init__(self, args: Sequence[str], env: dict[str, str], stdout: Any, stderr: Any, **_session: Any):
         forks = multiprocessing.get_context("fork")
@@ -35,17 +38,18 @@ class _Fork:
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None) -> int | None:
         self._process.join(timeout)
         if self._process.is_alive():
             raise subprocess.TimeoutExpired("a fork", timeout or 0)
+        return self._process.exitcode
 
 
 def _begin(words: Sequence[str], variables: dict[str, str], streams: tuple[Any, Any]) -> None:
     os.setsid()
     for number, stream in enumerate(streams, 1):
         if stream is not None:
-            os.dup2(stream.fileno(), number)
+            os.dup2(stream if isinstance(stream, int) else stream.fileno(), number)
     _be_python(words, variables)
 
 

@@ -20,17 +20,17 @@ TRAINER = """
     prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
     trained_stops Example ImageInput Mask TokenIds
-    DataCounts Outcome SourceLengths describe_counts named_in_one_line
+    DataCounts Outcome describe_counts named_in_one_line
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 MODULES_FOR_TOOLS = {
     "config": "TEMPLATE_DATE",
-    "counts": "DROPPED_PROMPT_PREFIX count_lines counts_in_one_line in_words reason_remedy",
+    "counts": "DROPPED_PROMPT_PREFIX count_lines counts_in_one_line reason_remedy",
     "encode": "encode_pair",
     "images": "decode_image",
     "read.files": "store_image",
     "read.plain": "parse_json",
-    "records": "COUNTS_OF_OTHERS parts_of",
+    "records": "parts_of",
     "text.escape": "THOUGHT_FIELDS any_of",
     "text.tokenizer": "TokenizerFacts tokenizer_facts",
 }

@@ -270,8 +270,8 @@ def test_the_table_of_a_run() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["run", "it's a [run]", 'a "b" $HOME'])
-@pytest.mark.parametrize("on_path", [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "on_path"), [("run", True), ("it's a [run]", True), ('a "b" $HOME', False)])
 def test_the_line_that_talks_to_the_model_runs_in_a_shell(
     name: str, on_path: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

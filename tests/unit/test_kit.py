@@ -19,7 +19,7 @@ NAMES = """
     ImagesConfig Inputs Interrupted LossConfig LossKind MetricsRow ModelConfig ModelSource
     NotFiniteError Offload PairValues ParallelismKind PathBelow PreferenceDataset PromptImages
     ReferenceMode Reporting Rule Run RunConfig RunFolder RunHistory Shapes Stops Verb
-    WrongGenerationError bootstrap_intervals can_mix_lengths changed_keys check_contents_at_hand
+    WrongGenerationError bootstrap_intervals can_mix_lengths changed_keys
     check_groups check_rules check_shapes check_start check_tokenizer_files check_writable
     checkpoint_as_model checkpoint_step complete_config context_length count_trained description_folder
     digest_model dry_run evaluation_cells existing_run explain_out_of_memory explained extend

@@ -1,6 +1,5 @@
-"""Read the records of a file: JSON lines, JSON, CSV, TSV or Parquet; write records as JSON lines."""
+"""Read the records of a file: JSON lines, JSON, CSV, TSV, Parquet or Arrow; write records as JSON lines."""
 
-import codecs
 import contextlib
 import csv
 import hashlib
@@ -20,20 +19,11 @@ from dpo_dist.data.read.plain import NOT_UTF8, parse_json, without_nulls
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
-from dpo_dist.foundation.text import first_few
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
-_KINDS = (*_COMPRESSED_KINDS, ".parquet")
+_KINDS = (*_COMPRESSED_KINDS, ".parquet", ".arrow")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_OTHER_KINDS = {
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save a table as .csv (Excel: CSV UTF-8)"),
-    **dict.fromkeys(
-        (".png", ".jpg", ".jpeg", ".webp"),
-        "name the file that describes the images: FOLDER/metadata.jsonl, with fields: images: file_name",
-    ),
-}
-"""How to read other kinds of files."""
 _BLOCK_BYTES = 2**20
 _SAMPLE_BYTES = 2**23
 _BATCH_RECORDS = 64
@@ -77,30 +67,30 @@ def check_kind(file: PurePath, path: str) -> None:
             where=path,
             got=file.suffix or "a name without an extension",
             expected=f"{', '.join(_KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-            remedy=_OTHER_KINDS.get(
-                file.suffix, "convert, unpack or rename the file; one with a JSON object per line is a .jsonl"
-            ),
+            remedy="convert, unpack or rename the file: one with a JSON object per line is a .jsonl",
         )
 
 
 def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[RawRecord]:
     """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
 
-    A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
+    A record's origin is `path` with its first line, counted from 1; in tables and .json with its number.
     The files that a record names are looked up in `folders`, then in the folder of its own file.
     Raises DataError: the file cannot be read.
     """
     try:
         match file_kind(file):
             case ".jsonl":
-                values = _lines(_opened(file, path))
+                values = _lines(_opened(file))
             case ".json":
-                elements = parse_json(_opened(file, path).read())
+                elements = parse_json(_opened(file).read())
                 if not isinstance(elements, list):
-                    raise _not_an_array(elements, path)
+                    raise ValueError("its JSON is no list of records")
                 values = enumerate(elements, start=1)
             case ".csv" | ".tsv" as kind:
-                values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
+                values = _table_lines(_opened(file), path, _SEPARATORS[kind])
+            case ".arrow":
+                values = enumerate(_table_rows(pyarrow.ipc.open_stream(file)), start=1)
             case _:
                 values = enumerate(_parquet_rows(file, path), start=1)
         yield from numbered_records(values, path, (*folders, file.parent))
@@ -114,18 +104,6 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
             remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
             "object per line to .jsonl; save text of another encoding as UTF-8",
         ) from fault
-
-
-def _not_an_array(content: Any, path: str) -> DataError:
-    """Return the error for a .json file that is one object; a list inside of it may be the records."""
-    names = [*map(shown_key, content)] if isinstance(content, Mapping) else []
-    return DataError(
-        "a .json file is one list of records",
-        where=path,
-        got=f"one object with {first_few(names)}" if names else f"a {type(content).__name__}",
-        expected="[{...}, {...}]",
-        remedy="write the records as one list, or as a .jsonl with one object per line",
-    )
 
 
 def numbered_records(
@@ -201,12 +179,13 @@ def store_image(content: bytes, folder: Path) -> str:
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl in `folder`, named by its content; return its path.
 
-    They are a list, a `datasets.Dataset`, or a table: a frame of pandas or polars, anything that Arrow reads.
+    They are a list, or a `datasets.Dataset`.
     Images of Pillow, and files as bytes, are written once each to `folder`/images. `name`: the argument's
     name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
-    for record in _rows_in_memory(records, name):
+    rows = records if isinstance(records, list) else dataset_rows(records, reads_files=True)
+    for record in rows:
         try:
             lines.append(json.dumps(record, default=lambda value: store_image(as_file(value), folder)) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
@@ -225,37 +204,14 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     return file
 
 
-def _rows_in_memory(records: Iterable[Any], name: str) -> Iterable[Any]:
-    if isinstance(records, list):
-        return records
-    if hasattr(records, "with_format") and hasattr(records, "iter"):
-        return dataset_rows(records, reads_files=True)
-    if not hasattr(records, "__arrow_c_stream__"):
-        return map(_with_given_arguments, records)
-    try:
-        return _table_rows([pyarrow.table(records)])
-    except (pyarrow.ArrowException, TypeError, ValueError) as error:
-        remedy = "give each column values of one type, or pass a list of records"
-        got = first_line(error)
-        raise ConfigError("this table cannot be read", where=name, got=got, remedy=remedy) from error
-
-
-def _opened(file: Path, path: str) -> BinaryIO:
-    """Open a file and decompress it. Raises DataError: the file is in UTF-16."""
+def _opened(file: Path) -> BinaryIO:
+    """Open a file and decompress it."""
     raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
     least = 8 * MAX_RECORD_BYTES
     if file_kind(file) == ".json":  # of which all records are in memory together
         least = MAX_RECORD_BYTES
     limit = max(least, _MAX_EXPANSION * file.stat().st_size)
-    stream = io.BufferedReader(_Bounded(raw, limit), _BLOCK_BYTES)
-    start = stream.peek(2)[:2]
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start.count(0) == 1:
-        raise DataError(
-            "the file is in UTF-16, not in UTF-8",
-            where=path,
-            remedy="save it as UTF-8 (Excel: CSV UTF-8): iconv -f UTF-16 -t UTF-8 OLD > NEW",
-        )
-    return stream
+    return io.BufferedReader(_Bounded(raw, limit), _BLOCK_BYTES)
 
 
 class _Bounded(io.RawIOBase):

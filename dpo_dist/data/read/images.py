@@ -83,7 +83,7 @@ def place_images(
         places = len(tags)
         what = f"{pluralize(len(tags), 'tag')} of images"
         contents = [pattern.sub(IMAGE, content) for content in contents]
-        beside = _in_order(beside, tags)
+        _check_numbers(tags)
     elif first_of_user is None:
         places = 0
         what = "and no turn of a user"
@@ -135,15 +135,11 @@ def _may_have_tags(text: str) -> bool:
     return any(word in text for word in _WORDS_OF_TAGS)
 
 
-def _in_order(images: list[Any], tags: Sequence[re.Match[str]]) -> list[Any]:
-    """Return the images as tags with numbers from 0 or 1 name them; as they are if no tag has a number."""
+def _check_numbers(tags: Sequence[re.Match[str]]) -> None:
+    """Check that tags with numbers name the images in their order. Raises UnusableRecordError."""
     numbers = [int(tag["number"]) for tag in tags if tag.groupdict().get("number")]
-    if not numbers or len(tags) != len(images):
-        return images
-    least = min(numbers)
-    if sorted(numbers) != [*range(least, least + len(images))] or least > 1:
-        raise UnusableRecordError("image_count", "tags of images without a number for each image")
-    return [images[number - least] for number in numbers]
+    if numbers and numbers not in ([*range(len(tags))], [*range(1, len(tags) + 1)]):
+        raise UnusableRecordError("image_count", "numbers of tags are not in the order of images")
 
 
 def _image_file(value: Any, folders: tuple[str, ...]) -> ImageFile:

@@ -79,7 +79,6 @@ FORMS = ("", "text", "dialogue", "implicit")
 """How texts are read: by what they are, always as texts, as dialogues (HH-RLHF), without a prompt (TRL)."""
 TURN = "|turn"
 _LONGEST_VERDICT = 40
-_LAST_PART = re.compile(r"(?:(.*)(?:[\W_]|(?<=[^\W\d_])(?=\d)|(?<=[a-z])(?=[A-Z])))?(.+)", re.DOTALL)
 _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
@@ -145,23 +144,23 @@ def bare_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", str(name).rpartition(OF_KEYS)[2]).casefold().removesuffix("s")
 
 
-@lru_cache(maxsize=256)
-def _last_parts(columns: tuple[str, ...]) -> dict[str, str]:
-    """Return what tells columns of one kind apart: `a` of answer_a, if answer_b is there."""
-    found = [match for match in map(_LAST_PART.fullmatch, map(str, columns)) if match]
-    stems = Counter(match[1] for match in found)
-    return {match[0]: match[2].casefold() for match in found if stems[match[1]] > 1}
-
-
 def _named_by(side: Any, columns: Sequence[str]) -> list[str]:
     """Return the columns of which a side may be the name: a verdict, where an answer is meant.
 
-    It is the whole name; or what tells it from others, or one character, as theirs.
+    It is the whole name; or the end, or one character, in which it differs from the name of another column.
     """
     word = bare_name(side) if isinstance(side, str) and len(side) <= _LONGEST_VERDICT else ""
-    lasts = _last_parts(tuple(columns)) if word else {}
-    by_part = [name for name, last in lasts.items() if word == last or len(word) == len(last) == 1]
-    return by_part + [name for name in columns if word and word == bare_name(name)]
+    if not word:
+        return []
+    stems = Counter(bare_name(name)[: -len(word)] for name in columns)
+    named = list[str]()
+    for name in columns:
+        bare = bare_name(name)
+        stem = bare[: -len(word)]
+        is_end = stem and stems[stem] > 1 and (bare.endswith(word) or len(word) == 1)
+        if bare == word or is_end:
+            named.append(name)
+    return named
 
 
 def parse_record(record: Fields, reading: Reading, origin: Origin) -> Record:

@@ -381,9 +381,6 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
             ways = [("read the messages", {"fields": fields})]
             if not reading.form:
                 ways.append(("train the texts as they are", {"fields": {**reading.fields, "form": "text"}}))
-            parsed = parse_record(first.rows[0], replace(reading, fields=fields), Origin("", 0))
-            if isinstance(parsed, BadRecord):
-                ways.reverse()
         case "unknown_label":
             good = {**own, "label": fields["label"] + ' == "GOOD"'}
             ways = [("name the good label in place of GOOD", {"fields": good})]
@@ -392,23 +389,17 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
             if beside:
                 ways.append(("read them", {"fields": own | beside}))
             elif fields.keys() >= {"chosen", "rejected"}:
-                verdicts = [name for name in names if bare_name(name) in reading.reserved]
-                # Or the sides are the verdict, and the columns the answers.
-                for name in verdicts or [fields["chosen"]]:
-                    others = names if verdicts else [fields["rejected"]]
-                    left_out = ignore + [other for other in others if other != name]
-                    ways += _by_verdict(first, own, name, left_out)
+                del own["chosen"], own["rejected"]
+                by_verdict = {"fields": own | _TABLE["verdict"], "ignore": ignore + names}
+                ways.append(("if one of the columns says which answer is better", by_verdict))
             ways.append(("ignore them, if no response depends on them", {"ignore": ignore + names}))
         case "unknown_key":
             values = [expression(text)(row) for text in fields.values() for row in first.rows]
             keys = sorted(set().union(*(unknown_keys(value, reading.keys) for value in values)))
             bare = [key.removeprefix(OF_KEYS) for key in keys]
-            for key in bare if "completion" in fields else ():
-                if bare_name(key) in reading.reserved:
-                    turns = f"{fields['completion']}|selectattr({json.dumps(key)}, "
-                    split = {"prompt": f"{turns}none)", "chosen": f"{turns}GOOD)", "rejected": f"{turns}BAD)"}
-                    words = f"if {key} is GOOD in the better answer and BAD in the other"
-                    ways.append((words, {"fields": split, "ignore": ignore + keys}))
+            if not reading.reserved.isdisjoint(map(bare_name, bare)):
+                candidates = {"fields": _TABLE["candidates"], "ignore": ignore + keys}
+                ways.append(("if KEY is GOOD in the better answer and BAD in the other", candidates))
             given = {**own, "keys": sorted(reading.keys.given.union(bare))}
             ways.append(("if the chat template reads them", {"fields": given}))
             ways.append(("ignore them, if nothing depends on them", {"ignore": ignore + keys}))
@@ -417,19 +408,6 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
     message = f"none of the first {len(first.rows)} records can be read: {faults[0].why}"
     lines = [f"{words}: {_line(first, **{'ignore': ignore, **changes})}" for words, changes in ways]
     return _unlike(first, message, "\n    ".join(["write the source as one of these", *lines]))
-
-
-def _by_verdict(first: _First, fields: Fields, name: str, ignore: list[str]) -> list[tuple[str, Fields]]:
-    """Return how a column of few short values tells which side of a pair is better."""
-    values = {json.dumps(row[name]) for row in first.rows if isinstance(row.get(name), str | int | float)}
-    if not 0 < len(values) <= _FEW_VALUES or max(map(len, values)) > _SHORT:
-        return []
-    column = _column(name)
-    sides = ", ".join(f"{value}: [FIRST, SECOND]" for value in sorted(values))
-    others = {field: text for field, text in fields.items() if field not in ("chosen", "rejected")}
-    declared = {"pair": f"{{{sides}}}[{column}]", "keep": f"{column} in [{', '.join(sorted(values))}]"}
-    words = f"for each value of {column} the better answer FIRST, and without the values of ties"
-    return [(words, {"fields": {**others, **declared}, "ignore": ignore})]
 
 
 def _few_values(rows: Sequence[Fields], name: str) -> str:

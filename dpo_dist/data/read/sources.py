@@ -21,10 +21,8 @@ from dpo_dist.data.read.dataset_info import is_saved, resolve_source
 from dpo_dist.data.read.files import (
     SUFFIXES,
     check_kind,
-    dataset_rows,
     expected_records,
     file_kind,
-    numbered_records,
     read_file,
 )
 from dpo_dist.data.read.reading import Reading, parse_prompt, parse_record
@@ -127,8 +125,6 @@ class DataSource:
             names = [self.path]
         if is_url(self.path):
             records = self._remote_records(folders, copies)
-        elif is_saved(local):
-            records = _saved_records(local, config, folders)
         else:
             read = partial(read_file, folders=folders)
             records = itertools.chain.from_iterable(map(read, files or (), names))
@@ -228,7 +224,7 @@ class DataSource:
             unused |= {"name", "data_dir"}
         _check_unused(config, unused)
         if local.is_dir() and is_saved(local):
-            files = sorted(below for below in local.rglob("*") if below.is_file())
+            files = _saved_files(local, config)
         elif local.is_dir():
             files = _folder_files(local, config)
         elif local.is_file() or _GLOB.search(self.path):
@@ -342,10 +338,7 @@ def _looks_local(path: str) -> bool:
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         return True
-    if local.suffix in SUFFIXES or _DATA_NAME.search(local.name):
-        return True
-    # Like any file (`table.xlsx`) in an existing folder.
-    return bool(re.fullmatch(r"\.[A-Za-z]{2,7}", local.suffix)) and local.parent.is_dir()
+    return local.suffix in (*SUFFIXES, ".txt", ".xls", ".xlsx") or _DATA_NAME.search(local.name) is not None
 
 
 def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
@@ -488,18 +481,12 @@ def _chosen_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
     return splits[split]
 
 
-def _saved_records(folder: Path, source: SourceConfig, folders: Sequence[Path]) -> Iterator[RawRecord]:
-    """Return the records of a folder written by `Dataset.save_to_disk`."""
-    from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
-
-    root = folder.resolve()
-    with _as_data_error(source):
-        saved = load_from_disk(str(root), keep_in_memory=False)
-    splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    names = (entry["filename"] for dataset in splits.values() for entry in dataset.cache_files)
-    _check_below(root, (Path(os.path.normpath(name)) for name in names), source, "the saved dataset")
-    rows = enumerate(dataset_rows(_chosen_split(source, splits)), start=1)
-    return numbered_records(rows, source.path, folders)
+def _saved_files(folder: Path, source: SourceConfig) -> list[Path]:
+    """Return the files of a split in a folder written by `Dataset.save_to_disk`."""
+    splits = {"train": folder}
+    if (folder / "dataset_dict.json").is_file():
+        splits = {below.name: below for below in folder.iterdir() if below.is_dir()}
+    return sorted(_chosen_split(source, splits).glob("*.arrow"))
 
 
 # The Hugging Face Hub.

@@ -109,7 +109,8 @@ def _trained_ends(facts: TokenizerFacts) -> set[str]:
             [text] = rendered.responses
             [counted] = rendered.counted
             ends |= {facts.ending_token(text[start:end]) for start, end in counted}
-    return {*facts.stops, *ends} - facts.tokens_inside_turns - {""}
+    ends |= {facts.last_special(facts.end_of_turn), facts.tokenizer.eos_token or ""}
+    return ends - facts.tokens_inside_turns - {""}
 
 
 def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
@@ -219,14 +220,8 @@ def _by_template(
     has_names = all(name in prompt + text for name in tool_names for text in texts)
     if record.tools and not (reads_tools and has_names):
         changes.add("tools_not_rendered")
-    # Where a model would stop, or a content looks like turns.
     if any(facts.has_turns(turn.content) for turn in (*messages, *itertools.chain(*responses))):
         changes.add("templated_content")
-    for text, spans in zip(rendered.responses, rendered.counted, strict=True):
-        if config.for_scores:  # whole conversations, in which other turns may stand
-            continue
-        if any(facts.has_stop_inside(text[start:end]) for start, end in spans):
-            changes.add("stop_within_turn")
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
 
@@ -468,7 +463,7 @@ class _Conversation:
         separator = rest[: len(rest) - len(rest.lstrip())]
         [rendered], _ = self._response_texts(prompt, [replace(message, content=rest.lstrip())])
         # The thought stands before what the template writes, perhaps after an empty thought of its own.
-        calls = self.thoughts.whole_empty_start.sub("", rendered.lstrip())
+        calls = self.thoughts.empty_start.sub("", rendered)
         return marks.escape(thought, marks.in_response) + separator + calls
 
     # Several turns: a response is a part of the whole conversation. The prompt is the first that fits, by

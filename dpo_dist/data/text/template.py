@@ -364,16 +364,12 @@ class ChatRenderer:
         return self._probed(*_PROBES).partition(_PROBES[0]["content"])[0]
 
     @cached_property
-    def after_call(self) -> str:
-        """The output of the template after the prompt for a call of a tool; "" if it rejects calls."""
-        return self._answered(_NOTHING | {"tool_calls": [self._call]})
-
-    @cached_property
     def turns_of_parts(self) -> list[str]:
         """The output of the template after the prompt for a thought and an answer, and a text and a call."""
         said = _PROBES[1]
         thinking = said | dict.fromkeys(("reasoning_content", "thinking"), "probe thought")
-        return [self._answered(turn) for turn in (thinking, said | {"tool_calls": [self._call]})]
+        call = PROBE_CALL if self._takes_objects else with_text_arguments(PROBE_CALL)
+        return [self._answered(turn) for turn in (thinking, said | {"tool_calls": [call]})]
 
     @cached_property
     def empty_turn(self) -> str:
@@ -391,10 +387,6 @@ class ChatRenderer:
                 expected=f"one {token!r} for a part {{type: image}} of a content, as a special token",
                 remedy="use the chat template of the model's processor, or set model.images=null",
             )
-
-    @cached_property
-    def _call(self) -> Fields:
-        return PROBE_CALL if self._takes_objects else with_text_arguments(PROBE_CALL)
 
     @cached_property
     def _takes_objects(self) -> bool:

@@ -1,18 +1,11 @@
-r"""The marks between which a chat template writes a thought, found by probes.
-
-<think>\n                      \n</think>\n\n      Qwen3
-<think:opensource>             </think:opensource>  Hy3
-<|START_THINKING|>             <|END_THINKING|>     Command A
-<|channel>thought\n            \n<channel|>         Gemma 4
-<|open|>think<|sep|>           <|close|>think<|sep|>        Kimi K3
-<|channel|>analysis<|message|> <|end|>              gpt-oss, where a thought is a turn of its own
-"""
+"""The marks between which a chat template writes a thought."""
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from dpo_dist.data.text.escape import THOUGHT_FIELDS, THOUGHT_TAGS, any_of
@@ -27,6 +20,7 @@ class ThoughtMarks:
     opening: str = f"{THOUGHT_TAGS[0]}\n"
     closing: str = f"\n{THOUGHT_TAGS[1]}\n\n"
     is_turn: bool = False  # the closing ends a turn, also one that is no thought
+    is_known: bool = True  # False: the template writes thoughts, between marks that are not found
 
     @cached_property
     def tags(self) -> tuple[str, str]:
@@ -43,12 +37,6 @@ class ThoughtMarks:
     def empty_start(self) -> re.Pattern[str]:
         """Pattern of a response that starts with an empty thought, or ends an opened one at once."""
         return re.compile(rf"\A\s*{self._ended}\s*")
-
-    @cached_property
-    def whole_empty_start(self) -> re.Pattern[str]:
-        """Pattern of a response that starts with an empty thought."""
-        begin, end = map(re.escape, self.tags)
-        return re.compile(rf"\A{begin}\s*{end}\s*")
 
     @cached_property
     def empty_end(self) -> re.Pattern[str]:
@@ -118,135 +106,47 @@ class ThoughtMarks:
 DEFAULT_MARKS = ThoughtMarks()
 """For texts, and for templates that write no thought of a field: then only contents have thoughts."""
 
-# No two of these begin alike, so that what templates write before them can be compared.
-_QUESTION = "dpo_dist question"
-_THOUGHT = "a probe's thought"
-_ANSWER = "Its answer"
-_ASKED: dict[str, Any] = {"role": "user", "content": _QUESTION}
-_SAID: dict[str, Any] = {"role": "assistant", "content": _ANSWER}
-_CALLED: dict[str, Any] = {"role": "assistant", "content": ""}
-_CALL_NAME: str = PROBE_CALL["function"]["name"]  # type: ignore[index]
+# Marks of several tokens or of none. In the last two a thought is a turn of its own.
+_WRITTEN = {
+    "<|channel>thought": "<channel|>",  # Gemma 4
+    "<|open|>think<|sep|>": "<|close|>think<|sep|>",  # Kimi K3
+    "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]",  # Apriel
+    "<|channel|>analysis<|message|>": "<|end|>",  # gpt-oss
+    "to=self<|message|>": "<|eom|>",  # Muse
+}
+_TURNS = ("<|end|>", "<|eom|>")
 _TAG = r"<[^<>\s]{1,60}>"
+_QUESTION = "probe question"
+_THOUGHT = "probe thought"
+_ASKED: Fields = {"role": "user", "content": _QUESTION}
+_THINKING: dict[str, Any] = {"role": "assistant", "content": ""} | dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)
 
 
 def thought_marks(tokenizer: Tokenizer, template: str | None, in_parts: Collection[str]) -> ThoughtMarks:
-    """Return the marks of the thoughts that a template writes; `in_parts`: as `roles_in_parts` returns."""
+    """Return the marks of the thoughts that a template writes; `in_parts`: as `roles_in_parts` returns.
+
+    They are marks that are known; else the token or tag on each side of the thought, if it stands nowhere
+    else in a turn.
+    """
     if template is None or not any(field in template for field in THOUGHT_FIELDS):
         return DEFAULT_MARKS
-    probe = _Probe(tokenizer, template, in_parts)
-    # Some templates write thoughts only if an argument asks for them, such as `is_training` of Hy3.
-    return next(filter(None, map(probe.marks, probe.switched())), DEFAULT_MARKS)
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """Renders probes, and compares what the template writes around them."""
-
-    tokenizer: Tokenizer
-    template: str
-    in_parts: Collection[str]
-
-    @cached_property
-    def _token(self) -> re.Pattern[str]:
-        """Pattern of the tokens, and of what looks like one, inside which no text is cut."""
-        added = any_of(filter(str.strip, map(str, self.tokenizer.added_tokens_decoder.values())))
-        return re.compile(f"{added.pattern}|{_TAG}")
-
-    def switched(self) -> Iterator[Fields]:
-        """Yield arguments of the template: none, and each that it names."""
-        names = sorted(argument_names(self.template) - self.tokenizer.special_tokens_map.keys())
-        yield {}
-        for name in names:
-            yield {name: True}
-
-    def _after_question(self, arguments: Fields, *turns: Fields, generation: bool = False) -> str:
-        """Return the output after the question; "" if the template rejects the turns."""
-        output = probed(
-            self.tokenizer,
-            self.template,
-            (_ASKED, *turns),
-            self.in_parts,
-            generation=generation,
-            arguments=arguments,
-        )
-        return output.rpartition(_QUESTION)[2]
-
-    def _of_call(self, arguments: Fields, fields: Fields) -> str:
-        """Return the output for a call of a tool, whose arguments some templates take as text."""
-        calls = ([call] for call in (PROBE_CALL, with_text_arguments(PROBE_CALL)))
-        outputs = (
-            self._after_question(arguments, {**_CALLED, **fields, "tool_calls": call}) for call in calls
-        )
-        return next(filter(None, outputs), "")
-
-    def marks(self, arguments: Fields) -> ThoughtMarks | None:
-        """Return the marks around the thought of an answer or of a call; None if neither is written."""
-        thinking = dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)
-        answer = self._after_question(arguments, _SAID | thinking)
-        call = self._of_call(arguments, thinking)
-        with_thought = [text.partition(_THOUGHT) for text in (answer, call) if _THOUGHT in text]
-        if not with_thought:
-            return None
-        # What stands before and after an answer, a call and a generation that have no thought.
-        bare_answer = self._after_question(arguments, _SAID)
-        bare_call = self._of_call(arguments, {})
-        before = with_thought[0][0]
-        # What follows the thought of an answer and that of a call alike; or what only a turn with one has.
-        following = [after for _, _, after in with_thought]
-        if len(following) == 2:
-            closing = self._common(*following)
-        else:
-            bare = bare_answer if _THOUGHT in answer else bare_call
-            shared = _common_length(following[0][::-1], bare[::-1])
-            closing = following[0][: len(following[0]) - shared]
-        closing = closing.partition(_ANSWER)[0]
-        tokens = len(self._token.findall(closing))
-        start, end = self._header(before, [bare_answer, bare_call], arguments, tokens)
-        # A thought that is a turn of its own is followed by the header of the next one.
-        closing, next_turn, _ = closing.partition(before[start:end].strip() or _ANSWER)
-        marks = ThoughtMarks(before[end:], closing, is_turn=bool(next_turn))
-        return marks if all(marks.tags) else None
-
-    def _header(self, before: str, bare: list[str], arguments: Fields, tokens: int) -> tuple[int, int]:
-        """Return where the header of the turn starts and ends in what stands before its thought.
-
-        Args: the turns without a thought; how many `tokens` close a thought.
-        """
-        turns = (_ASKED, _SAID, _ASKED)
-        earlier = probed(self.tokenizer, self.template, turns, self.in_parts, arguments=arguments)
-        others = [*bare, earlier.partition(_QUESTION)[2]]
-        for switch in ({}, *self.switched()):
-            for value in (True, False):
-                asked = {**arguments, **dict.fromkeys(switch, value)}
-                others.append(self._after_question(asked, generation=True))
-        start = len(self._common(before, self._after_question(arguments)))
-        lengths = (len(self._common(before, other)) for other in others)
-        # A header is more than the end of the question, and an opening more than white space.
-        ends = [length for length in lengths if before[start:length].strip() and before[length:].strip()]
-        # If each turn and each prompt has the opening, it has as many tokens as the closing.
-        last = [0, *(token.start() for token in self._token.finditer(before))][-max(tokens, 1) :]
-        return start, min(ends, default=last[0])
-
-    def _common(self, one: str, other: str) -> str:
-        """Return the common start of two outputs, without a token that names itself after it.
-
-        Such as <|open|> of <|open|>think<|sep|> and <|open|>response<|sep|>.
-        """
-        length = _common_length(one, other)
-        for text in (one, other):
-            for token in self._token.finditer(text):
-                if token.start() < length < token.end():
-                    length = token.start()
-        tokens = [token for token in self._token.finditer(one[:length]) if token.end() == length]
-        if tokens and all(_is_word(text[length:]) for text in (one, other)):
-            length = tokens[-1].start()
-        return one[:length]
-
-
-def _is_word(text: str) -> bool:
-    """Return whether a text goes on with a word of the template."""
-    return text[:1].isalnum() and not text.startswith((_ANSWER, _THOUGHT, _CALL_NAME))
-
-
-def _common_length(one: str, other: str) -> int:
-    return len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
+    added = any_of(filter(str.strip, map(str, tokenizer.added_tokens_decoder.values())))
+    token = f"(?:{added.pattern}|{_TAG})"
+    known = [(re.escape(opening), re.escape(closing)) for opening, closing in _WRITTEN.items()]
+    # Some templates write thoughts only before a call, or if an argument asks for them (Hy3).
+    names = sorted(argument_names(template) - tokenizer.special_tokens_map.keys())
+    calls = [[call] for call in (PROBE_CALL, with_text_arguments(PROBE_CALL))]
+    turns = [_THINKING | {"content": "probe answer"}, *(_THINKING | {"tool_calls": call} for call in calls)]
+    is_written = False
+    for arguments, turn in product([{}, *({name: True} for name in names)], turns):
+        output = probed(tokenizer, template, (_ASKED, turn), in_parts, generation=False, arguments=arguments)
+        written = output.rpartition(_QUESTION)[2]
+        is_written |= _THOUGHT in written
+        for opening, closing in (*known, (token, token)):
+            found = re.search(rf"({opening}\s*){_THOUGHT}(\s*{closing}\s*)", written)
+            if found:
+                marks = ThoughtMarks(found[1], found[2], is_turn=found[2].strip() in _TURNS)
+                is_own = all(written.count(tag) == 1 for tag in marks.tags)
+                if is_own or opening != token:
+                    return marks
+    return ThoughtMarks(is_known=not is_written)

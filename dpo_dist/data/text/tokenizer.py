@@ -138,14 +138,6 @@ class TokenizerFacts:
         return tokens - {self.tokenizer.eos_token}
 
     @cached_property
-    def stops(self) -> set[str]:
-        """The tokens that end a generated response: the last ones of a text, a turn and a call."""
-        ends = [self.end_of_turn]
-        if self.chat is not None:
-            ends.append(self.turn_with_end(self.chat.after_call))
-        return {*map(self.last_special, ends), *filter(None, [self.tokenizer.eos_token])}
-
-    @cached_property
     def tokens_around_turns(self) -> re.Pattern[str]:
         """Pattern of the tokens that the template writes around turns, and of those that end a response."""
         return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
@@ -213,15 +205,6 @@ class TokenizerFacts:
         assert self.chat is not None
         text, blank = ("".join(self._markup.sub("", part).split()) for part in (turn, self.chat.empty_turn))
         return text in ("", blank)
-
-    def has_stop_inside(self, turn: str) -> bool:
-        """Return whether a rendered turn has a token that ends responses before a part of it."""
-        stop = self._stop.search(turn)
-        return stop is not None and not self.is_blank(turn[stop.end() :])
-
-    @cached_property
-    def _stop(self) -> re.Pattern[str]:
-        return any_of(self.stops)
 
     def ending_token(self, turn: str) -> str:
         r"""Return the special token that ends a rendered turn, "" if none does.

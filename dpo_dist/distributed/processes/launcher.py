@@ -5,13 +5,10 @@ import contextlib
 import io
 import logging
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +19,6 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.config.extensions import meanings_of
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.remedies import COMMAND_LINE
@@ -61,7 +57,7 @@ def launch(arguments: Sequence[str]) -> int:
         ) from error
     except (ValueError, OSError) as error:  # no such file; a port that is in use
         fault = " ".join(str(error).split())
-        raise _refused("accelerate cannot start processes with these options", fault, _OPTIONS) from error
+        raise _refused("accelerate cannot start processes with these options", fault) from error
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,8 +70,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         if not ended.code:  # --help
             raise
         fault = usage.getvalue().strip().rpartition("error: ")[2]
-        remedy = _instead_of_options(arguments, re.findall(r"--[\w-]+", parser.format_help()))
-        raise _refused("accelerate does not accept these arguments", fault, remedy) from None
+        raise _refused("accelerate does not accept these arguments", fault) from None
     is_keys = parsed.training_script.endswith((".yaml", ".yml"))  # which a verb takes
     is_file = parsed.no_python or (Path(parsed.training_script).is_file() and not is_keys)
     if not is_file and parsed.training_script in VERBS:
@@ -86,7 +81,6 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         raise _refused(
             "the program to start is neither a file nor a verb nor a module",
             parsed.training_script,
-            _instead_of_program(parsed.training_script),
         )
     is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
     if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
@@ -101,37 +95,13 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 _OPTIONS = "use a file of launch/accelerate; dpo-dist launch --help explains the options"
 
 
-def _instead_of_options(arguments: Sequence[str], options: Sequence[str]) -> str:
-    """Return what to write in place of the first option that accelerate does not have."""
-    if not arguments:
-        return "name the verb to start: dpo-dist launch train KEY=VALUE ..."
-    names = [word.partition("=")[0] for word in arguments if word.startswith("-")]
-    wrong = next((name for name in names if name not in (*options, "-m")), "")
-    theirs = meanings_of(wrong.lstrip("-"), "launcher")
-    if theirs:
-        remedy = f"did you mean --{theirs[0]}?"
-        return remedy + " It counts all nodes" if theirs[0] == "num_processes" else remedy
-    near = get_close_matches(wrong, options, 1, 0.8) if wrong else []
-    return f"did you mean {near[0]}?" if near else _OPTIONS
-
-
-def _instead_of_program(word: str) -> str:
-    """Return what to write in place of a program that is not there."""
-    if word.isdecimal():
-        return f"did you mean --num_processes {word}?"
-    if "=" in word or word.endswith((".yaml", ".yml")):
-        return f"write the verb before it: dpo-dist launch train {shlex.quote(word)}"
-    near = get_close_matches(word, VERBS, 1)
-    return f"did you mean {near[0]}?" if near else _OPTIONS
-
-
-def _refused(message: str, got: str, remedy: str) -> ConfigError:
+def _refused(message: str, got: str) -> ConfigError:
     return ConfigError(
         message,
         where=COMMAND_LINE,
         got=got,
         expected="dpo-dist launch [--config_file FILE] train OVERRIDES",
-        remedy=remedy,
+        remedy=_OPTIONS,
     )
 
 

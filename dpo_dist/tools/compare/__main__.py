@@ -8,7 +8,6 @@ after the finished parts. docs/evaluate.md explains the files.
 
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunConfig, run_verb
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import check_comparison
@@ -30,13 +29,5 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> CheckReport:
-    """Check everything that needs no weights and no GPU."""
-    models = check_comparison(config)
-    from dpo_dist.tools.compare.models import dry_run_comparison  # noqa: PLC0415  (slow)
-
-    return dry_run_comparison(config, models)
-
-
 if __name__ == "__main__":
-    run_verb(main, check, verb="compare")
+    run_verb(main, verb="compare")

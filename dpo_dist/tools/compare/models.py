@@ -28,13 +28,11 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import (
     Column,
     Run,
     RunConfig,
     bootstrap_intervals,
-    check_writable,
     checkpoint_as_model,
     count_trained,
     in_chunks,
@@ -44,15 +42,14 @@ from dpo_dist.kit import (
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
-from dpo_dist.tools.sampling.judges import Judge, Question, open_judge
-from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
+from dpo_dist.tools.sampling.judges import Judge, Question
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    PROMPTS_OF_A_PART,
     Parts,
     Prompts,
     as_user_message,
-    check_model,
     find_model_together,
-    first_records,
     good_records,
     open_judge_together,
 )
@@ -60,8 +57,6 @@ from dpo_dist.tools.sampling.respond import Completions, open_generator
 from dpo_dist.tools.sampling.settings import sampling_for
 
 _Row = dict[str, Any]
-PROMPTS_AT_ONCE = 16
-"""Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
 WON = 1.0
 TIED = 0.5
 LOST = 0.0
@@ -118,7 +113,7 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
         most = settings.prompts or USUAL_PROMPTS
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, most, console.say))
-        prompts = Prompts(run, folder.comparison_parts, list(in_chunks(records, PROMPTS_AT_ONCE)))
+        prompts = Prompts(run, folder.comparison_parts, list(in_chunks(records, PROMPTS_OF_A_PART)))
         judge, judge_facts = open_judge_together(run)
         sampling = sampling_for("compare", settings)
         answers = []
@@ -137,8 +132,7 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
             return judge_pairs(prompts.parts[index], list(pairs), judge)
 
         made_with = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
-        client = None if judge is None else judge.client
-        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged, client)
+        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged)
 
         def write() -> _Row:
             counts = Counter[str]()
@@ -332,21 +326,3 @@ def _column(values: Sequence[float | None]) -> tuple[Column, Column]:
 def _mean(column: tuple[Column, Column]) -> float | None:
     values, counts = column
     return float(values.sum() / counts.sum()) if counts.any() else None
-
-
-def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> CheckReport:
-    """Check models without loading weights, the judge, and each source's first records; return the report."""
-    check_writable(config.run.path)
-    lines: list[str] = []
-    records = first_records(config.data.eval_sources, DataSource.prompts, config.data, lines.append)
-    sampling = sampling_for("compare", config.section_of(SamplingConfig))
-    for model in models:
-        if model.is_checkpoint:
-            lines.append(f"{model.location}, a checkpoint")
-        else:
-            check_model(model.location, config, sampling, records, lines.append, MODELS_KEY, model.name)
-    judge = open_judge(config.section_of(PairsConfig), config.model, Path(config.reference.store))
-    if judge is not None:
-        judge.check()
-    lines.append(f"judge: {judge or 'none, so no scores and no win rate'}")
-    return CheckReport([("", line) for line in lines])

@@ -16,7 +16,6 @@ from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Finding, Level, finding_block
 from dpo_dist.tools.pages.blocks import Heading, PageBlock, Table, Text, titled_section
-from dpo_dist.tools.pages.charts import histogram
 from dpo_dist.tools.pages.render import page
 
 FORMAT = 1
@@ -63,7 +62,7 @@ def write_doctor_page(
     blocks += [Heading("Findings"), *(findings or [Text("None.")])]
     blocks += [Heading("Sources"), Table(*overview(diagnosis.sources))]
     for source in diagnosis.sources:
-        blocks += _source(without_secrets(source), data.max_length)
+        blocks += _source(without_secrets(source))
     if diagnosis.shown:
         texts: list[PageBlock] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
         blocks += titled_section("Examples of findings, decoded", texts)
@@ -73,7 +72,7 @@ def write_doctor_page(
     files.write_text(folder.doctor_page, html)
 
 
-def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[PageBlock]:
+def _source(source: Mapping[str, Any]) -> Iterator[PageBlock]:
     """Yield what was found in a source."""
     kept = f"{number(source['kept'])} of {pluralize(source['read'], 'record')} kept"
     yield Text(without_secrets(source["path"]), title=f"{source['label']}: {kept}")
@@ -84,13 +83,17 @@ def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[PageB
         yield Table(["reason", "records", "first ones"], rows)
     if source["changed"]:
         yield _numbers("changed by encoding", source["changed"])
+    lengths = []
+    titles: list[str] = []
     for name, side in source["sides"].items():
         unit = "tokens" if side["tokens"] else "characters"
-        cut = ""
-        if side["cut"]:
-            cut = f", {number(side['cut'])} cut (by {number(side['cut_tokens'])} tokens)"
-        limit = max_length if side["tokens"] else None
-        yield histogram(f"{name}{cut}", side[unit], unit, limit, _percentiles(side[unit]))
+        values = side[unit]
+        percentiles = values["percentiles"]
+        titles = ["length", "mean", *(f"{share} %" for share in percentiles), "largest", "cut"]
+        cut = f"{number(side['cut'])}\n{number(side['cut_tokens'])} tokens" if side["cut"] else ""
+        numbers = [values["mean"], *percentiles.values(), values["largest"]]
+        lengths.append([f"{name}\n{unit}", *map(number, numbers), cut])
+    yield Table(titles, lengths)
     leaks = [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS]
     if leaks:
         rows = []
@@ -105,11 +108,6 @@ def _source(source: Mapping[str, Any], max_length: int | None) -> Iterator[PageB
 
 def _numbers(title: str, fields: Mapping[str, float]) -> Table:
     return Table([title, ""], [[name.replace("_", " "), number(value)] for name, value in fields.items()])
-
-
-def _percentiles(values: Mapping[str, Any]) -> str:
-    percentiles = [f"{share} %: {number(value)}" for share, value in values["percentiles"].items()]
-    return f"mean {number(values['mean'])}, largest {number(values['largest'])}; {', '.join(percentiles)}"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.pages.blocks import Answers, Piece
-from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, shown_tokens, thumbnails
+from dpo_dist.tools.pages.thumbnails import shown_tokens, thumbnails
 
 _EXAMPLES_PER_FINDING = 2
 _MAX_RESPONSES = 4
@@ -41,13 +41,12 @@ def show_pairs(
         for origin in origins[:_EXAMPLES_PER_FINDING]:
             rules.setdefault(origin, []).append(finding.rule)
     pairs = []
-    room = ThumbnailRoom()
     for source in [*config.train, *config.eval]:
         for record in _choose(DataSource(source).pinned(), rules):
             origin = str(record.origin)
             reason, (prompt, *responses) = _parts(record, config, tokenizer, processor)
             notes = [*dict.fromkeys(rules[origin]), *([f"dropped: {reason}"] if reason else []), prompt[1]]
-            images = room.fitting(thumbnails(record.images))
+            images = thumbnails(record.images)
             pairs.append(
                 Answers(without_secrets(origin), "; ".join(filter(None, notes)), prompt[2], responses, images)
             )

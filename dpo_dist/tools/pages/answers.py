@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_dist.foundation.text import number, pluralize
 from dpo_dist.tools.pages.blocks import Answers, PageBlock, Piece, Text
-from dpo_dist.tools.pages.thumbnails import ThumbnailRoom
+from dpo_dist.tools.pages.thumbnails import only_thumbnails
 
 AnswersRow = Mapping[str, Any]
 
@@ -25,10 +25,9 @@ _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 def answer_blocks(prompts: Iterable[tuple[AnswersRow, str]], room: int) -> list[PageBlock]:
     """Return prompts while their texts fit into `room` characters, and a sentence about those left out.
 
-    A row of answers comes with its labels, which are shown after its title. Thumbnails have their own room.
+    A row of answers comes with its labels, which are shown after its title.
     """
     blocks: list[PageBlock] = []
-    images = ThumbnailRoom()
     waiting = iter(prompts)
     for row, labels in waiting:
         room -= len(str(row["prompt"])) + sum(len(each["text"]) for each in row["responses"].values())
@@ -45,7 +44,7 @@ def answer_blocks(prompts: Iterable[tuple[AnswersRow, str]], room: int) -> list[
             labels,
             [(row["prompt"][:_LONGEST_TEXT], "")],
             [(name, *_column(response, first, base)) for name, response in responses.items()],
-            images.fitting(row.get("images", ())),
+            only_thumbnails(row.get("images", ())),
             is_open=len(blocks) < _OPEN,
         )
         blocks.append(answers)

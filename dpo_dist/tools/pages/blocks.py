@@ -16,8 +16,8 @@ FloatArray = NDArray[np.float64]
 Interval = Sequence[float] | None
 Piece = tuple[str, str]
 """A part of a text, and its CSS classes: some of "special trained cut omitted role"."""
-LineRole = Literal["line", "light", "mean", "evaluation", "spike", "noise", "point", "bar"]
-"""What a line of a chart is: "light" are the values behind their mean, "noise" is a dashed level."""
+LineRole = Literal["line", "light", "mean", "evaluation", "spike", "point"]
+"""What a line of a chart is: "light" are the values behind their mean."""
 
 COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
 """Colours of lines on white that colour-blind people can distinguish: after Okabe and Ito
@@ -50,7 +50,7 @@ class Text(NamedTuple):
 class Table(NamedTuple):
     """Rows below titles; what follows a line end in a cell is in small letters below it.
 
-    `kind`: "numbers", "facts" (names and values) or "tiles" (name, value and remark).
+    `kind`: "numbers" or "facts" (names and values).
     """
 
     titles: Sequence[str]
@@ -107,8 +107,7 @@ class Line:
 class Chart:
     """Lines over steps or over another value.
 
-    `ticks`: texts of values of the horizontal axis, which then has no other ones. `limit`: a value there that
-    a vertical line marks. `note`: what stands below.
+    `ticks`: texts of values of the horizontal axis, which then has no other ones. `note`: what stands below.
     """
 
     title: str
@@ -118,7 +117,6 @@ class Chart:
     has_log_values: bool = False
     is_log: bool = False
     ticks: Mapping[float, str] | None = None
-    limit: float | None = None
     note: str = ""
 
     @property
@@ -147,7 +145,7 @@ class Chart:
             lines.append(fields)
         ticks = None if self.ticks is None else list(self.ticks.items())
         options = {"over": self.over, "hasLogValues": self.has_log_values, "isLog": self.is_log}
-        return json.dumps({"lines": lines, "ticks": ticks, "limit": self.limit, **options})
+        return json.dumps({"lines": lines, "ticks": ticks, **options})
 
     @property
     def table(self) -> Table:

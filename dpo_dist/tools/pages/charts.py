@@ -1,4 +1,4 @@
-"""Charts of metrics rows and of distributions, for pages and as images."""
+"""Charts of metrics rows, for pages and as images."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
@@ -18,8 +17,6 @@ from dpo_dist.tools.pages.blocks import COLORS, Chart, FloatArray, Line, LineRol
 
 Rows = Sequence[Mapping[str, float]]
 
-PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
-"""Those that a distribution has."""
 _SMOOTHED_SHARE = 0.06
 _WIDE = 100  # a logarithmic axis whose ends have a smaller ratio has ticks within a decade
 _LOGARITHMIC = "Gradient norm"
@@ -45,8 +42,8 @@ def smoothed(values: FloatArray) -> FloatArray:
     return np.where(is_known, means, math.nan)
 
 
-def charts_of_run(rows: Rows, noise: Mapping[str, float]) -> list[Chart]:
-    """Return all charts of a run that have a value; `noise`: how far rounding alone moves each metric."""
+def charts_of_run(rows: Rows) -> list[Chart]:
+    """Return all charts of a run that have a value."""
     charts = list[Chart]()
     steps = [row for row in rows if "loss" in row]
     for title, keys in _metrics_by_chart(rows).items():
@@ -55,10 +52,6 @@ def charts_of_run(rows: Rows, noise: Mapping[str, float]) -> list[Chart]:
             lines += _lines(rows, key, find_metric(key).title if len(keys) == 1 else _part(key))
         if "loss" in keys:
             lines += _spikes(steps)
-        level = noise.get(keys[0])
-        if level and any(keys[0] in row for row in steps):
-            ends = [steps[0]["step"], steps[-1]["step"]]
-            lines.append(Line("noise of rounding", ends, [level, level], "noise"))
         charts += _chart(title, lines, keys[0], "step")
     return charts
 
@@ -140,40 +133,6 @@ def _spikes(steps: Rows) -> Iterator[Line]:
         yield Line("spike", [row["step"] for row in risen], [row["loss"] for row in risen], "spike")
 
 
-def distribution(
-    values: NDArray[Any], edges: FloatArray, counts: NDArray[np.int64] | None = None
-) -> dict[str, Any]:
-    """Return the distribution of values; a value outside the edges counts in the first or last bin.
-
-    `counts`: how often there is each value, once by default.
-    """
-    bins, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
-    percentiles = np.percentile(values, PERCENTILES, weights=counts, method="inverted_cdf")
-    return {
-        "count": len(values) if counts is None else int(counts.sum()),
-        "mean": float(np.average(values, weights=counts)),
-        "smallest": float(np.min(values)),
-        "largest": float(np.max(values)),
-        "percentiles": dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
-        "edges": edges.tolist(),
-        "counts": bins.tolist(),
-    }
-
-
-def histogram(
-    title: str, values: Mapping[str, Any], unit: str, limit: float | None = None, note: str = ""
-) -> Chart:
-    """Return a histogram of a `distribution`, whose bins have the same width; a line marks `limit`."""
-    edges = values["edges"]
-    if limit is not None:
-        is_inside = edges[0] <= limit <= edges[-1]
-        limit = float(np.interp(limit, edges, range(len(edges)))) - 0.5 if is_inside else None
-    bins = range(len(values["counts"]))
-    ticks: dict[float, str] = {at: number(edges[at], 3) for at in bins}
-    bars = Line("number", bins, values["counts"], "bar")
-    return Chart(title, [bars], unit, f"{unit} from", ticks=ticks, limit=limit, note=note)
-
-
 _STYLES: Mapping[LineRole, Mapping[str, Any]] = {
     "light": {"linewidth": 1.2, "alpha": 0.5},
     "mean": {"linewidth": 2.0},
@@ -233,5 +192,5 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     """Draw metrics rows to the PNG file `path`, 1600 pixels wide, whole or not at all."""
     absent = ACCURACIES[0] if any(AUC in row for row in rows) else AUC
     titles = [METRICS[name].chart for name in _IN_IMAGE if name != absent]
-    charts = {chart.title: chart for chart in charts_of_run(rows, {})}
+    charts = {chart.title: chart for chart in charts_of_run(rows)}
     draw_charts([charts.get(name, Chart(name, [])) for name in titles], [path], title)

@@ -15,15 +15,14 @@
   function lineOf(data, label, index) {
     const {role, color} = data.lines[index];
     const stroke = () => style("--c" + color % 6) + (role === "light" ? "60" : "");
-    const isLine = !["spike", "point", "bar"].includes(role) || (role === "point" && data.lines[index].xs.length > 1);
-    const dash = role === "evaluation" || role === "noise" ? [3, 3] : color > 5 ? [8, 4] : [];
-    const hasPoints = role !== "noise" && (["evaluation", "spike", "point"].includes(role) || data.lines[index].xs.length < 30);
+    const isLine = !["spike", "point"].includes(role) || (role === "point" && data.lines[index].xs.length > 1);
+    const dash = role === "evaluation" ? [3, 3] : color > 5 ? [8, 4] : [];
+    const hasPoints = ["evaluation", "spike", "point"].includes(role) || data.lines[index].xs.length < 30;
     return {
       label, stroke, dash, width: role === "mean" || role === "line" ? 2 : 1,
-      fill: role === "bar" ? stroke : undefined,
-      paths: role === "bar" ? uPlot.paths.bars({size: [0.9, 24]}) : isLine ? undefined : () => null,
+      paths: isLine ? undefined : () => null,
       points: {
-        show: hasPoints && role !== "bar", size: 7, stroke,
+        show: hasPoints, size: 7, stroke,
         fill: () => role === "evaluation" ? style("--canvas") : stroke(),
       },
       // The last value up to the cursor, and where it is; without a cursor, the last of all.
@@ -39,15 +38,15 @@
     };
   }
 
-  // Intervals of values, and the line that marks a limit.
+  // Intervals of values.
   function draw(data, chart) {
-    const {ctx, bbox} = chart;
-    const stroke = (color, from, to, dash = []) => {
+    const {ctx} = chart;
+    const stroke = (color, from, to) => {
       ctx.save();
       ctx.beginPath();
       ctx.strokeStyle = color;
       ctx.lineWidth = 1.5 * devicePixelRatio;
-      ctx.setLineDash(dash);
+      ctx.setLineDash([]);
       ctx.moveTo(...from);
       ctx.lineTo(...to);
       ctx.stroke();
@@ -58,10 +57,6 @@
       // Beside each other, so that none hides another at the same value.
       const x = chart.valToPos(each.xs[at], "x", true) + 4 * devicePixelRatio * (each.color - (data.lines.length - 1) / 2);
       stroke(style("--c" + each.color % 6), [x, chart.valToPos(ends[0], "y", true)], [x, chart.valToPos(ends[1], "y", true)]);
-    }
-    if (data.limit !== null) {
-      const x = chart.valToPos(data.limit, "x", true);
-      stroke(style("--error"), [x, bbox.top], [x, bbox.top + bbox.height], [6, 4]);
     }
   }
 
@@ -74,11 +69,10 @@
     const tables = data.lines.map(each => [each.xs, each.ys]);
     const joined = uPlot.join(tables, tables.map(() => [1, 1]));
     const ys = data.lines.flatMap(each => [...each.ys, ...each.ends.flat()]).filter(y => y !== null && (!data.hasLogValues || y > 0));
-    const isBars = data.lines.some(each => each.role === "bar");
-    const low = isBars ? 0 : Math.min(...ys), high = Math.max(...ys);
+    const low = Math.min(...ys), high = Math.max(...ys);
     const room = 0.05 * (high - low) || 0.1 * Math.abs(high) || 1;
     const xs = joined[0], first = xs[0], last = xs[xs.length - 1];
-    const edge = isBars ? 0.5 : (data.ticks ? 0.05 : 0) * (last - first) || (first === last ? 1 : 0);
+    const edge = (data.ticks ? 0.05 : 0) * (last - first) || (first === last ? 1 : 0);
     const ends = data.isLog ? [first / 1.2, last * 1.2] : [first - edge, last + edge];
     const ticks = data.ticks && new Map(data.ticks);
     const written = value => value === null ? "" : ticks?.get(value) ?? text(value);
@@ -98,12 +92,12 @@
       cursor: {sync: {key: data.over}, drag: {x: false, y: false}, y: false},
       scales: {
         x: {time: false, distr: data.isLog ? 3 : 1, range: ends},
-        y: {distr: data.hasLogValues ? 3 : 1, range: data.hasLogValues ? [low / 1.2, high * 1.2] : [isBars ? 0 : low - room, high + room]},
+        y: {distr: data.hasLogValues ? 3 : 1, range: data.hasLogValues ? [low / 1.2, high * 1.2] : [low - room, high + room]},
       },
       axes: [
         {
           ...axis, size: 28, space: 46, values: (chart, splits) => splits.map(written),
-          ...(ticks && {splits: () => [...ticks.keys()], filter: spaced("x", 38), grid: {...axis.grid, show: !isBars}}),
+          ...(ticks && {splits: () => [...ticks.keys()], filter: spaced("x", 38)}),
         },
         {
           ...axis, size: 52, values: (chart, splits) => splits.map(value => value === null ? "" : text(value)),

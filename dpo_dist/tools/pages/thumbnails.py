@@ -1,4 +1,4 @@
-"""Images of prompts where people or judges see them: marks in texts, data URIs, the room on a page."""
+"""Images of prompts where people or judges see them: marks in texts, and data URIs."""
 
 import base64
 import io
@@ -11,13 +11,11 @@ from dpo_dist.data.images import decode_image
 from dpo_dist.kit import PromptImages
 
 Thumbnails = Sequence[str | None]
-"""Data URIs of small JPEG files; None for an image that cannot be read, or has no room."""
+"""Data URIs of small JPEG files; None for an image that cannot be read."""
 
 _MARK = "[image]"
 _JPEG = "data:image/jpeg;base64,"
 _THUMBNAIL_SIDE = 160
-_MOST_THUMBNAILS = 100
-_THUMBNAIL_BYTES = 1_500_000
 
 
 def with_marks(text: str) -> str:
@@ -48,23 +46,9 @@ def thumbnails(images: Iterable[ImageFile], most: int = _THUMBNAIL_SIDE) -> list
     return uris
 
 
-class ThumbnailRoom:
-    """The room for thumbnails in a section of a page."""
-
-    def __init__(self) -> None:
-        self._number = _MOST_THUMBNAILS
-        self._bytes = _THUMBNAIL_BYTES
-
-    def fitting(self, images: Thumbnails) -> Thumbnails:
-        """Return those of a prompt's thumbnails that fit, None in place of others."""
-        thumbnails: list[str | None] = []
-        for image in images:
-            fits = image and image.startswith(_JPEG) and self._number > 0 and len(image) <= self._bytes
-            thumbnails.append(image if fits else None)
-            if image and fits:
-                self._number -= 1
-                self._bytes -= len(image)
-        return thumbnails
+def only_thumbnails(images: Thumbnails) -> Thumbnails:
+    """Return None in place of what is no thumbnail: a page loads nothing."""
+    return [image if image and image.startswith(_JPEG) else None for image in images]
 
 
 def shown_tokens(ids: TokenIds, images: Sequence[ImageInput], placeholder_id: int | None) -> Mask:

@@ -9,7 +9,6 @@ import sys
 
 from dpo_dist.foundation.console import console_on, open_console
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunConfig, RunFolder, run_verb
 from dpo_dist.tools.pairs.rounds import run_rounds
 from dpo_dist.tools.pairs.start import check_pairs
@@ -33,13 +32,5 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> CheckReport:
-    """Check everything that needs no weights and no GPU."""
-    check_pairs(config)
-    from dpo_dist.tools.pairs.make_pairs import dry_run_pairs  # noqa: PLC0415  (slow)
-
-    return dry_run_pairs(config)
-
-
 if __name__ == "__main__":
-    run_verb(main, check, verb="pairs")
+    run_verb(main, verb="pairs")

@@ -94,13 +94,13 @@ def write_results(
         with staged_file(file) as temporary:
             number = write_lines(temporary, records)
             if not number:
-                raise DataError(
-                    "no pair can be made",
-                    where=str(file),
-                    got="no prompt has two usable responses with different scores",
-                    remedy="see the counts above; for data without scores pairs.method=samples makes "
-                    "responses and scores them",
-                )
+                got = "no prompt has two usable responses with different scores"
+                remedy = "see the counts above; for data without scores pairs.method=samples makes "
+                remedy += "responses and scores them"
+                if 0 < counts["samples"] == counts["samples_unfinished"]:
+                    got = f"none of {counts['samples']:,} responses ended"
+                    remedy = "raise sampling.max_new_tokens, or set pairs.unfinished=keep"
+                raise DataError("no pair can be made", where=str(file), got=got, remedy=remedy)
             summary = {
                 "pairs": number,
                 "counts": {name: times for name, times in sorted(counts.items()) if times},

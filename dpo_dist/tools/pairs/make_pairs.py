@@ -1,4 +1,4 @@
-"""Make preference records by `pairs.method`, from models' responses or scores in the data; `--check`."""
+"""Make preference records by `pairs.method`, from models' responses or scores in the data."""
 
 import itertools
 import json
@@ -17,8 +17,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import pluralize, without_secrets
-from dpo_dist.foundation.types import CheckReport
-from dpo_dist.kit import ModelSource, Run, RunConfig, check_writable, in_chunks, joined_run, return_memory
+from dpo_dist.kit import ModelSource, Run, RunConfig, in_chunks, joined_run, return_memory
 from dpo_dist.tools.pairs.files import (
     check_output,
     image_fields,
@@ -29,15 +28,14 @@ from dpo_dist.tools.pairs.files import (
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.sampling.judges import Judge, Judgement, Question, open_judge
+from dpo_dist.tools.sampling.judges import Judge, Judgement, Question
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    PROMPTS_OF_A_PART,
     Parts,
     Prompts,
     as_user_message,
-    check_model,
     find_model_together,
-    first_records,
     generation_settings,
     open_judge_together,
 )
@@ -50,8 +48,6 @@ from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.tools.written_records import as_fields, context_fields, scorer_fields
 
 _MODELS = "pairs.models"
-PART_PROMPTS = 64
-"""Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
 
 
 def different_prompts(
@@ -312,7 +308,7 @@ def pairs_from_models(run: Run) -> None:
     pairs = config.section_of(PairsConfig)
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
-    prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PART_PROMPTS)))
+    prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PROMPTS_OF_A_PART)))
     models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
     judge, judge_facts = open_judge_together(run)
     sampling = sampling_for("pairs", config.section_of(SamplingConfig), config.trainer.seed)
@@ -345,8 +341,7 @@ def pairs_from_models(run: Run) -> None:
 
     names = [parts.folder.name for parts in responses]
     inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": judge_facts}
-    client = None if judge is None else judge.client
-    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored, client)
+    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
     facts: dict[str, Any] = {"sampling": asdict(sampling)}
     if judge:
         facts["judge"] = judge_facts
@@ -394,29 +389,6 @@ def pairs_from_scores(
 
     check_output(file, settings)
     write_results(file, records(), settings, counts, say)
-
-
-def dry_run_pairs(config: RunConfig) -> CheckReport:
-    """Check models without loading weights, the judge, and each source's first records; return the report."""
-    pairs = config.section_of(PairsConfig)
-    folder = PairsFolder(config.run.path)
-    check_writable(folder.path)
-    file = (folder.round(1) if pairs.rounds else folder).pairs_file
-    exists = " (exists)" if file.exists() else ""
-    lines = [f"{pairs.method}: {file}{exists}"]
-    responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
-    read = DataSource.prompts if responds else DataSource.records
-    records = first_records(config.data.train, read, config.data, lines.append)
-    if responds:
-        sampling = sampling_for("pairs", config.section_of(SamplingConfig))
-        for name in responding_models(pairs, config.model.path):
-            check_model(name, config, sampling, records, lines.append, _MODELS)
-    if pairs.method is PairsMethod.samples:
-        judge = open_judge(pairs, config.model, Path(config.reference.store))
-        if judge is not None:
-            judge.check()
-            lines.append(f"judge: {judge}")
-    return CheckReport([("", line) for line in lines])
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:

@@ -1,6 +1,5 @@
 """Let people label pairs: serve a page until Ctrl-C, then write the pairs and the annotators' agreement."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -226,32 +225,14 @@ class _Request(WSGIRequestHandler):
 class LabelServer(ThreadingMixIn, WSGIServer):
     """Serves the page to this machine only, at a random address that nobody can guess."""
 
-    daemon_threads = False  # else the log could be closed in the middle of a request
+    daemon_threads = True  # else a client that is still sending would hold the end
 
     def __init__(self, labelling: Labelling):
         self._labelling = labelling
         self._lock = threading.Lock()
         self.path = f"/{secrets.token_urlsafe(24)}/"
-        self._connections = set[Any]()
         super().__init__((HOST, 0), _Request)  # a free port
         self.set_app(self._reply)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a connection in a thread of its own."""
-        self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """End a connection."""
-        self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self) -> None:
-        """Wait for the answers at hand, but for no client that is still sending."""
-        for connection in tuple(self._connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
-        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: a browser may close a connection at any time."""

@@ -10,13 +10,13 @@ GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", 
 
 @schema
 class PlanConfig:
-    """The machines that `plan`, and two lines of `train --check`, compute for."""
+    """The machines that `plan` computes for."""
 
     gpus: int | None = key(None, ge=1)
     """Number of GPUs, 8 to a node; null: this machine's, or else 8."""
     gpu: GpuKind | None = key(None)
     """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
-    network: float = key(50.0, gt=0, verbs="plan")
+    network: float = key(50.0, gt=0)
     """GB a second of a GPU to GPUs of other nodes: 50 is 400 Gbit/s."""
     pairs: int | None = key(None, ge=1)
     """Pairs in an epoch; null: counted in local `data.train`, or those of the presets' datasets."""
@@ -34,6 +34,5 @@ EXTENSION = Extension(
             takes_word="model.path",
         ),
     },
-    sections={"plan": section(PlanConfig, free=True, verbs="train plan")},
-    hooks={"plan_in_brief": "dpo_dist.tools.plan.make_plan:plan_in_brief"},
+    sections={"plan": section(PlanConfig, free=True, verbs="plan")},
 )

@@ -125,27 +125,6 @@ def make_plan(config: RunConfig, progress: ProgressOf, *, suggests: bool = True)
     return Plan(found.fits, lines, content)
 
 
-def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
-    """Return whether training `config` fits, and how long it takes, for pairs of `tokens` tokens.
-
-    Empty if this machine has no GPU and `config.plan` names none.
-    """
-    plan = config.section_of(PlanConfig)
-    if plan.gpu is None and plan.gpus is None and not torch.cuda.device_count():
-        return []
-    machine = choose_machine(plan, config.model.dtype)
-    data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    causal_lm = _without_weights(config.model)
-    _check(config, causal_lm, machine.gpus)
-    found = estimate(config, data, machine, causal_lm, _teacher_without_weights(config))
-    hint = "" if found.fits else "; `dpo-dist plan` looks for settings that fit"
-    lines = [("plan", f"{_verdict(found)}{hint} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
-    if found.fits:
-        pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
-        lines.append(("hours", f"{_span(*found.hours()['epoch_seconds'])} for {pairs}"))
-    return lines
-
-
 def _verdict(found: Estimate) -> str:
     room = "the memory that a token takes in this architecture is not known: begin with small micro-batches"
     if found.largest is not None:

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [run] = runs
             path = options.output or run.report
             history = RunHistory(run)
-            rows = history.latest_rows()
+            rows = history.rows()
             write_page(run, path, rows)
             if options.output is None and rows:
                 draw_curves(rows, run.curves, run.path.name)

@@ -125,6 +125,7 @@ def model_card(
         verdict=summary["verdict"],
         loader=loader,
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
+        reads_others=(summary.get("reference") or {}).get("reads_other_prompts", False),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
         data=_data(config.data, summary),
         training=[(code(key), code(as_yaml(value))) for key, value in values.items()],

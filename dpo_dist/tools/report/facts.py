@@ -161,26 +161,6 @@ class RunFacts:
         pairs = sum(row.get("pairs", 0) for row in recent)
         return self._accuracy(mean(recent, key), share * pairs, "train")
 
-    def noise(self, rows: Sequence[MetricsRow]) -> dict[str, float]:
-        """Return how far rounding alone moves metrics, from the drift measured before the first step.
-
-        For a margin it is two standard errors of the mean over the last row's pairs.
-        """
-        drift = (self.summary.get("reference") or {}).get("drift") or {}
-        rms = drift.get("rms_response_drift")
-        beta = self.setting("loss.beta")
-        pairs = last(rows, "pairs")
-        if not rms or not beta or not pairs or self.setting("reference.mode") == "none":
-            return {}
-        part = "eval" if rows is self.evaluations else "train"
-        good = self.label_share(part)
-        # A margin is a difference between a pair's responses, or between the means of both labels.
-        spread = 1 / (good * (1 - good)) if self.unit == "record" and 0 < good < 1 else 2
-        return {
-            MARGIN: 2 * beta * math.sqrt(spread / pairs) * rms,
-            "distance/chosen": drift["mean_token_drift"],
-        }
-
 
 def data_findings(folder: RunFolder) -> list[Fields]:
     """Return the doctor's findings about the data of a run, without secrets; none if it did not run."""

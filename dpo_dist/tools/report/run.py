@@ -1,21 +1,19 @@
 """Write the page about a run, from the verdict to the command that repeats it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.data.counts import in_words
-from dpo_dist.data.records import COUNTS_OF_OTHERS
+from dpo_dist.data import describe_counts
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
+from dpo_dist.foundation.text import number, pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import (
     ALL,
     GROUP_METRICS,
     MARGIN_PERCENTILES,
-    METRICS,
     PREFIX,
     MetricsRow,
     RunFolder,
@@ -41,7 +39,7 @@ from dpo_dist.tools.pages.render import flat, page
 from dpo_dist.tools.pages.samples import CAUTION, samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, data_findings, last
 from dpo_dist.tools.report.verdict import RUN_RULES
-from dpo_dist.tools.tables import describe_reference
+from dpo_dist.tools.tables import closing_facts, result_table
 
 _NO_PROOF = (
     "No rule of the verdict found a fault. That does not prove that the model is good: read its responses, "
@@ -49,8 +47,7 @@ _NO_PROOF = (
 )
 _CURVES = (
     "Light lines, where there are any: means of the steps between two metrics rows; bold lines: their moving "
-    "mean; rings: evaluations. A dashed line without rings, where there is one, is the noise of rounding, "
-    "measured at the start: a value below it is no progress."
+    "mean; rings: evaluations."
 )
 _OF_PAIRS = (
     "Accuracy: share of pairs whose chosen response has the larger reward; guessing gives 0.5. Margin: "
@@ -68,24 +65,10 @@ _NOT_EXAMINED = (
     "The doctor has not examined these data. Run dpo-dist doctor with the configuration of this run: it "
     "finds copies, leaks, labels that the length gives away, and more."
 )
-_TIME = (
-    "All work of all starts, from joining the processes to writing the model. A start that was killed "
-    "counts up to its last checkpoint."
-)
 _REPEAT = (
     "Started in the same folder, this command gives the same run if commit, versions (both below) and data "
     "are the same. Give it an empty run.dir: with the existing one it resumes or completes that run."
 )
-_WORK_NAMES = {
-    "starting": "starting",
-    "reference": "reference log-probs",
-    "training": "training steps",
-    "evaluation": "evaluations",
-    "samples": "generating samples",
-    "saving": "saving",
-    "other": "the rest",
-}
-"""Kinds of work in summary.json, in the order of the page."""
 
 
 class PageFacts:
@@ -101,7 +84,7 @@ class PageFacts:
         self.environment = _fields(folder.environment)
         self.state = _fields(folder.state)
         summary = _fields(folder.summary)
-        rows = history.latest_rows() if rows is None else rows
+        rows = history.rows() if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, data_findings(folder))
         self.by_source = metrics_by_source(rows)
@@ -161,17 +144,14 @@ def write_page(
     outcome = facts.summary.get("exit")
     level = _level(facts)
     is_running = "exit" not in facts.summary
-    reference = describe_reference(facts.section("reference"))
     command = facts.environment.get("command")
     blocks: list[PageBlock] = [
         *_verdict(facts, level),
-        Table([], list(_tiles(facts)), "tiles"),
+        *_results(facts, folder),
         *samples_section(folder),
-        *_curves(charts_of_run(run.rows, run.noise(run.steps))),
+        *_curves(charts_of_run(run.rows)),
         *_accuracy(facts, folder),
         *titled_section("Data", _data(facts, folder)),
-        *_time(facts),
-        *titled_section("Reference model", [Text(f"{reference}.")] if reference else []),
         *titled_section("Repeat this run", [Text(command, "code"), Text(_REPEAT, "note")] if command else []),
     ]
     for title, fields in (("Configuration", facts.config), ("Environment", facts.environment)):
@@ -249,11 +229,9 @@ def _accuracy(facts: PageFacts, folder: RunFolder) -> list[PageBlock]:
 
 def _data(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
     """Yield the counts of the data, and the doctor's findings about them."""
-    unit = facts.run.unit
-    parts = {"train": "Training data", "eval": "Evaluation data"}
-    counted = {parts[name]: counts for name, counts in facts.section("data").items() if counts}
-    for title, counts in counted.items():
-        yield from _records(title, counts, unit)
+    counted = {name: counts for name, counts in facts.section("data").items() if counts}
+    for name, counts in counted.items():
+        yield Text("\n".join(describe_counts(name, counts)), "code")
     if not counted:
         return
     notes = list[PageBlock]()
@@ -269,19 +247,8 @@ def _data(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
         yield Text(_NOT_EXAMINED, "note")
 
 
-def _time(facts: PageFacts) -> list[PageBlock]:
-    seconds = facts.section("work").get("seconds", {})
-    rows = []
-    for work, name in _WORK_NAMES.items():
-        if seconds.get(work, 0.0) > 0:
-            rows.append([name, duration(seconds[work]), percent(seconds[work] / sum(seconds.values()))])
-    return titled_section(
-        "Time", [Table(["work", "time", "share"], rows), Text(_TIME, "note")] if rows else []
-    )
-
-
 def _about(facts: PageFacts) -> Iterator[str]:
-    """Yield phrases on the run's model, loss, data and size; nothing without a configuration."""
+    """Yield phrases on the run's model and loss; nothing without a configuration."""
     if not facts.config:
         return
     weights = "LoRA adapter" if facts.setting("model.adapter") else "all weights"
@@ -291,62 +258,14 @@ def _about(facts: PageFacts) -> Iterator[str]:
     beta = facts.section("settings").get("loss.beta")
     with_beta = "" if beta is None else f" with beta {number(beta, 3)}"
     yield f"loss {loss}{with_beta}"
-    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
-    unit = facts.run.unit
-    for name, noun in (("train", "training"), ("eval", "evaluation")):
-        counts = facts.run.counts(name)
-        if counts.get("pairs"):
-            labels = counts.get("labels")
-            label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield pluralize(counts["pairs"], f"{noun} {unit}") + label_counts
-    steps = facts.summary.get("steps")
-    batch = facts.summary.get("global_batch_pairs")
-    if steps and batch:
-        yield f"{pluralize(steps, 'step')} of {pluralize(batch, unit)}"
-    processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
-    yield pluralize(processes, "process", "processes") + "."
+    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}."
 
 
-def _tiles(facts: PageFacts) -> Iterator[list[str]]:
-    """Yield label, value and remark of each main result that was measured."""
-    summary = facts.summary
-    final = facts.section("final")
-    best = facts.section("best")
-    ends = facts.intervals(ALL)
-    unit = facts.run.unit
-    evaluations = []
-    for name in sorted((facts.run.accuracy_key, MARGIN, "loss")):
-        key = f"eval_{name}"
-        remarks = []
-        if key in ends:
-            low, high = ends[key]
-            remarks.append(f"95 %: {number(low)} to {number(high)}")
-        if key in best:
-            remarks.append(f"best {number(best[key]['value'])} at step {number(best[key]['step'])}")
-        evaluations.append((f"eval {METRICS[name].title}", final.get(key), number, "; ".join(remarks)))
-    gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
-    pairs = summary.get("pairs_seen")
-    pairs_of_steps = "" if pairs is None else f"{number(pairs)} {unit}s"
-    finished_share = last(facts.run.evaluations, "samples/finished")
-    seconds = facts.section("work").get("device_seconds")
-    checkpoint = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
-    metric = f"step; {checkpoint['metric']} {number(checkpoint['value'])}"
-    if "model_step" in summary:
-        metric += ", the model"
-    tiles: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
-        ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
-        *evaluations,
-        ("best checkpoint", checkpoint["step"], number, metric),
-        ("sampled responses that end", finished_share, percent, "by themselves, at the last evaluation"),
-        ("steps", summary.get("steps"), number, pairs_of_steps),
-        ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
-        (f"{unit}s per second", summary.get("pairs_per_second"), number, ""),
-        ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
-        ("time of all processes", seconds, duration, "all work of all starts"),
-    )
-    for label, value, form, remark in tiles:
-        if value is not None:
-            yield [label, form(value), remark]
+def _results(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
+    """Yield what a run prints at its end."""
+    yield result_table(facts.run.rows, facts.summary)
+    if facts.summary.get("exit") and "steps" in facts.summary:
+        yield Table([], list(closing_facts(folder, facts.run.rows, facts.summary).items()), "facts")
 
 
 def _by_source(facts: PageFacts) -> Table | None:
@@ -388,44 +307,3 @@ def _cell(value: float | None, ends: Interval) -> str:
     if value is None:
         return ""
     return above_interval(number(value), number(ends[0], 3), number(ends[1], 3)) if ends else number(value)
-
-
-def _records(title: str, counts: Fields, unit: str) -> Iterator[PageBlock]:
-    """Yield a dataset's numbers of read, kept, dropped and changed records."""
-    read = counts["read"]
-    kept = counts["kept"]
-    sources = counts.get("sources") or []
-    text = f"{number(kept)} of {pluralize(read, 'record')}"
-    if len(sources) > 1:
-        text += f" of {len(sources)} sources"
-    text += " kept"
-    if counts.get("pairs") not in (None, kept):
-        text += f", as {pluralize(counts['pairs'], unit)}"
-    yield Text(f"{text}.", title=title)
-    rows = []
-    for name, count in sorted((counts.get("dropped") or {}).items(), key=lambda item: -item[1]):
-        if count:
-            rows.append(_counted(count, read, f"dropped: {in_words(name)}", f"dropped.{name}"))
-    for name, count in counts.items():
-        if count and isinstance(count, int) and name not in ("read", "kept", "pairs"):
-            # Records that the split gives to the other part are not among the `read` ones.
-            total = read + count if name in COUNTS_OF_OTHERS else kept
-            rows.append(_counted(count, total, in_words(name), name))
-    if rows:
-        yield Table(["records", "meaning"], rows)
-    if counts.get("examples"):
-        yield Folded("First dropped records", [Text("\n".join(counts["examples"]), "code")])
-    if sources:
-        lines = []
-        for each in sources:
-            lines.append(
-                [each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"]]
-            )
-        of_pairs = "pairs" if unit == "pair" else "responses"
-        table = Table(["source", "kept", "read", of_pairs, "path"], lines)
-        yield Folded(f"Sources ({len(sources)})", [table])
-
-
-def _counted(count: int, total: int, words: str, name: str) -> list[str]:
-    share = f" ({percent(count / total)})" if count <= total else ""
-    return [f"{count:,}{share}", f"{words}\n{name}"]

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +72,7 @@ def compare_runs(
     names = [folder.path.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
-    settings, others = _differing(facts)
+    settings = _differing(facts)
     naming = settings
     if points:
         keys_of_points = dict.fromkeys(itertools.chain(*points))
@@ -102,9 +100,7 @@ def compare_runs(
     results = _Results(groups, last, list(map(_intervals, facts)), sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     keys = _result_metrics(last)
-    parts = dict[str, list[str]]()
-    if is_short:
-        parts = {key: _differing_parts(texts) for key, texts in naming.items()}
+    parts = naming if is_short else {}
     metrics = {METRICS[key].title: results.cells(key) for key in keys}
     table = _table({"run": names, **parts, "outcome": outcomes, **metrics})
     tables = [table]
@@ -115,7 +111,7 @@ def compare_runs(
     all_metrics = [[key, *results.cells(key)] for key in dict.fromkeys(itertools.chain(*last))]
     sentence = "All settings of the training are equal."
     if settings:
-        sentence = "These settings differ; all other recorded settings are equal."
+        sentence = "These settings differ; all others that can change a result are equal."
     blocks: list[PageBlock] = [
         *titled_section("Sweep", charts),
         Heading("Results"),
@@ -129,9 +125,6 @@ def compare_runs(
         Text(sentence, "note"),
         _settings(labels, settings),
     ]
-    if others:
-        title = "Other settings, versions and hardware that differ"
-        blocks.append(Folded(title, [_settings(labels, others)]))
     blocks += _curves(facts, groups, kinds)
     write_text(page, render.page(f"{len(facts)} runs", blocks))
     lines = table.lines()
@@ -183,15 +176,13 @@ def _table(columns: Mapping[str, Sequence[str]]) -> Table:
     return Table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return by key the settings that differ and can change results, and other differences."""
+def _differing(facts: Sequence[PageFacts]) -> dict[str, list[str]]:
+    """Return by key the settings that differ and can change results."""
     differing = differing_settings([each.config for each in facts])
     differing.pop("loss.options", None)  # present only if null; each option has a row of its own
     settings = {}
-    others = {}
     for key, texts in differing.items():
         if key.startswith(_KEYS_WITHOUT_RESULT):
-            others[key] = texts
             continue
         settings[key] = texts
         # Losses of other kinds do not depend on it.
@@ -200,7 +191,7 @@ def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[s
             kinds = _kinds(each)
             if users and kinds and not users.intersection(kinds):
                 texts[index] = "-"
-    return settings, others | differing_settings([each.environment for each in facts])
+    return settings
 
 
 def _kinds(facts: PageFacts) -> list[str]:
@@ -216,26 +207,11 @@ def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> lis
     names = [key.rpartition(".")[2] for key in settings]
     for (key, texts), name in zip(settings.items(), names, strict=True):
         title = name if names.count(name) == 1 else key
-        for description, text, part in zip(descriptions, texts, _differing_parts(texts), strict=True):
+        for description, text in zip(descriptions, texts, strict=True):
             if text != "-":
-                description.append(f"{title} {part}")
+                description.append(f"{title} {text}")
     without = "all others" if any(descriptions) else "all"
     return [", ".join(description) or without for description in descriptions]
-
-
-def _differing_parts(texts: Sequence[str]) -> list[str]:
-    """Return the texts; long ones without the words and folders that all of them begin or end with."""
-    if max(map(len, texts)) <= _MOST_CHARACTERS / 4 or len(set(texts)) == 1:
-        return list(texts)
-    start = _common_words(texts)
-    end = _common_words([text[start:][::-1] for text in texts])
-    return [text[start : len(text) - end].strip(" ,[]{}") for text in texts]
-
-
-def _common_words(texts: Sequence[str]) -> int:
-    """Return the number of characters of whole words with which all texts begin."""
-    common = os.path.commonprefix(texts)  # noqa: RUF071  (of characters, not of paths)
-    return len(re.sub(r"[^/ ]*$", "", common))
 
 
 def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:

@@ -171,7 +171,7 @@ class RunSamples:
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
-            with self.run.clock.measure("samples"), self.run.console.heartbeat(doing):
+            with self.run.console.heartbeat(doing):
                 samples = generate_together(
                     model, requests, self.sampling, *limits, without_adapter=without_adapter
                 )

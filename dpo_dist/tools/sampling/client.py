@@ -1,16 +1,13 @@
-"""Ask an OpenAI-compatible server: several requests at a time, each reply kept as it comes.
+"""Ask an OpenAI-compatible server: several requests at a time.
 
 The API key comes from the environment. Errors contain neither the key nor a text of a request or reply.
 """
 
-import contextlib
-import json
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -85,9 +82,6 @@ class Client:
         )
         self._parallel = parallel
         self._names = ""
-        self._file: Path | None = None
-        self._show: Callable[[int, int], None] = lambda *_: None
-        self._answered = self._asked = 0
 
     def send(
         self,
@@ -131,39 +125,13 @@ class Client:
         self._names = f"; it lists {first_few(list(lengths)) or 'no model'}"
         return lengths
 
-    @contextlib.contextmanager
-    def keeping(self, file: Path, show: Callable[[int, int], None], times: float = 1) -> Iterator[None]:
-        """Inside the block keep replies in `file`, and `show` how many came so far, of how many requests.
-
-        `times`: how many requests are expected for each one until the end of the block.
-        """
-        before = self._file, self._show
-        self._file = file
-        self._show = lambda answered, asked: show(answered, round(asked * times))
-        try:
-            yield
-        finally:
-            self._file, self._show = before
-
     def ask(
         self, keys: Collection[str], answer: Callable[[str], R], probe: Callable[[], object]
     ) -> dict[str, R | None]:
         """Return what `answer` returns for the key of each request; None if the server refuses that one.
 
-        Replies, which JSON can hold, are read again from the file that a killed command left. If every
-        request is refused, `probe` tells whether the server is at fault, or these few texts.
+        If every request is refused, `probe` tells whether the server is at fault, or these few texts.
         """
-        earlier = dict[str, Any]()
-        if self._file is not None and self._file.is_file():
-            for line in filter(None, self._file.read_text(encoding="utf-8").splitlines()):
-                with contextlib.suppress(json.JSONDecodeError):  # a killed command may have left half a line
-                    key, reply = json.loads(line)
-                    earlier[key] = reply
-        replies: dict[str, R | None] = {key: earlier[key] for key in keys if key in earlier}
-        self._asked += len(keys)
-        self._answered += len(replies)
-        self._show(self._answered, self._asked)
-        missing = [key for key in keys if key not in replies]
 
         def reply_to(key: str) -> tuple[str, R | None]:
             try:
@@ -173,13 +141,7 @@ class Client:
 
         # Unlike that of concurrent.futures, this pool waits for no request after an error or Ctrl-C.
         with ThreadPool(self._parallel) as pool:
-            for key, reply in pool.imap_unordered(reply_to, missing):
-                replies[key] = reply
-                if self._file is not None and reply is not None:
-                    with self._file.open("a") as file:
-                        file.write("\n" + json.dumps([key, reply]))
-                self._answered += 1
-                self._show(self._answered, self._asked)
+            replies = dict(pool.imap_unordered(reply_to, keys))
         if replies and all(reply is None for reply in replies.values()):
             self.check(probe)
         return replies
@@ -200,5 +162,5 @@ class Client:
             where=self._url_key,
             got=f"{self.url}, model {self.name}: {fault}{self._names}",
             remedy=f"start it, or check its address{usual}, {section}.model and the key in {KEY_VARIABLE}; "
-            "the same command continues after the finished requests",
+            "the same command continues after the finished parts",
         )

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -93,8 +93,6 @@ class FunctionJudge:
     better, with None for a response that it cannot score.
     """
 
-    client: ClassVar[None] = None
-
     def __init__(self, name: str):
         self._function = user_function(name, _FUNCTION)
         self._source = find_function(name, _FUNCTION)
@@ -151,7 +149,6 @@ class RewardModel:
     store: Path
     device: torch.device
     batch_tokens: int = 32768
-    client: ClassVar[None] = None
 
     def __str__(self) -> str:
         return f"reward model {self.name}"
@@ -172,7 +169,6 @@ class RewardModel:
 
     def describe(self) -> dict[str, Any]:
         """Return the model's name, the digest of its files, and its dtype."""
-        self.check()
         files = digest_model(self._folder, self.store, remote_code=self.config.trust_remote_code)
         digest = text_digest(f"{files.digest} {tokenizer_digest(self._folder)}")
         dtype = str(self.config.dtype)

@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,24 +18,17 @@ from dpo_dist.data import (
     turns_of,
 )
 from dpo_dist.data.config import TEMPLATE_DATE
-from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.kit import (
     ModelConfig,
     ModelSource,
     Run,
-    RunConfig,
-    check_contents_at_hand,
-    description_folder,
     explain_out_of_memory,
-    find_files,
     find_model,
     on_every_rank,
     unsharded_loading,
 )
-from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import (
@@ -46,11 +36,12 @@ from dpo_dist.tools.sampling.respond import (
     Responder,
     open_responder,
     respond,
-    usable_prompt,
 )
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
 
+PROMPTS_OF_A_PART = 16
+"""Processes share the parts, and finished parts are not repeated."""
 _FAILED = "failed"
 
 
@@ -64,10 +55,6 @@ class Parts:
     def file(self, index: int) -> Path:
         """Return the file of a part, which exists if the part is finished."""
         return self.folder / f"{index:06d}.jsonl"
-
-    def replies(self, index: int) -> Path:
-        """Return the file of a server's replies for a part that is not finished."""
-        return self.folder / f"replies-{index:06d}.jsonl"
 
     def unfinished(self) -> list[int]:
         """Return the indices of unfinished parts."""
@@ -114,13 +101,8 @@ class Prompts:
         title: str,
         parts: Parts,
         work: Callable[[int], list[dict[str, Any]]],
-        client: Client | None = None,
     ) -> Parts:
-        """Write the rows that `work` returns for each unfinished part of a stage; return the stage.
-
-        `client`: that of a server which `work` asks. Its requests are the progress, and its replies are kept
-        until their part is finished.
-        """
+        """Write the rows that `work` returns for each unfinished part of a stage; return the stage."""
         world = self.run.world
         console = self.run.console
         flag = parts.folder / _FAILED
@@ -134,24 +116,18 @@ class Prompts:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    replies: AbstractContextManager[None] = contextlib.nullcontext()
-                    if client is not None:  # the requests of later parts are not known: they are estimated
-                        replies = client.keeping(parts.replies(index), show, len(share) / done)
-                    with replies, explain_out_of_memory(title, remedy):
+                    with explain_out_of_memory(title, remedy):
                         rows = work(index)
                     with files.staged_file(parts.file(index)) as temporary:
                         files.write_lines(temporary, rows)
-                    parts.replies(index).unlink(missing_ok=True)
-                    if client is None:
-                        show(done, len(share))
+                    show(done, len(share))
             except BaseException:
                 with contextlib.suppress(OSError):
                     flag.touch()
                 raise
 
-        with console.progress(title, "part" if client is None else "request") as show:
-            if client is None:
-                show(0, len(share))
+        with console.progress(title, "part") as show:
+            show(0, len(share))
             world.together(my_parts)
         return parts
 
@@ -184,8 +160,7 @@ class Prompts:
             records = self.parts[index]
             return list(map(asdict, respond(records, responder, generate, sampling, numbers)))
 
-        client = None if server is None else server.client
-        return self.finish(f"responses of {source.name}", stage, part, client)
+        return self.finish(f"responses of {source.name}", stage, part)
 
     def _served(self, source: ModelSource, records: Sequence[PreferenceRecord]) -> Server:
         """Return the server on every rank, checked by some of the prompts that it is asked; collective."""
@@ -230,13 +205,16 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
 
 
 def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
-    """Return the judge and its description on every rank, None twice without a judge; collective."""
+    """Return the judge, checked, and its description on every rank, None twice without one; collective."""
     pairs = run.config.section_of(PairsConfig)
     model = run.config.model
     store = Path(run.config.reference.store)
     judge = run.world.together(lambda: open_judge(pairs, model, store, run.world.device))
+    if judge is None:
+        return None, None
     with run.console.heartbeat("looking for the judge"):
-        return judge, None if judge is None else run.world.on_main(judge.describe)
+        run.world.on_main(judge.check)
+        return judge, run.world.on_main(judge.describe)
 
 
 def find_model_together(name: str, run: Run, key: str) -> ModelSource:
@@ -247,7 +225,6 @@ def find_model_together(name: str, run: Run, key: str) -> ModelSource:
 
 Read: TypeAlias = Callable[[DataSource], Iterator[PreferenceRecord | BadRecord]]
 """`DataSource.records` or `DataSource.prompts`."""
-_FIRST_RECORDS = 1024
 
 
 def good_records(
@@ -256,13 +233,8 @@ def good_records(
     data: DataConfig,
     say: Callable[[str], None],
     enough: Callable[[], bool] = lambda: False,
-    *,
-    of_first: bool = False,
 ) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of a source until `enough` returns true; then print the counts.
-
-    `of_first`: `records` are only the first ones of the source.
-    """
+    """Yield the usable records of a source until `enough` returns true; then print the counts."""
     counts = DataCounts()
     while not enough():
         unread = next(records, None)
@@ -272,76 +244,13 @@ def good_records(
         counts.add(record)
         if isinstance(record, PreferenceRecord):
             yield record
-    counts.check(source.path, data, of_first=of_first)
+    counts.check(source.path, data)
     say(f"{source.path}: {counts.kept:,} of {pluralize(counts.read, 'record')} kept")
     for line in counts.dropped_lines():
         say(line)
-
-
-def first_records(
-    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
-) -> list[PreferenceRecord]:
-    """Return the usable ones of each source's first records; print the counts with `say`."""
-    usable: list[PreferenceRecord] = []
-    for source in sources:
-        records = read(DataSource(source).pinned())
-        first = list(islice(records, _FIRST_RECORDS))
-        is_more = next(records, None) is not None
-        usable += good_records(iter(first), source, data, say, of_first=is_more)
-    return usable
 
 
 def as_user_message(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     """Return the record with the prompt that models get: under `data.text_as_messages` a user's message."""
     is_turn = data.text_as_messages is True  # `auto`: each model's own template decides
     return replace(record, prompt=turns_of(record.prompt, "user")) if is_turn else record
-
-
-def check_model(
-    path: str,
-    config: RunConfig,
-    sampling: Sampling,
-    records: Sequence[PreferenceRecord],
-    say: Callable[[str], None],
-    key: str,
-    name: str = "",
-) -> None:
-    """Check a model without its weights, and that some record can be its prompt; print the result.
-
-    A server that should generate by it, under `name` (default: the path), gets a harmless request, unless
-    the model is served only later, by `sampling.endpoint.reload`.
-    """
-    model = config.model
-    data = config.data
-    endpoint = config.section_of(SamplingConfig).endpoint
-    source = find_files(path, model, key, description_folder)
-    responder = open_responder(replace(source, name=name or path), model, data)
-    if endpoint.url is not None and endpoint.reload is None:
-        server = open_server(endpoint, responder)
-        responder = server.responder
-        say(f"served as {server}")
-    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
-    check_contents_at_hand(responder.source.folder, model, key)
-    folder = responder.source.adapter or responder.source.folder
-    say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
-    records = [as_user_message(record, data) for record in records]
-    prompts = [usable_prompt(record, responder, sampling) for record in records]
-    dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
-    if dropped.total() == len(prompts):
-        remedy = "correct the records, or the keys of data; docs/data.md explains the reasons"
-        if "too_long_for_the_model" in dropped and responder.longest is not None:
-            # Tokens that the model can write after each record that it can be asked.
-            least = [usable_prompt(record, responder, Sampling(1)) for record in records]
-            tokens = [len(prompt.prompt_ids) for prompt in least if not isinstance(prompt, str)]
-            room = responder.longest - max(tokens, default=responder.longest)
-            if room:
-                remedy = f"set sampling.max_new_tokens={room}"
-                remedy += f": the model has {responder.longest} tokens in all"
-        raise DataError(
-            "none of the first records can be used",
-            where=key,
-            got=f"{path}: {counts_in_one_line(dropped)}",
-            remedy=remedy,
-        )
-    if dropped:
-        say(f"  first records that cannot be put to the model: {counts_in_one_line(dropped)}")

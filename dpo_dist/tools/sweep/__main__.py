@@ -78,7 +78,6 @@ def check(points: Points) -> CheckReport:
     """
     check_points(points)
     from dpo_dist.kit import dry_run, start_in_words  # noqa: PLC0415  (slow)
-    from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
 
     loaded = dict[str, CheckReport]()
     facts = list[tuple[str, str]]()
@@ -86,7 +85,7 @@ def check(points: Points) -> CheckReport:
         loads = config.model, config.data, config.reference, config.loss, config.metrics, config.parallelism
         key = repr(loads)
         if key not in loaded:
-            loaded[key] = dry_run(config, plan=plan_in_brief)
+            loaded[key] = dry_run(config)
         run = RunFolder(config.run.path)
         common = next(iter(loaded.values()))
         facts.append((" ".join(words), f"{run} ({start_in_words(config)})"))

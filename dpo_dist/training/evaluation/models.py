@@ -16,7 +16,6 @@ from dpo_dist.distributed.checkpoint.saver import (
     open_checkpoint,
 )
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
@@ -65,11 +64,10 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
-        with columns_errors(inputs.eval_set):
-            reference = prepare_reference(run, inputs).provider
-            teacher = prepare_teacher(run, inputs).teacher
-            objective = Objective(config.loss, reference, custom=custom, teacher=teacher)
-            evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
+        reference = prepare_reference(run, inputs).provider
+        teacher = prepare_teacher(run, inputs).teacher
+        objective = Objective(config.loss, reference, custom=custom, teacher=teacher)
+        evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
         if len(evaluations) > 1 and run.world.is_main:
             by_model = {path: results[ALL] for path, results in evaluations.items()}
             console.result("comparison", by_model, evaluation_table(by_model))
@@ -129,12 +127,11 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
 
     def write() -> Results:
         folder = run.folder
-        name = entry.name(inputs, config.model, config.loss, config.teacher, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
         in_train = count_trained(entry.path, hashes, config.loss.unit, console)
         counts = {**dataset.counts, "prompts_also_in_train": in_train}
         dataset_with_count = replace(dataset, counts=counts)
-        named = folder.named_evaluation(name)
+        named = folder.named_evaluation(entry.name(dataset))
         results = write_evaluation(run, named, entry.path, means, values, dataset_with_count, commit)
         console.result("results", {"model": entry.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {named.path}")

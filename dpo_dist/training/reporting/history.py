@@ -1,6 +1,5 @@
 """A run on disk, which may still be training: its configuration, rows and state. Imports no torch."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.training.reporting.metrics_log import (
     MetricsRow,
-    read_latest_rows,
-    stored_rows,
+    read_rows,
     write_tables,
 )
 from dpo_dist.training.start.run_state import RunState, read_state
@@ -34,13 +32,9 @@ class RunHistory:
         """Return how far the run is; None if it has not begun."""
         return read_state(self.folder)
 
-    def rows(self) -> Iterator[MetricsRow]:
-        """Yield the rows of all logged steps and evaluations."""
-        return stored_rows(self.folder)
-
-    def latest_rows(self) -> list[MetricsRow]:
-        """Return the rows, of a long run a sample with the first, newest and best ones."""
-        return read_latest_rows(self.folder)
+    def rows(self) -> list[MetricsRow]:
+        """Return the rows of all logged steps and evaluations."""
+        return read_rows(self.folder)
 
     def write_tables(self) -> None:
         """Write the rows as log_history.json and training_metrics.csv."""

@@ -5,10 +5,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_dist.config.metrics import (
     ACCURACIES,
@@ -28,16 +28,10 @@ from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import for_json
-from dpo_dist.training.clock import PHASES
-
-if TYPE_CHECKING:  # it imports torch, and pages of runs need none
-    from dpo_dist.objective.metrics import MetricPlan
 
 MetricsRow = dict[str, float]
 """Metrics of a logged step or of an evaluation, by name, as in log_history.json."""
 
-_SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
-_OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
 # A tracker's summary has the best values of these metrics, summary.json only those of `_BEST`.
 METRICS_WITH_BEST = {
     key: 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
@@ -51,94 +45,15 @@ _FEWEST_ROWS = 50
 _EXCURSION = 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
-MOST_STEPS = 20_000
-MOST_EVALUATIONS = 5_000
-"""How many rows of a run are in memory, for its verdict, page, curves and card."""
-_EDGE = 200
 _AFTER_STEP = 0.5
 
 
-def csv_columns(plan: "MetricPlan | None" = None) -> tuple[str, ...]:
-    """Return the columns of a new CSV file: with `plan` those of its loss, else those of a loss for pairs."""
-    measured = PAIR_METRICS
-    if plan is not None and plan.loss.terms:
-        measured += tuple(TERMS[kind] for kind in plan.loss.kinds)
-    if plan is not None and plan.loss.is_unpaired:
-        measured = tuple(name for name, (_, group) in plan.rows.items() if not group)
-    step_columns = ("step", "epoch", *measured, "grad_norm", "learning_rate", "pairs", "tokens")
-    return (*step_columns, *_SPEED, *_OTHERS, *(PREFIX + key for key in measured))
-
-
-class _Evenly:
-    """Keeps at most `most` rows: the first, the newest, and an even choice between."""
-
-    def __init__(self, most: int) -> None:
-        self.rows: list[MetricsRow] = []
-        self._most = most
-        self._every = 1
-        self._added = 0
-
-    def add(self, row: MetricsRow) -> None:
-        """Add the next row."""
-        self.rows.append(row)
-        self._added += 1
-        # The row that is no longer one of the newest stays only if it is an `_every`-th after the first ones.
-        if (self._added - 1 - 2 * _EDGE) % self._every:
-            del self.rows[-_EDGE - 1]
-        if len(self.rows) > self._most:  # drop every other one between first and newest
-            del self.rows[_EDGE + 1 : -_EDGE : 2]
-            self._every *= 2
-
-
-class RowSample:
-    """The rows of a run, in bounded memory: an even choice of them if they are more than `MOST_STEPS`.
-
-    The same holds for evaluations and `MOST_EVALUATIONS`. Always kept are the first and the newest 200 of
-    each, the best row of each metric, the last row that has it, and the first row with a value that is
-    not finite.
-    `steps` and `evaluations` are the chosen rows of each kind alone.
-    """
-
-    def __init__(self, rows: Iterable[MetricsRow] = ()) -> None:
-        self._steps = _Evenly(MOST_STEPS)
-        self._evaluations = _Evenly(MOST_EVALUATIONS)
-        self.steps = self._steps.rows
-        self.evaluations = self._evaluations.rows
-        self._last = dict[str, MetricsRow]()
-        self._first = dict[str, MetricsRow]()
-        for row in rows:
-            self.add(row)
-
-    def add(self, row: MetricsRow) -> None:
-        """Add the next row."""
-        if is_evaluation(row):
-            self._evaluations.add(row)
-        else:
-            self._steps.add(row)
-        if not all(map(math.isfinite, row.values())):
-            self._first.setdefault("not finite", row)
-        self._last |= dict.fromkeys(row, row)
-        note_best(self._first, row)
-
-    @property
-    def rows(self) -> list[MetricsRow]:
-        """All rows that are kept, in their order."""
-        asked = (*self._last.values(), *self._first.values())
-        rows = {id(row): row for row in (*self.steps, *self.evaluations, *asked)}
-        return sorted(rows.values(), key=log_position)
-
-
 class MetricsLog:
-    """The metrics rows of one run: all of them in a file, and a sample in memory."""
+    """The metrics rows of one run, in a file and in memory."""
 
-    def __init__(self, folder: RunFolder, sample: RowSample):
+    def __init__(self, folder: RunFolder, rows: list[MetricsRow]):
         self.folder = folder
-        self.sample = sample
-
-    @property
-    def rows(self) -> list[MetricsRow]:
-        """The rows of the run, of a long one a sample (`RowSample`)."""
-        return self.sample.rows
+        self.rows = rows
 
     @classmethod
     def open(
@@ -146,7 +61,6 @@ class MetricsLog:
         folder: RunFolder,
         resume_step: int | None,
         warn: Callable[[str], None] = print,
-        plan: "MetricPlan | None" = None,
         *,
         evaluation_is_due: bool = False,
     ) -> "MetricsLog":
@@ -159,30 +73,30 @@ class MetricsLog:
         end = -1.0
         if resume_step is not None:
             end = resume_step if evaluation_is_due else resume_step + _AFTER_STEP
-        sample = RowSample()
+        rows = list[MetricsRow]()
         is_replaced = False
         has_file = folder.rows.exists()
         with files.staged_file(folder.rows) as temporary, temporary.open("wb") as file:
             for line, row in _stored_lines(folder):
                 if log_position(row) <= end:
                     file.write(line)
-                    sample.add(row)
+                    rows.append(row)
                 is_replaced = resume_step is None
         if is_replaced:
             warn("training starts again: an earlier start left no checkpoint; its rows are replaced")
-        elif resume_step is not None and not (has_file or sample.rows):
+        elif resume_step is not None and not (has_file or rows):
             warn(f"metrics up to step {resume_step} are lost: {folder.rows} is missing")
-        # Tables of an earlier end would lack the rows of this start; `write_tables` reads the header.
+        # Tables of an earlier end would lack the rows of this start.
         folder.log_history.unlink(missing_ok=True)
-        files.write_text(folder.metrics_table, ",".join(csv_columns(plan)) + "\n")
-        return cls(folder, sample)
+        folder.metrics_table.unlink(missing_ok=True)
+        return cls(folder, rows)
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add a row, which has a `step`, to the file; raises OSError if the file was moved away."""
         with self.folder.rows.open("r+b") as file:
             file.seek(0, os.SEEK_END)
             file.write(_line(row))
-        self.sample.add(_known(row))
+        self.rows.append(_known(row))
 
     def save(self) -> None:
         """Flush the file to disk; raises OSError if it was moved away.
@@ -223,9 +137,9 @@ def stored_rows(folder: RunFolder, end: float = math.inf) -> Iterator[MetricsRow
         yield row
 
 
-def read_latest_rows(folder: RunFolder, step: float = math.inf) -> list[MetricsRow]:
-    """Return the rows of a run up to a step, of a long run a sample (`RowSample`)."""
-    return RowSample(stored_rows(folder, step + _AFTER_STEP)).rows
+def read_rows(folder: RunFolder, step: float = math.inf) -> list[MetricsRow]:
+    """Return the rows of a run up to a step."""
+    return list(stored_rows(folder, step + _AFTER_STEP))
 
 
 def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
@@ -249,29 +163,21 @@ def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
 
 
 def write_tables(folder: RunFolder) -> None:
-    """Write all rows as log_history.json and training_metrics.csv, each whole or not at all.
-
-    The CSV file has the columns of its header so far, then all others that rows have.
-    """
-    columns = dict.fromkeys(csv_columns())
-    if folder.metrics_table.exists():
-        with folder.metrics_table.open(encoding="utf-8", newline="") as table:
-            columns = dict.fromkeys(next(csv.reader(table), columns))
-    with files.staged_file(folder.log_history) as temporary, temporary.open("wb") as history:
-        history.write(b"[")
-        before = b"\n"
-        for line, row in _stored_lines(folder):
-            history.write(before + line.rstrip())
-            before = b",\n"
-            columns.update(dict.fromkeys(row))
-        history.write(b"\n]\n")
+    """Write all rows as log_history.json and training_metrics.csv, each whole or not at all."""
+    lines = []
+    rows = []
+    for line, row in _stored_lines(folder):
+        lines.append(line.decode().rstrip())
+        rows.append(row)
+    files.write_text(folder.log_history, "[\n" + ",\n".join(lines) + "\n]\n")
+    columns = dict.fromkeys(chain(*sorted(rows, key=is_evaluation)))  # those of steps first
     with (
         files.staged_file(folder.metrics_table) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as table,
     ):
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(map(row.get, columns) for row in stored_rows(folder))
+        writer.writerows(map(row.get, columns) for row in rows)
 
 
 def final_and_best(rows: Sequence[MetricsRow]) -> dict[str, Any]:

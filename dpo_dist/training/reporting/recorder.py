@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from dpo_dist.config.identity import title
+from dpo_dist.config.metrics import is_evaluation
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.objective.metrics import PairColumn, PairValues
@@ -39,7 +40,8 @@ class Recorder:
 
     def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Record one metrics row, of an evaluation with the margins of its pairs."""
-        row = self.reporting.check_row(self.run, self.metrics.sample.evaluations, row)
+        evaluations = [earlier for earlier in self.metrics.rows if is_evaluation(earlier)]
+        row = self.reporting.check_row(self.run, evaluations, row)
         self.metrics.append(row)
         self.trackers.log(row, margins)
         if self.reporting.on_row is not None and self.reporting.on_row(dict(row)):

@@ -26,7 +26,7 @@ from dpo_dist.foundation.errors import RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import PairColumn
-from dpo_dist.training.reporting.metrics_log import MetricsRow, csv_columns, log_position, stored_rows
+from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, stored_rows
 from dpo_dist.training.reporting.wandb_run import (
     TrackedRun,
     WandbRun,
@@ -61,7 +61,7 @@ _RUN_IDS = {
     TrackerName.clearml: ("id", "reuse_last_task_id"),
 }
 """Where a tracker's run has its id, and the option of accelerate's class that continues this run."""
-_ABOVE = re.compile(rf"^({'|'.join(map(re.escape, sorted({*METRICS, *csv_columns()})))})/")
+_ABOVE = re.compile(rf"^({'|'.join(map(re.escape, METRICS))})/")
 """A metric's name at the beginning of another one."""
 
 

@@ -1,35 +1,27 @@
 """The dry run of `--check`: in one process, load all inputs except weights, and the first records."""
 
 import itertools
-import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from dpo_dist.batching.sampler import (
     SourceSpan,
-    batch_note,
     check_batch,
     make_sampler,
-    short_run_warnings,
     steps_in_words,
 )
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.data import (
     ChatTemplate,
-    DataConfig,
-    DataCounts,
     DataSource,
     Part,
     named_in_one_line,
@@ -43,8 +35,7 @@ from dpo_dist.encoded.dataset import (
     metric_labels,
 )
 from dpo_dist.encoded.dataset_columns import dataset_columns, key_order
-from dpo_dist.encoded.partners import with_partners
-from dpo_dist.encoded.store import read_counts, read_lengths
+from dpo_dist.encoded.store import fitting_length, read_counts
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
@@ -76,11 +67,7 @@ class _FirstRecords(NamedTuple):
 
     text: str  # counts in words
     notes: list[tuple[str, str]]  # lines about columns that nothing reads
-    tokens: float  # of an example, on average
-    counts: DataCounts
     is_whole: bool  # whether the source has no more
-    pairs: float  # of the whole source: about, or at least if their number is unknown
-    is_estimated: bool
     dataset: PreferenceDataset
     images: int  # records with images
 
@@ -105,7 +92,6 @@ def dry_run(
     models: Sequence[EvaluatedModel] = (),
     *,
     trains: bool = True,
-    plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
 ) -> CheckReport:
     """Make the `CHECKS` after those of `check_start`, and return what they found.
 
@@ -115,24 +101,14 @@ def dry_run(
     Args:
         models: models to evaluate; empty for training.
         trains: whether the run starts from the content of its directory.
-        plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
     look = _DryRun(config, models, trains and not models)
     for stage in (Stage.policy, Stage.models, Stage.data, Stage.run):
         make_checks(CHECKS, stage, look)
-    faults = _faults(look.train, look.evaluation, config.data, trains=look.is_training)
-    look.lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
-    if plan is not None:
-        # As an epoch has them.
-        train = zip(look.train, config.data.train, strict=True)
-        drawn = [(first.tokens, first.pairs * source.weight) for first, source in train]
-        look.lines += plan(config, fmean(*zip(*drawn, strict=True)))
-    doctor = "dpo-dist doctor with the same arguments without --check examines all records"
-    report = CheckReport(look.lines, hint="" if models else doctor)
-    if not faults:
-        return report
-    fault_names = " and ".join(fault for fault, _ in faults)
-    return report._replace(verdict=f"check passed: the run can start, but {fault_names} (below)")
+    doctor = (
+        "dpo-dist doctor with the same arguments examines all records, dpo-dist plan says memory and hours"
+    )
+    return CheckReport(look.lines, hint="" if models else doctor)
 
 
 def _run_dir(look: _DryRun) -> None:
@@ -266,93 +242,25 @@ def _check_steps(
     train: Sequence[_FirstRecords],
     evaluation: Sequence[_FirstRecords],
 ) -> list[tuple[str, str]]:
-    """Check metric, split, batch and schedule as a start does; return lines about the run's length.
-
-    Only of whole sources the number of pairs is known.
-    """
+    """Check metric, and of data that were read whole batch and schedule, as a start does."""
     data = config.data
     keep_best = config.trainer.keep_best
     if keep_best is not None:
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
-    are_whole = all(first.is_whole for first in train)
-    part = Part.to_train(data, _prompts(evaluation))
-    trained = [sum(map(part.has, map(int, _prompts([first])))) for first in train]
-    if config.loss.needs_partners:
-        # A start looks for partners among the examples that are left, which are not known here.
-        unreduced = [first for first, left in zip(train, trained, strict=True) if left == len(first.dataset)]
-        for first in [*unreduced, *evaluation]:
-            if first.is_whole:
-                with_partners(first.dataset, data.max_length, data.longest)
-    every = sum(len(first.dataset) for first in train)
-    if are_whole and not sum(trained):
-        DataCounts(changed=Counter({part.count_of_others: every})).check_split(data)
-    if are_whole and data.eval_share and sum(trained) == every:
-        evaluated = Part.to_evaluate(data)
-        DataCounts(changed=Counter({evaluated.count_of_others: every})).check_split(data)
+    if not all(first.is_whole for first in train):
+        return []
+    prompts = [first.dataset.prompt_hashes for first in evaluation]
+    part = Part.to_train(data, np.concatenate(prompts) if prompts else None)
     spans = []
-    for pairs, first, source in zip(trained, train, data.train, strict=True):
-        expected = pairs if first.is_whole else first.pairs * pairs / len(first.dataset)
-        # Of a source that goes on, at least one pair is drawn.
-        least = 0 if first.is_whole else math.ceil(1 / source.weight)
-        spans.append(SourceSpan(0, max(round(expected), least), source.weight))
-    sampler = make_sampler(spans, config.trainer)
+    for first, source in zip(train, data.train, strict=True):
+        pairs = sum(map(part.has, map(int, first.dataset.prompt_hashes)))
+        spans.append(SourceSpan(0, pairs, source.weight))
     unit = config.loss.unit
-    length = steps_in_words(sampler, unit)
-    if are_whole or config.trainer.max_steps is not None:
-        check_schedule(config.optim, sampler.steps)
-    else:
-        length = _about(train) + length
-    lines = [("training", length)]
-    if are_whole:
-        note = batch_note(sampler, config.trainer, unit)
-        lines += [("", note)] * bool(note)
-        check_batch(sampler, unit)
-        lines += [("  warning", warning) for warning in short_run_warnings(sampler, unit)]
-    held_out = sum(first.pairs for first in train) * (1 - sum(trained) / every)
-    number = sum(first.pairs for first in evaluation) if evaluation else held_out
-    if data.eval_sources:
-        lines.append(("evaluation", _about(evaluation or train) + pluralize(round(number), unit)))
-    return lines
-
-
-def _about(sources: Sequence[_FirstRecords]) -> str:
-    """Return how well the number of pairs in sources is known, as a word before it."""
-    going_on = [first for first in sources if not first.is_whole]
-    if not going_on:
-        return ""
-    return "about " if all(first.is_estimated for first in going_on) else "at least "
-
-
-def _prompts(sources: Sequence[_FirstRecords]) -> npt.NDArray[np.uint64]:
-    """Return the `prompt_hash` of each example."""
-    return np.concatenate([np.empty(0, np.uint64), *(first.dataset.prompt_hashes for first in sources)])
-
-
-def _faults(
-    train: Sequence[_FirstRecords], evaluation: Sequence[_FirstRecords], data: DataConfig, *, trains: bool
-) -> list[tuple[str, str]]:
-    """Return each fault of the first records in a few words, with numbers and what to do."""
-    faults = []
-    every = [*train, *evaluation]
-    counts = DataCounts.total(vars(first.counts) for first in every)
-    without_tools = counts.changed["tools_not_rendered"]
-    if without_tools:
-        text = f"in {without_tools:,} of {counts.kept:,} records"
-        text += "; set data.chat_template to one that writes them"
-        faults.append(("the chat template omits tools", text))
-    trained, evaluated = map(_prompts, (train, evaluation))
-    shared = int(np.isin(evaluated, trained).sum())
-    are_all = bool(np.isin(trained, evaluated).all())
-    reserve = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
-    if trains and len(evaluated) and are_all:
-        text = f"all {len(trained):,} training examples have a prompt of the evaluation data; {reserve}"
-        faults.append(("the evaluation data are the training data", text))
-    elif trains and not data.drop_eval_prompts and shared > 0.01 * len(evaluated):
-        text = f"{shared:,} of {len(evaluated):,} evaluation examples have one, and measure memory; "
-        text += f"data.drop_eval_prompts=true removes them from the training data, or {reserve}"
-        faults.append(("evaluation prompts are in the training data", text))
-    return faults
+    sampler = make_sampler(spans, config.trainer)
+    check_schedule(config.optim, sampler.steps)
+    check_batch(sampler, unit)
+    return [("training", steps_in_words(sampler, unit))]
 
 
 def start_in_words(config: RunConfig) -> str:
@@ -390,7 +298,7 @@ def _first_records(
         data,
         key=key,
         of_first=has_more,
-        lengths=lambda: [read_lengths(table, counts, data)],
+        fitting=lambda: fitting_length(table, counts, data),
     )
     columns = dataset_columns(table)
     dataset = PreferenceDataset(
@@ -417,14 +325,7 @@ def _first_records(
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")
     notes = [("  not read", named_in_one_line(counts.unread))] if counts.unread else []
-    pairs = float(counts.pairs)
-    expected = source.expected_number()
-    if has_more:  # as many of each record as here
-        pairs *= max(1.0, expected / counts.read)
-    text = "; ".join(parts)
-    return _FirstRecords(
-        text, notes, tokens, counts, not has_more, pairs, has_more and expected > 0, dataset, images
-    )
+    return _FirstRecords("; ".join(parts), notes, not has_more, dataset, images)
 
 
 CHECKS = (

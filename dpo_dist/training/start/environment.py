@@ -1,6 +1,5 @@
 """What a start runs with: the content of environment.json, and what all ranks must have alike."""
 
-import argparse
 import contextlib
 import importlib.metadata
 import platform
@@ -114,24 +113,10 @@ def _command(world_size: int) -> str | None:
     if program.resolve().parent != _PACKAGE_FOLDER:
         return None
     launcher = ["python"]
-    file = _launch_file()
-    if world_size > 1 or file:
-        launcher = ["accelerate", "launch", *(["--config_file", file] if file else [])]
-        launcher += ["--num_processes", str(world_size)]
+    if world_size > 1:
+        launcher = ["accelerate", "launch", "--num_processes", str(world_size)]
     command = [*launcher, "-m", f"{_PACKAGE_FOLDER.name}.{program.stem}", *sys.argv[1:]]
     return str(without_secrets(shlex.join(command)))
-
-
-def _launch_file() -> str | None:
-    """Return the file of options that this process's launcher was given; None without one."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--config_file", "--config-file")
-    with contextlib.suppress(psutil.Error):
-        launcher = psutil.Process().parent()
-        words = launcher.cmdline() if launcher is not None else []
-        if "launch" in words:
-            return str(parser.parse_known_args(words)[0].config_file or "") or None
-    return None
 
 
 def _git(*arguments: str) -> str | None:

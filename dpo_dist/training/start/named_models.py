@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.load import changed_keys
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
@@ -18,22 +17,18 @@ from dpo_dist.config.run_folder import (
     no_model_error,
 )
 from dpo_dist.config.schema import (
-    METRICS_FUNCTION,
     ExportedWeights,
-    ModelConfig,
     ReferenceMode,
     RunConfig,
-    TeacherConfig,
 )
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.fields import as_written, plain
+from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.foundation.user_code import find_function
 from dpo_dist.model.files.folder import CONFIG_FILE, local_model_folder
 
 if TYPE_CHECKING:
-    from dpo_dist.training.start.inputs import EvaluationInputs
+    from dpo_dist.encoded.dataset import PreferenceDataset
 
 EVALUATION_MODEL_KEY = "evaluation.model"
 # Folders of every run, whose names do not identify a model.
@@ -70,33 +65,13 @@ class EvaluatedModel:
     path: str
     is_checkpoint: bool
 
-    def name(
-        self,
-        inputs: "EvaluationInputs",
-        model: ModelConfig,
-        loss: LossConfig,
-        teacher: TeacherConfig,
-        metrics_function: str | None,
-    ) -> str:
-        """Return a name for the results, such as `step-000100-1a2b3c4d`.
-
-        Results of another model, base, precision, reference, teacher, loss, dataset, label or custom metric
-        have another name.
-        """
+    def name(self, data: "PreferenceDataset") -> str:
+        """Return a name for the results on these pairs, such as `step-000100-1a2b3c4d`."""
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
-        reference = inputs.reference_files.digest if inputs.reference_files is not None else None
-        data = inputs.eval_set
-        assert data is not None, "evaluations have data"
-        precision = [model.dtype, model.quantization]
-        facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
-        facts += [data.fingerprint, list(data.source_labels)]
-        if inputs.teacher_files is not None:
-            facts += [inputs.teacher_files.digest, teacher.k]
-        if metrics_function is not None:
-            facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
+        facts = [place, data.fingerprint, list(data.source_labels)]
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
-        return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
+        return f"{stem}-{text_digest(json.dumps(facts))[:8]}"
 
 
 def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
@@ -132,7 +107,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
 def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
     """Return the checkpoint, and the folder to write.
 
-    Does not check their files. With `export.push_to` the folder to write may exist.
+    Does not check their files.
     """
     run = existing_run(config.run.path)
     differing = changed_keys(run.config, config.identity)
@@ -165,7 +140,7 @@ def find_export_paths(config: RunConfig) -> tuple[Path, Path]:
         name += "-merged"
     folder = config.export.output
     output = run.exported / name if folder is None else Path(folder).expanduser()
-    if os.path.lexists(output) and config.export.push_to is None:
+    if os.path.lexists(output):
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return checkpoint, output

@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import logging
 import os
 import random
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -36,7 +34,6 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.numerics import deterministic_kernels, has_products
-from dpo_dist.training.clock import WorkClock
 from dpo_dist.training.start.environment import check_same_start
 
 if TYPE_CHECKING:
@@ -53,7 +50,6 @@ class Run:
 
     Attributes:
         stops: checked after every step; one rank's request stops all ranks.
-        clock: time by kind of work since `began`, a time of `time.monotonic`.
         after_checkpoint: runs the command `run.after_checkpoint` of a training run; on rank 0.
         micro_batch_tokens: with `auto`, changed when the model's shape is known.
     """
@@ -64,7 +60,6 @@ class Run:
         world: World,
         console: Console,
         stop: StopRequest | None = None,
-        began: float | None = None,
     ):
         self.config = config
         self.world = world
@@ -75,7 +70,6 @@ class Run:
         self.folder = RunFolder(config.run.path)
         self.stops = Stops(stop or StopRequest(), world)
         self.after_checkpoint: AfterCheckpoint | None = None
-        self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
 
     def say(self, text: str) -> None:
         """Print a line; on rank 0 only."""
@@ -138,7 +132,6 @@ def open_run(
     # Imports DeepSpeed, which `--check` does without.
     from dpo_dist.distributed.parallel_groups import parallel_groups  # noqa: PLC0415
 
-    began = time.monotonic()
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none)
@@ -156,8 +149,8 @@ def open_run(
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        with parallel_groups(world, parallelism) as grouped, warn_of_recompiles(console.warn):
-            yield Run(config, grouped, console, stop, began)
+        with parallel_groups(world, parallelism) as grouped:
+            yield Run(config, grouped, console, stop)
 
 
 @contextlib.contextmanager
@@ -168,30 +161,6 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
     with contextlib.ExitStack() as locks, join(config, deepspeed_config, console) as world:
         world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)
-
-
-@contextlib.contextmanager
-def warn_of_recompiles(warn: Callable[[str], None]) -> Iterator[None]:
-    """Print a warning, once, if torch stops compiling layers inside the block."""
-    dynamo = logging.getLogger("torch._dynamo")
-    handler = logging.Handler(logging.WARNING)
-
-    def look(record: logging.LogRecord) -> bool:
-        if "recompile_limit" in record.getMessage():
-            warn(
-                "layers get more kinds of inputs than torch compiles, and are slow for the others: "
-                "set model.fused=auto"
-            )
-            dynamo.removeHandler(handler)
-        return False
-
-    # A filter sees every record; as it lets none through, the handler prints nothing and needs no class.
-    handler.addFilter(look)
-    dynamo.addHandler(handler)
-    try:
-        yield
-    finally:
-        dynamo.removeHandler(handler)
 
 
 def say_header(run: Run) -> None:

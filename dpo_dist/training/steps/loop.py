@@ -82,7 +82,6 @@ class Loop:
 
         Return whether the run is over; if not, it was stopped and has a checkpoint.
         """
-        self.run.clock.enter("other")
         steps = self.inputs.sampler.steps
         eval_set = self.inputs.eval_set
         # The model before its first step is evaluated, too: later rows are compared with it.
@@ -105,8 +104,7 @@ class Loop:
             if position.evaluation_is_due:
                 self._say_why_it_stops(position)
             while not (must_stop or position.evaluation_is_due or self.is_over(position)):
-                with self.run.clock.measure("training"):
-                    asked = self._step(position, ready_steps, progress)
+                asked = self._step(position, ready_steps, progress)
                 done = position.step
                 is_at_end = done == steps
                 must_stop = Ask.stop in asked
@@ -123,8 +121,7 @@ class Loop:
                 if is_last or must_save or position.best_step == done:
                     self._save(position, is_last=is_last)
         # The last checkpoint may still be with its background thread.
-        with self.run.clock.measure("saving"):
-            self.checkpoints.commit()
+        self.checkpoints.commit()
         is_done = self.is_over(position) and not position.evaluation_is_due
         # A stop that came after the last step still ends this start: what follows, such as writing the model,
         # may take longer than the time that is left.
@@ -137,7 +134,7 @@ class Loop:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
         if not position.evaluation_is_due:
             return False
-        with contextlib.suppress(Interrupted), self.run.clock.measure("evaluation"):
+        with contextlib.suppress(Interrupted):
             self.record_evaluation(position)
             position.evaluation_is_due = False
         return not position.evaluation_is_due
@@ -265,19 +262,17 @@ class Loop:
         )
 
     def _save(self, position: Position, *, is_last: bool) -> None:
-        with self.run.clock.measure("saving"):
-            self.save_rows()
-            scale = self.policy.loss_scale
-            state = {
-                **asdict(position),
-                **self.identity,
-                "steps": self.inputs.sampler.steps,
-                "counts": self.inputs.counts,
-                "reference_report": self.reference_report,
-                "work": self.run.clock.read(),
-                "loss_scale": None if scale is None else asdict(scale),
-            }
-            self.checkpoints.save(position.step, state, best_step=position.best_step, is_last=is_last)
+        self.save_rows()
+        scale = self.policy.loss_scale
+        state = {
+            **asdict(position),
+            **self.identity,
+            "steps": self.inputs.sampler.steps,
+            "counts": self.inputs.counts,
+            "reference_report": self.reference_report,
+            "loss_scale": None if scale is None else asdict(scale),
+        }
+        self.checkpoints.save(position.step, state, best_step=position.best_step, is_last=is_last)
 
     def record_evaluation(self, position: Position) -> None:
         """Evaluate, record the row, and update `position.best`; may raise `Interrupted`. Collective."""
@@ -354,7 +349,7 @@ class Loop:
             return
         row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}
         if "loss" in row:
-            count_spike(row, self.recorder.metrics.sample.steps, self.run.warn)
+            count_spike(row, self.recorder.metrics.rows, self.run.warn)
         self.recorder.row(row, margins)
         show_row(self.run.console, row, self.inputs.sampler.steps, self.run.config.loss.unit)
 

@@ -26,8 +26,6 @@ CASES = [
     # Paths.
     Case("missing file", "data.train=[trian.jsonl]", "the file does not exist", "trian.jsonl",
          to_do="did you mean train.jsonl?"),
-    Case("missing folder", "data.train=[data/a.jsonl]", "the file does not exist", "a.jsonl",
-         "no folder data", to_do="check the path of the source"),
     Case("url with a secret", 'data.train=["s3://name:word@bucket/a.jsonl"]', "URL", "data.train",
          to_do="environment"),
     Case("empty folder", "data.train=[./none]", "data of the folder cannot be found", "none",

@@ -132,8 +132,6 @@ CASES = [
          to_do="use the original model"),
     Case("broken tokenizer", BROKEN, "tokenizer cannot be loaded", "model.path", "broken", joins=True,
          before=rewritten("tokenizer.json", "{"), to_do="put the tokenizer's files beside"),
-    Case("vocabulary of another size", BROKEN, "other sizes than config.json", "model.path", "431 x 32 in",
-         before=edited("config.json", vocab_size=300), joins=True, to_do="correct config.json (vocab_size)"),
     Case("no end of text", "model.path=broken data.train=[texts.jsonl] data.text_as_messages=false",
          "no end-of-sequence token", "tokenizer of model.path", joins=True, before=without_end_of_text,
          to_do="set eos_token in the model's tokenizer_config.json"),

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -173,18 +172,19 @@ def test_cfg_prints_the_configuration_of_the_run(verb: Verb) -> None:
 
 
 def test_a_command_that_only_names_its_run_is_told_what_to_begin_with(verb: Verb, tmp_path: Path) -> None:
-    config = tmp_path / "a run" / "config.yaml"
-    config.parent.mkdir()
-    config.write_text(to_yaml(load_run_config([*RUN, f"run.dir={config.parent}", "loss.beta=0.3"])))
-    ended = verb(f"run.dir={config.parent}", "trainer.max_steps=5")
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(load_run_config([*RUN, f"run.dir={tmp_path}", "loss.beta=0.3"])))
+    ended = verb(f"run.dir={tmp_path}", "trainer.max_steps=5")
     assert ended.code == 2
-    [_, command] = ended.err.split("dpo-dist train ")
-    shown = verb("--cfg", "job", *shlex.split(command))
+    assert "dpo-dist train RUN/config.yaml" in ended.err
+    shown = verb("--cfg", "job", str(config), "trainer.max_steps=5")
     assert shown.code == 0
     found = yaml.safe_load(shown.out)
-    assert found["loss"]["beta"] == 0.3
-    assert (found["trainer"]["max_steps"], found["run"]["dir"]) == (5, str(config.parent))
-    assert "model.path is not set" in verb(f"run.dir={tmp_path}").err, "no run"
+    assert (found["loss"]["beta"], found["trainer"]["max_steps"], found["run"]["dir"]) == (
+        0.3,
+        5,
+        str(tmp_path),
+    )
 
 
 def test_help_and_version(verb: Verb) -> None:
@@ -291,15 +291,12 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
         ("dpo", "write dpo-dist train"),
         ("resume", "write dpo-dist train RUN/config.yaml"),
         ("version", "write dpo-dist --version"),
-        ("orpo", "write dpo-dist train loss=orpo"),
         ("grpo", "not offered: there is no online RL"),
         ("evluate", "did you mean evaluate?"),
-        ("+experiment=smollm2", "write dpo-dist train +experiment=smollm2"),
-        ("mine.yaml", "write dpo-dist train mine.yaml"),
+        ("+experiment=smollm2", "write the verb first: dpo-dist train +experiment=smollm2"),
+        ("mine.yaml", "write the verb first: dpo-dist train mine.yaml"),
         ("xyzzy", "there is no verb 'xyzzy'"),
-        ("--check", "options come after the verb: dpo-dist train --check"),
-        ("--verison", "did you mean --version?"),
-        ("-V", "did you mean --version?"),
+        ("--check", "write the verb first: dpo-dist train --check"),
         ("list", "write dpo-dist report output/*"),
         ("init", "write dpo-dist train model.path=MODEL 'data.train=[FILE]' --cfg job > my.yaml"),
     ],
@@ -327,21 +324,6 @@ def test_the_version_does_not_read_the_keys() -> None:
     command = [sys.executable, "-c", program, "--version"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines() == [f"dpo_dist {dpo_dist.__version__}", "False"]
-
-
-@pytest.mark.parametrize(
-    ("asked", "becomes"), [("loss.beta", ["train", "--help", "loss.beta"]), ("chat", ["chat", "--help"])]
-)
-@pytest.mark.parametrize("word", ["help", "--help"])
-def test_help_about_a_key_or_a_verb_may_come_first(
-    word: str, asked: str, becomes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["dpo-dist", word, asked])
-    programs = []
-    monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
-    dpo_dist.__main__.main()
-    verb, *rest = becomes
-    assert programs == [[sys.executable, "-m", VERBS[verb].module, *rest]]
 
 
 @pytest.mark.parametrize("option", ["-m", "--multirun"])

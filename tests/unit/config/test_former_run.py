@@ -221,8 +221,8 @@ def test_data_with_readers_are_trusted_by_the_whole_list_and_stay_as_they_are(tm
     assert evaluated(f"run.dir={tmp_path}/run", *trusted) == config
     lines = "".join(code_warnings(asdict(config)))
     for shown in (raised.value.got, lines):
-        assert "data.train with reader one:f, two:g" in shown
-        assert "data.eval with reader three:h" in shown
+        assert "data.train[].reader=one:f, two:g" in shown
+        assert "data.eval[].reader=three:h" in shown
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export", "doctor", "precompute"])

@@ -164,9 +164,8 @@ def test_the_settings_of_a_run_have_the_options_that_are_not_at_their_default() 
     assert differing_keys(old.identity, new.identity) == {"loss.options": (None, {"gamma": 2.0})}
 
 
-def test_help_of_an_option_has_its_kind_and_paper_twice_if_two_kinds_have_the_name() -> None:
+def test_help_of_an_option_has_its_kind_twice_if_two_kinds_have_the_name() -> None:
     gamma = explain("loss.options.gamma", group_folders())
-    assert "paper:    SimPO, arXiv 2405.14734" in gamma
     assert "kinds:    simpo" in gamma
     alpha = explain("loss.options.alpha", group_folders())
     assert "default:  1.0" in alpha.split("kinds:    odpo")[0]

@@ -69,6 +69,20 @@ def test_a_record_is_rendered_with_one_end_of_each_response(
     assert ("templated_text" in found.changes) is (config is APPLIED)
 
 
+@pytest.mark.parametrize(
+    ("teacher_prompt", "joins"), [("the sea", True), ("sea\n", False), ("x", False)], ids=repr
+)
+def test_a_response_that_would_join_the_end_of_a_scorer_s_prompt_is_counted(
+    teacher_prompt: str, joins: bool
+) -> None:
+    """The scorer reads the policy's tokens."""
+    what = record("Q: why? ", "so", "no")
+    plain = encode(what, tiny.qwen())
+    found = encode(replace(what, scorer_prompts={"teacher": teacher_prompt}), tiny.qwen())
+    assert found.changes - plain.changes == ({"scorer_boundary_resplit"} if joins else set())
+    assert [ids.tolist() for ids in found.responses] == [ids.tolist() for ids in plain.responses]
+
+
 @pytest.mark.parametrize("make", [tiny.qwen, tiny.llama3, tiny.mistral, tiny.zephyr])
 @pytest.mark.parametrize("prompt", [CHAT, "What is the capital?", Dialogue("\n\nHuman: hi\n\nAssistant:")])
 def test_one_bos_if_the_tokenizer_has_one_and_one_end_of_turn(make: Any, prompt: Prompt) -> None:

@@ -9,7 +9,7 @@ from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.records import BadRecord, Message
 from dpo_dist.data.text.tokenizer import tokenizer_facts
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.pairs import WIDE, encode, texts
 from tests.support.records import assistant, good, user
 from tests.unit.data.test_template_kinds import (
@@ -199,11 +199,11 @@ MARKS = {
     "a token beside that of the answer": ("<thought>", "</thought>", "<|answer|>{{ m.content }}<|close|>"),
     "with space": ("<thought>\n", "\n</thought>\n\n", "{{ m.content }}"),
     "several tokens": (
-        "<|open|>think<|turn|>",
-        "<|close|>think<|turn|>",
-        "<|open|>say<|turn|>{{ m.content }}",
+        "<|open|>think<|sep|>",
+        "<|close|>think<|sep|>",
+        "<|open|>say<|sep|>{{ m.content }}",
     ),
-    "no token": ("Here I think:\n", "\n[ANSWER]\n", "{{ m.content }}"),
+    "no token": ("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n", "{{ m.content }}"),
     "a tag that is no token": ("<my:think>", "</my:think>\n", "{{ m.content }}"),
 }
 
@@ -256,25 +256,23 @@ def test_thoughts_between_the_marks_of_the_template_can_be_left_out(name: str) -
 
 def test_a_token_that_opens_all_parts_of_a_turn_is_no_part_of_its_header() -> None:
     """Nor of the end of a thought before an answer or a call: Kimi K3 names each part after such a token."""
-    written = (
-        "{% if m.reasoning_content %}<|open|>think<|turn|>{{ m.reasoning_content }}<|close|>think<|turn|>"
-    )
-    said = "{% endif %}<|open|>{% if m.tool_calls %}tools<|turn|>" + CALLS
-    said += "{% else %}say<|turn|>{{ m.content }}{% endif %}"
+    written = "{% if m.reasoning_content %}<|open|>think<|sep|>{{ m.reasoning_content }}<|close|>think<|sep|>"
+    said = "{% endif %}<|open|>{% if m.tool_calls %}tools<|sep|>" + CALLS
+    said += "{% else %}say<|sep|>{{ m.content }}{% endif %}"
     turn = ASSISTANT + written + said + "<|end|>\n"
-    tokenizer = tokenizer_with(template_of(turn, ASSISTANT + "<|open|>think<|turn|>"))
+    tokenizer = tokenizer_with(template_of(turn, ASSISTANT + "<|open|>think<|sep|>"))
     found = encode(pair(LOOKED, NO), tokenizer)
     prompt, one, other = texts(found, tokenizer)
     assert prompt.endswith(ASSISTANT)
-    assert one == "<|open|>think<|turn|>Look.<|close|>think<|turn|><|open|>say<|turn|>It rains.<|end|>"
-    assert other == f"<|open|>say<|turn|>{NO}<|end|>"
+    assert one == "<|open|>think<|sep|>Look.<|close|>think<|sep|><|open|>say<|sep|>It rains.<|end|>"
+    assert other == f"<|open|>say<|sep|>{NO}<|end|>"
     config = DataConfig(untrained=["thoughts"], max_length=9999)
     assert trained_text(tokenizer, encode(pair(LOOKED, NO), tokenizer, config)).startswith("<|open|>say")
 
 
 ALWAYS = {
     "one token": ("<thought>", "</thought>", "{{ m.content }}"),
-    "several": ("<|open|>think<|turn|>", "<|close|>think<|turn|>", "<|open|>say<|turn|>{{ m.content }}"),
+    "several": ("<|open|>think<|sep|>", "<|close|>think<|sep|>", "<|open|>say<|sep|>{{ m.content }}"),
 }
 
 
@@ -304,18 +302,28 @@ def test_the_end_of_an_empty_thought_is_not_trained_where_each_turn_has_a_though
 
 
 def test_a_thought_that_is_a_turn_of_its_own_ends_with_its_turn() -> None:
-    """As in gpt-oss: the same token ends other turns, and is escaped in a content."""
-    own = ASSISTANT.strip() + "<|open|>self\n{{ m.reasoning_content }}<|end|>"
+    """As in gpt-oss and Muse: the same token ends other turns, and is escaped in a content."""
+    own = ASSISTANT.strip() + "to=self<|message|>{{ m.reasoning_content }}<|eom|>"
     written = "{% if m.reasoning_content %}" + own + "{% endif %}" + ASSISTANT.strip()
     said = "<|open|>all\n" + CALLS + "{{ m.content }}<|close|>"
     template = template_of(written + said, ASSISTANT.strip())
     tokenizer = tokenizer_with(template)
     found = encode(
-        pair(LOOKED, "No <|end|>."), tokenizer, DataConfig(untrained=["thoughts"], max_length=9999)
+        pair(LOOKED, "No <|eom|>."), tokenizer, DataConfig(untrained=["thoughts"], max_length=9999)
     )
     prompt, one, other = texts(found, tokenizer)
     assert prompt.endswith(f"?<|end|>\n{ASSISTANT.strip()}")
-    assert one == f"<|open|>self\nLook.<|end|>{ASSISTANT.strip()}<|open|>all\nIt rains.<|close|>"
+    assert one == f"to=self<|message|>Look.<|eom|>{ASSISTANT.strip()}<|open|>all\nIt rains.<|close|>"
     assert trained_text(tokenizer, found) == f"{ASSISTANT.strip()}<|open|>all\nIt rains.<|close|>"
-    assert tokenizer.convert_tokens_to_ids("<|end|>") not in found.responses[1].tolist()
-    assert other == "<|open|>all\nNo <|end|>.<|close|>"
+    assert tokenizer.convert_tokens_to_ids("<|eom|>") not in found.responses[1].tolist()
+    assert other == "<|open|>all\nNo <|eom|>.<|close|>"
+
+
+def test_thoughts_between_unknown_marks_are_an_error_if_they_are_to_be_left_out() -> None:
+    tokenizer = tokenizer_with(thinking("<|open|>reason<|sep|>", "<|close|>reason<|sep|>", generation=""))
+    with pytest.raises(ConfigError, match="marks that are not known"):
+        encode(pair(LOOKED, NO), tokenizer)
+    whole = encode(pair(LOOKED, NO), tokenizer, DataConfig(max_length=9999, untrained=[]))
+    assert "Look." in texts(whole, tokenizer)[1]
+    config = DataConfig(max_length=9999, untrained=["<|open|>reason<|sep|>...<|close|>reason<|sep|>"])
+    assert trained_text(tokenizer, encode(pair(LOOKED, NO), tokenizer, config)) == "It rains.<|end|>"

@@ -97,9 +97,11 @@ def test_a_partner_is_cut_to_what_a_scorer_s_prompt_leaves() -> None:
     own = ScorerPrompts(ids, np.zeros(4, dtype=np.int64), np.array([7, 0, 7, 0], dtype=np.int32))
     cut = with_views(with_partners(replace(data, scorer_prompts={"reference": own}), LONG, 9), {"reference"})
     view = cut.view("reference")
+    plain = with_partners(data, LONG)
     for index, tokens in enumerate(own.tokens):
         read = view.example(index)
         partner = read.responses[1]
+        assert partner[0] == plain.example(index).responses[1][0], "a scorer changes no partner"
         whole = data.example(int(partner[0])).responses[0]
         assert partner.tolist() == (whole[:2] if tokens else whole).tolist()
         assert read.prompt_ids.tolist() == (

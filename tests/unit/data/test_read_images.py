@@ -199,19 +199,19 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
     },
     "Phi": ({"prompt": [user("<|image_1|>q")], **PAIR, "image": "a.png"}, [f"{I}q"], ["a.png"]),
     "numbers from 1": (
-        {"prompt": [user("is <image 2>"), assistant("?"), user("<image 1>?")], **PAIR, "images": TWO},
+        {"prompt": [user("is <image 1>"), assistant("?"), user("<image 2>?")], **PAIR, "images": TWO},
         [f"is {I}", "?", f"{I}?"],
-        TWO[::-1],
+        TWO,
     ),
     "numbers from 0": ({"prompt": [user("<image_0><image1>")], **PAIR, "images": TWO}, [I + I], TWO),
     "numbers of two digits": (
         {
-            "prompt": [user("".join(f"<image {number}>" for number in range(10, 0, -1)))],
+            "prompt": [user("".join(f"<image {number}>" for number in range(1, 11)))],
             **PAIR,
             "images": [*"abcdefghij"],
         },
         [I * 10],
-        [*"jihgfedcba"],
+        [*"abcdefghij"],
     ),
     "Qwen-VL": (
         {"query": "Picture 1: <img>b/a.png</img>\nq <img>b.JPEG</img>", **PAIR},
@@ -312,6 +312,7 @@ DROPPED = [
     ("image_count", {**Q, "prompt": [user("<|image_pad|><|image_pad|>")], **ONE}),
     ("image_count", {**Q, "prompt": [user("<image 1> and <image 1>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 1> and <image 3>")], "images": TWO}),
+    ("image_count", {**Q, "prompt": [user("<image 2> and <image 1>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 1> and [IMG]")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 2> and <image 3>")], "images": TWO}),
     ("invalid_unicode", {**Q, "images": ["a\udc80.png"]}),

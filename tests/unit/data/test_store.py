@@ -17,7 +17,6 @@ from dpo_dist.data import encode as encode_module
 from dpo_dist.data.config import DataConfig, Ranked, SourceConfig, Truncation
 from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Origin
-from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -121,12 +120,6 @@ def test_settings_that_an_error_names_keep_the_records_that_it_says(shape: str, 
             assert counts["kept"]
             followed += 1
     assert followed
-
-
-def test_settings_that_keep_no_record_are_not_named() -> None:
-    lengths = SourceLengths(np.array([[2000, 300, 1, 3, 1]] * 5), 0, max_dropped=5.0)
-    limits = DataConfig(max_length=1024, max_bad_share=1.0)
-    assert fitting_limits([lengths], limits) == "set data.truncation=both or data.max_length=2048"
 
 
 def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
-    columns_errors,
     count_shared,
     count_shared_prompts,
     open_dataset,
@@ -193,30 +192,6 @@ def test_damaged_columns_are_not_read_and_are_computed_again(
     again, _ = start(path)
     assert_same(data, again)
     assert file.read_bytes() == whole
-
-
-@pytest.mark.parametrize("of_partners", [False, True])
-def test_an_error_of_columns_that_change_while_they_are_used_is_plain(
-    of_partners: bool, tmp_path: Path
-) -> None:
-    data = opened(tmp_path, labelled(tmp_path, True, False, True, False))
-    data = with_partners(data, 30) if of_partners else data
-    file = data.columns_files[-1]
-    whole, first = file.read_bytes(), np.asarray(data.first_pieces)
-    with pytest.raises(ZeroDivisionError), columns_errors(data, None):  # a bug stays one
-        raise ZeroDivisionError
-    at = whole.index(first.tobytes()) + 2 * first.itemsize
-    with file.open("r+b") as stream:  # in place: it is mapped
-        stream.seek(at)
-        stream.write(b"\xff" * 4)
-    with pytest.raises(DataError, match="changed on the disk") as raised, columns_errors(None, data):
-        [data.example(index) for index in range(len(data))]
-    assert raised.value.where == f"data.cache: {file}"
-    with pytest.raises(DataError, match="another error"), columns_errors(data):
-        raise DataError("another error", remedy="r")
-    file.unlink()
-    with pytest.raises(IndexError), columns_errors(data):
-        raise IndexError
 
 
 def test_a_second_start_writes_nothing_and_shares_the_pages_of_the_files(tmp_path: Path) -> None:

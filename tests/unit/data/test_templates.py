@@ -286,8 +286,10 @@ ENDS = {
 @pytest.mark.parametrize("family", ENDS)
 def test_tokens_that_end_a_response(family: str) -> None:
     tokenizer = tokenizer_of(family)
-    facts = tokenizer_facts(tokenizer)
-    assert (facts.end_of_turn, facts.stops) == (ENDS[family][0], {tokenizer.eos_token} | ENDS[family][1])
+    end, stops = ENDS[family]
+    assert tokenizer_facts(tokenizer).end_of_turn == end
+    found = tokenizer.convert_ids_to_tokens(trained_stops(tokenizer, WIDE))
+    assert set(found) >= {tokenizer.eos_token} | stops
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)

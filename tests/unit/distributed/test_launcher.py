@@ -46,27 +46,18 @@ def test_options_and_addresses_that_cannot_be_used_are_one_block(
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "got"),
     [
-        ("--num_processes=2 trian model.path=m", "did you mean train?"),
-        ("train.py model.path=m", "did you mean train?"),
-        ("--nproc_per_node 2 train", "did you mean --num_processes? It counts all nodes"),
-        ("--nproc-per-node=2 train", "did you mean --num_processes? It counts all nodes"),
-        ("--num_gpus 2 train", "did you mean --num_processes? It counts all nodes"),
-        ("--nnodes 2 train", "did you mean --num_machines?"),
-        ("--node_rank 1 train", "did you mean --machine_rank?"),
-        ("--master_addr a train", "did you mean --main_process_ip?"),
-        ("--num_proceses 2 train", "did you mean --num_processes?"),
-        ("2 train", "did you mean --num_processes 2?"),
-        ("model.path=m", "dpo-dist launch train model.path=m"),
-        ("mine.yaml loss.beta=1", "dpo-dist launch train mine.yaml"),
-        ("", "dpo-dist launch train KEY=VALUE ..."),
-        ("xyzzy", "dpo-dist launch --help"),
+        ("--nproc_per_node 2 train", "unrecognized arguments: --nproc_per_node"),
+        ("model.path=m", "model.path=m"),
+        ("mine.yaml loss.beta=1", "mine.yaml"),
+        ("", "required: training_script"),
+        ("xyzzy", "xyzzy"),
     ],
 )
-def test_a_mistyped_launch_is_told_what_to_write(
+def test_a_mistyped_launch_is_refused(
     typed: str,
-    said: str,
+    got: str,
     launch: Callable[[list[str]], int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +66,8 @@ def test_a_mistyped_launch_is_told_what_to_write(
     (tmp_path / "mine.yaml").write_text("loss: ipo\n")  # no program, although it is a file
     with pytest.raises(DpoDistError) as refused:
         launch(typed.split())
-    assert said in refused.value.remedy
+    assert got in refused.value.got
+    assert "dpo-dist launch --help" in refused.value.remedy
 
 
 @pytest.mark.parametrize("program", ["train", "-m dpo_dist train"])

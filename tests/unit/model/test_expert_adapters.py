@@ -31,6 +31,8 @@ from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.stored import quantize_mxfp4
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA = 2, 6.0
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},

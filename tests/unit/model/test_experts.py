@@ -17,6 +17,8 @@ from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.model.layers import checkpoint_layers
 from tests.support.families import tiny_causal_lm, tiny_config
 
+pytestmark = pytest.mark.slow
+
 functional = pytest.importorskip("bitsandbytes.functional")
 
 # Widths are multiples of a block: bitsandbytes (0.50) computes other linear layers wrongly on CPUs.

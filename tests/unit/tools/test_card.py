@@ -58,6 +58,12 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
         *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states no licence"),
     ):
         assert part in found.text, part
+    others = summary(["pairs", "local"], ["held"]) | {"reference": {"reads_other_prompts": True}}
+    assert (
+        "reference, which reads other prompts."
+        in card(overrides, others, {"all": OF_ALL, "held": OF_ALL}).text
+    )
+    assert "reads other prompts" not in found.text
     adapter = ["model.adapter={r: 8}", "reference.mode=adapter"]
     once = card(["model.path=org/base", "data.train=[org/pairs]", *adapter], summary(["pairs"], []))
     assert (once.data.library_name, once.data["base_model_relation"]) == ("peft", "adapter")

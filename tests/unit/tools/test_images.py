@@ -1,4 +1,4 @@
-"""Thumbnails beside prompts: small, of the decoded image, within a section's room, and with no request."""
+"""Thumbnails beside prompts: small, of the decoded image, and with no request."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from dpo_dist.data.records import ImageFile
 from dpo_dist.tools.pages.answers import AnswersRow, answer_blocks
 from dpo_dist.tools.pages.render import page
 from dpo_dist.tools.pages.thumbnails import Thumbnails, thumbnails
-from tests.support.image_processors import file_of, picture
+from tests.support.image_processors import file_of
 from tests.unit.tools.pages.made_run import HOSTILE
 
 
@@ -29,18 +29,6 @@ def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_
         image = Image.open(io.BytesIO(base64.b64decode((uri or "").removeprefix("data:image/jpeg;base64,"))))
         assert (image.format, image.size) == ("JPEG", size)
         assert max(abs(a - b) for a, b in zip(image.getpixel((5, 5)), colour, strict=True)) < 3
-
-
-def test_a_section_has_room_for_some_thumbnails_and_marks_in_place_of_others() -> None:
-    [red] = thumbnails([plain(16, 16)])
-    [noise] = thumbnails([ImageFile(file_of(picture(0, 160, 160)))])
-    for image, prompts in ((red, 250), (noise, 300)):
-        blocks = answer_blocks([shown(image, None)] * prompts, 10**6)
-        assert len(blocks) == prompts
-        html = page("x", blocks)
-        assert 20 < html.count("<img") <= 100
-        assert html.count("<img") + html.count(", not shown") == 2 * prompts
-        assert len(html.encode()) < 10**6 + 1_500_000
 
 
 def test_a_thumbnail_makes_no_request_and_is_inert() -> None:

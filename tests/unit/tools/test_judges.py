@@ -98,7 +98,7 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     """Before it is loaded, which is after the last response."""
     for folder in (write(tmp_path / "three", num_labels=3), write_model(tmp_path / "policy")):
         with pytest.raises(ConfigError, match="not a reward model"):
-            reward_model(folder).describe()
+            reward_model(folder).check()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pairs by scores: prompts, selection, records with provenance that the trainer reads, counts; `--check`."""
+"""Pairs by scores: prompts, selection, records with provenance that the trainer reads, counts."""
 
 import itertools
 import json
@@ -11,20 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data import DataSource
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.foundation.console import Console, LineScreen
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.reference.model_source import ModelSource
 from dpo_dist.tools.pairs import __main__ as verb
+from dpo_dist.tools.pairs.files import training_records
 from dpo_dist.tools.pairs.make_pairs import (
     PairResults,
     different_prompts,
-    dry_run_pairs,
     joined_completions,
     pairs_from_results,
     pairs_from_scores,
@@ -33,10 +33,9 @@ from dpo_dist.tools.pairs.make_pairs import (
     select_pairs,
 )
 from dpo_dist.tools.pairs.start import check_pairs, responding_models
-from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judgement
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod
-from dpo_dist.tools.sampling.prompts import Parts, Prompts
+from dpo_dist.tools.sampling.prompts import Parts, Prompts, open_judge_together
 from dpo_dist.tools.sampling.respond import Completion, Completions
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
@@ -297,38 +296,6 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert stage(tmp_path, parts=4).folder != parts.folder, "other prompts have other parts, too"
 
 
-def test_a_killed_part_asks_a_server_again_only_for_what_it_has_not_answered(tmp_path: Path) -> None:
-    parts, asked, said = stage(tmp_path), list[str](), list[str]()
-    client = Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 1)
-    world = {"rank": 0, "size": 1, "on_main": lambda work: work(), "together": lambda work: work()}
-
-    def answer(key: str) -> str:
-        asked.append(key)
-        if key == "2:1" and len(asked) > 5:
-            raise ConfigError("the server died", remedy="start it")
-        return f"reply {key}"
-
-    def work(index: int) -> list[dict[str, Any]]:
-        replies = client.ask([f"{index}:{n}" for n in range(3)], answer, list)
-        return [{"reply": reply} for reply in replies.values()]
-
-    prompts = prompts_of(parts.folder, 5, **world)
-    prompts = replace(prompts, run=SimpleNamespace(world=prompts.run.world, console=console_to(said)))
-    with pytest.raises(ConfigError, match="the server died"):
-        prompts.finish("responses", parts, work, client)
-    asked.clear()  # of part 2 one request was answered, one failed, and the last may have been under way
-    prompts.finish("responses", parts, work, client)
-    assert asked == ["2:1", "2:2", *(f"{part}:{n}" for part in (3, 4) for n in range(3))]
-    assert [row["reply"] for row in parts.read(2)] == [f"reply 2:{n}" for n in range(3)]
-    assert not list(parts.folder.glob("replies-*"))
-    assert any("of 15 requests" in line for line in said)
-
-
-def console_to(lines: list[str]) -> Console:
-    screen = LineScreen(lines.append, seconds=0)
-    return Console(screen)
-
-
 PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]
 SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
 DELTA = ("pairs.method=delta", "pairs.models=[a/b,c/d]")
@@ -344,14 +311,6 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config(*overrides: str) -> RunConfig:
     return load_run_config(["data.train=[records.jsonl]", "run.dir=run", "model.path=base", *overrides])
-
-
-def found(folder: Path, records: list[Any], *overrides: str) -> str:
-    jsonl(folder, *records)
-    before = sorted(folder.rglob("*"))
-    report = str(dry_run_pairs(config("model.path=model", *overrides)))
-    assert sorted(folder.rglob("*")) == before
-    return report
 
 
 @pytest.mark.usefixtures("in_folder")
@@ -389,31 +348,28 @@ def test_rounds_are_done_by_the_first_of_several_processes(monkeypatch: pytest.M
     assert done == ["0"]
 
 
-def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
+def test_models_and_the_endpoint_are_checked(in_folder: Path) -> None:
     write_model(in_folder / "model")
     write_model(in_folder / "run" / "model")
     (in_folder / "run" / "config.yaml").touch()
     named = config("pairs.models=[model,run]")
     assert responding_models(named.pairs, named.model.path) == ["model", "run/model"]
-    records = [*PROMPTS, {"prompt": [user("word " * 900)]}, {"no": "prompt"}]
-    with judge_server(lambda *_: "[[5]]") as server:
-        keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
-        report = found(in_folder, records, *keys, "data.max_bad_share=0.2")
-    assert len(server.bodies) == 1
-    assert f"judge: judge at {server.url}: each two" in report
-    assert "model, vocabulary of 431, a response ends with <|im_end|>" in report
-    assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
-    assert "first records that cannot be put to the model: 1 prompt_fills_max_length (" in report
-    with judge_server(lambda *_: (400, "{}")) as server:
-        keys[1] = f"pairs.endpoint.url={server.url}"
-        with pytest.raises(ConfigError, match="harmless request"):
-            found(in_folder, PROMPTS, *keys)
-    Qwen2Config.from_pretrained(in_folder / "model", num_labels=2).save_pretrained(in_folder / "model")
-    with pytest.raises(ConfigError, match="not a reward model"):
-        found(in_folder, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
+    for reply in ("[[5]]", (400, "{}")):
+        with judge_server(lambda *_, reply=reply: reply) as server:
+            keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
+            run = Run(config(*keys), ALONE, Console(None))
+            if reply == "[[5]]":
+                assert (
+                    str(open_judge_together(run)[0])
+                    == f"judge at {server.url}: each two responses in both positions"
+                )
+                assert len(server.bodies) == 1
+                continue
+            with pytest.raises(ConfigError, match="harmless request"):  # before responses are generated
+                open_judge_together(run)
 
 
-@pytest.mark.parametrize(("records", "said"), [(10, "10 records"), (2000, "the first 1024 records")])
-def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, said: str, in_folder: Path) -> None:
-    with pytest.raises(DataError, match=said):
-        found(in_folder, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))
+def test_more_bad_records_than_pairs_accepts_are_an_error(in_folder: Path) -> None:
+    jsonl(in_folder, *[SCORED] * 9, {"no": "prompt"})
+    with pytest.raises(DataError, match="10 records"):
+        list(training_records(config().data, DataSource.records, print))

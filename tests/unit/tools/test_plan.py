@@ -20,7 +20,7 @@ from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
 from dpo_dist.tools.plan import make_plan as make_plan_module
 from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
-from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
+from dpo_dist.tools.plan.make_plan import make_plan, planned_data
 from dpo_dist.training.start.footprint import PROCESS_BYTES
 from scripts import write_fits
 from tests.support import tiny
@@ -510,9 +510,6 @@ def test_what_a_start_refuses_is_refused(words: str, key: str, tmp_path: Path) -
     with pytest.raises(ConfigError) as raised:
         planned(path, *words.split())
     assert raised.value.where == key
-    config = load_run_config([path, "plan.gpu=h100-80g", *words.split()])
-    with pytest.raises(ConfigError):
-        plan_in_brief(config, 100)
 
 
 def test_inputs_of_layers_that_wait_on_the_host_are_counted_there() -> None:
@@ -596,14 +593,6 @@ def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(
     AutoConfig.for_model("llama", **sizes, **heads).save_pretrained(tmp_path)
     large = planned("+experiment=qwen7b", f"model.path={tmp_path}", *words, suggests=True)[1]["suggested"]
     assert large.startswith("parallelism=zero3 model."), "a node has no room for all states"
-
-
-def test_a_check_without_a_gpu_says_nothing_of_gpus() -> None:
-    assert plan_in_brief(configured("model.path=Qwen/Qwen3-0.6B", "plan.gpu=null"), 100) == []
-    named = configured("model.path=Qwen/Qwen3-0.6B", "plan.gpu=null", "plan.gpus=1")
-    assert [name for name, _ in plan_in_brief(named, 100)] == ["plan", "hours"]
-    large = configured("model.path=Qwen/Qwen2.5-7B", "plan.gpu=a100-40g", "plan.gpus=1")
-    assert [name for name, _ in plan_in_brief(large, 100)] == ["plan"]
 
 
 RECIPES = {

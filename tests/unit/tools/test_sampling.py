@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import os
-import re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,7 +34,6 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
 from dpo_dist.distributed.processes.world import Interrupted, Stops
-from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.model.generation import NotFiniteError
 from dpo_dist.reference.model_source import find_model
@@ -50,7 +48,6 @@ from dpo_dist.tools.sampling.generate import (
     random_numbers,
 )
 from dpo_dist.tools.sampling.keys import SamplingConfig
-from dpo_dist.tools.sampling.prompts import check_model
 from dpo_dist.tools.sampling.respond import Completion, Responder, open_generator, respond
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.training.export import merge_adapter
@@ -376,19 +373,3 @@ def test_adapters_also_merged_shards_and_other_ends_of_a_response(tmp_path: Path
     merge_adapter(tmp_path / "adapter", tmp_path / "again", *facts)
     stops = GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id
     assert stops == [5, tiny.qwen().eos_token_id]
-
-
-def test_a_check_of_a_short_context_names_a_length_that_fits(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "model", longest=64)
-    config = load_run_config([f"model.path={path}", "data.train=[unused.jsonl]"])
-    records = [
-        PreferenceRecord((Message("user", text),), (), Origin("file", 1)) for text in ("Hi", "Hi, you")
-    ]
-    with pytest.raises(DataError, match="none of the first records") as caught:
-        check_model(str(path), config, Sampling(64), records, lambda _: None, "pairs.models")
-    fits = int(re.findall(r"sampling.max_new_tokens=(\d+)", caught.value.remedy)[0])
-    said: list[str] = []
-    for sampling in (Sampling(fits), Sampling(64, is_default=True)):
-        said.clear()
-        check_model(str(path), config, sampling, records, said.append, "pairs.models")
-        assert len(said) == 1, "both records can be used"

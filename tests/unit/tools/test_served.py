@@ -243,58 +243,26 @@ def test_a_page_is_no_server_with_this_api() -> None:
     assert f"usually {url}/v1" in raised.value.remedy
 
 
-def test_replies_are_kept_so_that_only_missing_ones_are_asked_again(tmp_path: Path) -> None:
-    shown, asked, lock = list[tuple[int, int]](), list[str](), threading.Lock()
+def test_requests_are_sent_several_at_a_time_and_a_refused_one_has_no_reply() -> None:
+    lock = threading.Lock()
     most, running = 0, 0
 
-    def answer(key: str) -> list[str]:
+    def answer(key: str) -> str:
         nonlocal most, running
         with lock:
-            asked.append(key)
             running += 1
             most = max(most, running)
         time.sleep(0.02)
         with lock:
             running -= 1
-        if key == "7" and len(asked) < 12:
-            raise ConfigError("the server died", remedy="start it")
-        return [key, "é\u2028"]
-
-    client, keys = (
-        Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 3),
-        list(map(str, range(9))),
-    )
-    file = tmp_path / "replies.jsonl"
-    with client.keeping(file, lambda *counts: shown.append(counts)), pytest.raises(ConfigError):
-        client.ask(keys, answer, list)
-    with file.open("a") as torn:
-        torn.write('\n["8", ["a cut li')
-    kept = [json.loads(line)[0] for line in file.read_text().splitlines()[:-1] if line]
-    time.sleep(0.1)
-    del asked[:]
-    asked += ["-"] * 20
-    with client.keeping(file, lambda *counts: shown.append(counts)):
-        assert client.ask(keys, answer, list) == {key: [key, "é\u2028"] for key in keys}
-    assert kept
-    assert sorted(asked[20:] + kept) == keys
-    assert most == 3
-    assert shown[-1] == (len(kept) + 9, 18)
-    del asked[20:]
-    with client.keeping(file, lambda *_: None):  # also the reply after the cut line is kept
-        assert client.ask(keys, answer, list).keys() == set(keys)
-    assert len(asked) == 20
-
-
-def test_a_refused_request_is_asked_again(tmp_path: Path) -> None:
-    def refuse(key: str) -> str:
-        if key == "b":
+        if key == "7":
             raise RefusedError("status 400")
         return key
 
-    client = Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 1)
-    with client.keeping(tmp_path / "replies.jsonl", lambda *_: None):
-        assert client.ask(["a", "b"], refuse, list) == {"a": "a", "b": None}
-        assert client.ask(["a", "b"], str.upper, list) == {"a": "a", "b": "B"}
+    client = Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 3)
+    keys = list(map(str, range(9)))
+    assert client.ask(keys, answer, list) == {key: None if key == "7" else key for key in keys}
+    assert most == 3
 
 
 def test_a_command_changes_the_weights_and_the_server_is_waited_for(tmp_path: Path, folder: Path) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.tools.report.verdict import RUN_RULES, Verdict, sample_alarm, verdict
-from dpo_dist.training.reporting import metrics_log
-from dpo_dist.training.reporting.metrics_log import RowSample, loss_before_spike
+from dpo_dist.training.reporting.metrics_log import loss_before_spike
 from tests.support.launch import ROOT
 
 STEPS = 20
@@ -236,24 +235,6 @@ def test_a_row_finds_its_fault_alone(
         {"rule": rule, "text": finding.text, "remedy": RUN_RULES[rule].remedy}
     ]
     assert judged.lines() == [f"verdict: {judged.sentence}", f"  try: {finding.remedy}"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rule", "history", "ended", "words"), FAULTS)
-def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
-    rule: str, history: list[Row], ended: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metrics_log, "MOST_STEPS", 1000)
-    length = 200
-    every = [
-        {**row, "step": row["step"] * length - back}
-        for row in history
-        for back in range(length - 1 if "loss" in row else 0, -1, -1)
-    ]
-    long = {**ended, "steps": STEPS * length}
-    sample = RowSample(every).rows
-    assert len(sample) < len(every) / 2
-    assert rules_of(sample, **long) == rules_of(every, **long)
 
 
 @pytest.mark.parametrize(

@@ -5,29 +5,18 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
-import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import dpo_dist
-from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.tools.report.run import metrics_by_source
-from dpo_dist.training.reporting import metrics_log
 from dpo_dist.training.reporting.metrics_log import (
     MetricsLog,
-    RowSample,
-    csv_columns,
     final_and_best,
-    log_position,
-    read_latest_rows,
     stored_rows,
 )
 from dpo_dist.training.start.environment import describe_environment
@@ -58,19 +47,18 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 def test_rows_are_appended_to_a_file_from_which_the_tables_are_written_at_the_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     log = MetricsLog.open(folder, None)
-    plan = MetricPlan(LossConfig(terms=[LossTermConfig(LossKind.ipo), LossTermConfig(LossKind.sft)]))
-    assert {"loss/terms/ipo", "eval_loss/terms/sft"} <= {*csv_columns(plan)} - {*csv_columns()}
     rows = [row_of(1), {**evaluation_of(1, 0.6, 0.5), "eval_hard, too/loss": 0.25}, row_of(3)]
     for number, row in enumerate(rows, start=1):
         log.append(row)
         assert [json.loads(line) for line in folder.rows.read_text().splitlines()] == rows[:number]
         assert list(stored_rows(folder)) == log.rows == rows[:number]
-    assert (folder.log_history.exists(), csv_rows(tmp_path)) == (False, []), "until the run ends"
+    assert not folder.log_history.exists(), "until the run ends"
+    assert not folder.metrics_table.exists()
     log.close({"steps": 3})
     assert json.loads(folder.summary.read_text()) == {"steps": 3}
     assert folder.log_history.read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
     found = csv_rows(tmp_path)
-    assert tuple(found[0]) == (*csv_columns(), "eval_hard, too/loss")
+    assert list(found[0]) == list(dict.fromkeys([*rows[0], *rows[1]]))
     assert [row["step"] for row in found] == ["1", "1", "3"]
     assert [row["eval_hard, too/loss"] for row in found] == ["", "0.25", ""]
     assert [row["loss"] for row in found] == ["0.69", "", "0.6699999999999999"]
@@ -160,66 +148,6 @@ def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_pat
     assert math.isnan(MetricsLog.open(RunFolder(tmp_path), 1).rows[0]["loss"])
 
 
-@pytest.fixture
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only so many rows stay in memory."""
-    for name, most in {"STEPS": 1000, "EVALUATIONS": 500}.items():
-        monkeypatch.setattr(metrics_log, f"MOST_{name}", most)
-
-
-def long_run(steps: int) -> list[dict[str, float]]:
-    """Rows of steps, and an evaluation after every third one."""
-    draw, rows = random.Random(steps), list[dict[str, float]]()
-    for step in range(1, steps + 1):
-        rows.append({"step": step, "loss": draw.random(), "pairs": 8})
-        if step % 3 == 0:
-            rows.append(evaluation_of(step, draw.random(), draw.randint(1, 5) / 5))
-    return rows
-
-
-@pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("steps", [1, 399, 400, 401, 1000])
-def test_all_rows_of_a_usual_run_are_in_memory(steps: int) -> None:
-    rows = long_run(steps)
-    assert RowSample(rows).rows == rows
-
-
-@pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("steps", [1001, 1701, 2500, 9001])
-def test_a_long_run_has_an_even_choice_of_its_rows_and_all_that_are_asked_for(steps: int) -> None:
-    rows, draw = long_run(steps), random.Random(steps)
-    chosen_anyway = set(map(id, RowSample(rows).rows))
-    rare, broken = draw.sample([row for row in rows if id(row) not in chosen_anyway], 2)
-    rare["rewards/accuracies/rare"] = 0.5
-    for row in rows[rows.index(broken) :]:
-        row["custom/x"] = math.nan
-    sample = RowSample(rows)
-    found = sample.rows
-    assert {id(rare), id(broken)} <= set(map(id, found))
-    assert final_and_best(found) == final_and_best(rows)
-    assert metrics_by_source(found) == metrics_by_source(rows)
-    positions = list(map(log_position, found))
-    assert positions == sorted(set(positions))
-    for chosen, most, each in ((sample.steps, 1000, 1), (sample.evaluations, 500, 3)):
-        assert min(most / 2, steps // each) <= len(chosen) <= most
-        places = [int(row["step"]) // each for row in chosen]
-        assert places[:200] == list(range(1, 201))
-        assert places[-200:] == list(range(steps // each - 199, steps // each + 1))
-        assert len({after - before for before, after in pairwise(places[200:-200])}) <= 1
-
-
-@pytest.mark.usefixtures("few_rows")
-def test_the_rows_in_memory_are_those_that_a_resume_or_a_report_reads(tmp_path: Path) -> None:
-    rows, folder = long_run(2500), RunFolder(tmp_path)
-    log = MetricsLog.open(folder, None)
-    for row in rows:
-        log.append(row)
-    assert len(log.rows) < len(rows) / 2
-    assert log.rows == MetricsLog.open(folder, 2500).rows == read_latest_rows(folder)
-    assert list(stored_rows(folder)) == rows
-    assert read_latest_rows(folder, step=900) == RowSample(r for r in rows if r["step"] <= 900).rows
-
-
 def test_final_and_best_values() -> None:
     evaluations = [(0, 0.10, 0.99), (1, 0.60, 0.55), (2, 0.40, 0.70), (3, math.nan, 0.70)]
     term = {"loss/terms/sft": 0.3}
@@ -257,28 +185,3 @@ def test_the_command_of_a_verb_is_that_of_a_shell_without_secrets(
     assert {"torch", "transformers"} <= found["packages"].keys()
     monkeypatch.setattr(sys, "argv", ["/usr/bin/notebook", "--token=x"])
     assert describe_environment(1)["command"] is None, "of another program"
-
-
-@pytest.mark.parametrize(
-    ("words", "repeated"),
-    [
-        (
-            ["launch", "--config_file", "a b.yaml"],
-            "accelerate launch --config_file 'a b.yaml' --num_processes 1 ",
-        ),
-        (
-            ["launch", "--config_file=a.yaml", "train"],
-            "accelerate launch --config_file a.yaml --num_processes 1 ",
-        ),
-        (["launch", "train", "--config-dir", "x"], "python "),
-        (["--config_file", "a.yaml"], "python "),
-    ],
-)
-def test_the_command_has_the_file_of_the_launcher(words: list[str], repeated: str) -> None:
-    program = str(Path(dpo_dist.__file__).parent / "train.py")
-    said = "print(environment.describe_environment(1)['command'])"
-    run = f"import sys; from dpo_dist.training.start import environment; sys.argv = [{program!r}]; {said}"
-    launcher = f"import subprocess; subprocess.run({[sys.executable, '-c', run]!r}, check=True)"
-    started = [sys.executable, "-c", launcher, *words]
-    command = subprocess.run(started, capture_output=True, text=True, check=True).stdout
-    assert command == f"{repeated}-m dpo_dist.train\n"

@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.schema import TrackerName
 from dpo_dist.foundation.console import Console, LineScreen
-from dpo_dist.training.reporting.metrics_log import MetricsRow, csv_columns
+from dpo_dist.training.reporting.metrics_log import MetricsRow
 from dpo_dist.training.reporting.trackers import Trackers, open_trackers, plain_name
 from tests.unit.training.test_trackers import ROWS, config_of, stored, tracked
 
@@ -188,7 +188,6 @@ def test_a_tracker_that_hangs_delays_the_end_by_a_timeout_only(
 
 def test_names_are_files_beside_each_other() -> None:
     names = [
-        *csv_columns(),
         "tokens/chosen",
         *METRICS,
         "rewards/margins/a/b",

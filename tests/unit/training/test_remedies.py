@@ -96,9 +96,9 @@ def test_an_object_in_a_json_file_is_no_list_of_records(
 ) -> None:
     monkeypatch.chdir(folder)
     Path("splits.json").write_text('{"name": "pairs", "splits": ["train", "test"]}')
-    with pytest.raises(DpoDistError, match="one list of records") as caught:
+    with pytest.raises(DpoDistError, match="no list of records") as caught:
         checked(["model.path=model", "data.train=[splits.json]"])
-    assert caught.value.got == "one object with name, splits"
+    assert "one object per line to .jsonl" in caught.value.remedy
 
 
 @pytest.mark.parametrize("typed", MISTAKES.strip().splitlines())

@@ -44,7 +44,7 @@ from dpo_dist.training.run import find_start, finish, lock_directory, record_sta
 from dpo_dist.training.start.dry_run import start_in_words
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header, warn_of_recompiles
+from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header
 from dpo_dist.training.start.run_state import (
     RunState,
     check_identity,
@@ -472,20 +472,6 @@ def test_the_room_is_that_of_the_checkpoints_at_a_time(
     check_room(tmp_path, adapter=AdapterConfig(), **trainer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
     check_room(tmp_path, **trainer)
-
-
-def test_layers_that_torch_stops_compiling_are_named_once() -> None:
-    said = list[str]()
-
-    def times(values: torch.Tensor, factors: list[int]) -> torch.Tensor:
-        return values * factors[0]
-
-    with warn_of_recompiles(said.append), torch._dynamo.config.patch(recompile_limit=1):
-        for compiled in (torch.compile(times, backend="eager", dynamic=False) for _ in range(2)):
-            for factor in range(4):
-                compiled(torch.ones(2), [factor])
-    [warning] = said
-    assert "set model.fused=auto" in warning
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
-"""The row of several steps, and clocks: of the phases of a step, and of the kinds of work of a start."""
+"""The row of several steps, and the clock of the phases of a step."""
 
-import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from dpo_dist.training.clock import PHASES, StepClock, WorkClock
+from dpo_dist.training.clock import PHASES, StepClock
 from dpo_dist.training.steps.state import LogWindow
 
 PEAK = 100.0
@@ -69,21 +68,3 @@ def test_phases_add_up_to_the_step(wait: Callable[[float], None]) -> None:
         "backward": 12,
         "other": 9,
     }
-
-
-def test_every_moment_of_a_start_is_one_kind_of_work(wait: Callable[[float], None]) -> None:
-    clock = WorkClock(2, 97.0)
-    with clock.measure("samples"):
-        wait(1)
-    wait(2)
-    clock.enter("other")
-    with contextlib.suppress(KeyError), clock.measure("evaluation"):
-        wait(4)
-        with clock.measure("samples"):
-            wait(8)
-        wait(16)
-        raise KeyError
-    wait(32)
-    spent = clock.read()
-    assert spent["seconds"] == {"starting": 5.0, "samples": 9.0, "evaluation": 20.0, "other": 32.0}
-    assert spent["device_seconds"] == 2 * (3 + 1 + 2 + 4 + 8 + 16 + 32)

@@ -132,6 +132,7 @@ def test_a_file_of_a_config_is_read_without_this_package(tmp_path: Path) -> None
     assert dataclasses.replace(args, beta=0.4).beta == 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_trainer_takes_what_older_trainers_took(
     plain: bool, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
@@ -234,6 +235,7 @@ def test_an_argument_that_trl_does_not_have_is_a_type_error_with_its_words() -> 
     assert guest.DPOConfig("out", use_cpu=True, **pending).eval_strategy == "no"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a config", "a trainer"])
 def test_a_limit_of_prompts_is_left_out_if_none_is_longer(
     place: str, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture

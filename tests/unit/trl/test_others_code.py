@@ -10,6 +10,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from dpo_dist.model.library_internals import attention_function
 from dpo_dist.trl.others_code import foreign_code
 from tests.support.families import FAMILIES, tiny_family
+from tests.unit.trl.test_trainers import CODE, Recorder
 
 
 def own(*arguments: Any, **options: Any) -> Any:
@@ -31,6 +32,7 @@ REPLACED: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "a function of the module": lambda model, patch: patch.setattr(modeling_qwen2, "rotate_half", own),
     "an activation": activation,
     "a call": lambda model, patch: patch.setattr(modeling_qwen2.Qwen2MLP, "__call__", own),
+    "a forward of the class": lambda model, patch: patch.setattr(modeling_qwen2.Qwen2MLP, "forward", own),
 }
 
 
@@ -40,6 +42,16 @@ def test_what_a_script_replaced_is_found(name: str, monkeypatch: pytest.MonkeyPa
     assert foreign_code(model) == ""
     REPLACED[name](model, monkeypatch)
     assert foreign_code(model) == "tests"
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_what_a_script_put_on_a_layer_is_found_until_it_is_removed(name: str) -> None:
+    model = tiny_family("qwen2")
+    placed = CODE[name](Recorder(), model.model.layers[1])
+    assert foreign_code(model) == "tests"
+    if hasattr(placed, "remove"):
+        placed.remove()
+        assert foreign_code(model) == ""
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -24,6 +24,8 @@ from dpo_dist.trl import older_names, trainers
 from dpo_dist.trl.forward import why_padded
 from tests.support.lookups import recorded_lookups
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
     "all weights": {},
@@ -271,12 +273,16 @@ CODE: dict[str, Callable[[Recorder, Any], Any]] = {
     "a hook of all modules": lambda recorder, layer: torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, tensors: recorder.hook(module, tensors) if module is layer.mlp else None
     ),
-    "a forward of the class": lambda recorder, layer: None,
 }
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at first", "after a step"])
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [
+        *(("a hook", False), ("a hook", True), ("a hook of gradients", True), ("a wrapped layer", False)),
+        *(("a forward", True), ("a forward of the class", True)),
+    ],
+)
 def test_a_scripts_code_on_the_policy_gets_the_rows_of_a_batch(
     name: str,
     late: bool,
@@ -285,6 +291,7 @@ def test_a_scripts_code_on_the_policy_gets_the_rows_of_a_batch(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Each kind of code is found in a forward by `test_others_code.py`."""
     trained, recorded = [], []
     for home in (trl, guest):
         with monkeypatch.context() as patch:

@@ -21,7 +21,6 @@ from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding
-from dpo_dist.tools.pages.charts import distribution
 
 _FEWEST_PROMPTS = 10
 # Many features of many sources are tested, so intervals have 3 standard errors instead of 2. One-sided forms
@@ -129,15 +128,23 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
 
 
 _SAMPLED_PAIRS = 20_000
-_SHOWN_BINS = 32
+_PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 
 
 def _spread(lengths: Mapping[int, int]) -> dict[str, Any] | None:
-    """Return the distribution of lengths, in bins that become wider; `lengths` counts the records of each."""
+    """Return mean, ends and percentiles of lengths; `lengths` counts the records of each."""
     if not lengths:
         return None
-    edges = np.unique(np.round(np.geomspace(min(lengths) + 1, max(lengths) + 2, _SHOWN_BINS + 1) - 1))
-    return distribution(np.array([*lengths]), edges, np.array([*lengths.values()]))
+    values = np.array([*lengths])
+    counts = np.array([*lengths.values()])
+    percentiles = np.percentile(values, _PERCENTILES, weights=counts, method="inverted_cdf")
+    return {
+        "count": int(counts.sum()),
+        "mean": float(np.average(values, weights=counts)),
+        "smallest": min(lengths),
+        "largest": max(lengths),
+        "percentiles": dict(zip(_PERCENTILES, percentiles.tolist(), strict=True)),
+    }
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Models, data and judge of a comparison are checked before processes join, and by `--check`."""
+"""Models, data and judge of a comparison are checked before processes join."""
 
 from pathlib import Path
 
@@ -6,12 +6,9 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.tools.compare.models import dry_run_comparison
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.compare.start import check_comparison, compared_models
-from tests.support import tiny
-from tests.support.records import TEXT, jsonl, user
-from tests.support.tiny_model import write_model
+from tests.support.records import TEXT, jsonl
 
 TWO = "compare.models=[{0}/base,{0}/run]"
 
@@ -91,32 +88,6 @@ def test_keys_that_contradict_each_other(models: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             check_comparison(config(models, two, override))
-
-
-def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: Path) -> None:
-    prompts = [*({"prompt": [user(f"question {n}")]} for n in range(3)), {"prompt": [user("word " * 900)]}]
-    jsonl(tmp_path, *prompts)
-    write_model(tmp_path / "base")
-    write_model(tmp_path / "other", tiny.zephyr())
-    keys = ["model.path=x", "data.train=[x.jsonl]", f"data.eval=[{tmp_path}/records.jsonl]"]
-    keys += [f"compare.models=[{tmp_path}/base,{tmp_path}/other]", f"run.dir={tmp_path}/run"]
-
-    def rehearsed(*overrides: str) -> str:
-        checked = load_run_config([*keys, *overrides])
-        return str(dry_run_comparison(checked, check_comparison(checked)))
-
-    before = sorted(tmp_path.rglob("*"))
-    report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
-    assert f"{tmp_path}/base, vocabulary of 431, a response ends with <|im_end|>" in report
-    assert "function tests.support.own_judge:letter_shares" in report
-    assert report.count("first records that cannot be put to the model: 1 prompt_fills_max_length") == 2
-    assert "judge: none, so no scores and no win rate" in rehearsed()
-    with pytest.raises(DataError, match="none of the first records"):
-        rehearsed("sampling.max_new_tokens=4000")
-    assert sorted(tmp_path.rglob("*")) == before
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="the model cannot be loaded"):
-        rehearsed()
 
 
 def test_a_comparison_has_at_most_one_judge(models: Path) -> None:

@@ -262,7 +262,7 @@ def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
     sides = cut.sources[0]["sides"]
     for name, of_side in sides.items():
         assert of_side["tokens"] == whole["sides"][name]["tokens"]
-        assert sum(of_side["tokens"]["counts"]) == of_side["tokens"]["count"] == 40
+        assert of_side["tokens"]["count"] == 40
     assert (whole["sides"]["chosen"]["cut"], sides["prompt"]["cut"]) == (0, 0)
     assert sides["chosen"]["cut_tokens"] > sides["chosen"]["cut"] > 0
     [finding] = of_rule(cut, "truncated")

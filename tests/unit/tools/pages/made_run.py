@@ -50,13 +50,11 @@ def summary(label: str) -> dict[str, Any]:
     held_out = {"read": 100, "kept": 100, "pairs": 100, "dropped": {}, "left_in_train": 300, "sources": []}
     drift = {"responses": 32, "mean_token_drift": 2e-9, "largest_token_drift": 3e-6}
     drift |= {"rms_response_drift": 0.05, "largest_response_drift": 0.2}
-    seconds = {"starting": 60.0, "reference": 84.0, "training": 4210.4, "evaluation": 60.0, "other": 0.0}
     finding = {"rule": "does_not_generalise", "text": f"{label} fell", "remedy": "a lower `optim.lr`"}
     return {
         **{"steps": 30, "pairs_seen": 1920, "train_seconds": 4210.4, "pairs_per_second": 0.5},
         **{"peak_memory_bytes": 3 * 2**30, "world_size": 2, "settings": {"loss.beta": 0.1}},
         "reference": {"mode": "cached", "hits": 3000, "computed": 840, "seconds": 84.0, "drift": drift},
-        "work": {"seconds": seconds, "device_seconds": 14400.0},
         "data": {"train": train, "eval": held_out},
         "exit": "completed",
         "verdict": {"sentence": f"does not generalise: {label}", "findings": [finding]},

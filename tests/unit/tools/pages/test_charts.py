@@ -35,9 +35,7 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
 
 def test_every_metric_that_has_a_chart_is_drawn_in_it() -> None:
     names = [name for name, metric in METRICS.items() if metric.chart]
-    charts = charts_of_run(
-        [{"step": step, **dict.fromkeys([*names, "custom/mine"], 0.5)} for step in (1, 2)], {}
-    )
+    charts = charts_of_run([{"step": step, **dict.fromkeys([*names, "custom/mine"], 0.5)} for step in (1, 2)])
     assert {METRICS[name].chart for name in names} | {"custom/mine"} == {chart.title for chart in charts}
     assert sum(len(chart.lines) for chart in charts) == len(names) + 1
 
@@ -81,14 +79,11 @@ def test_a_comparison_has_one_line_of_steps_and_one_of_evaluations_for_each_run(
     assert roles["Loss, sigmoid"] == [("a", "mean"), ("a", "evaluation")]
 
 
-def test_spikes_of_the_loss_and_the_noise_of_rounding_are_drawn() -> None:
-    history = [row | {"rewards/margins": 0.01, "distance/chosen": 0.04} for row in rows(40)]
-    history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in history]
-    charts = {chart.title: chart.lines for chart in charts_of_run(history, {"distance/chosen": 0.03})}
+def test_spikes_of_the_loss_are_drawn() -> None:
+    history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in rows(40)]
+    charts = {chart.title: chart.lines for chart in charts_of_run(history)}
     spikes = [line.xs for line in charts["Loss"] if line.role == "spike"]
     assert spikes == [[5, 9]]
-    noise = {title: line.ys for title, lines in charts.items() for line in lines if line.role == "noise"}
-    assert noise == {"Distance from the reference": [0.03, 0.03]}
 
 
 @pytest.mark.parametrize("most", [1.0, 1e6])

@@ -1,5 +1,6 @@
 """The page of a run and its verb: complete, also of a run in training."""
 
+import csv
 import json
 import os
 import re
@@ -30,17 +31,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("heading", "expected"),
     [
-        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
-        ("final loss", "0.4"),
-        ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
-        ("Margin of rewards", "noise of rounding values step margin margin (evaluation) noise of rounding 1"),
+        ("plain (all weights, bf16)", "loss sigmoid with beta 0.1; learning rate 1e-6."),
+        ("training loss", "0.6900 0.4000"),
+        ("evaluation accuracy 0", "0.625 0.625 0.625 at step 1"),
+        ("run completed", "30 steps, 1 h 10 min of training, 1,920 pairs, 0.5 pairs/s, peak memory 3.0 GiB"),
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
         ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
-        ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
-        ("Evaluation data", "300 (75 %) in the training part of the split"),
+        (
+            "train data:",
+            "1,920 of 2,000 records kept: 80 dropped (identical_responses): two responses are the",
+        ),
+        ("eval data:", "100 of 100 records kept"),
         ("Findings of the doctor", "error label leak, plain plain To do: plain First: plain:4"),
-        ("Time", "training steps 1 h 10 min 95 %"),
-        ("Reference model", "cached: 840 log-probs computed, 3,000 reused."),
         ("Repeat this run", "python -m dpo_dist.train plain"),
         ("Configuration", "loss.beta 0.1 loss.kind sigmoid loss.terms [] model.adapter null"),
     ],
@@ -79,9 +81,9 @@ def test_a_run_in_training_has_a_page_of_its_rows_so_far_that_reloads(tmp_path: 
     assert "This run has not ended: its last metrics are of step 40." in page
     assert page.count("data-chart=") >= 4
     assert RELOADS in page
-    tables = run.log_history.read_text(), run.metrics_table.read_text()
-    assert json.loads(tables[0])[-1] == {"step": 40, "loss": 0.5, "new": 2.0}
-    assert (tables[1].splitlines()[0][-4:], tables[1][-5:]) == (",new", ",2.0\n")
+    assert json.loads(run.log_history.read_text())[-1] == {"step": 40, "loss": 0.5, "new": 2.0}
+    with run.metrics_table.open(newline="") as table:
+        assert list(csv.DictReader(table))[-1]["new"] == "2.0"
 
 
 def test_a_page_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
