@@ -343,6 +343,8 @@ LIES: dict[str, Callable[[Path], None]] = {
     "fingerprints that are a list": of_list('{"format": 1, "fingerprints": [1]}'),
     "a list without an end": of_list(" " * (2**24 + 1)),
     "a shard outside the folder": of_space(shards=["../../../etc/passwd"]),
+    "a shard that leads out of its folder": of_space(shards=["a" * 32 + "/../../secret.safetensors"]),
+    "a shard of another kind": of_space(shards=["a" * 32 + ".pickle"]),
     "shards that are no names": of_space(shards=[1]),
     "entries outside the folder": of_space(entries="../" + "a" * 29),
     "entries that are not there": of_space(entries="a" * 32),
