@@ -82,9 +82,7 @@ class SparseRows:
         """Return, in words, why stored rows cannot be those of a teacher; "" if they can."""
         if rows.shape[1] != self.width:
             return f"{rows.shape[1]} numbers of a token in place of {self.width}"
-        largest, shares, drawn, share, entropy = np.split(
-            rows, np.cumsum([self.k, self.k, self.drawn, 1]), axis=1
-        )
+        largest, shares, drawn, share, _ = np.split(rows, np.cumsum([self.k, self.k, self.drawn, 1]), axis=1)
         for ids in (largest, drawn):
             is_id = (ids >= 0) & (ids < self.vocabulary) & (ids == np.floor(ids))
             if not is_id.all():
@@ -93,13 +91,16 @@ class SparseRows:
         is_one = np.abs(sums - 1) <= _ROUNDING
         if not is_one.all():
             return f"probabilities with the sum {sums[~is_one][0]:g}"
-        if not ((shares >= 0).all() and (np.diff(shares, axis=1) <= 0).all() and (share >= 0).all()):
-            return "probabilities that are negative, or not the largest first"
-        most = np.log(self.vocabulary) + _ROUNDING
-        is_entropy = (entropy >= -_ROUNDING) & (entropy <= most)
-        if not is_entropy.all():
-            return f"the entropy {entropy[~is_entropy][0]:g}"
         return ""
+
+    def fault_of_others(self, rows: _Floats) -> str:
+        """Return `fault`, and what else rows that others computed cannot have."""
+        shares = rows[:, self.k : 2 * self.k]
+        if not ((rows >= -_ROUNDING).all() and (np.diff(shares, axis=1) <= 0).all()):
+            return "numbers below 0, or probabilities that are not the largest first"
+        if not (rows[:, -1] <= np.log(self.vocabulary) + _ROUNDING).all():
+            return f"more entropy than {self.vocabulary} ids have"
+        return self.fault(rows)
 
     def distances(self, rows: _Floats, others: _Floats) -> _Floats:
         """Return how far apart two distributions are at each position, float32 [positions].

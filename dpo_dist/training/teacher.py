@@ -76,10 +76,11 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     world.on_main(
         lambda: check_same_vocabulary(folder, inputs.tokenizer, config.model, inputs.processor, _KEY)
     )
-    # Output layers may be padded to different numbers of ids, such as those of Qwen2.5.
+    # Output layers may be padded to different numbers of ids, such as those of Qwen2.5. Over the tokenizer's,
+    # which a text can have, the answers are the same for all students.
     folders = (inputs.policy_files.folder, folder)
     sizes = [load_config(each, config.model).get_text_config().vocab_size for each in folders]
-    kept = kept_distributions(config.teacher, config.loss, min(sizes))
+    kept = kept_distributions(config.teacher, config.loss, min(*sizes, len(inputs.tokenizer)))
     load = partial(
         load_for_scoring,
         folder,
@@ -112,7 +113,7 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept)
     filler = asked.filler(
-        empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare, fault=kept.fault
+        empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare, fault=kept.fault_of_others
     )
     filled = asked.fill(filler, scored, _TEACHER, "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}

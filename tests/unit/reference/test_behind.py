@@ -73,7 +73,7 @@ def found_in(
 ) -> tuple[dict[int, Any], Behind]:
     """What a store has of the entries `which`; each is checked to be that of its key."""
     behind = Behind(place)
-    fault = KEPT.fault if fingerprint is TEACHER else fault_of_logps
+    fault = KEPT.fault_of_others if fingerprint is TEACHER else fault_of_logps
     found = dict(behind.find(fingerprint, KEYS[which], tokens[which], fault, RECIPE))
     numbers = np.arange(ENTRIES)[which]
     for row, values in found.items():
@@ -123,7 +123,7 @@ def test_entries_of_a_folder_and_an_object_store(
     monkeypatch.setattr(module, "_GAP", 0)
     memory = fsspec.filesystem("memory")
     memory.store.clear()
-    push(sorted((root / "store").iterdir()), "memory://bucket/store")
+    push(sorted((root / "store").iterdir()), "memory://bucket/store", "CC-BY")
     for place in (str(public), "memory://bucket/store"):
         assert len(found_in(place, fingerprint)[0]) == ENTRIES
         found, behind = found_in(place, fingerprint, which=FEW)
@@ -196,12 +196,12 @@ def test_info_lists_what_a_url_has_without_its_values(root: Path, capsys: pytest
 def test_what_differs_is_said_where_a_store_has_few_of_the_responses(public: Path) -> None:
     behind = Behind(str(public))
     recipe = RECIPE | {"data.max_length": 512}
-    assert not dict(behind.find(TEACHER, KEYS + 1, TOKENS, KEPT.fault, recipe))
+    assert not dict(behind.find(TEACHER, KEYS + 1, TOKENS, KEPT.fault_of_others, recipe))
     assert behind.differences == ("data.max_length 1024 (here 512)",)
     _, behind = found_in(str(public))
     assert not behind.differences
     other = ReferenceFingerprint(TEACHER.reference, {"dtype": "bf16"}, width=KEPT.width)
-    assert not dict(behind.find(other, KEYS, TOKENS, KEPT.fault, RECIPE))
+    assert not dict(behind.find(other, KEYS, TOKENS, KEPT.fault_of_others, RECIPE))
     assert behind.differences == ("dtype fp32 (here bf16)",)
 
 
