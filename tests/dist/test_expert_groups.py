@@ -46,6 +46,7 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import ReferenceProvider, load_for_scoring
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
+from tests.dist.test_families import forget
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS, plain_logps
@@ -114,7 +115,18 @@ def train(
     saver = CheckpointSaver(root, 2, [policy], world)
     saver.save(done + steps, {"step": done + steps})
     saver.commit()
+    forget(policy, world)
     return {"norms": norms}
+
+
+def train_each(
+    assets: Assets, models: dict[str, ModelConfig], root: Path, world: World, folder: Path
+) -> dict[str, list[float]]:
+    """Train each model beside a live reference; return the gradient norms, and save checkpoints in `root`."""
+    norms = {}
+    for name, model in models.items():
+        norms[name] = train(assets, model, root / name, len(STEPS), True, OPTIM, world, folder)["norms"]
+    return norms
 
 
 def weights_of(root: Path, step: int = 4) -> dict[str, torch.Tensor]:
@@ -142,13 +154,11 @@ def train_in(
     model: ModelConfig,
     assets: Assets,
     root: Path,
-    *,
-    live: bool = False,
 ) -> list[float]:
     """Train four steps in these worlds, one after the other; return the gradient norms."""
     norms = []
     for number, (ranks, parallelism) in enumerate(worlds):
-        scenario = partial(train, assets, model, root, len(STEPS) // len(worlds), live, OPTIM)
+        scenario = partial(train, assets, model, root, len(STEPS) // len(worlds), False, OPTIM)
         results = run_ranks(
             scenario, ranks, root.with_name(f"{root.name}-{number}"), parallelism, seconds=SECONDS
         )
@@ -237,15 +247,20 @@ def test_every_copy_scores_by_the_weights_of_a_checkpoint(assets: Assets, tmp_pa
         assert logps == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_two_ranks_that_share_experts_train_like_one_process(
-    model_type: str, assets: Assets, tmp_path: Path
-) -> None:
-    model = ModelConfig(str(family(model_type, tmp_path / "model")), dtype=Dtype.fp32)
-    one = train_in([(1, ONE)], model, assets, tmp_path / "one", live=True)
-    shared = train_in([(2, PAIR)], model, assets, tmp_path / "shared", live=True)
-    assert shared == pytest.approx(one, rel=5e-5)
-    compare(tmp_path / "shared", tmp_path / "one")
+def test_two_ranks_that_share_experts_train_like_one_process(assets: Assets, tmp_path: Path) -> None:
+    models = {
+        name: ModelConfig(str(family(name, tmp_path / "models" / name)), dtype=Dtype.fp32)
+        for name in FAMILIES
+    }
+    for name in ("one", "shared"):
+        (tmp_path / name).mkdir()
+    scenarios = [partial(train_each, assets, models, tmp_path / name) for name in ("one", "shared")]
+    [one] = run_ranks(scenarios[0], 1, tmp_path / "one rank", ONE)
+    first, second = run_ranks(scenarios[1], 2, tmp_path / "two ranks", PAIR)
+    assert first == second
+    for name in FAMILIES:
+        assert first[name] == pytest.approx(one[name], rel=5e-5), name
+        compare(tmp_path / "shared" / name, tmp_path / "one" / name)
 
 
 @pytest.mark.parametrize(
