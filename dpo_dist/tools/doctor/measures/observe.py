@@ -65,6 +65,7 @@ class RecordFacts:
     names: tuple[str, ...] = ()  # rules that it breaks, and their kinds
     characters: Lengths = (0, 0, -1)
     tokens: Lengths | None = None  # before anything is cut; None: not encoded
+    of_scorers: dict[str, int] = field(default_factory=dict)  # tokens of their own prompts, in the record
     cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
     changed: dict[str, int] = field(default_factory=dict)  # what encoding changes
     examples: int = 1  # into which encoding makes it
@@ -171,6 +172,7 @@ class Observer:
             uncut = encode_record(record, self._without_limits, tokenizer, self._processor)
         if not isinstance(uncut, BadRecord):
             facts.tokens = _lengths(uncut.example, record.labelled_side)
+            facts.of_scorers = {name: len(ids) for name, ids in uncut.example.scorer_prompts.items()}
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = uncut if isinstance(encoded, BadRecord) else encoded

@@ -181,6 +181,7 @@ class ExaminedSource:
         self._changed = Counter[str]()
         # For each of `SIDES`, how many records have each length.
         self._characters, self._tokens, self._cuts = ([Counter[int]() for _ in SIDES] for _ in range(3))
+        self._of_scorers = defaultdict[str, Counter[int]](Counter)
 
     def add(self, records: Sequence[RecordFacts]) -> None:
         """Add the facts about the next records; facts about pairs are kept for a sample only."""
@@ -203,6 +204,8 @@ class ExaminedSource:
         for counts, length in zip((*self._characters, *self._tokens), lengths, strict=False):
             if length >= 0:
                 counts[length] += 1
+        for scorer, tokens in record.of_scorers.items():
+            self._of_scorers[scorer][tokens] += 1
         if record.dropped is None:
             self._kept += 1
             self._held_out += record.is_held_out
@@ -251,6 +254,9 @@ class ExaminedSource:
                     "cut": cuts.total(),
                     "cut_tokens": sum(tokens * records for tokens, records in cuts.items()),
                 }
+        for scorer, lengths in sorted(self._of_scorers.items()):
+            of_scorer = {"characters": None, "tokens": _spread(lengths), "cut": 0, "cut_tokens": 0}
+            sides[f"{scorer}_prompt"] = of_scorer
         held_out = self._held_out if self._config.eval_share else None
         return {
             "label": self.label,

@@ -255,6 +255,17 @@ def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path)
         assert examined(tmp_path, [ranking, opposite]).across["contradictions"] == count
 
 
+def test_prompts_of_scorers_have_lengths_of_their_own(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    for pair in pairs[:15]:
+        pair["teacher_prompt"] = "sea " * 50 + pair["prompt"]
+    [source] = examined(tmp_path, pairs, tokenizer=tiny.qwen(), config={"max_length": 4000}).sources
+    teacher, own = (source["sides"][name]["tokens"] for name in ("teacher_prompt", "prompt"))
+    assert (teacher["count"], own["count"]) == (15, 40)
+    assert teacher["smallest"] > own["smallest"] + 50
+    assert "reference_prompt" not in source["sides"]
+
+
 def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
     pairs, tokenizer = clean_pairs(40), tiny.qwen()
     [whole] = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources
