@@ -131,7 +131,7 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         in_train = count_trained(entry.path, hashes, config.loss.unit, console)
         counts = {**dataset.counts, "prompts_also_in_train": in_train}
         dataset_with_count = replace(dataset, counts=counts)
-        named = folder.named_evaluation(entry.name(dataset))
+        named = folder.named_evaluation(entry.name(dataset, config.identity.digest))
         results = write_evaluation(run, named, entry.path, means, values, dataset_with_count, commit)
         console.result("results", {"model": entry.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {named.path}")

@@ -65,11 +65,14 @@ class EvaluatedModel:
     path: str
     is_checkpoint: bool
 
-    def name(self, data: "PreferenceDataset") -> str:
-        """Return a name for the results on these pairs, such as `step-000100-1a2b3c4d`."""
+    def name(self, data: "PreferenceDataset", digest: str) -> str:
+        """Return a name for the results on these pairs, such as `step-000100-1a2b3c4d`.
+
+        `digest`: that of the configuration, as another loss or reference has other results.
+        """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
-        facts = [place, data.fingerprint, list(data.source_labels)]
+        facts = [place, data.fingerprint, list(data.source_labels), digest]
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts))[:8]}"
 

@@ -114,15 +114,25 @@ def test_an_evaluation_takes_the_same_reference_from_the_store(
     assert without.reference.mode == "none"
 
 
-def test_names_of_results_differ_by_model_and_pairs(tmp_path: Path) -> None:
-    def name(place: str = "step-000003", pairs: str = "1", label: str = "b") -> str:
+def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Path) -> None:
+    def name(place: str = "step-000003", *overrides: str, pairs: str = "1", label: str = "b") -> str:
         data: Any = SimpleNamespace(fingerprint=pairs, source_labels=[label])
-        return EvaluatedModel(str(tmp_path / place), is_checkpoint=True).name(data)
+        digest = configured(tmp_path, *overrides).identity.digest
+        return EvaluatedModel(str(tmp_path / place), is_checkpoint=True).name(data, digest)
 
     for place in ("step-000003", "other/step-000003"):
         (tmp_path / place).mkdir(parents=True)
     names = [name(), name("other/step-000003"), name(pairs="2"), name(label="c")]
-    assert len(set(names)) == len(names) == 4
+    distill = "loss=distill", "teacher.path=larger"
+    changes = [
+        ["loss.beta=0.2"],
+        ["model.dtype=fp32"],
+        ["reference.path=other"],
+        distill,
+        [*distill, "teacher.k=7"],
+    ]
+    names += [name("step-000003", *change) for change in changes]
+    assert len(set(names)) == len(names) == 9
     assert all(each.startswith("step-000003-") for each in names)
     assert name() == names[0]
 
