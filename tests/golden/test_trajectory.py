@@ -14,7 +14,7 @@ import torch
 
 from tests.golden.scenario import GOLDEN, SCENARIOS, overrides, write_scenario
 from tests.support.invented import write_pairs
-from tests.support.launch import assert_same_history, history, log, train
+from tests.support.launch import assert_same_history, history, train
 
 # Of the recorded values, on any machine: 3e-6 to 5e-6 were measured on another one than recorded them.
 RECORDED = 2e-5
@@ -100,13 +100,13 @@ def test_shared_prefixes_change_no_number(way: str, scenario: Path, tmp_path: Pa
     processes, name, extra = AS_TREES[way]
     write_pairs(tmp_path / "turns.jsonl", 47, seed=3, goes_on=True)
     command = [*overrides(scenario, name), f"data.train=[{tmp_path}/turns.jsonl]", *extra]
-    found, logs = {}, []
+    found = {}
     for is_on in ("true", "false"):
         folder = tmp_path / is_on
         stores = [f"reference.store={folder}/store", f"run.dir={folder}/run"]
         train([*command, *stores, f"trainer.prefix_tree={is_on}"], processes=processes)
-        logs.append(log(folder / "run"))
         found[is_on] = history(folder / "run")
+    assert found["true"] != found["false"], "sums in another order round otherwise"
     # A percentile is one margin: beta times a difference of float32 log-probs that sum to about 500 nats.
     one_pair = 0.1 * 500 * torch.finfo(torch.float32).eps / 4
     for tree, plain in zip(found["true"], found["false"], strict=True):
@@ -117,7 +117,6 @@ def test_shared_prefixes_change_no_number(way: str, scenario: Path, tmp_path: Pa
     for tree, plain in zip(found["true"], found["false"], strict=True):
         for key in {"loss", "eval_loss", "logps/chosen", "logps/rejected"} & tree.keys():
             assert tree[key] == pytest.approx(plain[key], rel=1e-6)
-    assert ["prefixes: " in text for text in logs] == [True, False]
 
 
 # Two to three times the largest drift that was measured. Without training, eval_loss would differ by 0.009.
