@@ -42,7 +42,7 @@ def test_the_best_checkpoint_is_kept_and_exported(run: Path) -> None:
     assert {folder.name for folder in (run / "checkpoints").glob("step-*")} == names
     assert (run / "checkpoints/best").read_text() == f"step-{best:06d}\n"
     assert summary(run)["best_checkpoint"] == {"metric": METRIC, "step": best, "value": measured[best]}
-    assert f"<td>{best}</td><td>step; {METRIC} " in (run / "report.html").read_text()
+    assert f"step-{best:06d} ({METRIC} " in (run / "report.html").read_text()
 
     for checkpoint in ("best", "latest"):
         ended = run_verb("export", [f"run.dir={run}", f"export.checkpoint={checkpoint}"])
