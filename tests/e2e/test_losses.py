@@ -96,7 +96,6 @@ def test_a_start_names_data_that_do_not_fit_the_loss(overrides: Overrides, tmp_p
         (COMPLETIONS, "kto", "a label: true or false"),
         (LABELLED, "sigmoid", "set loss=kto"),
         (LABELLED, "sft", "set loss=kto"),
-        ([{**row, "prompt": "same"} for row in LABELLED], "kto", "set loss=apo_zero_unpaired"),
         ([{**row, "score_rejected": 5} for row in SCORED], "odpo", "above the rejected"),
     ],
 )
@@ -109,6 +108,14 @@ def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(
     assert caught.value.exit_code == ExitCode.invalid
     assert said in caught.value.block()
     assert "rows.jsonl" in caught.value.block()
+
+
+def test_records_of_one_prompt_have_no_partners(overrides: Overrides, tmp_path: Path) -> None:
+    rows = [{**row, "prompt": "same"} for row in LABELLED]
+    refused = run_verb("train", overrides(written(tmp_path / "rows.jsonl", rows), "loss=kto"))
+    assert refused.code == ExitCode.invalid
+    assert "set loss=apo_zero_unpaired" in refused.output
+    assert "rows.jsonl" in refused.output
 
 
 OWN_LOSS = """
