@@ -425,7 +425,7 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
     """Check the inputs of a run that has its model, and write a missing report; collective."""
     world = run.world
     folder = run.folder
-    describe_run(run.config, world)
+    environment, _ = describe_run(run.config, world)
     identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
@@ -436,6 +436,11 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
             finish(run, completed, recorder, finished.summary)
     report = f", report {folder.report}" if folder.report.exists() else ""
     run.say(f"{folder} is complete: model {folder.model}{report}")
+    metrics_function = environment.get("metrics_function")
+    former = folder.environment.read_text() if folder.environment.exists() else ""
+    if metrics_function is not None and json.dumps(metrics_function) not in former:
+        function = f"metrics.function={run.config.metrics.function}"
+        run.say(f"to compute metrics of this function: dpo-dist evaluate run.dir={folder} {function}")
     if run.config.trainer.patience is None:
         run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
