@@ -30,8 +30,6 @@ HELD_OUT = "held_out_for_eval"
 LEFT_IN_TRAIN = "left_in_train"
 NOT_KEPT = "not_kept"
 """The reason of a record that the source's `keep` leaves out: it is no bad one."""
-COUNTS_OF_OTHERS = (HELD_OUT, LEFT_IN_TRAIN)
-"""Names under which records of another `Part` are counted, which are not among those that are read."""
 MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
 MAX_TEXT_BYTES = 2**24
