@@ -111,8 +111,15 @@ class Engine:
         return logps
 
     @torch.no_grad()
-    def logits_of_states(self) -> Callable[[Tensor], Tensor]:
-        """Return `PackedCausalLM.logits_of_states` of the weights as they are now; collective if sharded."""
+    def logits_of_states(self, *, without_adapter: bool = False) -> Callable[[Tensor], Tensor]:
+        """Return `PackedCausalLM.logits_of_states` of the weights as they are now; collective if sharded.
+
+        `without_adapter`: by the base's output layer, of which an adapter may train a copy.
+        """
+        with adapter_off(self.model) if without_adapter else contextlib.nullcontext():
+            return self._logits_of_states()
+
+    def _logits_of_states(self) -> Callable[[Tensor], Tensor]:
         head = output_layer(self.causal_lm)
         with deepspeed.zero.GatheredParameters([*head.parameters()], enabled=self._shards_weights):
             return self.model.logits_of_states(copied=self._shards_weights)

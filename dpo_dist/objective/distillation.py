@@ -20,6 +20,7 @@ from dpo_dist.config.losses import DistillOptions, LossConfig
 from dpo_dist.config.schema import TeacherConfig
 
 _UNITS = 2**40  # of a probability
+_LEAST_LOGP = -1e4  # of an id whose logit is -inf, of which 0 times infinity would be nan
 _ROUNDING = 1e-3  # of the sum of a vocabulary's probabilities in float32
 
 _Floats = npt.NDArray[np.float32]
@@ -149,7 +150,8 @@ class WholeDistributions:
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Return log-probs, [positions, vocabulary], from logits of at least as many ids."""
-        return torch.log_softmax(logits[:, : self.vocabulary].float() / self.temperature, dim=-1)
+        logps = torch.log_softmax(logits[:, : self.vocabulary].float() / self.temperature, dim=-1)
+        return logps.clamp(min=_LEAST_LOGP)
 
 
 def generalized_jsd(logps: Tensor, teacher_logps: Tensor, mix: float) -> tuple[Tensor, Tensor]:

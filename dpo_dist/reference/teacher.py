@@ -68,7 +68,7 @@ class Teacher:
         if isinstance(self.kept, WholeDistributions):
             model = self.policy or self.engine
             assert model is not None
-            answered = answered._replace(logits=model.logits_of_states())
+            answered = answered._replace(logits=model.logits_of_states(without_adapter=self.without_adapter))
         return replace(batch, teacher=answered)
 
 

@@ -80,7 +80,9 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     # which a text can have, the answers are the same for all students.
     folders = (inputs.policy_files.folder, folder)
     sizes = [load_config(each, config.model).get_text_config().vocab_size for each in folders]
-    kept = kept_distributions(config.teacher, config.loss, min(*sizes, len(inputs.tokenizer)))
+    kept = kept_distributions(
+        config.teacher, config.loss, min(*sizes, max(inputs.tokenizer.get_vocab().values()) + 1)
+    )
     load = partial(
         load_for_scoring,
         folder,

@@ -467,3 +467,17 @@ def test_a_kill_while_a_view_is_filled_keeps_its_shards(
     report = report["teacher"] if name == "teacher" else report
     assert (report["hits"], report["computed"]) == (4 * a_pair, 2 * a_pair)
     assert_same_history(history(tmp_path / "run"), history(tmp_path / "whole-run"), 1e-6)
+
+
+def test_the_base_as_teacher_has_its_own_output_layer(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """Not the copy that an adapter trains: it is the teacher that the base beside the policy would be."""
+    file = write_pairs(tmp_path / "six.jsonl", 6, seed=1)
+    command = ["loss=distill", "loss.options.mix=0.5", f"data.train=[{file}]", "trainer.max_steps=3"]
+    command += ["optim.lr=1e-2", "optim.warmup=0", f"teacher.system='{SAILOR['content']}'"]
+    command.append("model.adapter={r: 4, modules_to_save: [lm_head, embed_tokens]}")
+    train(overrides(*command, "teacher.mode=adapter", f"run.dir={tmp_path}/base"))
+    beside = ["teacher.mode=live", f"teacher.path={assets}/model", f"run.dir={tmp_path}/beside"]
+    train(overrides(*command, *beside))
+    assert_same_history(history(tmp_path / "base"), history(tmp_path / "beside"), 2e-5)

@@ -262,7 +262,9 @@ class Shapes:
         is_beside = teacher.mode is TeacherMode.live and teacher.offload is Offload.none
         if self.teacher is not None and is_beside:
             parts["teacher"] = number * _count_weights(self.teacher) / shards
-        if config.loss.options_of(DistillOptions).mix > 0 and stage == 3 and shards > 1:
+        if config.loss.options_of(DistillOptions).mix > 0 and (
+            self.teacher is not None or (stage == 3 and shards > 1)
+        ):
             # Whole for the policy's head, which compares whole distributions.
             parts["teacher's output layer"] = number * output_layer(self.teacher or causal_lm).weight.numel()
         is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))

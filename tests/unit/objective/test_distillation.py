@@ -136,7 +136,7 @@ def test_divergences_from_whole_distributions(change: LogitChange, temperature: 
 def test_a_certain_teacher_has_finite_divergences(mix: float) -> None:
     """Of an id to which bf16 logits leave no probability at all."""
     logits = torch.zeros(2, VOCABULARY, requires_grad=True)
-    certain = torch.full((2, VOCABULARY), -3e3).index_fill(1, torch.tensor([4]), 3e3)
+    certain = torch.full((2, VOCABULARY), -torch.inf).index_fill(1, torch.tensor([4]), 3e3)
     kept = WholeDistributions(mix, 1.0, VOCABULARY)
     values, slopes = generalized_jsd(kept.log_softmax(logits), kept.log_softmax(certain), mix)
     assert values.isfinite().all()
