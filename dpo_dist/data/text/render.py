@@ -170,13 +170,15 @@ def _by_template(
     messages = record.prompt
     assert isinstance(messages, tuple)
     if chat is None:
+        instead = "convert them to plain text"
+        if config.text_as_messages is True:
+            instead = "set data.text_as_messages=false"
         raise ConfigError(
             "the data are conversations, but the tokenizer has no chat template",
             where=str(record.origin),
             got="messages",
             expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
-            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or convert them "
-            "to texts (data.text_as_messages=false)",
+            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or " + instead,
         )
     responses = tuple(map(turns_of, record.responses))
     # The tools, and the arguments of the run and of the record.

@@ -46,8 +46,6 @@ class TokenizerFacts:
             raise ConfigError(
                 "the tokenizer has no fast version",
                 where="tokenizer of model.path",
-                got=type(tokenizer).__name__,
-                expected="a tokenizer with tokenizer.json",
                 remedy="use a model with a tokenizer.json, or convert its tokenizer to one",
             )
         self.tokenizer = tokenizer
