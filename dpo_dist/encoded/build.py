@@ -194,13 +194,6 @@ class Preparation:
         chunk_records, part_records = (
             (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
         )
-        # About how many records this share has to encode.
-        expected = source.expected_number()
-        total = 0
-        for part_number, first in enumerate(range(0, expected, part_records)):
-            is_of_share = part_number % shares == index
-            if is_of_share and not replace(target, part_number=part_number).file.exists():
-                total += min(part_records, expected - first)
         work = partial(
             _encode_chunk,
             source=source,
@@ -224,7 +217,7 @@ class Preparation:
             self.progress(source.path) as show,
             closing(in_order(missing, work)) as encoded,
         ):
-            every_chunk = _with_progress(encoded, show, total)
+            every_chunk = _with_progress(encoded, show)
             for part_number, numbered_chunks in itertools.groupby(every_chunk, itemgetter(0)):
                 chunks = (chunk for _, chunk in numbered_chunks)
                 write_source(replace(target, part_number=part_number), _unless_changed(chunks, source, state))
@@ -248,14 +241,14 @@ class _PartChunks:
 
 
 def _with_progress(
-    chunks: Iterable[tuple[int, EncodedChunk]], show: Callable[..., None], total: int
+    chunks: Iterable[tuple[int, EncodedChunk]], show: Callable[..., None]
 ) -> Iterator[tuple[int, EncodedChunk]]:
     """Yield the chunks, and show after each how many records have been encoded."""
     encoded = 0
     for part_number, chunk in chunks:
         yield part_number, chunk
         encoded += len(chunk[0])
-        show(encoded, total if encoded <= total else None)
+        show(encoded)
 
 
 def _unless_changed(

@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.read.files import expected_records
 from dpo_dist.encoded import build, store
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.store import EncodedSource
@@ -287,28 +284,14 @@ def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path, monkeypatch
     assert len(parts_in(tmp_path)) == 2
 
 
-def test_progress_knows_what_is_left(tmp_path: Path) -> None:
-    """Of 5 parts and a half, the first share has three; one of them is there already."""
-    source, shown = source_of(tmp_path, 5 * PART + 2), list[tuple[int, int | None]]()
+def test_progress_counts_the_records_of_the_share_that_are_encoded(tmp_path: Path) -> None:
+    """Of 5 parts and a half, the first share has three."""
+    source, shown = source_of(tmp_path, 5 * PART + 2), list[tuple[int, ...]]()
     progress = mock.Mock(return_value=contextlib.nullcontext(lambda *numbers: shown.append(numbers)))
     one = replace(preparation(source, tmp_path / "cache"), progress=progress)
     one.encode(one.plan(), (0, 2))
-    assert shown == [(done, 3 * PART) for done in range(CHUNK, 3 * PART + 1, CHUNK)]
+    assert shown == [(done,) for done in range(CHUNK, 3 * PART + 1, CHUNK)]
     shown.clear()
     (tmp_path / "cache" / parts_in(tmp_path)[1]).unlink()
     one.encode(one.plan(), (0, 2))
-    assert shown == [(CHUNK, PART), (2 * CHUNK, PART)]
-    shown.clear()
-    one.encode(one.plan(), (1, 2))
-    assert shown[-1] == (2 * PART + 2, 2 * PART + 2)
-
-
-@pytest.mark.parametrize("lines", [0, 7, 100_000])
-def test_the_number_of_records_is_known_before_they_are_read(lines: int, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f'{{"prompt": "{"x" * (n % 60)}"}}\n' for n in range(lines)))
-    assert expected_records([file]) == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
-    table = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * lines}), table)
-    assert expected_records([table, table]) == 2 * lines
-    assert expected_records([table, tmp_path / "rows.csv"]) == 0
+    assert shown == [(CHUNK,), (2 * CHUNK,)]
