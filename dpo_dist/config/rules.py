@@ -375,7 +375,7 @@ RULES = (
     ),
     # The optimizer.
     Rule(
-        "optim.kind=adamw_8bit|muon parallelism.offload_optimizer!=none",
+        "optim.kind=muon parallelism.offload_optimizer!=none",
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
         "set optim.kind=adamw, or parallelism.offload_optimizer=none",
     ),

@@ -269,7 +269,7 @@ class ParallelismConfig:
 LearningRateSchedule = StrEnum(
     "LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
 )
-OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16", "adamw_8bit", "muon"])
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16", "muon"])
 SumsDtype = StrEnum("SumsDtype", ["auto", "bf16", "fp32"])
 
 
@@ -278,13 +278,11 @@ class OptimConfig:
     """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `adamw_8bit`: states of 2 bytes a
-    weight in place of 8 (bitsandbytes); `muon`: Muon for matrices (arXiv 2502.16982). `adamw_bf16` rounds up
-    or down by a chance that depends on `trainer.seed`, the step and the weight alone; it needs
-    `model.dtype=bf16`. `adamw_bf16` and `adamw_8bit` take no offload, and `adamw_8bit` resumes on as many
-    processes and the same parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases
-    and norms to AdamW, needs `zero2` or `ddp`, and computes in bf16: on other numbers of processes rounding
-    differs more."""
+    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `muon`: Muon for matrices
+    (arXiv 2502.16982). `adamw_bf16` rounds up or down by a chance that depends on `trainer.seed`, the step
+    and the weight alone; it needs `model.dtype=bf16`, and takes no offload. `muon` leaves
+    embeddings, output layer, stacked experts, biases and norms to AdamW, needs `zero2` or `ddp`, and computes
+    in bf16: on other numbers of processes rounding differs more."""
     sums: SumsDtype = key(SumsDtype.auto)
     """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
     other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it

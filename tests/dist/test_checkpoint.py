@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
@@ -46,7 +45,7 @@ from tests.dist.scenario import Assets, load_policy, load_reference, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.full_disk import full_disk
 from tests.support.precision import NEEDS_FP16
-from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.ranks import OPTIM, run_ranks
 
 SYNC = SyncReferenceConfig(1, 0.5)
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), ReferenceProvider())
@@ -373,46 +372,3 @@ def demand_equal(first: SavedSlices, second: SavedSlices, parts: set[str], step:
     for name in first.shapes:
         for part in parts:
             assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
-
-
-def resume(
-    make: Callable[[World], Trainer],
-    found: Path,
-    steps: Sequence[Sequence[int]],
-    end: Path,
-    world: World,
-    _folder: Path,
-) -> list[float]:
-    """Continue a checkpoint of two ranks in new processes, and save its end; return the gradient norms."""
-    trainer = make(world)
-    trainer.policy.load_shards(found)
-    norms = [trainer.step(rows) for rows in steps]
-    trainer.save(end.parent, int(end.name.removeprefix("step-")))
-    return norms
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "policy"),
-    [(ZERO3, BF16, FULL), (ZERO2, FP32, Policy(AdapterConfig(r=8, alpha=16)))],
-    ids=["zero3 in bf16", "zero2 with an adapter"],
-)
-def test_8_bit_states_are_close_to_float32_and_resume_exactly_in_as_many_processes(
-    kind: ParallelismConfig, dtype: Dtype, policy: Policy, assets: Assets, tmp_path: Path
-) -> None:
-    pytest.importorskip("bitsandbytes")
-    root = tmp_path / "checkpoints"
-    exact = partial(go_on, assets, tmp_path / "exact", policy, dtype)
-    policy = replace(policy, optim=replace(OPTIM, kind=OptimizerKind.adamw_8bit))
-    eight_bit = partial(go_on, assets, root, policy, dtype)
-    norms = run_ranks(eight_bit, 2, tmp_path / "ranks", kind, dtype)
-    assert run_ranks(eight_bit, 2, tmp_path / "again", kind, dtype) == norms
-    demand_equal(
-        *(SavedSlices.find(root / f"step-00000{number}", SHARDS) for number in (2, 3)), {"weight"}, 2
-    )
-    files = [load_file(file) for file in root.glob("step-000002/**/*.safetensors")]
-    assert torch.uint8 in {tensor.dtype for file in files for tensor in file.values()}
-    [in_float32, _] = run_ranks(exact, 2, tmp_path / "exact_ranks", kind, dtype)
-    assert norms[0] == pytest.approx(in_float32, rel=0.02)
-    (other,) = start_ranks(eight_bit, 1, tmp_path / "alone", kind, dtype).finish()
-    assert other.error == "CheckpointError", other.log
-    assert "the number of processes" in other.message

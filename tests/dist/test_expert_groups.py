@@ -21,7 +21,6 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Offload,
     OptimConfig,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -50,7 +49,7 @@ from tests.dist.test_families import forget
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.ranks import OPTIM, run_ranks
 from tests.support.stored import quantize_mxfp4, spoil
 
 SECONDS = 90
@@ -290,17 +289,6 @@ def test_a_run_is_the_same_in_any_groups_and_goes_on_in_others(
     one = train_in([(1, ONE)] * len(worlds), model, assets, tmp_path / "one")
     assert train_in(worlds, model, assets, tmp_path / "shared") == pytest.approx(one, rel=5e-5)
     compare(tmp_path / "shared", tmp_path / "one")
-
-
-def test_8_bit_states_are_refused_where_a_rank_has_other_experts(assets: Assets, tmp_path: Path) -> None:
-    """Their blocks belong to a rank's weights, which another grouping changes."""
-    pytest.importorskip("bitsandbytes")
-    model = ModelConfig(str(family("qwen3_moe", tmp_path / "model")), dtype=Dtype.fp32)
-    optim = replace(OPTIM, kind=OptimizerKind.adamw_8bit)
-    scenario = partial(train, assets, model, tmp_path / "run", 2, False, optim)
-    run_ranks(scenario, 4, tmp_path / "before", PAIR, seconds=SECONDS)
-    for outcome in start_ranks(scenario, 4, tmp_path / "after", FOUR).finish(SECONDS):
-        assert outcome.error == "CheckpointError", outcome.log
 
 
 DDP = ParallelismConfig(ParallelismKind.ddp)

@@ -151,15 +151,14 @@ class SavedSlices:
                     step = int(header["step"])
                     shapes |= {weight: tuple(shape) for weight, (_, *shape) in starts.items()}
                     for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
-                        start, *_ = starts.get(key.partition("/")[2], [0])
+                        start, *_ = starts[key.partition("/")[2]]
                         end = start + opened.get_slice(key).get_shape()[0]
                         ranges.setdefault(key, []).append((start, end, file))
-        of_weights = [key.partition("/") for key in ranges]
-        parts = dict.fromkeys(part for part, _, weight in of_weights if weight in shapes)
+        parts = dict.fromkeys(key.partition("/")[0] for key in ranges)
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
     def load_into(self, slices: Iterable[Slice], seed: int = 0) -> None:
-        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones.
+        """Fill the parts of `slices`, also from other ranges.
 
         float32 values become bf16 by the chance of `seed`: to the nearest, all moves of a weight below half a
         step of bf16 would be lost.
@@ -171,18 +170,10 @@ class SavedSlices:
                 return stack.enter_context(safe_open(self.folder / file, "pt"))
 
             for piece in slices:
-                if WEIGHT in piece.parts and self.shapes.get(piece.name) != piece.shape:
+                if self.shapes.get(piece.name) != piece.shape:
                     raise ValueError(f"{piece.name} is missing or has another shape")
                 for part, target in piece.parts.items():
                     key = f"{part}/{piece.name}"
-                    if WEIGHT not in piece.parts and key not in self._ranges:
-                        raise CheckpointError(
-                            "a checkpoint's 8-bit optimizer states can only be loaded as they were saved",
-                            where=str(self.folder),
-                            got=f"no {key}",
-                            remedy="resume with the number of processes and the parallelism that wrote "
-                            "it: other processes can only load states of optim.kind=adamw",
-                        )
                     for start, stop, file in self._ranges[key]:
                         first = max(piece.start, start)
                         last = min(piece.start + target.numel(), stop)

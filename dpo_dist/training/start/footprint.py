@@ -74,7 +74,6 @@ _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest l
 _STATES_PER_MASTER = {
     OptimizerKind.adamw: 2.0,
     OptimizerKind.adamw_bf16: 2.0,
-    OptimizerKind.adamw_8bit: 0.5,
     OptimizerKind.muon: 1.0,
 }
 # In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.

@@ -81,7 +81,6 @@ REFUSED = [
     ("loss=custom run.dir=here", "loss.function"),
     ("loss.divergence=js loss.alpha_coefficient=0.3", "loss.alpha_coefficient"),
     ("loss=exo_pair loss.label_smoothing=0", "loss.label_smoothing"),
-    ("optim.kind=adamw_8bit parallelism.offload_optimizer=cpu", "optim.kind"),
     ("optim=muon parallelism=zero2 parallelism.offload_optimizer=cpu", "optim.kind"),
     ("optim=adamw_bf16 parallelism.offload_optimizer=cpu", "optim.kind"),
     ("optim=adamw_bf16 parallelism.offload_parameters=cpu", "optim.kind"),

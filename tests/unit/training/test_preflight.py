@@ -71,7 +71,6 @@ def refused(config: RunConfig) -> DpoDistError:
             "model.quantization=null",
         ),
         ("bitsandbytes", "reference.quantization=int8", "reference.quantization=null"),
-        ("bitsandbytes", "optim=adamw_8bit", "optim.kind=adamw"),
         ("mlflow", "tracking.to=[wandb,mlflow,aim]", "tracking.to=[wandb]"),
     ],
 )
