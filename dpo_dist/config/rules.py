@@ -375,11 +375,6 @@ RULES = (
     ),
     # The optimizer.
     Rule(
-        "optim.kind=muon parallelism.offload_optimizer!=none",
-        "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
-        "set optim.kind=adamw, or parallelism.offload_optimizer=none",
-    ),
-    Rule(
         "optim.kind=adamw_bf16 parallelism.offload_optimizer parallelism.offload_parameters",
         "this optimizer updates the weights where the forward has them, on the device",
         "set parallelism=zero3, zero2 or ddp, or optim.kind=adamw",
@@ -399,11 +394,6 @@ RULES = (
         "optim.sums=fp32 optim.kind=adamw_bf16 parallelism.kind=ddp",
         "with float32 sums DeepSpeed's stage 1 keeps float32 master weights",
         "set parallelism=zero2, or remove optim.sums",
-    ),
-    Rule(
-        "optim.kind=muon parallelism.kind=zero3",
-        "ZeRO-3 cuts each matrix over all processes, and Muon needs whole ones",
-        "choose parallelism=zero2, or optim.kind=adamw",
     ),
     Rule(
         "optim.warmup",

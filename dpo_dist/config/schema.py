@@ -269,20 +269,18 @@ class ParallelismConfig:
 LearningRateSchedule = StrEnum(
     "LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
 )
-OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16", "muon"])
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16"])
 SumsDtype = StrEnum("SumsDtype", ["auto", "bf16", "fp32"])
 
 
 @schema
 class OptimConfig:
-    """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
+    """AdamW, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `muon`: Muon for matrices
-    (arXiv 2502.16982). `adamw_bf16` rounds up or down by a chance that depends on `trainer.seed`, the step
-    and the weight alone; it needs `model.dtype=bf16`, and takes no offload. `muon` leaves
-    embeddings, output layer, stacked experts, biases and norms to AdamW, needs `zero2` or `ddp`, and computes
-    in bf16: on other numbers of processes rounding differs more."""
+    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18. It rounds up or down by a chance
+    that depends on `trainer.seed`, the step and the weight alone, needs `model.dtype=bf16`, and takes no
+    offload."""
     sums: SumsDtype = key(SumsDtype.auto)
     """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
     other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it
@@ -303,7 +301,7 @@ class OptimConfig:
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
-    """Decay of the moments of AdamW; the momentum of `muon` is 0.95."""
+    """Decay of the moments of AdamW."""
     max_grad_norm: float | None = key(1.0, gt=0)
     """Norm to which a larger gradient is clipped; null: none is."""
 

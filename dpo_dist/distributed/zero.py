@@ -45,7 +45,6 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.shard_groups import copy_shards, sum_over_groups
 from dpo_dist.foundation.errors import ConfigError
@@ -234,26 +233,18 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig, seed: int) -> to
     Decayed are all but biases and norms; and weights without a gradient, such as a vision tower's, are not,
     so that they do not change. `seed`: of the chance by which `adamw_bf16` rounds.
     """
-    matrices = matrices_of(model.causal_lm) if optim.kind is OptimizerKind.muon else set()
     unmoved = without_gradient(model.causal_lm)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     undecayed = {weight for weight in trained if len(whole_shape(weight)) <= 1} | unmoved
-    decayed = [weight for weight in trained if weight not in undecayed]
     parts = [
-        ([weight for weight in decayed if weight in matrices], optim.weight_decay, True),
-        ([weight for weight in decayed if weight not in matrices], optim.weight_decay, False),
-        ([weight for weight in trained if weight in undecayed], 0.0, False),
+        ([weight for weight in trained if weight not in undecayed], optim.weight_decay),
+        ([weight for weight in trained if weight in undecayed], 0.0),
     ]
-    groups = [
-        {"params": weights, "weight_decay": decay, MATRICES: are_matrices}
-        for weights, decay, are_matrices in parts
-        if weights
-    ]
+    groups = [{"params": weights, "weight_decay": decay} for weights, decay in parts if weights]
     betas = (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw_bf16:
         return AdamWBF16(groups, optim.lr, betas, ADAM_EPS, seed)
-    kind = MuonAndAdamW if optim.kind is OptimizerKind.muon else torch.optim.AdamW
-    return kind(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
 
 
 class PolicyEngine(Engine):
@@ -288,7 +279,6 @@ class PolicyEngine(Engine):
         if isinstance(inner, AdamWBF16):
             join_masters(engine)
             inner.names = self._trained_names()
-        if isinstance(inner, AdamWBF16 | MuonAndAdamW):
             inner.ranges = dict(flat_masters(engine))
         self._world = world
         self._seed = seed

@@ -28,7 +28,6 @@ from dpo_dist.distributed.deepspeed_internals import (
     shard_range,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
-from dpo_dist.distributed.muon import MOMENTUM, MuonAndAdamW
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.library_internals import whole_shape
 
@@ -140,9 +139,7 @@ class OptimizerSlices:
         counts = is_cpu_adam or isinstance(inner, AdamWBF16)
         for flat in self.masters() if names else []:
             states = inner.state[flat]
-            # A rank's part may be only padding: it has the states of its group all the same.
-            has_momentum = isinstance(inner, MuonAndAdamW) and inner.has_momentum(flat)
-            for name in [name for name in names if (name == MOMENTUM) is has_momentum]:
+            for name in names:
                 states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
             states[STEP] = step if counts else torch.tensor(float(step), device=flat.device)
         if is_cpu_adam and names:

@@ -35,7 +35,6 @@ from dpo_dist.config.schema import (
     TrainerConfig,
 )
 from dpo_dist.distributed.deepspeed_config import SUB_GROUP
-from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import describe_reward_model, recorded_arrangement
@@ -70,12 +69,8 @@ PROCESS_BYTES = 1e9
 _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
 _CUDA_BYTES = 0.8e9  # chosen, for one process, which needs no NCCL: kernels and cuBLAS's workspaces
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
-# Size of an optimizer's states for a master weight, relative to the master weight.
-_STATES_PER_MASTER = {
-    OptimizerKind.adamw: 2.0,
-    OptimizerKind.adamw_bf16: 2.0,
-    OptimizerKind.muon: 1.0,
-}
+_STATES_PER_MASTER = 2.0
+"""Size of the states of AdamW for a weight that it updates, relative to that weight."""
 # In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
 _BYTES_IN_MXFP4 = 17 / 32
@@ -186,7 +181,7 @@ class Shapes:
     @cached_property
     def states(self) -> float:
         """Bytes of a trained weight in a checkpoint: the master weight, if there is one, and its states."""
-        return state_bytes(self.config.optim, self.config.trainer, self.causal_lm)
+        return state_bytes(self.config.optim, self.config.trainer)
 
     @property
     def number(self) -> int:
@@ -367,19 +362,11 @@ def teacher_without_weights(config: RunConfig, shape: Mapping[str, Any] | None =
     return policy_without_weights(teacher, shape)
 
 
-def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = None) -> float:
-    """Return the bytes of weight or master weight and states per trained weight, as in a checkpoint.
-
-    Without the model, Muon is counted as if all weights were matrices, which are the fewest bytes.
-    """
-    states = _STATES_PER_MASTER[optim.kind]
-    if optim.kind is OptimizerKind.muon and causal_lm is not None:
-        trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
-        by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
-        states += 1 - by_muon  # the other weights have AdamW's second state
+def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
+    """Return the bytes of weight or master weight and states per trained weight, as in a checkpoint."""
     number = 2.0 if optim.kind is OptimizerKind.adamw_bf16 else 4.0
     average = 4.0 if trainer.ema_decay is not None else 0.0
-    return number * (1 + states) + average
+    return number * (1 + _STATES_PER_MASTER) + average
 
 
 def disk_bytes(config: RunConfig, weights: int, trained: int, states: float) -> dict[str, float]:
