@@ -410,14 +410,7 @@ RULES = (
         ),
         lambda c: c.optim.warmup >= 1 and c.optim.warmup > (c.trainer.max_steps or 0),
     ),
-    unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
-    unused("optim.decay_ratio", "optim.schedule=wsd"),
-    Rule(
-        "optim.schedule=wsd optim.warmup optim.decay_ratio",
-        "the warm-up and the decay are longer than the run",
-        "lower optim.warmup or optim.decay_ratio: their sum is at most 1",
-        lambda c: c.optim.warmup < 1 < c.optim.warmup + c.optim.decay_ratio,
-    ),
+    unused("optim.min_lr_ratio", "optim.schedule=cosine|linear"),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
         "checkpoints hold the moving average of the weights, but no checkpoint is kept",

@@ -128,7 +128,7 @@ MISTYPED = [
     ("gradient_checkpointing=true", "did you mean model.gradient_checkpointing=full?"),
     ("warmup_steps=0.1", "did you mean optim.warmup=0.1?"),
     ("lr_scheduler_type=constant_with_warmup", "did you mean optim.schedule=constant?"),
-    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt, wsd"),
+    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine"),
     ("loss_type=sigmod", "did you mean loss=sigmoid?"),
     ("loss.simpo_gamma=1", "did you mean loss.options.gamma=1? It is an option of simpo"),
     ("loss=dpop loss.options.lambda=3", "did you mean loss.options.penalty_weight?"),
