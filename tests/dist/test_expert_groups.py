@@ -30,7 +30,6 @@ from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
     SavedSlices,
     latest_checkpoint,
-    load_checkpoint_weights,
 )
 from dpo_dist.distributed.checkpoint.slices import SHARDS
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
@@ -41,8 +40,7 @@ from dpo_dist.model.experts import ExpertShare, expert_weights
 from dpo_dist.model.files.load import check_contents, load_config, load_weights
 from dpo_dist.model.files.own_experts import OwnExperts
 from dpo_dist.model.files.stored import open_plain
-from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.engine import ReferenceProvider, load_for_scoring
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
 from tests.dist.test_families import forget
@@ -223,27 +221,6 @@ def test_a_rank_reads_its_own_experts_only(model_type: str, tmp_path: Path) -> N
     family(model_type, tmp_path / "models" / "whole")
     scenario = partial(own_weights, tmp_path / "models")
     assert run_ranks(scenario, 2, tmp_path / "ranks", PAIR, seconds=SECONDS) == [[], []]
-
-
-def scores(assets: Assets, model: Path, checkpoint: Path, world: World, _folder: Path) -> list[float]:
-    """Log-probs by the weights of a checkpoint, as an evaluation loads them."""
-
-    def finish(packed: PackedCausalLM) -> None:
-        load_checkpoint_weights(packed, checkpoint, world)
-
-    settings = ModelConfig(str(model), dtype=Dtype.fp32)
-    engine = load_for_scoring(model, settings, ReferenceConfig(), 256, world, finish)
-    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
-    return [float(logp) for logp in engine.token_logps(batch)]
-
-
-def test_every_copy_scores_by_the_weights_of_a_checkpoint(assets: Assets, tmp_path: Path) -> None:
-    path = family("qwen3_moe", tmp_path / "model")
-    train_in([(1, ONE)], ModelConfig(str(path), dtype=Dtype.fp32), assets, tmp_path / "run")
-    scenario = partial(scores, assets, path, tmp_path / "run" / "step-000004")
-    [expected] = run_ranks(scenario, 1, tmp_path / "one", ONE, seconds=SECONDS)
-    for logps in run_ranks(scenario, 4, tmp_path / "four", IN_NODES, seconds=SECONDS):
-        assert logps == pytest.approx(expected, abs=1e-4)
 
 
 def test_two_ranks_that_share_experts_train_like_one_process(assets: Assets, tmp_path: Path) -> None:
