@@ -367,3 +367,19 @@ def demand_equal(first: SavedSlices, second: SavedSlices, parts: set[str], step:
     for name in first.shapes:
         for part in parts:
             assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
+
+
+def resume(
+    make: Callable[[World], Trainer],
+    found: Path,
+    steps: Sequence[Sequence[int]],
+    end: Path,
+    world: World,
+    _folder: Path,
+) -> list[float]:
+    """Continue a checkpoint of two ranks in new processes, and save its end; return the gradient norms."""
+    trainer = make(world)
+    trainer.policy.load_shards(found)
+    norms = [trainer.step(rows) for rows in steps]
+    trainer.save(end.parent, int(end.name.removeprefix("step-")))
+    return norms
