@@ -68,7 +68,7 @@ class ConsoleConfig:
     a terminal, else `plain`."""
 
 
-TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab comet_ml aim clearml dvclive")
+TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab")
 DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
@@ -78,11 +78,11 @@ class TrackingConfig:
     """Trackers, which get the metrics of the run."""
 
     to: list[TrackerName] = key([TrackerName.wandb])
-    """Any of `wandb` (online with an API key, else offline), `tensorboard`, `mlflow`, `trackio`, `swanlab`,
-    `comet_ml`, `aim`, `clearml`, `dvclive`."""
+    """Any of `wandb` (online with an API key, else offline), `tensorboard`, `mlflow`, `trackio`,
+    `swanlab`."""
     project: str | None = key(None)
-    """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT
-    win over it."""
+    """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME wins over
+    it."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
