@@ -28,7 +28,6 @@ from dpo_dist.config.schema import (
     OptimConfig,
     OptimizerKind,
     Quantization,
-    ReferenceConfig,
     ReferenceMode,
     RunConfig,
     TeacherMode,
@@ -39,7 +38,7 @@ from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import describe_reward_model, recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
-from dpo_dist.model.experts import expert_modules, packable, unpackable
+from dpo_dist.model.experts import expert_modules, packable
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
 from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
@@ -334,10 +333,8 @@ class Shapes:
         return 4.0 * sparse_rows(self.config.teacher, self.config.loss, vocabulary).width
 
     def notes(self) -> list[str]:
-        """Return lines about weights whose files are quantized, and about those that cannot be."""
-        model = self.config.model
-        stored = stored_notes(model, self.causal_lm)
-        return [*stored, *quantization_notes(model, self.config.reference, self.causal_lm)]
+        """Return lines about weights whose files are quantized."""
+        return stored_notes(self.config.model, self.causal_lm)
 
 
 def policy_without_weights(model: ModelConfig, shape: Mapping[str, Any] | None = None) -> Any:
@@ -465,25 +462,6 @@ def stored_notes(model: ModelConfig, causal_lm: Any) -> list[str]:
     if _is_mxfp4(causal_lm) and model.adapter is not None:
         note += "; model.quantization=nf4 keeps the experts in the 4 bits of the files"
     return [note]
-
-
-def quantization_notes(model: ModelConfig, reference: ReferenceConfig, causal_lm: Any) -> list[str]:
-    """Return a line for each key that quantizes the model but leaves experts of a mixture as they are."""
-    number = TORCH_DTYPES[model.dtype].itemsize
-    experts = unpackable(causal_lm)
-    size_of_experts = size(number * sum(map(torch.numel, experts)))
-    kinds = {"model.quantization": model.quantization}
-    if reference.path is None:
-        kinds["reference.quantization"] = reference.quantization
-    if not experts:
-        return []
-    notes = []
-    for key, kind in kinds.items():
-        if kind is not None:
-            note = f"warning: {key}={kind} leaves experts in {model.dtype}, {size_of_experts}: they are "
-            note += "neither linear layers nor tensors of three dimensions with less than 2^31 numbers"
-            notes.append(note)
-    return notes
 
 
 def _count_weights(module: nn.Module) -> int:
