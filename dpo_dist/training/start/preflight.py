@@ -90,8 +90,8 @@ def checked_console(config: RunConfig, *, trains: bool = False) -> Iterator[Cons
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        # The file of rows exists from the moment before the first step.
-        if is_new and os.environ.get("RANK", "0") == "0" and not folder.rows.exists():
+        # The log of rows exists from the moment before the first step.
+        if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
                 shutil.rmtree(folder.path, ignore_errors=True)  # never the folder of another process
         raise

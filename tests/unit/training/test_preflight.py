@@ -210,7 +210,7 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     with pytest.raises(DataError), checked_console(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
         MetricsLog.open(RunFolder(other.run.path), None)
         raise DataError("found at a later step, before the first row and the first checkpoint")
-    assert RunFolder(other.run.path).rows.is_file()
+    assert RunFolder(other.run.path).log_history.is_file()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
     assert RunFolder(other.run.path).rank_log(0).is_file()
     monkeypatch.setenv("RANK", "1")
