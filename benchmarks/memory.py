@@ -21,12 +21,14 @@ from benchmarks.setting import SHAPES, Setting, prepare
 
 LIVE = "reference.mode=live"
 COLD, WARM = "cached, the store filled first", "cached, all found in the store"
+FOLLOWING = "live, following the policy"
 MODES = {
     "none (simpo)": ["loss=simpo", "reference=none"],
     COLD: [],
     WARM: [],
     "live": [LIVE],
     "live, offload cpu": [LIVE, "reference.offload=cpu"],
+    FOLLOWING: [LIVE, "loss.sync_reference={every: 1, mixup: 0.5}"],
     "live, int8": [LIVE, "reference.quantization=int8"],
     "live, nf4": [LIVE, "reference.quantization=nf4"],
 }
@@ -97,5 +99,5 @@ BENCHMARK = Benchmark(
     run,
     shared={"pairs": 16, "dtype": "fp32", "processes": [1, 2]},
     own=_own_options,
-    smoke={"models": ["tiny"], "processes": [1], "pairs": 4, "modes": [COLD, WARM]},
+    smoke={"models": ["tiny"], "processes": [1], "pairs": 4, "modes": [COLD, WARM, FOLLOWING]},
 )

@@ -465,6 +465,16 @@ Term = Annotated[
 ]
 
 
+@schema
+class SyncReferenceConfig:
+    """TR-DPO: a live reference model that follows the policy (arXiv 2404.09656)."""
+
+    every: int | None = key(None, ge=1)
+    """Steps between updates of the live reference; null: no updates."""
+    mixup: float = key(0.6, gt=0, le=1)
+    """Share of the policy's weights in the updated reference."""
+
+
 LOSS_FUNCTION = "loss.function"
 
 
@@ -498,6 +508,7 @@ class LossConfig:
     """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
     options: KindOptions = _options()
     """Options of `kind`: `{gamma: 1}`; null: their defaults."""
+    sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
     router: RouterConfig = section(RouterConfig, verbs="train")
     function: str | None = key(None, runs="Python code of the loss is run")
     """`custom`: the loss function, as `module:function`."""

@@ -428,6 +428,11 @@ RULES = (
         lambda c: (c.parallelism.shard_size or 0) % c.parallelism.experts != 0,
     ),
     Rule(
+        "parallelism.experts!=1 loss.sync_reference.every!=null",
+        "a reference that follows the policy has its experts on other processes",
+        to_unset("parallelism.experts") + ", or loss.sync_reference.every",
+    ),
+    Rule(
         "parallelism.shard_size!=null parallelism.offload_optimizer!=none",
         "gradients that go to the host cannot be summed over several copies of the weights",
         to_unset("parallelism.shard_size") + ", or set parallelism.offload_optimizer=none",
@@ -485,6 +490,22 @@ RULES = (
         "reference.quantization!=null reference.offload!=none",
         "a quantized reference model is whole on every device and cannot be offloaded",
         "remove one of them",
+    ),
+    unused("loss.sync_reference.mixup", "loss.sync_reference.every!=null", "set loss.sync_reference.every"),
+    Rule(
+        "loss.sync_reference.every!=null reference.mode!=live",
+        "only a live reference can follow the policy",
+        "choose reference=live, or remove loss.sync_reference.every",
+    ),
+    Rule(
+        "loss.sync_reference.every!=null model.adapter!=null",
+        "a reference can follow the policy only if all weights train",
+        to_unset("loss.sync_reference.every") + ", or model.adapter",
+    ),
+    Rule(
+        "loss.sync_reference.every!=null reference.quantization!=null",
+        "a quantized reference cannot take the policy's weights",
+        "set reference.quantization=null, or remove loss.sync_reference.every",
     ),
     # The teacher.
     Rule(

@@ -266,7 +266,7 @@ class ParallelismConfig:
     """Seconds that a process waits for another one before the run ends."""
 
 
-LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
+LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
 OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16"])
 SumsDtype = StrEnum("SumsDtype", ["auto", "bf16", "fp32"])
 
@@ -286,7 +286,8 @@ class OptimConfig:
     lr: float = key(1e-6, gt=0, le=1)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
-    """Course of the learning rate after warm-up."""
+    """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
+    warm-up, without as sqrt(10,000 / (10,000 + step))."""
     warmup: float = key(0.1, ge=0)
     """Steps that warm up the learning rate: below 1 a share of all, else their number."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)

@@ -2,9 +2,9 @@
 
 If a new version changes one of these parts, a test fails: tests/unit/distributed/test_deepspeed_internals.py
 calls the functions below on real engines with one rank, and these files of tests/dist with two ranks:
-`test_checkpoint.py` (master weights, states of CPU Adam), `test_engine.py`, `test_generation.py` (orders of
-gathering), `test_families.py` (gradients of leaves; tests/unit/distributed/test_zero.py has those that would
-be lost).
+`test_checkpoint.py` (master weights, states of CPU Adam), `test_averages.py` (a reference that follows the
+policy), `test_engine.py`, `test_generation.py` (orders of gathering), `test_families.py` (gradients of
+leaves; tests/unit/distributed/test_zero.py has those that would be lost).
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import copy
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import (
     Init,
     InsertPostInitMethodToModuleSubClasses,
+    ZeroParamStatus,
 )
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -350,6 +351,13 @@ def gathered_once(engine: Any) -> Iterator[None]:
             weight.ds_persist = False
     # Not after an error: releasing weights in flight would raise another error and hide the first.
     _gathering(engine).param_coordinator.release_and_reset_all(engine.module)
+
+
+def release_gathered(weights: Iterable[Any]) -> None:
+    """Release small weights that ZeRO-3 keeps gathered, so that the next forward gathers them again."""
+    for weight in weights:
+        if weight.ds_status is ZeroParamStatus.AVAILABLE:
+            weight.partition()
 
 
 def forget_process_group() -> None:

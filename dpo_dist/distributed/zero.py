@@ -17,7 +17,7 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, OptimConfig, OptimizerKind
 from dpo_dist.distributed.adamw_bf16 import AdamWBF16
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
-from dpo_dist.distributed.checkpoint.slices import ModelSlices, OptimizerSlices
+from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     LeafGradients,
@@ -398,11 +398,11 @@ class PolicyEngine(Engine):
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        return ModelSlices(list(slices) if self._world.writes_shards else [], slices.step)
+        return ModelSlices(SHARDS, list(slices) if self._world.writes_shards else [], slices.step)
 
     def load_shards(self, folder: Path) -> None:
         """Load the shards from a checkpoint that any number of ranks wrote, with any kind of parallelism."""
-        saved = self._world.on_main(lambda: SavedSlices.find(folder))
+        saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)
         self._world.together(lambda: saved.load_into(slices, self._seed))

@@ -31,10 +31,12 @@ from dpo_dist.distributed.checkpoint.saver import (
     reading_errors,
     remove_unfinished,
 )
+from dpo_dist.distributed.checkpoint.slices import SlicedWeights
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.zero import Engine, LossScale, PolicyEngine, load_to_train
+from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine, load_to_train
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
@@ -235,7 +237,14 @@ def _set_up(
     objective = Objective(
         config.loss, reference.provider, inputs.router, custom, prepared.teacher.beside(policy)
     )
-    # What happens when a checkpoint is committed.
+    # What a checkpoint holds, and what happens when one is committed.
+    sharded: list[SlicedWeights] = [policy]
+    reference_sync = None
+    if config.loss.sync_reference.every is not None:
+        engine = reference.provider.engine
+        assert isinstance(engine, FrozenEngine)
+        reference_sync = ReferenceSync(engine, policy, config.loss.sync_reference, world)
+        sharded.append(reference_sync)
     command = None
     if world.is_main and config.run.after_checkpoint is not None:
         command = AfterCheckpoint(config.run.after_checkpoint, run.folder, run.console)
@@ -250,7 +259,7 @@ def _set_up(
     checkpoints = CheckpointSaver(
         run.folder.checkpoints,
         config.trainer.keep_last,
-        policy,
+        sharded,
         world,
         say=run.say,
         committed=committed,
@@ -259,7 +268,8 @@ def _set_up(
     engines.callback(checkpoints.close)  # before the engines are freed: a save still reads their weights
     # The position: that of the checkpoint, or the start, where policy and reference must agree.
     if checkpoint is not None:
-        policy.load_shards(checkpoint.folder)
+        for part in sharded:
+            part.load_shards(checkpoint.folder)
         with reading_errors(checkpoint.folder):
             position = Position.from_state(checkpoint.state)
         run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
@@ -304,6 +314,7 @@ def _set_up(
         recorder=_open_recorder(run, position, reporting),
         samples=samples,
         on_step=reporting.on_step,
+        reference_sync=reference_sync,
         checkpoints=checkpoints,
         identity=state.identity,
         reference_report=report,

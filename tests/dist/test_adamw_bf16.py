@@ -25,6 +25,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.distributed.adamw_bf16 import round_by_chance
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, SavedSlices
+from dpo_dist.distributed.checkpoint.slices import SHARDS
 from dpo_dist.distributed.deepspeed_internals import whole_numel
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -100,7 +101,7 @@ def train(assets: Assets, job: Job, world: World, folder: Path) -> dict[str, Any
         sums, _ = one_step(policy, objective, dataset, rows, job.budget, world, lr=job.optim.lr)
         total = world.sum_replicas(sums.values)
         losses.append(float(total[list(sums.names).index("loss")]) / len(rows))
-    saver = CheckpointSaver(folder, 2, policy, world)
+    saver = CheckpointSaver(folder, 2, [policy], world)
     saver.save(begin + job.steps, {"step": begin + job.steps})
     saver.commit()
     trained = sum(map(whole_numel, policy.causal_lm.parameters()))
@@ -142,7 +143,7 @@ class Worlds:
 
     def saved(self, name: str) -> dict[str, Tensor]:
         """All weights and states by `PART/NAME`."""
-        slices = SavedSlices.find(self.checkpoint(name))
+        slices = SavedSlices.find(self.checkpoint(name), SHARDS)
         return {f"{part}/{key}": slices.whole(key, part) for part in slices.parts for key in slices.shapes}
 
     def demand_equal(self, one: str, two: str) -> None:
@@ -244,4 +245,4 @@ def test_float32_states_are_continued_by_chance_and_bf16_states_as_they_are(worl
     for key, tensor in worlds.saved("back").items():
         assert tensor.dtype is torch.float32
         assert torch.equal(tensor, saved[key].float())
-    assert SavedSlices.find(worlds.checkpoint("back")).step == 2
+    assert SavedSlices.find(worlds.checkpoint("back"), SHARDS).step == 2

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -32,8 +32,9 @@ from dpo_dist.distributed.checkpoint.saver import (
     SavedSlices,
     latest_checkpoint,
 )
-from dpo_dist.distributed.checkpoint.slices import Entries
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Entries, SlicedWeights
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import ReferenceProvider
@@ -45,12 +46,13 @@ from tests.support.full_disk import full_disk
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
 
+SYNC = SyncReferenceConfig(1, 0.5)
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), ReferenceProvider())
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is trained; with `loss`, one with running means, and a reference beside the policy."""
+    """What is trained; with `loss`, one with running means, and a reference that follows the policy."""
 
     adapter: AdapterConfig | None = None
     quantization: Quantization | None = None
@@ -71,15 +73,19 @@ class Trainer:
         loss: LossConfig | None = None,
         ema_decay: float | None = None,
         optim: OptimConfig = OPTIM,
+        sync: SyncReferenceConfig = SYNC,
+        offload: Offload = Offload.none,
     ):
         model_config = assets.config(assets.policy).model
         config = replace(model_config, adapter=adapter, dtype=dtype, quantization=quantization)
-        self.objective = OBJECTIVE
+        self.objective, self.sync = OBJECTIVE, None
         if loss is not None:
-            placed = assets.config(assets.policy, ReferenceConfig(), dtype)
+            placed = assets.config(assets.policy, ReferenceConfig(offload=offload), dtype)
             self.reference = load_reference(assets.reference, placed, world)
             self.objective = Objective(loss, ReferenceProvider(engine=self.reference))
         self.policy = load_policy(config, world, optim, ema_decay=ema_decay)
+        if loss is not None:
+            self.sync = ReferenceSync(self.reference, self.policy, sync, world)
         self.dataset, self.position = assets.dataset(), Position()
         self.world = world
 
@@ -92,6 +98,8 @@ class Trainer:
         means = MetricSums(sums.names, self.world.sum_replicas(sums.values)).means()
         position.add_running(self.objective.loss, means, len(rows))
         position.step += 1
+        if self.sync is not None:
+            self.sync.after_step(position.step)
         return norm.item()
 
     def save(self, root: Path, step: int, keep_last: int = 2, *, is_last: bool = False) -> None:
@@ -100,7 +108,10 @@ class Trainer:
         saver.commit()
 
     def saver(self, root: Path, keep_last: int = 2) -> CheckpointSaver:
-        return CheckpointSaver(root, keep_last, self.policy, self.world)
+        return CheckpointSaver(root, keep_last, self.parts(), self.world)
+
+    def parts(self) -> list[SlicedWeights]:
+        return [self.policy] if self.sync is None else [self.policy, self.sync]
 
     def held(self) -> list[Tensor]:
         """Copies of this rank's weights, master weights and optimizer states."""
@@ -201,7 +212,7 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
         assert result.pop("state") == {"step": 2, "running": {"reward": 0.5}}
         assert result == dict.fromkeys(result, True)
     if policy.adapter is not None:  # without the base
-        saved = SavedSlices.find(root / "step-000002")
+        saved = SavedSlices.find(root / "step-000002", SHARDS)
         assert {name.rpartition(".lora_")[1] for name in saved.shapes} == {".lora_"}
         written = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
         assert written < (assets.policy / "model.safetensors").stat().st_size
@@ -304,8 +315,8 @@ BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, options=BcoPairOptions(BcoD
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
-    "bco, 2 with zero3 to zero2": (BCO, FP32, 2, ZERO3, 2, ZERO2),
-    "bco, 2 groups of 2 to 3 with zero3": (BCO, FP32, 4, IN_GROUPS, 3, ZERO3),
+    "bco and a reference that follows, 2 with zero3 to zero2": (BCO, FP32, 2, ZERO3, 2, ZERO2),
+    "a reference that follows, 2 groups of 2 to 3 with zero3": (BCO, FP32, 4, IN_GROUPS, 3, ZERO3),
     "DoRA in bf16, 2 with zero3 to 2 groups of 2": (DORA, BF16, 2, ZERO3, 4, IN_GROUPS),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
     "LoRA, 2 with ddp to 3 with zero2": (LORA, FP32, 2, DDP, 3, ZERO2),
@@ -326,8 +337,12 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     scenario = partial(go_on, assets, root, policy, dtype)
     norms = run_ranks(scenario, ranks, tmp_path / "ranks", kind, dtype)
     others = run_ranks(scenario, other_ranks, tmp_path / "others", other_kind, dtype)
-    saved = (SavedSlices.find(root / f"step-00000{number}") for number in (2, 3))
-    demand_equal(*saved, {"weight", "exp_avg", "exp_avg_sq"}, 2)
+    models = [(SHARDS, {"weight", "exp_avg", "exp_avg_sq"}, 2)]
+    if policy.loss is not None:
+        models.append(("reference", {"weight"}, 0))
+    for model, parts, step in models:
+        saved = (SavedSlices.find(root / f"step-00000{number}", model) for number in (2, 3))
+        demand_equal(*saved, parts, step)
     tolerance = 1e-5 if dtype is Dtype.fp32 else 2e-2
     for found in others:
         assert found[0] == pytest.approx(norms[0][0], rel=tolerance)
@@ -340,7 +355,7 @@ def test_an_adapter_on_packed_experts_resumes_exactly(assets: Assets, tmp_path: 
     scenario = partial(go_on, replace(assets, policy=assets.mixture), root, NF4_LORA, FP32)
     whole = run_ranks(scenario, 2, tmp_path / "whole", DDP)
     assert run_ranks(scenario, 2, tmp_path / "resumed", DDP) == whole
-    saved = (SavedSlices.find(root / f"step-00000{number}") for number in (2, 3))
+    saved = (SavedSlices.find(root / f"step-00000{number}", SHARDS) for number in (2, 3))
     demand_equal(*saved, {"weight", "exp_avg", "exp_avg_sq"}, 2)
 
 

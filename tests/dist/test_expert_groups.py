@@ -31,6 +31,7 @@ from dpo_dist.distributed.checkpoint.saver import (
     SavedSlices,
     latest_checkpoint,
 )
+from dpo_dist.distributed.checkpoint.slices import SHARDS
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.deepspeed_internals import shard_of
 from dpo_dist.distributed.processes.world import World
@@ -108,7 +109,7 @@ def train(
         done = saved.state["step"]
     objective = Objective(loss, provider)
     norms = all_steps(policy, objective, assets.dataset(), world, STEPS[done : done + steps])
-    saver = CheckpointSaver(root, 2, policy, world)
+    saver = CheckpointSaver(root, 2, [policy], world)
     saver.save(done + steps, {"step": done + steps})
     saver.commit()
     forget(policy, world)
@@ -126,7 +127,7 @@ def train_each(
 
 
 def weights_of(root: Path, step: int = 4) -> dict[str, torch.Tensor]:
-    saved = SavedSlices.find(root / f"step-{step:06d}")
+    saved = SavedSlices.find(root / f"step-{step:06d}", SHARDS)
     return {name: saved.whole(name) for name in saved.shapes}
 
 

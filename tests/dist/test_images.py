@@ -124,7 +124,7 @@ def walk(cases: Sequence[Case], models: Path, world: World, folder: Path) -> dic
         policy = load_policy(config, world, max_length=64)
         run_start_check(policy, 64, world, processor=cast(ImageProcessor, Invented(case.family)), trains=True)
         found = [step(policy, case.family, world) for _ in range(STEPS - 1)]
-        saver = CheckpointSaver(folder / f"{case.name}-checkpoints", 1, policy, world)
+        saver = CheckpointSaver(folder / f"{case.name}-checkpoints", 1, [policy], world)
         saver.save(STEPS - 1, {"step": STEPS - 1}, is_last=True)
         saver.commit()
         found.append(step(policy, case.family, world))

@@ -95,7 +95,7 @@ def test_the_moving_average_is_a_model_folder_too(run: Path) -> None:
     folder = run / "exported/step-000006-ema"
     found = load_file(folder / "model.safetensors")
     last = load_file(run / "model/model.safetensors")
-    saved = SavedSlices.find(run / "checkpoints/step-000006")
+    saved = SavedSlices.find(run / "checkpoints/step-000006", "engine")
     assert found.keys() == last.keys()
     for name, weight in found.items():
         assert torch.equal(weight, saved.whole_in(torch.bfloat16, name, "ema"))

@@ -175,6 +175,18 @@ def test_a_run_that_fails_after_steps_keeps_its_rows_until_the_same_command_star
     assert [row["step"] for row in history(run.path)] == [1, 2, 3, 4]
 
 
+def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tmp_path: Path) -> None:
+    options = ["reference.mode=live", "loss.sync_reference={every: 2, mixup: 0.5}"]
+    command = overrides(*options, "trainer.max_steps=5", "optim.lr=1e-3")
+    train([*command, f"run.dir={tmp_path}/whole"], processes=2)
+    stopped = run_verb("train", [*command, "trainer.stop_after_steps=3"], processes=2)
+    assert stopped.code == 75, stopped.output
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
+    assert '"reference/rank-00001-00000.safetensors"' in (checkpoint / "manifest.json").read_text()
+    train(command, processes=2)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
 def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrides, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"question {n}", "chosen": "no" * n, "rejected": "yes" * n, "ups": 1, "downs": 3, "w": n}

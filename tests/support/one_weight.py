@@ -20,10 +20,10 @@ class Weights:
     weight: Tensor = field(default_factory=lambda: torch.zeros(2))
 
     def shards(self) -> ModelSlices:
-        return ModelSlices([Slice("w", (2,), 0, {WEIGHT: self.weight})])
+        return ModelSlices("engine", [Slice("w", (2,), 0, {WEIGHT: self.weight})])
 
     def load_shards(self, folder: Path) -> None:
-        SavedSlices.find(folder).load_into(self.shards().slices)
+        SavedSlices.find(folder, "engine").load_into(self.shards().slices)
 
     @property
     def value(self) -> int:
@@ -41,7 +41,7 @@ class Run:
         """Resume; returns the step, 0 for a fresh start."""
         found = latest_checkpoint(self.root, ALONE)
         weights = Weights()
-        self.saver = CheckpointSaver(self.root, self.keep_last, weights, ALONE)
+        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE)
         self.weights = weights
         if found is None:
             return 0

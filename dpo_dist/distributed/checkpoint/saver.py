@@ -7,6 +7,7 @@
         manifest.json                         digest of every other file
         state.json                            state of the loop
         engine/rank-00000-00000.safetensors   slices of weights and optimizer states of rank 0, ...
+        reference/rank-00000-00000...         of a reference that follows the policy
 
 All ranks write a checkpoint under a temporary name, and rank 0 its manifest; then the folder is renamed,
 `latest` and `best` are updated, and after that older checkpoints are deleted. Only files that match a
@@ -130,15 +131,15 @@ class SavedSlices:
     _ranges: dict[str, list[tuple[int, int, str]]]
 
     @classmethod
-    def find(cls, folder: Path) -> "SavedSlices":
-        """Return the slices in a checkpoint, from the headers of their files."""
+    def find(cls, folder: Path, name: str) -> "SavedSlices":
+        """Return the slices below `folder / name`, from the headers of their files."""
         shapes: dict[str, tuple[int, ...]] = {}
         ranges: dict[str, list[tuple[int, int, str]]] = {}
         step = 0
         with reading_errors(folder):
-            files = [file for file in read_manifest(folder) if Path(file).match(f"{SHARDS}/*.safetensors")]
+            files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
             if not files:
-                raise ValueError(f"it has no {SHARDS}/*.safetensors")
+                raise ValueError(f"it has no {name}/*.safetensors")
             for file in files:
                 with safe_open(folder / file, "pt") as opened:
                     header = opened.metadata()
@@ -253,7 +254,7 @@ def checkpoint_state(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
     """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
-    saved = SavedSlices.find(folder)
+    saved = SavedSlices.find(folder, SHARDS)
     shapes = {name: whole_shape(weight) for name, weight in trained.items()}
     missing = [name for name, shape in shapes.items() if saved.shapes.get(name) != shape]
     if missing:
@@ -276,11 +277,13 @@ class _Pending:
     bytes: int
     entries: Future[Entries] = field(default_factory=Future)
 
-    def write(self, model: ModelSlices, rank: int, copy: HostCopy | None = None) -> None:
+    def write(self, models: Sequence[ModelSlices], rank: int, copy: HostCopy | None = None) -> None:
         """Write slices and set `entries`; nothing may change the slices meanwhile."""
         try:
+            entries: Entries = {}
             with disk_errors(self.temporary, self.bytes):
-                entries = write_slices(model, self.temporary, rank, copy)
+                for model in models:
+                    entries |= write_slices(model, self.temporary, rank, copy)
             self.entries.set_result(entries)
         except BaseException as error:  # raised in the main thread, which reads `entries`
             self.entries.set_exception(error)
@@ -297,7 +300,7 @@ class CheckpointSaver:
         self,
         root: Path,
         keep_last: int,
-        policy: SlicedWeights,
+        parts: Sequence[SlicedWeights],
         world: World,
         *,
         say: Callable[[str], None] = log.warning,
@@ -306,7 +309,7 @@ class CheckpointSaver:
     ):
         self._root = root
         self._keep_last = max(1, keep_last)
-        self._policy = policy
+        self._parts = parts
         self._world = world
         self._damaged: set[Path] = set()
         self._copy = HostCopy(world.device)
@@ -333,8 +336,8 @@ class CheckpointSaver:
         # the files, whether a rank failed.
         world = self._world
         folder = self._root / checkpoint_name(step)
-        model = self._policy.shards()
-        needed = sum(world.gather(model.bytes))
+        models = [part.shards() for part in self._parts]
+        needed = sum(world.gather(sum(model.bytes for model in models)))
 
         # One rank makes the folder, and `on_main` lets the others wait for it.
         def create() -> Path:
@@ -348,7 +351,7 @@ class CheckpointSaver:
 
         text = json.dumps(without_secrets(state), indent=1)  # it has the paths and names of sources
         self._pending = pending = _Pending(world.on_main(create), folder, text, needed)
-        has_room = is_last or self._copy.has_room(model, world)
+        has_room = is_last or self._copy.has_room(models, world)
         if not has_room and not self._has_warned:
             self._say(
                 "training waits while a checkpoint is written: host memory has no room for a copy of it"
@@ -357,10 +360,10 @@ class CheckpointSaver:
         # From a copy, because the next update changes the weights. At the end nothing happens meanwhile, and
         # the copy would only cost memory.
         if has_room and not is_last:
-            arguments = self._copy.fill(model), world.rank
+            arguments = self._copy.fill(models), world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
-        pending.write(model, world.rank, self._copy)
+        pending.write(models, world.rank, self._copy)
         self._copy.close()  # host memory is short, or training ends
         if any(world.gather(pending.entries.exception() is not None)):
             self.commit()  # which raises the error on all ranks

@@ -24,6 +24,8 @@ from dpo_dist.distributed.deepspeed_internals import (
     flat_masters,
     inner_optimizer,
     restore_powers,
+    shard_of,
+    shard_range,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.processes.world import World
@@ -60,8 +62,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class ModelSlices:
-    """This rank's slices of a model after `step` updates."""
+    """This rank's slices of a model after `step` updates; `folder` is their folder in a checkpoint."""
 
+    folder: str
     slices: Sequence[Slice]
     step: int = 0
 
@@ -77,10 +80,14 @@ class ModelSlices:
 
 
 class SlicedWeights(Protocol):
-    """Weights that training changes, saved in slices."""
+    """Weights that training changes, saved in slices: the policy, and a reference updated from it."""
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices, as views; not collective."""
+        ...
+
+    def load_shards(self, folder: Path) -> None:
+        """Load the shards from a checkpoint that any number of ranks wrote; collective."""
         ...
 
 
@@ -139,6 +146,17 @@ class OptimizerSlices:
             restore_powers(inner, step)
 
 
+def weight_slices(weights: Mapping[str, Any]) -> Iterator[Slice]:
+    """Yield this rank's slices of ZeRO-3 weights that no optimizer trains."""
+    for name, weight in weights.items():
+        first, length = shard_range(weight)
+        if length:
+            shard = shard_of(weight)
+            assert shard is not None, "ZeRO-3 shards these weights"
+            part = shard.detach().view(-1)[:length]
+            yield Slice(name, whole_shape(weight), first, {WEIGHT: part})
+
+
 class HostCopy:
     """Host memory for copies of this rank's slices: allocated once, pinned if `device` is a GPU."""
 
@@ -146,35 +164,42 @@ class HostCopy:
         self.is_cuda = device.type == "cuda"
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def has_room(self, model: ModelSlices, world: World) -> bool:
+    def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
         """Return whether every host has memory for the copies of all ranks on it; collective."""
-        missing = max(0, _copied_bytes(model) - self._buffer.nbytes)
+        missing = max(0, self._bytes(models) - self._buffer.nbytes)
         ranks = world.gather((world.host, missing, available_memory() if missing else 0))
         needed = Counter[str]()
         for host, of_rank, _ in ranks:
             needed[host] += of_rank
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
 
-    def fill(self, model: ModelSlices) -> ModelSlices:
-        """Copy the slices of `model` to host memory and return the copies, valid until the next call."""
-        count = _copied_bytes(model)
+    def _bytes(self, models: Sequence[ModelSlices]) -> int:
+        tensors = itertools.chain(*(model.tensors for model in models))
+        return sum(_aligned(tensor.nbytes) for tensor in tensors)
+
+    def fill(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
+        """Copy the slices of `models` to host memory and return the copies, valid until the next call."""
+        count = self._bytes(models)
         if count > self._buffer.nbytes:
             self.close()
             self._buffer = torch.empty(count, dtype=torch.uint8)
             if self.is_cuda:  # PyTorch's own pinned memory is rounded up to a power of two
                 torch.cuda.check_error(_runtime().cudaHostRegister(self._buffer.data_ptr(), count, 0))
-        slices = []
+        copied = []
         start = 0
-        for piece in model.slices:
-            parts = {}
-            for part, tensor in piece.parts.items():
-                place = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
-                parts[part] = place.copy_(tensor, non_blocking=True)
-                start += _aligned(tensor.nbytes)
-            slices.append(replace(piece, parts=parts))
+        for model in models:
+            slices = []
+            for piece in model.slices:
+                parts = {}
+                for part, tensor in piece.parts.items():
+                    place = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+                    parts[part] = place.copy_(tensor, non_blocking=True)
+                    start += _aligned(tensor.nbytes)
+                slices.append(replace(piece, parts=parts))
+            copied.append(replace(model, slices=slices))
         if self.is_cuda:
             torch.cuda.synchronize()
-        return replace(model, slices=slices)
+        return copied
 
     def close(self) -> None:
         """Release the memory; nothing may read the copies any more."""
@@ -192,29 +217,25 @@ def _aligned(count: int) -> int:
     return -(-count // 64) * 64
 
 
-def _copied_bytes(model: ModelSlices) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in model.tensors)
-
-
 def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None) -> Entries:
     """Write this rank's slices of a model and return the digests of its files; nothing may change the slices.
 
     A GPU's tensors are first copied by `copy`, a file at a time, with one wait per file.
     """
-    (checkpoint / SHARDS).mkdir(exist_ok=True)
+    (checkpoint / model.folder).mkdir(exist_ok=True)
     entries: Entries = {}
     ends = itertools.accumulate(piece.bytes for piece in model.slices)
     files = itertools.groupby(zip(model.slices, ends, strict=True), lambda pair: pair[1] // _FILE_BYTES)
     for number, (_, group) in enumerate(files):
         slices: Sequence[Slice] = [piece for piece, _ in group]
         if copy is not None and copy.is_cuda:
-            slices = copy.fill(replace(model, slices=slices)).slices
+            slices = copy.fill([replace(model, slices=slices)])[0].slices
         tensors: dict[str, Tensor] = {}
         ranges = {}
         for piece in slices:
             tensors |= {f"{part}/{piece.name}": tensor for part, tensor in piece.parts.items()}
             ranges[piece.name] = [piece.start, *piece.shape]
-        name = f"{SHARDS}/rank-{rank:05d}-{number:05d}.safetensors"
+        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
         entries[name] = write_tensors(checkpoint / name, tensors, metadata)
     return entries

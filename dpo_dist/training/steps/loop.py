@@ -20,6 +20,7 @@ from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX, is_evalua
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import Interrupted
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.console import TRAINING, Console
@@ -71,6 +72,7 @@ class Loop:
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
     on_step: OnStep | None  # of the user, called on rank 0
+    reference_sync: ReferenceSync | None  # None unless the reference follows the policy
     checkpoints: CheckpointSaver
     identity: Identity  # digests of the run's inputs, written to every checkpoint
     reference_report: dict[str, Any]  # section `reference` of summary.json, from the start that scored
@@ -163,6 +165,8 @@ class Loop:
         partners = rank_batch.partners
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
+        if self.reference_sync is not None:
+            self.reference_sync.after_step(position.step + 1)
         asked = self._ask_user(position.step)
         votes = {
             Ask.stop: self.run.stops.request.vote(),

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_dist.config import keys
 from dpo_dist.config.keys import config_dir
-from dpo_dist.config.losses import LossKind, LossTermConfig, RouterConfig, SimpoOptions
+from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import UNSET, AdapterConfig, Offload, TrainerConfig
 from dpo_dist.data.config import SourceConfig
 from tests.support.own_loss import OWN
@@ -55,9 +55,9 @@ def alone(typed: str, **options: str) -> Any:
 
 def test_values_are_typed() -> None:
     sources = "data.train=[a.jsonl,{path:b,limit:5,weight:2}]"
-    config = configured(f"{sources} loss.router={{aux_coefficient:0.3}}")
+    config = configured(f"{sources} reference=live loss.sync_reference={{every:512,mixup:0.3}}")
     assert config.data.train == [SourceConfig("a.jsonl"), SourceConfig("b", limit=5, weight=2.0)]
-    assert config.loss.router == RouterConfig(0.3)
+    assert config.loss.sync_reference == SyncReferenceConfig(512, 0.3)
     terms = configured("loss.terms=[{kind:sigmoid},{kind:sft,weight:0.1}]").loss.terms
     assert terms == [LossTermConfig(LossKind.sigmoid), LossTermConfig(LossKind.sft, 0.1)]
     adapter = configured("model.adapter.r=8 model.adapter.target_modules=[q_proj]").model.adapter
@@ -406,5 +406,5 @@ def test_a_preset_that_is_edited_counts_in_the_next_command(
 
 
 def test_an_empty_section_has_no_keys(tmp_path: Path) -> None:
-    (file := tmp_path / "my.yaml").write_text("sampling:\noptim:\nloss.router:\ntrainer: {seed: 3}")
+    (file := tmp_path / "my.yaml").write_text("sampling:\noptim:\nloss.sync_reference:\ntrainer: {seed: 3}")
     assert configured(run=[*RUN, str(file)]) == configured("trainer.seed=3")

@@ -18,6 +18,7 @@ from dpo_dist.foundation.fields import as_written
 from tests.unit.config.support import RUN, configured, error_of
 
 LIVE = "reference.mode=live"
+EVERY = "loss.sync_reference.every=2"
 NF4 = "model.adapter.r=8 model.quantization=nf4 parallelism.kind=ddp"
 EVALUATED = "data.eval_share=0.1 trainer.eval_every=10"
 TERMS = "loss.terms=[{kind:sigmoid},{kind:%s}]"
@@ -32,6 +33,7 @@ REFUSED = [
     ("parallelism=zero2 parallelism.shard_size=8", "parallelism.shard_size"),
     ("parallelism=zero2 parallelism.experts=2", "parallelism.experts"),
     ("parallelism.experts=4 parallelism.shard_size=2", "parallelism.experts"),
+    (f"parallelism.experts=2 {LIVE} {EVERY}", "parallelism.experts"),
     ("parallelism.shard_size=8 parallelism.offload_optimizer=cpu", "parallelism.shard_size"),
     ("trainer.deterministic=true model.fused=liger", "trainer.deterministic"),
     ("loss.router.aux_coefficient=0.1 model.fused=compile", "model.fused"),
@@ -115,6 +117,10 @@ REFUSED = [
     ("loss=simpo reference.path=other", "reference.path"),
     (f"{NF4} {LIVE}", "reference.quantization"),
     ("reference.quantization=int8 reference.offload=cpu", "reference.quantization"),
+    (f"{LIVE} loss.sync_reference.mixup=0.5", "loss.sync_reference.mixup"),
+    (EVERY, "loss.sync_reference.every"),
+    (f"{LIVE} {EVERY} reference.quantization=nf4", "loss.sync_reference.every"),
+    (f"{LIVE} {EVERY} model.adapter.r=8", "loss.sync_reference.every"),
     ("loss=distill", "teacher.path"),
     ("teacher.path=other", "teacher.path"),
     ("teacher.mode=live", "teacher.mode"),
@@ -201,7 +207,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "optim.warmup=10 trainer.max_steps=10",
         "optim.betas=[0.0,0.999] optim.warmup=0.99 data.max_bad_share=1.0",
         f"{NF4} reference.mode=cached reference.quantization=nf4",
-        f"{LIVE} reference.offload=cpu",
+        f"{LIVE} {EVERY} loss.sync_reference.mixup=1 reference.offload=cpu",
     ],
 )
 def test_accepted(typed: str) -> None:

@@ -210,7 +210,7 @@ def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_p
         for dtype, count in types.items()
     ]
     tracemalloc.start()
-    entries = write_slices(ModelSlices(wanted), tmp_path, 0)
+    entries = write_slices(ModelSlices("engine", wanted), tmp_path, 0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20  # of 4 MiB
@@ -235,9 +235,9 @@ def test_states_of_any_ranges_are_read_into_any_others(ends: list[int], tmp_path
 
     entries = {}
     for rank, piece in enumerate(cut(ends, whole)):
-        entries |= write_slices(ModelSlices([piece], step=3), tmp_path, rank)
+        entries |= write_slices(ModelSlices("engine", [piece], step=3), tmp_path, rank)
     (tmp_path / MANIFEST).write_text(json.dumps(entries))
-    saved = SavedSlices.find(tmp_path)
+    saved = SavedSlices.find(tmp_path, "engine")
     assert (set(saved.parts), saved.step) == (set(whole), 3)
     for others in ([7], [4, 7], [1, 5, 6, 7]):
         read = {part: torch.full((7,), -1.0) for part in whole}

@@ -95,7 +95,7 @@ def checkpoint_of(
     (folder / STATE).write_text(json.dumps(state))
     entries: Entries = {}
     for rank in range(RANKS):
-        entries |= write_slices(ModelSlices(list(cut(weights, rank))), folder, rank)
+        entries |= write_slices(ModelSlices("engine", list(cut(weights, rank))), folder, rank)
     (folder / MANIFEST).write_text(json.dumps(entries))
     return folder
 

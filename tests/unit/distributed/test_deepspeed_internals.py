@@ -44,6 +44,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     own_accelerate_state,
     record_gather_orders,
     reduce_in_optimizer_only,
+    release_gathered,
     restore_linear,
     restore_powers,
     set_learning_rate,
@@ -345,6 +346,11 @@ def test_gathered_weights_stay_for_the_block_and_each_kind_of_forward_has_its_or
             engine.eval()
             with torch.no_grad():
                 assert torch.equal(engine(BATCH), expected)
+
+        small = [weight for weight in model.parameters() if weight.ds_persist]
+        assert {tuple(weight.shape) == whole_shape(weight) for weight in small} == {True}
+        release_gathered(small)
+        assert not any(weight.numel() for weight in small)
 
 
 def test_a_sharded_model_replaces_linear_until_it_is_restored() -> None:

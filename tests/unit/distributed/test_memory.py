@@ -92,15 +92,15 @@ def test_freed_memory_between_living_tensors_is_returned() -> None:
     assert all(map(torch.Tensor.all, living))
 
 
-def slices() -> ModelSlices:
-    """Slices of a policy in float32 and bfloat16, as views of flat tensors."""
+def slices() -> list[ModelSlices]:
+    """Slices of the policy in float32 and of a reference in bfloat16, as views of flat tensors."""
     flat = torch.arange(12, dtype=torch.float32)
     policy = [
         Slice("first", (2, 4), 3, {"weight": flat[:5], "exp_avg": -flat[:5]}),
         Slice("second", (7,), 0, {"weight": flat[5:], "exp_avg": -flat[5:]}),
-        Slice("third", (3,), 0, {"weight": flat[:3].bfloat16()}),
     ]
-    return ModelSlices(policy, 4)
+    frozen = [Slice("first", (3,), 0, {"weight": flat[:3].bfloat16()})]
+    return [ModelSlices("engine", policy, 4), ModelSlices("reference", frozen)]
 
 
 @pytest.mark.parametrize(

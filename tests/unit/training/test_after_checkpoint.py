@@ -160,7 +160,7 @@ def test_the_checkpoint_of_a_running_command_is_not_deleted(tmp_path: Path) -> N
     folder = RunFolder(tmp_path)
     weights = Weights()
     saver = CheckpointSaver(
-        folder.checkpoints, 1, weights, ALONE, committed=commands.start, in_use=commands.command.in_use
+        folder.checkpoints, 1, [weights], ALONE, committed=commands.start, in_use=commands.command.in_use
     )
     commands.end_deleting = saver.end_deleting
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
     get_polynomial_decay_schedule_with_warmup,
 )
 
@@ -35,6 +36,8 @@ def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, s
     match schedule:
         case LearningRateSchedule.constant:
             made = get_constant_schedule_with_warmup(optimizer, warmup)
+        case LearningRateSchedule.inverse_sqrt:
+            made = get_inverse_sqrt_schedule(optimizer, warmup)
         case LearningRateSchedule.linear:
             made = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=0.5 * floor)
         case LearningRateSchedule.cosine:

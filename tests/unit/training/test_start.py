@@ -54,7 +54,6 @@ from dpo_dist.training.start.run_state import (
 from dpo_dist.training.steps.state import BestCheckpoint, Position
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
-from tests.support.one_weight import Weights
 from tests.support.own_loss import OWN
 from tests.support.own_metrics import OWN as OWN_METRICS
 
@@ -100,7 +99,7 @@ def lines_of(run: Run) -> list[str]:
 
 
 def save_checkpoint(folder: RunFolder, step: int, **state: Any) -> None:
-    saver = CheckpointSaver(folder.checkpoints, 2, Weights(), ALONE)
+    saver = CheckpointSaver(folder.checkpoints, 2, [], ALONE)
     saver.save(step, {"step": step, **(state or IDENTITY)})
     saver.commit()
 
