@@ -20,7 +20,6 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     FLASH_ATTN,
     FusedLayers,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     ReferenceMode,
@@ -142,8 +141,6 @@ def _packages(start: _Start) -> None:
         ("bitsandbytes", "model.quantization", model.quantization, "null"),
         ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
     ]
-    if start.trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        needed.append(("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw))
     if model.fused is FusedLayers.liger:
         needed.append(("liger-kernel", "model.fused", model.fused, "none"))
     if model.attention in FLASH_ATTN:

@@ -28,7 +28,6 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read import sources
 from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import open_dataset
 from dpo_dist.foundation import remote
@@ -174,24 +173,15 @@ def test_copies_and_leftovers_of_a_kill_go(
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_processes_that_encode_share_one_download(
-    downloads: list[str], tmp_path: Path, is_killed: bool, monkeypatch: pytest.MonkeyPatch
+def test_encoding_leaves_no_download_also_of_a_start_that_was_killed(
+    downloads: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(build, "PART_RECORDS", 1)
-    monkeypatch.setattr(build, "CHUNK_RECORDS", 1)
-    config = DataConfig(cache=str(tmp_path / "cache"))
-    one = Preparation([SourceConfig("memory://b/*.jsonl*")], config, tiny.qwen(), "qwen")
-    planned = one.plan()
-    parts = one.encode(planned, (0, 2))
-    left = planned[0].target.copies / "1.gz.tmp-0123456789ab"
-    if is_killed:
-        left.touch()
-        os.utime(left, (1, 1))
-    assert one.encode(planned, (1, 2)) == parts == [3]
+    one = encoding(tmp_path, "memory://b/*.jsonl*")
+    left = one.plan()[0].target.copies / "1.gz.tmp-0123456789ab"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert one.whole()
     assert len(downloads) == 2
-    assert not left.exists(), "kills would fill the disk"
-    assert one.join(planned, parts)
     assert all(name.endswith(".arrow") for name in encoded_folders(tmp_path))
 
 
@@ -208,26 +198,9 @@ def test_jobs_at_once_share_one_download(downloads: list[str], tmp_path: Path) -
         with pytest.raises(TimeoutError):
             other.result(0.5)
     assert other.result()
-    assert one.encode(planned) == [1]
-    assert len(list(first)) == 2
+    [made] = one.whole()
+    assert made == planned[0].target
     assert len(downloads) == 2
-
-
-def test_the_files_are_listed_as_often_for_many_parts(
-    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server may limit requests."""
-    listed, counts = sources.remote_files, list[int]()
-    memory.pipe("/many/a.jsonl", lines(*map(str, range(20))))
-    monkeypatch.setattr(build, "CHUNK_RECORDS", 1)
-    for records in (100, 1):
-        monkeypatch.setattr(build, "PART_RECORDS", records)
-        with mock.patch.object(sources, "remote_files", side_effect=listed) as spy:
-            one = encoding(tmp_path / str(records), "memory://many/a.jsonl")
-            planned = one.plan()
-            assert one.encode(planned) == [20 // min(records, 20)]
-        counts.append(spy.call_count)
-    assert counts[0] == counts[1]
 
 
 def test_the_files_are_listed_as_often_for_many_files(memory: MemoryFileSystem) -> None:
@@ -241,21 +214,23 @@ def test_the_files_are_listed_as_often_for_many_files(memory: MemoryFileSystem) 
     assert counts[0] == counts[1]
 
 
-def test_a_job_ends_well_when_another_has_joined_the_source_meanwhile(
+def test_a_job_ends_well_when_another_has_encoded_the_source_meanwhile(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The join removes the copies, also one that is downloaded again."""
+    """The other job removes the copies."""
     one = encoding(tmp_path, "memory://b/*.jsonl*")
-    planned = one.plan()
-    made = one.join(planned, one.encode(planned))
     get_file = MemoryFileSystem.get_file
+    others = list[Any]()
 
-    def joined_meanwhile(self: Any, path: str, *rest: Any, **options: Any) -> None:
+    def encoded_meanwhile(self: Any, path: str, *rest: Any, **options: Any) -> None:
         get_file(self, path, *rest, **options)
-        one.join(one.plan(), [0])
+        if not others:
+            others.append(None)
+            with mock.patch("fcntl.flock"):  # this process holds the lock of the download itself
+                others.append(one.whole())
 
-    monkeypatch.setattr(MemoryFileSystem, "get_file", joined_meanwhile)
-    assert one.join(planned, one.encode(planned)) == made
+    monkeypatch.setattr(MemoryFileSystem, "get_file", encoded_meanwhile)
+    assert one.whole() == others[1]
 
 
 def test_a_full_disk_of_a_copy_is_one_plain_error(
@@ -266,7 +241,7 @@ def test_a_full_disk_of_a_copy_is_one_plain_error(
     monkeypatch.setattr(MemoryFileSystem, "get_file", mock.Mock(side_effect=fault))
     one = encoding(tmp_path, "memory://b/one.jsonl")
     with pytest.raises(ConfigError, match="free disk space") as raised:
-        one.encode(one.plan())
+        one.whole()
     assert raised.value.where == "data.cache"
 
 

@@ -71,7 +71,6 @@ def refused(config: RunConfig) -> DpoDistError:
             "model.quantization=null",
         ),
         ("bitsandbytes", "reference.quantization=int8", "reference.quantization=null"),
-        ("bitsandbytes", "optim=adamw_8bit", "optim.kind=adamw"),
         ("mlflow", "tracking.to=[wandb,mlflow,aim]", "tracking.to=[wandb]"),
     ],
 )
@@ -377,7 +376,6 @@ def test_a_check_warns_of_an_adapter_at_a_rate_for_all_weights(assets: Path, tmp
         ("optim.warmup=13", "the warm-up is longer than the run"),
         ("trainer.global_batch_pairs=13", "a step has more pairs than the training data"),
         ("data.eval_share=0.5 trainer.global_batch_pairs=12", "a step has more pairs than the training data"),
-        ("model.adapter.r=100000", "rank is above the smaller side of a layer"),
     ],
 )
 def test_a_check_refuses_options_that_do_not_fit_the_data(
