@@ -338,14 +338,11 @@ RULES = (
         "set loss=reward alone",
         lambda c: c.loss.of_scores and len(c.loss.kinds) > 1,
     ),
-    *(
-        unused_beside(
-            key,
-            LOSS,
-            "choose another loss: reward scores whole conversations",
-            lambda c: not c.loss.of_scores,
-        )
-        for key in ("data.trained_roles", "data.untrained")
+    unused_beside(
+        "data.untrained",
+        LOSS,
+        "choose another loss: reward scores whole conversations",
+        lambda c: not c.loss.of_scores,
     ),
     Rule(
         LOSS,

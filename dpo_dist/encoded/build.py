@@ -160,19 +160,17 @@ class Preparation:
             self.progress(source.path) as show,
             closing(in_order(chunks, work)) as encoded,
         ):
-            shown = _with_progress(encoded, show, source.expected_number())
+            shown = _with_progress(encoded, show)
             write_source(target, _unless_changed(shown, planned))
 
 
-def _with_progress(
-    chunks: Iterable[EncodedChunk], show: Callable[..., None], total: int
-) -> Iterator[EncodedChunk]:
+def _with_progress(chunks: Iterable[EncodedChunk], show: Callable[..., None]) -> Iterator[EncodedChunk]:
     """Yield the chunks, and show after each how many records have been encoded."""
     encoded = 0
     for chunk in chunks:
         yield chunk
         encoded += len(chunk[0])
-        show(encoded, total if encoded <= total else None)
+        show(encoded)
 
 
 def _unless_changed(chunks: Iterable[EncodedChunk], planned: PlannedSource) -> Iterator[EncodedChunk]:

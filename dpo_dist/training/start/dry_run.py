@@ -24,6 +24,7 @@ from dpo_dist.data import (
     ChatTemplate,
     DataSource,
     Part,
+    counts_in_one_line,
     named_in_one_line,
     source_labels,
 )
@@ -314,10 +315,11 @@ def _first_records(
     rest = " (the others were not looked at)" if has_more else ""
     parts = [f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}"]
     if counts.dropped:
-        parts.append(f"dropped: {counts.dropped_in_words}")
+        parts.append(f"dropped: {counts_in_one_line(counts.dropped)}")
     parts.append(counts.forms_in_words)
-    if counts.changed_in_words:
-        parts.append(f"changed or unusual: {counts.changed_in_words}")
+    changed = counts_in_one_line(counts.changed)
+    if changed:
+        parts.append(f"changed or unusual: {changed}")
     parts.append(f"{tokens:.0f} tokens per example")
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")

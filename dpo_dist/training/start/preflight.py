@@ -27,7 +27,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     TeacherMode,
 )
-from dpo_dist.data import ChatTemplate, DataSource
+from dpo_dist.data import DataSource
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import (
     CheckpointError,
@@ -247,10 +247,6 @@ def _sources(start: _Start) -> None:
     )
 
 
-def _template(start: _Start) -> None:
-    ChatTemplate.check_file(start.config.data.chat_template)
-
-
 def _run_folder(start: _Start) -> None:
     if start.trains:
         _check_run_folder(start.run)
@@ -318,7 +314,6 @@ FILE_CHECKS = (
     CheckRow(_reference, Stage.files),
     CheckRow(_teacher, Stage.files),
     CheckRow(_sources, Stage.files),
-    CheckRow(_template, Stage.files),
     CheckRow(_run_folder, Stage.files),
     CheckRow(_folders, Stage.files),
 )

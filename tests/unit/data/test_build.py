@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.read.files import expected_records
 from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.foundation.errors import DataError
@@ -92,19 +89,8 @@ def test_a_source_is_encoded_once_and_again_if_its_file_is_damaged(tmp_path: Pat
     assert made.file.read_bytes() == content
 
 
-def test_progress_knows_what_is_left(tmp_path: Path) -> None:
-    shown = list[tuple[int, int | None]]()
+def test_progress_counts_the_encoded_records(tmp_path: Path) -> None:
+    shown = list[tuple[int, ...]]()
     progress = mock.Mock(return_value=contextlib.nullcontext(lambda *numbers: shown.append(numbers)))
     replace(preparation(tmp_path), progress=progress).whole()
-    assert shown == [(done, COUNT) for done in range(CHUNK, COUNT + 1, CHUNK)]
-
-
-@pytest.mark.parametrize("lines", [0, 7, 100_000])
-def test_the_number_of_records_is_known_before_they_are_read(lines: int, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f'{{"prompt": "{"x" * (n % 60)}"}}\n' for n in range(lines)))
-    assert expected_records([file]) == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
-    table = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * lines}), table)
-    assert expected_records([table, table]) == 2 * lines
-    assert expected_records([table, tmp_path / "rows.csv"]) == 0
+    assert shown == [(done,) for done in range(CHUNK, COUNT + 1, CHUNK)]

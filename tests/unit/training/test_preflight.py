@@ -106,7 +106,6 @@ def test_all_faults_that_a_start_can_see_are_one_error(
     (tmp_path / "file").touch()
     words = [
         "tracking.to=[trackio]",
-        "data.chat_template=gone.jinja",
         "reference.path=./gone",
         "model.path=./gone",
     ]
@@ -115,11 +114,11 @@ def test_all_faults_that_a_start_can_see_are_one_error(
     error = refused(run_of(assets, tmp_path, *words))
     places = " ".join(part.where for part in error.parts)
     for place in (
-        *("tracking.to", "parallelism.shard_size", "model.path", "reference.path", "data.chat_template"),
+        *("tracking.to", "parallelism.shard_size", "model.path", "reference.path"),
         *("one.jsonl", "two.jsonl", "run.dir", "data.cache", "reference.store"),
     ):
         assert place in places
-    assert len(error.parts) == 10
+    assert len(error.parts) == 9
 
 
 def test_the_checks_are_in_the_order_of_their_stages() -> None:
