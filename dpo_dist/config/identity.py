@@ -71,10 +71,11 @@ class RunIdentity:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
         if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
             del defining["model"]["images"]
-        # Without other prompts of scorers, the same digest as if there were none.
-        of_scorers = {"data": "max_scorer_length", "reference": "system", "teacher": "system"}
-        for section, option in of_scorers.items():
-            if defining[section][option] is None:
+        # Without other prompts of scorers and what others computed, the same digest as if there were none.
+        of_scorers = ["data.max_scorer_length", "reference.system", "reference.accept"]
+        of_scorers += ["teacher.system", "teacher.digest"]
+        for section, option in (name.split(".") for name in of_scorers):
+            if defining[section][option] in (None, "same"):
                 del defining[section][option]
         if self.config.teacher.is_policy:
             defining["teacher"]["mode"] = str(self.config.teacher.mode)
