@@ -21,8 +21,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   checkpoint, `checkpoint_step` its step, `checkpoint_as_model` exports it. `locate_model` finds what a user
   calls a model, `short_name` names it.
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
-  `CUSTOM`, `TERMS`, `EXCESS`, `GROUP_METRICS`, `MARGIN_PERCENTILES` and `LOSS_METRICS`. Names of evaluations
-  (`is_evaluation`) begin with `PREFIX`, `ALL` and `results_name` name their parts.
+  `AGREEMENT`, `CUSTOM`, `TERMS`, `EXCESS`, `GROUP_METRICS`, `MARGIN_PERCENTILES` and `LOSS_METRICS`. Names of
+  evaluations (`is_evaluation`) begin with `PREFIX`, `ALL` and `results_name` name their parts.
 - **A run on disk**: `RunHistory` has what it wrote, with a `MetricsRow` for each step and evaluation.
   `finite` reads a row, `is_collapsed` judges it, `final_and_best` sums rows up.
 - **Evaluations**: `evaluation_cells` are the table of `EVALUATION_METRICS` of one, `count_trained` counts
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from dpo_dist.config.losses import KINDS, LossConfig, LossKind, kinds_using, loss_unit
     from dpo_dist.config.metrics import (
         ACCURACIES,
+        AGREEMENT,
         ALL,
         AUC,
         CUSTOM,
@@ -181,8 +182,8 @@ _NAMES = {
     "config.load": "changed_keys complete_config load_run_config saved_config to_yaml",
     "config.losses": "KINDS LossConfig LossKind kinds_using loss_unit",
     "config.metrics": """
-        ACCURACIES ALL AUC CUSTOM EXCESS GROUP_METRICS LOSS_METRICS MAIN MARGIN_PERCENTILES METRICS PREFIX
-        TERMS find_metric is_evaluation results_name
+        ACCURACIES AGREEMENT ALL AUC CUSTOM EXCESS GROUP_METRICS LOSS_METRICS MAIN MARGIN_PERCENTILES METRICS
+        PREFIX TERMS find_metric is_evaluation results_name
     """,
     "config.mistakes": "FAILURES explained fits",
     "config.rules": "LOSS Rule check_rules needs_of unused unused_beside value_at without_evaluations",

@@ -89,6 +89,10 @@ def unused_beside(key: str, other: str, remedy: str, has_effect: Condition) -> R
     )
 
 
+def _stores_teacher(config: RunConfig) -> bool:
+    return config.loss.needs_teacher and config.teacher.mode is TeacherMode.cached
+
+
 def _needs_whole_teacher(config: RunConfig) -> bool:
     return config.loss.options_of(DistillOptions).mix > 0
 
@@ -468,6 +472,7 @@ RULES = (
     ),
     # Not `reference.store` and `behind`: like `data.cache` they name folders, which scripts set for runs of
     # every mode.
+    unused("reference.accept", "reference.mode=cached", or_if=_stores_teacher),
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
     unused_beside(
@@ -513,8 +518,9 @@ RULES = (
     ),
     *(
         unused_beside(f"teacher.{name}", LOSS, "choose loss=distill", lambda c: c.loss.needs_teacher)
-        for name in ("path", "system", "mode", "k", "offload")
+        for name in ("path", "digest", "system", "mode", "k", "offload")
     ),
+    unused("teacher.digest", "teacher.mode=cached"),
     unused("teacher.offload", "teacher.mode=cached|live"),
     Rule(
         f"teacher.mode=cached {LOSS}",
@@ -562,7 +568,7 @@ _NEEDED = {
         f"reference.mode!=cached {LOSS}",
         "only a stored reference or teacher can be precomputed",
         "set reference=cached, with a loss that uses a reference model",
-        lambda c: not (c.loss.needs_teacher and c.teacher.mode is TeacherMode.cached),
+        lambda c: not _stores_teacher(c),
     ),
 }
 

@@ -147,6 +147,7 @@ FLASH_ATTN = {
 """The package of each FlashAttention kernel."""
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
+Accept = StrEnum("Accept", ["same", "rounding"])
 TeacherMode = StrEnum("TeacherMode", ["cached", "live", "policy", "adapter"])
 Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
@@ -220,6 +221,9 @@ class ReferenceConfig:
     """Folder of stored log-probs, shared by runs."""
     behind: list[Place] = key([], free=True, verbs="train precompute evaluate")
     """Folders or URLs of published stores, whose entries are fetched rather than computed."""
+    accept: Accept = key(Accept.same, verbs="train precompute evaluate")
+    """Stored log-probs that are used: of the `same` numerics, or also those of another device, kernel or
+    version, which differ by `rounding`."""
 
 
 @schema
@@ -228,6 +232,9 @@ class TeacherConfig:
 
     path: Place | None = key(None)
     """Folder or hub name of the teacher, which has the token ids of `model.path`."""
+    digest: str | None = key(None, pattern="^[0-9a-f]{32}$", accepts="32 hex digits")
+    """Digest of a teacher that is not here, whose answers are stored: `path` needs only its config.json and
+    tokenizer; null: that of its files."""
     system: NonEmpty | None = key(None, verbs=EVERY_READER)
     """System message that the teacher reads in place of the record's; null: the record's."""
     mode: TeacherMode = key(TeacherMode.cached, free=True)

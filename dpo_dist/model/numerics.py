@@ -50,12 +50,12 @@ def numerics_profile(
     if torch.are_deterministic_algorithms_enabled():
         profile["deterministic"] = "true"
     if config.quantization is not None:
-        version = _minor(importlib.metadata.version("bitsandbytes"))
+        profile["bitsandbytes"] = _minor(importlib.metadata.version("bitsandbytes"))
         parts = ", with the experts" if has_experts else ""
         # The scales of NF4 have scales of their own, for blocks that a share of the experts cuts elsewhere.
         if has_experts and sharing > 1 and config.quantization is Quantization.nf4:
             parts += f" of {sharing} processes"
-        profile["quantization"] = f"{config.quantization} by bitsandbytes {version}{parts}"
+        profile["quantization"] = f"{config.quantization}{parts}"
     if fused is FusedLayers.compile:
         profile["compile"] = "inductor"
     if fused is FusedLayers.liger:

@@ -100,11 +100,6 @@ class Behind:
     def __post_init__(self) -> None:
         self._system, self._path = open_place(self.url)
 
-    def counts(self) -> dict[str, Any]:
-        """Return the counts so far."""
-        names = ("responses", "entries", "bytes_read", "left_out", "differences")
-        return {name: getattr(self, name) for name in names}
-
     def spaces(self) -> list[tuple[ReferenceFingerprint, Space]]:
         """Return the fingerprints in the list. Raises DataError, ReferenceModelError."""
         content = self._whole(LIST, _LARGEST_LIST)
@@ -119,25 +114,44 @@ class Behind:
         tokens: npt.NDArray[np.int64],
         fault: Callable[[StoredLogps], str],
         recipe: Mapping[str, Any],
-    ) -> Iterator[tuple[int, StoredLogps]]:
-        """Yield the places in `keys` of those that the store has, and their values, of `tokens` tokens each.
+        *,
+        rounding: bool = False,
+    ) -> Iterator[tuple[ReferenceFingerprint, int, StoredLogps]]:
+        """Yield the place in `keys` of each that the store has, with its fingerprint and values.
 
-        Left out are values of which `fault` returns words, and those that cannot be downloaded. `recipe`:
-        what decides the token ids of this run. Raises DataError, ReferenceModelError: the list or the entries
-        cannot be read.
+        `tokens`: of the response of each key. Left out are values of which `fault` returns words, and those
+        that cannot be downloaded. `recipe`: what decides the token ids of this run. With `rounding`, what
+        `fingerprint` lacks is looked for under those that differ by rounding. Raises DataError,
+        ReferenceModelError: the list or the entries cannot be read.
         """
         self.responses += len(keys)
         of_model = [each for each in self.spaces() if each[0].reference == fingerprint.reference]
-        space = next((space for other, space in of_model if other == fingerprint), None)
-        if space is None:
-            differences = [_differences(other.profile, fingerprint.profile) for other, _ in of_model]
+        accepted = [each for each in of_model if each[0] == fingerprint]
+        if rounding:
+            accepted += [each for each in of_model if each[0].rounds(fingerprint)]
+        is_missing = np.ones(len(keys), np.bool_)
+        for other, space in accepted:
+            rest = np.flatnonzero(is_missing)
+            for row, values in self._find(other, space, keys[rest], tokens[rest], fault):
+                is_missing[rest[row]] = False
+                yield other, int(rest[row]), values
+        if is_missing.sum() > (1 - _FEW) * len(keys):
+            differences = [_differences(space.recipe, recipe) for _, space in accepted]
+            if not accepted:
+                differences = [_differences(other.profile, fingerprint.profile) for other, _ in of_model]
             self.differences = min(differences, key=len, default=())
-            return
+
+    def _find(
+        self,
+        fingerprint: ReferenceFingerprint,
+        space: Space,
+        keys: Keys,
+        tokens: npt.NDArray[np.int64],
+        fault: Callable[[StoredLogps], str],
+    ) -> Iterator[tuple[int, StoredLogps]]:
         index, digests = self._entries(fingerprint.name, space)
         places, stops = index.locate(keys)
         found = np.flatnonzero(places < stops)
-        if len(found) < len(keys) * _FEW:
-            self.differences = _differences(space.recipe, recipe)
         places = places[found]
         # The lengths are known: what is longer is not read.
         fits = index.tokens[places] == fingerprint.width * tokens[found]

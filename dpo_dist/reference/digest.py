@@ -36,17 +36,21 @@ Profile = dict[str, str]
 class ModelFiles:
     """Digests of a model folder's files, by name: weights, and code with configuration.
 
-    `code` also has the files of an `adapter` on the model, and under "classes" the `auto_map`.
+    `code` also has the files of an `adapter` on the model, and under "classes" the `auto_map`. `known`: the
+    digest of a model whose weights are not here.
     """
 
     folder: Path
     code: dict[str, str]
     weights: dict[str, str]
     adapter: Path | None = None
+    known: str | None = None
 
     @property
     def digest(self) -> str:
         """The model's digest: 32 hex digits, the same for a copy of the folder."""
+        if self.known is not None:
+            return self.known
         parts = [sorted(self.code.items()), sorted(self.weights.items())]
         return text_digest(json.dumps(parts))
 

@@ -7,9 +7,10 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from dpo_dist.foundation.files import locked, remove_abandoned, write_json
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
 from dpo_dist.reference.behind import Behind, fault_of_logps
-from dpo_dist.reference.store import RECIPE_FILE, LogpStore, StoredLogps
+from dpo_dist.reference.store import RECIPE_FILE, LogpStore, StoredLogps, read_fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class FillReport:
         computed: distinct responses that were scored now.
         seconds: time of scoring.
         damaged: names of damaged shards.
+        rounded: responses whose log-probs are of another fingerprint, by its name (`reference.accept`).
         fetched: counts of each store behind this one in all fills so far, by its URL.
     """
 
@@ -64,6 +66,7 @@ class FillReport:
     computed: int = 0
     seconds: float = 0.0
     damaged: frozenset[str] = frozenset()
+    rounded: Mapping[str, int] = field(default_factory=dict)
     fetched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __add__(self, other: "FillReport") -> "FillReport":
@@ -72,6 +75,7 @@ class FillReport:
             self.computed + other.computed,
             self.seconds + other.seconds,
             self.damaged | other.damaged,
+            Counter(self.rounded) + Counter(other.rounded),
             {**self.fetched, **other.fetched},
         )
 
@@ -103,6 +107,7 @@ class StoreFiller:
         prepare: adds to a batch on the host what the scorer needs.
         behind: published stores, which are asked for what is missing.
         recipe: what decides the run's token ids, for those who fetch from this store.
+        rounding: entries under fingerprints that differ by rounding are taken, too.
         fault: returns, in words, why a stranger's values cannot be an entry's; "" if they can.
         shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
             enough: a network file system may not show files that another node just wrote.
@@ -120,6 +125,7 @@ class StoreFiller:
     which: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
     behind: Sequence[Behind] = ()
+    rounding: bool = False
     fault: Callable[[StoredLogps], str] = fault_of_logps
     recipe: Mapping[str, Any] = field(default_factory=dict)
     shards: frozenset[str] = frozenset()
@@ -134,7 +140,7 @@ class StoreFiller:
         `progress` is called at the start and after each micro-batch.
         """
 
-        survey = partial(self._survey, dataset, indices)
+        survey = partial(self.survey, dataset, indices)
         missing, report, self.shards = self.world.on_main(survey)
         if not len(missing):
             return report
@@ -146,17 +152,27 @@ class StoreFiller:
             self.world.on_main(self._begin)
             if self.behind:
                 missing, fetched, self.shards = self.world.on_main(partial(self._fetch, dataset, missing))
-                report += FillReport(fetched=fetched)
+                report += fetched
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
-    def _survey(
+    def survey(
         self, dataset: PreferenceDataset, indices: Indices
     ) -> tuple[Indices, FillReport, frozenset[str]]:
         """Return the missing responses, what the store has, and the names of its shards; not collective."""
         store = LogpStore.open(self.store.root, self.store.fingerprint)
         missing, hits = missing_responses(store, dataset, indices, self.which)
-        report = FillReport(hits, damaged=frozenset(store.damaged))
-        return missing, report, self.shards.union(store.shards)
+        shards = self.shards.union(store.shards)
+        damaged = frozenset(store.damaged)
+        rounded = dict[str, int]()
+        others = read_fingerprints(store.root) if self.rounding else []
+        for fingerprint in filter(store.fingerprint.rounds, others):
+            other = LogpStore.open(store.root, fingerprint)
+            is_found = other.contains(dataset.keys[missing])
+            if is_found.any():
+                rounded[fingerprint.name] = int(is_found.sum())
+                missing = missing[~is_found]
+                shards = shards.union(other.shards)
+        return missing, FillReport(hits + sum(rounded.values()), 0, 0.0, damaged, rounded), shards
 
     def _begin(self) -> None:
         """Remove what killed jobs have left, and write the recipe; not collective."""
@@ -167,27 +183,36 @@ class StoreFiller:
 
     def _fetch(
         self, dataset: PreferenceDataset, missing: Indices
-    ) -> tuple[Indices, Mapping[str, Mapping[str, Any]], frozenset[str]]:
+    ) -> tuple[Indices, FillReport, frozenset[str]]:
         """Write what stores behind have of the missing responses as shards of this one; not collective.
 
-        Returns the responses that are still missing, counts by URL, and the names of all shards.
+        Returns the responses that are still missing, counts, and the names of all shards.
         """
         written = set[str]()
         counts = {}
+        rounded = Counter[str]()
         for behind in self.behind:
             pieces = missing + dataset.locate_responses(missing)[0] + 1
             tokens = dataset.piece_tokens[pieces].astype(np.int64)
             keys = dataset.keys[missing]
             is_found = np.zeros(len(keys), dtype=np.bool_)
-            found = behind.find(self.store.fingerprint, keys, tokens, self.fault, self.recipe)
-            while some := list(itertools.islice(found, self.entries_per_shard)):
-                rows = [row for row, _ in some]
-                written |= self._write_shard(keys[rows], [entry for _, entry in some])
-                is_found[rows] = True
+            found = behind.find(
+                self.store.fingerprint, keys, tokens, self.fault, self.recipe, rounding=self.rounding
+            )
+            for fingerprint, entries in itertools.groupby(found, lambda each: each[0]):
+                store = LogpStore.open(self.store.root, fingerprint)
+                names = set[str]()
+                while some := list(itertools.islice(entries, self.entries_per_shard)):
+                    rows = [row for _, row, _ in some]
+                    names |= self._write_shard(store, keys[rows], [entry for *_, entry in some], behind.url)
+                    is_found[rows] = True
+                    if fingerprint != self.store.fingerprint:
+                        rounded[fingerprint.name] += len(rows)
+                store.remember(names)
+                written |= names
             missing = missing[~is_found]
-            counts[behind.url] = behind.counts()
-        self.store.remember(written)
-        return missing, counts, self.shards.union(written)
+            counts[behind.url] = asdict(behind)
+        return missing, FillReport(rounded=rounded, fetched=counts), self.shards.union(written)
 
     def open_filled(self) -> LogpStore:
         """Return the store with the same shards on every rank: those found and those written."""
@@ -245,7 +270,7 @@ class StoreFiller:
                 # Written behind the scoring, and raised on all ranks: a full disk is an error of one rank,
                 # for which the others would wait in the next forward (law L2).
                 written |= self.world.together(writing.result)
-                writing = pool.submit(self._write_shard, keys, entries)
+                writing = pool.submit(self._write_shard, self.store, keys, entries)
                 stored += len(keys)
                 done += round_pairs
                 if is_stopped:
@@ -274,11 +299,13 @@ class StoreFiller:
         bins = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens, self.costs)
         return len(pairs), [[parts[number] for number in numbers] for (numbers,) in bins]
 
-    def _write_shard(self, keys: Keys, entries: list[StoredLogps]) -> set[str]:
+    def _write_shard(
+        self, store: LogpStore, keys: Keys, entries: list[StoredLogps], url: str = ""
+    ) -> set[str]:
         """Write a shard of these entries; return its name, none without entries. Not collective."""
         if not entries:
             return set()
-        name = self.store.write(keys, entries)
+        name = store.write(keys, entries, url)
         note_progress(name)
         return {name}
 

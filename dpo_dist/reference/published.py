@@ -93,16 +93,15 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
         digest = values_digest(content).hex()
         place.send(content, f"{folder.name}/{digest}.entries")
         place.send((folder / FINGERPRINT_FILE).read_bytes(), f"{folder.name}/{FINGERPRINT_FILE}")
-        recipe = folder / RECIPE_FILE
-        if recipe.exists():
-            place.send(recipe.read_bytes(), f"{folder.name}/{RECIPE_FILE}")
+        recipe = (folder / RECIPE_FILE).read_bytes() if (folder / RECIPE_FILE).exists() else b"{}"
+        place.send(recipe, f"{folder.name}/{RECIPE_FILE}")
         listed[folder.name] = {
             "space": fingerprint.as_dict(),
             "shards": names,
             "entries": digest,
             "bytes": len(content),
             "numbers": int(entries["numbers"].sum(dtype=np.int64)),
-            "recipe": json.loads(recipe.read_bytes()) if recipe.exists() else {},
+            "recipe": json.loads(recipe),
             "license": terms,
         }
         pushed.append(Pushed(fingerprint.label, len(entries), stored + len(content), damaged))

@@ -3,6 +3,7 @@
     <reference.store>/
       <fingerprint>/space.json                content of the fingerprint
       <fingerprint>/<digest>.safetensors      a shard: sorted keys, ends and checksums of entries, all values
+      <fingerprint>/<digest>.fetched          the shard is from this URL, and was not compared with the model
       <fingerprint>/<digest>.index            the entries of all shards, sorted; `verified.json`: see `index`
       file_digests/                           digests of model files
 
@@ -20,8 +21,9 @@ import re
 import shlex
 import socket
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +56,9 @@ FINGERPRINT_FILE = "space.json"
 RECIPE_FILE = "recipe.json"
 """What decided the token ids of the last run that filled a folder, for those who fetch from it."""
 
+# Fields of a profile, beside the model, without which two scores differ by more than rounding.
+_EXACT = ("dtype", "matmul_precision", "quantization", "rows")
+_FETCHED = ".fetched"
 _THREADS = 8  # that wait for a network file system
 _SHARDS_AT_ONCE = 64
 
@@ -74,6 +79,11 @@ class ReferenceFingerprint:
     profile: dict[str, str]
     label: str = field(default="", compare=False)
     width: int = 1
+
+    def rounds(self, other: "ReferenceFingerprint") -> bool:
+        """Return whether log-probs under another fingerprint differ from these, by rounding alone."""
+        exact = [(each.reference, each.width, *map(each.profile.get, _EXACT)) for each in (self, other)]
+        return self != other and exact[0] == exact[1]
 
     @property
     def name(self) -> str:
@@ -240,8 +250,8 @@ class LogpStore:
         if names is None:
             listed = list_shards(self.folder) if self.folder.is_dir() else []
             names = [f"{self.folder.name}/{name}" for name in listed]
-        # Sorted, so that every rank takes the same one of several entries of a key.
-        names = sorted(names)
+        # Sorted, so that every rank takes the same one of several entries of a key; this fingerprint's first.
+        names = sorted(names, key=lambda name: (not name.startswith(self.folder.name), name))
         memo = recall_whole(self.folder)
         with ThreadPoolExecutor(_THREADS) as pool:
             states = pool.map(lambda name: file_state(root / name), names)
@@ -370,6 +380,32 @@ class LogpStore:
         """Count shards that were just verified or written as whole: the next start does not read them."""
         remember_whole(self.folder, {Path(name).name: file_state(self.root / name) for name in names})
 
+    def fetched(self, keys: Keys) -> dict[str, npt.NDArray[np.intp]]:
+        """Return the places in `keys` of entries that were never compared with the model, by their URL."""
+        entries, stops = self._index.locate(keys)
+        found = np.flatnonzero(entries < stops)
+        urls, of_shard = np.unique(self.origins(), return_inverse=True)
+        origins = of_shard[self._index.shards[entries[found]]]
+        return {str(urls[each]): found[origins == each] for each in np.unique(origins) if urls[each]}
+
+    def settle(self, urls: Collection[str], *, are_right: bool) -> None:
+        """Count what was fetched from these URLs as compared with the model, or remove it."""
+        with suppress(OSError):  # a store that is read-only keeps it as it is
+            for name, url in zip(self.shards, self.origins(), strict=True):
+                if url in urls:
+                    shard = self.root / name
+                    if not are_right:
+                        shard.unlink(missing_ok=True)
+                    shard.with_suffix(_FETCHED).unlink(missing_ok=True)
+
+    def origins(self) -> list[str]:
+        """Return the URL of each shard that was fetched and never compared, "" of others."""
+        urls = [""] * len(self.shards)
+        for mark in self.root.glob(f"*/*{_FETCHED}"):
+            with suppress(OSError, ValueError):  # settled by another job at this moment, or not opened here
+                urls[self.shards.index(f"{mark.parent.name}/{mark.stem}.safetensors")] = mark.read_text()
+        return urls
+
     def read(self, keys: Keys) -> list[StoredLogps]:
         """Return the log-probs of each key, float32 [completion tokens]; a missing key is an error."""
         entries = []
@@ -398,8 +434,11 @@ class LogpStore:
             remedy=f"remove this model's entries, and start again: dpo-dist store gc {place} --yes",
         )
 
-    def write(self, keys: Keys, entries: Sequence[StoredLogps]) -> str:
-        """Write entries as one shard, and return its name; a store sees the shard when it is opened again."""
+    def write(self, keys: Keys, entries: Sequence[StoredLogps], url: str = "") -> str:
+        """Write entries as one shard, and return its name; a store sees the shard when it is opened again.
+
+        Entries that were fetched from `url` are marked until they are compared with the model.
+        """
         bad_entries = sum(not np.isfinite(values).all() for values in entries)
         if bad_entries:
             is_teacher = self.fingerprint.width > 1
@@ -418,6 +457,8 @@ class LogpStore:
         checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
         name = _shard_name(self.folder, keys, ends, checks)
         try:
+            if url:  # first: a kill leaves no shard without its mark
+                write_text((self.folder / name).with_suffix(_FETCHED), url)
             with staged_file(self.folder / name) as temporary:
                 tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
                 save_file(tensors, temporary)

@@ -2,29 +2,31 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import SCORING_TOKENS_FACTOR
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.schema import Dtype, Quantization, ReferenceMode, RunConfig
+from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.config.schema import Accept, Dtype, Quantization, ReferenceMode
 from dpo_dist.data import source_labels
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.fields import plain_values
 from dpo_dist.foundation.text import duration, percent, pluralize, size, without_secrets
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
-from dpo_dist.model.files.load import check_same_vocabulary, load_config
+from dpo_dist.model.files.folder import tokenizer_folder
+from dpo_dist.model.files.load import check_same_vocabulary, load_config, tokenizer_digest
 from dpo_dist.model.flops import compute_costs, visited_experts
 from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
@@ -41,92 +43,130 @@ from dpo_dist.training.steps.step import Objective
 REFERENCE = "reference"
 _CHECKED_PAIRS = 16
 _LEAST_SAVED = 0.01
-_DECIDE_IDS = (
-    "max_length",
-    "max_prompt_length",
-    "max_scorer_length",
-    "truncation",
-    "text_as_messages",
-    "chat_template",
-    "template_arguments",
-)
 # Largest accepted difference of stored and new log-probs, in nats, in the mean of a response's tokens.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
 
 @torch.no_grad()
 def check_drift(
-    run: Run,
-    score: Scorer,
-    objective: Objective,
-    dataset: PreferenceDataset,
-    visited: Indices,
-    costs: ComputeCosts,
+    run: Run, score: Scorer, objective: Objective, sample: "StoredSample", costs: ComputeCosts
 ) -> dict[str, Any]:
-    """Score a seeded sample of the `visited` indices again and compare with the stored log-probs; collective.
+    """Score a sample again and compare with the stored log-probs; collective.
 
-    `score`: the reference model, or a policy that starts as the reference, before its first update. Raises a
-    `ReferenceModelError` if log-probs differ by more than the precision explains. Returns the drift per token
-    and per response, in nats, for the report.
+    `score`: the reference model, or a policy that starts as the reference, before its first update. Raises
+    what `compare` raises. Returns the drift per token and per response, in nats, for the report.
     """
-    world = run.world
-    rank_batch = run.shard(dataset, pairs_to_check(run, visited), costs, [REFERENCE])
-    drifts: list[tuple[str, StoredLogps]] = []
-    with objective.prefetch_batches(rank_batch, world.device) as batches:
-        for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
-            batch = host_batch.to(world.device)
-            stored = objective.reference.token_logps(batch)
-            assert stored is not None, "the step-0 check needs a reference"
-            fresh = score(batch.view(REFERENCE))
-            if micro_batch and world.leads:
-                names = []
-                for index in micro_batch:
-                    numbers = range(len(dataset.response_range(index)))
-                    scored = [number for number in numbers if rank_batch.which in (None, number)]
-                    names += [f"{dataset.origin(index)} response {number}" for number in scored]
-                parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
-                drifts += zip(names, (part.numpy() for part in parts), strict=True)
-    drifts = [*itertools.chain(*world.gather(drifts))]
-    check_differences(drifts, run.config.model.dtype, "reference log-probs")
-    sums = np.array([drift.sum() for _, drift in drifts])
+    device = run.world.device
+    rank_batch = run.shard(sample.dataset, sample.indices, costs, [REFERENCE])
+
+    def drift(host_batch: PackedBatch) -> StoredLogps:
+        batch = host_batch.to(device)
+        stored = objective.reference.token_logps(batch)
+        assert stored is not None, "the step-0 check needs a reference"
+        values: StoredLogps = (score(batch.view(REFERENCE)) - stored).cpu().numpy()
+        return values
+
+    with objective.prefetch_batches(rank_batch, device) as batches:
+        drifts = compare(run, sample, rank_batch, batches, drift, "reference log-probs")
+    sums = np.array([drift.sum() for drift in drifts])
     return {
         "responses": len(drifts),
-        "mean_token_drift": float(np.mean([np.abs(drift).mean() for _, drift in drifts])),
-        "largest_token_drift": max(float(np.abs(drift).max()) for _, drift in drifts),
+        "mean_token_drift": float(np.mean([np.abs(drift).mean() for drift in drifts])),
+        "largest_token_drift": max(float(np.abs(drift).max()) for drift in drifts),
         "rms_response_drift": float(np.sqrt(np.mean(sums**2))),
         "largest_response_drift": float(np.abs(sums).max()),
     }
 
 
-def pairs_to_check(run: Run, visited: Indices) -> Indices:
-    """Return a sample of the `visited` indices, the same in every start of a run."""
-    generator = np.random.default_rng([run.config.trainer.seed, 0xA0D17])
-    count = min(_CHECKED_PAIRS, len(visited))
-    return np.sort(generator.choice(visited, size=count, replace=False))
+class StoredSample(NamedTuple):
+    """Indices of a dataset whose stored entries are compared with a model.
 
-
-def check_differences(differences: Sequence[tuple[str, StoredLogps]], dtype: Dtype, what: str) -> None:
-    """Check the differences of what is stored and what is computed, of each token of a response by name.
-
-    Raises a `ReferenceModelError` about `what` if they are larger than the precision explains.
+    `urls`: those from which some of the entries were fetched and never compared.
     """
+
+    dataset: PreferenceDataset
+    indices: Indices
+    store: LogpStore | None
+    urls: Collection[str]
+
+
+def choose_sample(
+    run: Run, store: LogpStore | None, datasets: Sequence[tuple[PreferenceDataset, Indices]], scorer: str
+) -> StoredSample:
+    """Return a seeded sample of the scored indices of a dataset. Collective.
+
+    It is the first dataset with entries that were fetched and never compared, of which the sample has as many
+    more for each URL.
+    """
+
+    def choose() -> tuple[int, Indices, Collection[str]]:
+        fetched: list[dict[str, Indices]] = [{}]
+        if store is not None and any(store.origins()):
+            places = [(each.view(scorer).keys, each.response_indices(visited)) for each, visited in datasets]
+            fetched = [store.fetched(keys[responses]) for keys, responses in places]
+        number = next((number for number, by_url in enumerate(fetched) if by_url), 0)
+        dataset, visited = datasets[number]
+        groups = [visited]
+        for rows in fetched[number].values():
+            responses = dataset.response_indices(visited)[rows]
+            groups.append(np.unique(dataset.locate_responses(responses)[0]))
+        generator = np.random.default_rng([run.config.trainer.seed, 0xA0D17])
+        chosen = [generator.choice(each, min(_CHECKED_PAIRS, len(each)), replace=False) for each in groups]
+        return number, np.unique(np.concatenate(chosen)), [*fetched[number]]
+
+    number, indices, urls = run.world.on_main(choose)
+    return StoredSample(datasets[number][0], indices, store, urls)
+
+
+def compare(
+    run: Run,
+    sample: StoredSample,
+    share: RankBatch,
+    batches: Iterable[PackedBatch],
+    difference: Callable[[PackedBatch], StoredLogps],
+    what: str,
+) -> list[StoredLogps]:
+    """Return the differences of what is stored and what is computed, of the tokens of each response.
+
+    `share`, `batches`: this rank's of the sample; `difference`: of the tokens of a batch. What the sample's
+    URLs gave counts as compared from now on. Raises a `ReferenceModelError` about `what` if differences are
+    larger than the precision explains; then the store keeps nothing of these URLs. Collective.
+    """
+    dtype = run.config.model.dtype
 
     def tolerance(tokens: int) -> float:
         # 16-bit log-probs depend on the batch's shape: single tokens differ, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
 
-    means = {name: float(np.abs(of_tokens).mean()) for name, of_tokens in differences}
+    named: list[tuple[str, StoredLogps]] = []
+    for micro_batch, batch in zip(share.micro_batches, batches, strict=True):
+        values = difference(batch)
+        if micro_batch and run.world.leads:
+            names = []
+            for index in micro_batch:
+                numbers = range(len(sample.dataset.response_range(index)))
+                scored = [number for number in numbers if share.which in (None, number)]
+                names += [f"{sample.dataset.origin(index)} response {number}" for number in scored]
+            parts = np.split(values, np.cumsum(batch.response_tokens.numpy())[:-1])
+            named += zip(names, parts, strict=True)
+    named = [*itertools.chain(*run.world.gather(named))]
+    means = {name: float(np.abs(of_tokens).mean()) for name, of_tokens in named}
     # "mean > tolerance" would accept nan.
-    failed = [name for name, of_tokens in differences if not means[name] <= tolerance(len(of_tokens))]
+    failed = [name for name, of_tokens in named if not means[name] <= tolerance(len(of_tokens))]
+    remedy = "the store belongs to another model or is damaged: set another reference.store"
+    if sample.store is not None and sample.urls:
+        run.world.on_main(partial(sample.store.settle, sample.urls, are_right=not failed))
+        remedy = f"remove {', '.join(sample.urls)} from reference.behind: nothing of it is kept; or {remedy}"
     if failed:
         raise ReferenceModelError(
-            f"{len(failed)} of {len(differences)} sampled {what} differ from a fresh computation",
+            f"{len(failed)} of {len(named)} sampled {what} differ from a fresh computation",
             where="; ".join(f"{name} ({means[name]:.2g})" for name in failed[:5]),
             got="the mean difference per token in parentheses, in nats",
             expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
             "16 bits",
-            remedy="the store belongs to another model or is damaged: set another reference.store",
+            remedy=remedy,
         )
+    return [of_tokens for _, of_tokens in named]
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
@@ -196,18 +236,13 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     provider = ReferenceProvider(store=filler.open_filled())
     # While the model is there a sample is scored again, unless the check before step 0 does it.
     is_checked_later = policy_starts_as_reference and step0_follows
-    if (
-        scored.engine is None
-        and not is_checked_later
-        and any(each["entries"] for each in filled.fetched.values())
-    ):
-        run.warn("reference: fetched log-probs are not compared with the model, which is not loaded")
-    if scored.engine is not None and not is_checked_later:
+    sample = choose_sample(run, provider.store, inputs.datasets_to_score, REFERENCE)
+    if (sample.urls or scored.engine is not None) and not is_checked_later:
         objective = Objective(config.loss, provider)
-        score = scored.engine.token_logps
-        report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
+        report["drift"] = check_drift(run, filler.load_scorer(), objective, sample, filler.costs)
         drift = describe_drift(report["drift"])
-        run.note(f"reference check passed: stored and newly computed log-probs are {drift}")
+        say = run.say if sample.urls else run.note
+        say(f"reference check passed: stored and newly computed log-probs are {drift}")
     report |= scored.free()
     return Reference(provider, policy_starts_as_reference, report)
 
@@ -231,16 +266,20 @@ def scoring_profile(run: Run, folder: Path, quantization: Quantization | None) -
     return profile
 
 
-def recipe_of(config: RunConfig) -> dict[str, Any]:
+def recipe_of(run: Run, inputs: EvaluationInputs) -> dict[str, Any]:
     """Return what decides the token ids of a run's prompts and responses, without paths of its machine."""
-    data = plain_values(config.data)
-    recipe = {f"data.{name}": data[name] for name in _DECIDE_IDS}
+    config = run.config
+    files = inputs.policy_files
     labels = source_labels(config.data.train)
-    recipe["data.train"] = [
-        f"{label}@{source.revision}" for label, source in zip(labels, config.data.train, strict=True)
-    ]
-    recipe["reference.system"] = config.reference.system
-    recipe["teacher.system"] = config.teacher.system
+    sources = zip(labels, config.data.train, strict=True)
+    recipe = {
+        **{f"data.{name}": value for name, value in config.data.encoding_identity.items()},
+        "data.train": [f"{label}@{source.revision}" for label, source in sources],
+        "data.chat_template": config.data.chat_template,
+        "reference.system": config.reference.system,
+        "teacher.system": config.teacher.system,
+        "tokenizer": tokenizer_digest(tokenizer_folder(files.folder, files.adapter)),
+    }
     return dict(without_secrets(recipe))
 
 
@@ -274,7 +313,8 @@ class ScoredOnce:
         tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
         costs = compute_costs(self.inputs.flops, prefixes=prefixes)
         behind = [*map(Behind, run.config.reference.behind)]
-        options |= {"behind": behind, "recipe": recipe_of(run.config)}
+        rounding = run.config.reference.accept is Accept.rounding
+        options |= {"behind": behind, "recipe": recipe_of(run, self.inputs), "rounding": rounding}
         filler = StoreFiller(
             empty, load_scorer, run.world, tokens, costs, entries_per_shard, run.stops, **options
         )
@@ -302,6 +342,8 @@ class ScoredOnce:
                 left_out = pluralize(each["left_out"], "entry", "entries")
                 run.warn(f"{name}: {left_out} of {url} left out: damaged, or not of these responses")
         run.say(f"{name}: {', '.join(counts)}{took}")
+        for fingerprint, responses in filled.rounded.items():
+            run.say(f"{name}: {responses:,} of them by other numerics, of the fingerprint {fingerprint}")
         sharing = describe_saving(filler.computed_tokens, filler.tokens)
         if filler.costs.shares_prefixes and sharing:
             run.note(f"{name}: {sharing}")

@@ -54,8 +54,10 @@ from dpo_dist.reference.engine import ReferenceProvider, run_start_check
 from dpo_dist.training.after_checkpoint import AfterCheckpoint
 from dpo_dist.training.export import export_checkpoint
 from dpo_dist.training.reference import (
+    REFERENCE,
     Reference,
     check_drift,
+    choose_sample,
     describe_drift,
     prepare_reference,
     reference_without_store,
@@ -289,7 +291,8 @@ def _set_up(
         if reference.policy_starts_as_reference:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
-                drift = check_drift(run, policy.token_logps, objective, *inputs.datasets_to_score[0], costs)
+                sample = choose_sample(run, objective.reference.store, inputs.datasets_to_score, REFERENCE)
+                drift = check_drift(run, policy.token_logps, objective, sample, costs)
             run.note(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()

@@ -1,6 +1,5 @@
 """Prepare a run's teacher: ask it once for its distributions and store them, or load it beside the policy."""
 
-import itertools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,21 +11,23 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.metrics import AGREEMENT
 from dpo_dist.config.schema import ReferenceConfig, TeacherMode
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset
-from dpo_dist.foundation.errors import ConfigError, Lack
+from dpo_dist.foundation.errors import ConfigError, Lack, ReferenceModelError
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.objective.distillation import SparseRows, kept_distributions
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
-from dpo_dist.reference.fill import missing_responses
+from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from dpo_dist.reference.teacher import Teacher, with_uniforms
-from dpo_dist.training.reference import ScoredOnce, check_differences, pairs_to_check, scoring_profile
+from dpo_dist.training.reference import ScoredOnce, StoredSample, choose_sample, compare, scoring_profile
 from dpo_dist.training.start.inputs import EvaluationInputs
 from dpo_dist.training.start.open_run import Run
 
@@ -107,21 +108,36 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     fingerprint = ReferenceFingerprint(files.digest, profile, label, kept.width)
     empty = LogpStore(Path(config.reference.store), fingerprint, [])
     scored = inputs.read_by(_TEACHER)
-    responses, tokens = world.on_main(lambda: _missing(empty, scored))
-    if responses:
-        taken = 4 * kept.width * tokens
-        run.say(f"teacher: distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
-        world.on_main(lambda: _check_room(empty.folder, taken))
     asked = ScoredOnce(run, inputs, load, ("as_teacher",))
     prepare = partial(with_uniforms, kept=kept)
     filler = asked.filler(
         empty, entries_per_shard=_ROWS_PER_SHARD, which=0, prepare=prepare, fault=kept.fault_of_others
     )
+    responses, tokens = world.on_main(lambda: _missing(filler, scored))
+    if responses:
+        taken = 4 * kept.width * tokens
+        run.say(f"teacher: distributions of {pluralize(responses, 'response')} take {size(taken)} of disk")
+        world.on_main(lambda: _check_room(empty.folder, taken))
+    if config.teacher.digest is not None:
+        asked.load = partial(_load_nothing, run, filler, scored)
     filled = asked.fill(filler, scored, _TEACHER, "response")
     report |= {**filled.as_dict(), "entries": str(empty.folder)}
-    teacher = Teacher(kept, store=filler.open_filled())
+    store = filler.open_filled()
+    teacher = Teacher(kept, store=store)
+    sample = choose_sample(run, store, scored, _TEACHER)
+    if config.teacher.digest is not None:
+        keys = sample.dataset.keys_of(sample.indices.tolist(), which=0)
+        entropy = world.on_main(lambda: float(np.concatenate(store.read(keys))[:, -1].mean()))
+        report |= {"digest": files.digest, "not_compared": [*sample.urls], "mean_entropy": entropy}
+        run.warn(
+            f"teacher: nothing here can compare these answers with the model {files.digest}; their mean "
+            f"entropy is {entropy:.3g} nats a token, and evaluations have {AGREEMENT}"
+        )
+        return PreparedTeacher(teacher, report)
+    if sample.urls:
+        filler.load_scorer()
     if asked.engine is not None:
-        report["largest_difference"] = _check_answers(run, asked.engine, teacher, *scored[0], filler.costs)
+        report["largest_difference"] = _check_answers(run, asked.engine, teacher, sample, filler.costs)
         run.say(
             "teacher check passed: stored and newly computed distributions of a sample differ by at most "
             f"{report['largest_difference']:.2g}"
@@ -133,47 +149,50 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
 
 @torch.no_grad()
 def _check_answers(
-    run: Run,
-    engine: Engine,
-    teacher: Teacher,
-    dataset: PreferenceDataset,
-    visited: Indices,
-    costs: ComputeCosts,
+    run: Run, engine: Engine, teacher: Teacher, sample: StoredSample, costs: ComputeCosts
 ) -> float:
-    """Ask the teacher again for a seeded sample; return the largest difference of a token. Collective.
+    """Ask the teacher again for a sample; return the largest difference of a token. Collective.
 
-    Raises a `ReferenceModelError` if distributions differ by more than the precision explains.
+    Raises what `compare` raises.
     """
     world = run.world
     place = (world.replica, world.replicas)
-    share = shard_batch(dataset, pairs_to_check(run, visited), *place, run.micro_batch_tokens, costs, which=0)
+    share = shard_batch(sample.dataset, sample.indices, *place, run.micro_batch_tokens, costs, which=0)
     kept = teacher.kept
     assert isinstance(kept, SparseRows)
-    differences: list[tuple[str, StoredLogps]] = []
-    for micro_batch, batch in zip(share.micro_batches, share.batches(), strict=True):
+
+    def difference(batch: PackedBatch) -> StoredLogps:
         asked = with_uniforms(batch, kept).to(world.device)
         fresh = engine.token_logps(asked, ("as_teacher",)).T.cpu().numpy()
         inputs = teacher.ready(batch).teacher
         assert inputs is not None
         assert inputs.rows is not None
-        if micro_batch and world.leads:
-            apart = kept.distances(inputs.rows.numpy(), fresh)
-            of_response = np.split(apart, np.cumsum(batch.response_tokens.numpy())[:-1])
-            differences += zip(
-                (str(dataset.origin(index)) for index in micro_batch), of_response, strict=True
-            )
-    differences = [*itertools.chain(*world.gather(differences))]
-    check_differences(differences, run.config.model.dtype, "distributions of the teacher")
-    return max(float(of_tokens.max()) for _, of_tokens in differences)
+        return kept.distances(inputs.rows.numpy(), fresh)
+
+    differences = compare(run, sample, share, share.batches(), difference, "distributions of the teacher")
+    return max(float(of_tokens.max()) for of_tokens in differences)
 
 
-def _missing(empty: LogpStore, scored: Sequence[tuple[PreferenceDataset, Indices]]) -> tuple[int, int]:
+def _load_nothing(
+    run: Run, filler: StoreFiller, scored: Sequence[tuple[PreferenceDataset, Indices]]
+) -> Engine:
+    """Raise the error of answers that are missing, of a teacher that is not here. Collective."""
+    missing, _ = run.world.on_main(lambda: _missing(filler, scored))
+    raise ReferenceModelError(
+        "answers of a teacher that is not here are missing",
+        where="teacher.digest",
+        got=f"{pluralize(missing, 'response')} without an answer by {run.config.teacher.digest}",
+        remedy="name a store that has them in reference.behind, and use its data, template and lengths; "
+        "answers by another device or version need reference.accept=rounding",
+    )
+
+
+def _missing(filler: StoreFiller, scored: Sequence[tuple[PreferenceDataset, Indices]]) -> tuple[int, int]:
     """Return how many responses the store lacks, and their tokens."""
-    store = LogpStore.open(empty.root, empty.fingerprint)
     responses = 0
     tokens = 0
     for dataset, indices in scored:
-        missing, _ = missing_responses(store, dataset, indices, which=0)
+        missing, *_ = filler.survey(dataset, indices)
         examples = dataset.locate_responses(missing)[0]
         responses += len(missing)
         tokens += int(dataset.piece_tokens[dataset.first_pieces[examples] + 1].sum(dtype="int64"))

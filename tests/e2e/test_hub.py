@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+
+from dpo_dist.reference.published import push
+from dpo_dist.reference.store import LogpStore
+from tests.unit.reference.test_behind import ENTRIES, FEW, KEYS, LOGPS, REFERENCE
 
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
@@ -77,6 +81,20 @@ class Handler(BaseHTTPRequestHandler):
         """Take an upload, whose files are all small."""
         path, body = self.path.strip("/"), self.rfile.read(int(self.headers["Content-Length"]))
         self.server.sent[path] = body
+        if "/paths-info/" in path:
+            commit = path.rpartition("/")[2]
+            [files] = (commits[commit] for commits in self.server.commits.values() if commit in commits)
+            names = [name for name in parse_qs(body.decode())["paths"] if name in files]
+            found = [
+                {"type": "file", "path": name, "size": len(files[name]), "oid": digest(files[name])}
+                for name in names
+            ]
+            content, headers = as_json(found)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            return
         if not self.server.is_open:
             self.send_error(401)
             return
@@ -99,7 +117,12 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.asked.append(path)
         body, headers = self.found(path)
-        self.send_response(404 if body is None else 200)
+        status = 404 if body is None else 200
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if body is not None and wanted:
+            body = body[int(wanted[1]) : int(wanted[2]) + 1]
+            status = 206
+        self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body or b"")))
@@ -224,3 +247,33 @@ def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub
         assert hub.commit("o/model", files | {"config.json": b'{"changed": 1}'}) != first
         rest, _ = process.communicate("\n")
     assert rest.split() == [first, first]
+
+
+_FIND = """
+import sys
+from tests.unit.reference import test_behind
+found, behind = test_behind.found_in(sys.argv[1], test_behind.REFERENCE, which=test_behind.FEW)
+print(len(found), behind.left_out, behind.bytes_read)
+"""
+
+
+def test_entries_of_a_published_store_are_fetched_from_a_commit(tmp_path: Path, hub: Hub) -> None:
+    for start in range(0, ENTRIES, 128):
+        rows = slice(start, start + 128)
+        LogpStore.open(tmp_path / "store", REFERENCE).write(KEYS[rows], LOGPS[rows])
+    push([tmp_path / "store" / REFERENCE.name], str(tmp_path / "public"))
+    files = [file for file in (tmp_path / "public").rglob("*") if file.is_file()]
+    named = {file.relative_to(tmp_path / "public").as_posix(): file.read_bytes() for file in files}
+    commit = hub.commit("o/store", named)
+    hub.commit("o/store", {"README.md": b"gone"})
+    done = subprocess.run(
+        [sys.executable, "-c", _FIND, f"hf://datasets/o/store@{commit}"],
+        env=environment_of(tmp_path, hub.url),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found, left_out, bytes_read = map(int, done.stdout.split())
+    assert (found, left_out) == (len(FEW), 0)
+    assert bytes_read < sum(map(len, named.values()))

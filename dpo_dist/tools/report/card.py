@@ -16,6 +16,8 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
 from dpo_dist.kit import (
     ACCURACIES,
+    AGREEMENT,
+    ALL,
     KINDS,
     MAIN,
     PREFIX,
@@ -125,6 +127,8 @@ def model_card(
         verdict=summary["verdict"],
         loader=loader,
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
+        teacher=(summary.get("reference") or {}).get("teacher", {}),
+        agreement=evaluation.get(ALL, {}).get(PREFIX + AGREEMENT),
         reads_others=(summary.get("reference") or {}).get("reads_other_prompts", False),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
         data=_data(config.data, summary),

@@ -177,13 +177,13 @@ def _reference(look: _DryRun) -> None:
 def _teacher(look: _DryRun) -> None:
     teacher = look.config.teacher
     if teacher.path is not None:
-        checked = _checked_model(look, teacher.path, "teacher.path")
+        checked = _checked_model(look, teacher.path, "teacher.path", needs_weights=teacher.digest is None)
         look.lines.append(("teacher", f"{teacher.mode}, {checked}"))
 
 
-def _checked_model(look: _DryRun, path: str, key: str) -> str:
+def _checked_model(look: _DryRun, path: str, key: str, *, needs_weights: bool = True) -> str:
     """Return the description of a model that only scores, whose files are checked."""
-    folder = description_folder(path, None, key)
+    folder = description_folder(path, None, key, needs_weights=needs_weights)
     check_same_vocabulary(folder, look.encoder.tokenizer, look.config.model, look.encoder.processor, key)
     check_contents_at_hand(folder, look.config.model, key)
     return f"model {folder}"

@@ -57,7 +57,13 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention.ulysses import check_shared_tokens
 from dpo_dist.model.experts import check_shared_experts
-from dpo_dist.model.files.folder import base_warnings, has_tokenizer, model_folder, start_folder
+from dpo_dist.model.files.folder import (
+    base_warnings,
+    description_folder,
+    has_tokenizer,
+    model_folder,
+    start_folder,
+)
 from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
 from dpo_dist.model.files.manifest import check_undamaged
 from dpo_dist.model.files.stops import padding_token, stop_notes
@@ -449,6 +455,11 @@ def _digest_teacher(run: Run) -> ModelFiles | None:
     config = run.config
     if not config.loss.needs_teacher or config.teacher.path is None:
         return None
+    if config.teacher.digest is not None:
+        find = partial(description_folder, config.teacher.path, None, "teacher.path", needs_weights=False)
+        return ModelFiles(
+            on_every_rank(run, find, "looking for the teacher"), {}, {}, None, config.teacher.digest
+        )
     folder = shared_model_folder(run, config.teacher.path, None, "teacher.path")
     store = Path(config.reference.store)
     return digest_on_every_node(folder, store, config.model.trust_remote_code, False, run.world)

@@ -229,7 +229,9 @@ def _reference(start: _Start) -> None:
 
 
 def _teacher(start: _Start) -> None:
-    _scoring_model(start.config.teacher.path, "teacher.path")
+    teacher = start.config.teacher
+    if teacher.digest is None:
+        _scoring_model(teacher.path, "teacher.path")
 
 
 def _scoring_model(path: str | None, key: str) -> None:

@@ -46,6 +46,7 @@ def test_images_define_the_result_of_their_runs_only() -> None:
 def test_a_teacher_defines_the_result_of_its_runs_but_not_where_it_is_computed() -> None:
     taught = "loss=distill teacher.path=t"
     changes = ("", "teacher.k=9", "teacher.system=sea", "data.max_scorer_length=9")
+    changes += ("reference.accept=rounding", f"teacher.digest={'ab' * 16}")
     runs = [configured(f"{taught} {change}") for change in changes]
     runs += [
         configured(f"loss=distill teacher.mode={mode} model.adapter.r=8") for mode in ("policy", "adapter")

@@ -68,8 +68,8 @@ def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPa
         }
     assert found["flash_attn"] == "flash-attn 9.1"
     assert (found["liger"], found["gpu"]) == ("liger-kernel 9.1", "sm_90 with 132 multiprocessors")
-    assert found["quantization"] == "int8 by bitsandbytes bitsandbytes 9.1"
-    precisions = "dtype matmul_precision bf16_reduction fp16_reduction quantization"
+    assert (found["quantization"], found["bitsandbytes"]) == ("int8", "bitsandbytes 9.1")
+    precisions = "dtype matmul_precision bf16_reduction fp16_reduction quantization bitsandbytes"
     kernels = "attention flash_attn compile liger deterministic device gpu cuda cpu torch transformers"
     assert found.keys() == {*precisions.split(), *kernels.split()}
 

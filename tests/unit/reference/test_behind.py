@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ def found_in(
     """What a store has of the entries `which`; each is checked to be that of its key."""
     behind = Behind(place)
     fault = KEPT.fault_of_others if fingerprint is TEACHER else fault_of_logps
-    found = dict(behind.find(fingerprint, KEYS[which], tokens[which], fault, RECIPE))
+    found = dict[int, Any]()
+    for of, row, values in behind.find(fingerprint, KEYS[which], tokens[which], fault, RECIPE):
+        assert of == fingerprint
+        found[row] = values
     numbers = np.arange(ENTRIES)[which]
     for row, values in found.items():
         assert np.array_equal(values, VALUES[fingerprint.name][numbers[row]])
@@ -131,8 +135,8 @@ def test_entries_of_a_folder_and_an_object_store(
         listed = len((public / LIST).read_bytes()) + ENTRIES * ENTRY.itemsize
         assert behind.bytes_read == listed + sum(VALUES[fingerprint.name][row].nbytes for row in FEW)
         other = ReferenceFingerprint("ff" * 16, {}, "unknown")
-        assert not dict(Behind(place).find(other, KEYS, TOKENS, fault_of_logps, RECIPE))
-        assert not dict(Behind(place).find(fingerprint, KEYS + 1, TOKENS, fault_of_logps, RECIPE))
+        assert not list(Behind(place).find(other, KEYS, TOKENS, fault_of_logps, RECIPE))
+        assert not list(Behind(place).find(fingerprint, KEYS + 1, TOKENS, fault_of_logps, RECIPE))
     memory.store.clear()
 
 
@@ -196,13 +200,40 @@ def test_info_lists_what_a_url_has_without_its_values(root: Path, capsys: pytest
 def test_what_differs_is_said_where_a_store_has_few_of_the_responses(public: Path) -> None:
     behind = Behind(str(public))
     recipe = RECIPE | {"data.max_length": 512}
-    assert not dict(behind.find(TEACHER, KEYS + 1, TOKENS, KEPT.fault_of_others, recipe))
+    assert not list(behind.find(TEACHER, KEYS + 1, TOKENS, KEPT.fault_of_others, recipe))
     assert behind.differences == ("data.max_length 1024 (here 512)",)
     _, behind = found_in(str(public))
     assert not behind.differences
     other = ReferenceFingerprint(TEACHER.reference, {"dtype": "bf16"}, width=KEPT.width)
-    assert not dict(behind.find(other, KEYS, TOKENS, KEPT.fault_of_others, RECIPE))
+    assert not list(behind.find(other, KEYS, TOKENS, KEPT.fault_of_others, RECIPE, rounding=True))
     assert behind.differences == ("dtype fp32 (here bf16)",)
+
+
+def test_entries_that_differ_by_rounding_come_after_those_of_the_same_numerics(tmp_path: Path) -> None:
+    """Of each key the value says the fingerprint: 0 that of the run, 1 another GPU, 2 another model."""
+    profile = {"dtype": "fp32", "gpu": "sm_90"}
+    own = ReferenceFingerprint("ab" * 16, profile)
+    exact = [{"dtype": "bf16"}, {"quantization": "nf4"}, {"rows": "8"}, {"matmul_precision": "high"}]
+    others = [ReferenceFingerprint(own.reference, profile | {"gpu": "sm_80", "torch": "2.9"})]
+    others += [ReferenceFingerprint(own.reference, profile | each) for each in exact]
+    others += [ReferenceFingerprint("cd" * 16, profile), replace(own, width=2)]
+    assert [own.rounds(other) for other in others] == [True] + 6 * [False]
+    assert not own.rounds(own)
+    for number, fingerprint in enumerate([own, *others]):
+        store = LogpStore.open(tmp_path / "store", fingerprint)
+        size = 2 if number else 1
+        store.write(KEYS[:size], [np.array([-number] * fingerprint.width, np.float32)] * size)
+    push(sorted((tmp_path / "store").iterdir()), str(tmp_path / "public"))
+
+    def found(*, rounding: bool) -> list[tuple[str, int, float]]:
+        behind = Behind(str(tmp_path / "public"))
+        found = behind.find(own, KEYS[:3], np.ones(3, int), fault_of_logps, {}, rounding=rounding)
+        every = [(of.name, row, float(values[0])) for of, row, values in found]
+        assert (behind.responses, behind.entries) == (3, len(every))
+        return every
+
+    assert found(rounding=False) == [(own.name, 0, 0)]
+    assert found(rounding=True) == [(own.name, 0, 0), (others[0].name, 1, -1)]
 
 
 # Stores of liars.

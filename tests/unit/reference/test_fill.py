@@ -18,8 +18,10 @@ from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.reference.behind import Behind
 from dpo_dist.reference.fill import FillReport, StoreFiller
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.published import push
+from dpo_dist.reference.store import LogpStore, list_shards
 from tests.support.alone import ALONE
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.read_only import read_only
@@ -187,3 +189,41 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert not LogpStore.open(tmp_path, FINGERPRINT).shards
     fill(tmp_path, dataset, [0, 1, 2])
     assert_filled(tmp_path, dataset, [0, 1, 2])
+
+
+def test_log_probs_of_other_numerics_are_used_if_asked_for_and_stay_apart(
+    tmp_path: Path, dataset: PreferenceDataset
+) -> None:
+    """The own store has one under another fingerprint, a published store another one; others are computed."""
+    other = dataclasses.replace(FINGERPRINT, profile={"dtype": "fp32", "gpu": "other"})
+    entries = [logps_of(torch.from_numpy(ids)).numpy() for ids in dataset.example(0).responses]
+    LogpStore.open(tmp_path / "own", other).write(dataset.keys[[0]], entries[:1])
+    LogpStore.open(tmp_path / "others", other).write(dataset.keys[[0, 1]], entries[:2])
+    push([tmp_path / "others" / other.name], str(tmp_path / "public"))
+    distinct = sum(RESPONSES) - 1
+    before = list_shards(tmp_path / "own" / other.name)
+
+    def filled(root: str, *, rounding: bool) -> tuple[FillReport, LogpStore, int]:
+        scorer = Scorer()
+        filler = filler_of(tmp_path / root, scorer=scorer)
+        filler.behind, filler.rounding = [Behind(str(tmp_path / "public"))], rounding
+        report = filler.fill(dataset, np.arange(len(RESPONSES)), no_progress)
+        return report, filler.open_filled(), scorer.responses
+
+    report, store, computed = filled("own", rounding=True)
+    assert (report.hits, report.computed, computed) == (1, distinct - 2, distinct - 2)
+    assert report.rounded == {other.name: 2}
+    assert report.fetched[str(tmp_path / "public")]["entries"] == 1
+    assert [each.tolist() for each in store.read(dataset.keys[[0, 1]])] == [e.tolist() for e in entries[:2]]
+    assert store.fetched(dataset.keys[:2]) == {str(tmp_path / "public"): [1]}
+    fetched = set(list_shards(tmp_path / "own" / other.name)).difference(before)
+    assert len(fetched) == 1
+    own = LogpStore.open(tmp_path / "own", FINGERPRINT)
+    assert own.contains(dataset.keys[[0, 1]]).tolist() == [False, False]
+
+    report, _, computed = filled("own", rounding=True)
+    assert (report.hits, report.computed, computed, report.rounded) == (distinct, 0, 0, {other.name: 2})
+    report, _, computed = filled("own", rounding=False)
+    assert (report.hits, report.computed, report.rounded) == (distinct - 2, 2, {})
+    report, _, computed = filled("own", rounding=True)
+    assert (report.hits, report.rounded) == (distinct, {}), "those of the same numerics come first"

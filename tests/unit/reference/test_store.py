@@ -178,3 +178,49 @@ def test_values_that_are_not_finite_are_an_error_of_their_model(
     assert refused.value.where is not None
     assert refused.value.where.startswith(where)
     assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_what_was_fetched_is_marked_until_it_is_compared(tmp_path: Path) -> None:
+    other = replace(FINGERPRINT, profile={"dtype": "fp32", "gpu": "other"})
+    write(tmp_path, {7: ENTRIES[7]})
+    for name, url, fingerprint in ((1, "a", FINGERPRINT), (4, "b", FINGERPRINT), (5, "a", other)):
+        entry = values(*ENTRIES.get(name, [-1.0]))
+        LogpStore.open(tmp_path, fingerprint).write(keys_of([name]), [entry], url)
+    shards = [f"{file.parent.name}/{file.name}" for file in tmp_path.glob("*/*.safetensors")]
+    store = LogpStore.open(tmp_path, FINGERPRINT, shards)
+
+    def places(store: LogpStore) -> dict[str, list[int]]:
+        return {url: rows.tolist() for url, rows in store.fetched(keys_of([1, 7, 9, 4, 5])).items()}
+
+    assert places(store) == {"a": [0, 4], "b": [3]}
+    assert places(open_store(tmp_path)) == {"a": [0], "b": [3]}
+    assert open_store(tmp_path).fetched(keys_of([7, 9])) == {}
+    store.settle(["b"], are_right=True)
+    assert places(store) == {"a": [0, 4]}
+    store.settle(["a"], are_right=False)
+    assert readable(tmp_path, [7, 1, 4]) == {7: ENTRIES[7], 4: ENTRIES[4]}
+    assert readable(tmp_path, [5], other) == {}
+    assert not list(tmp_path.glob("*/*.fetched"))
+
+
+def test_a_kill_leaves_no_fetched_shard_without_its_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_dist.reference.store.save_file", killed)
+    store = open_store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(keys_of([1]), [values(-1.0)], "a")
+    assert list(tmp_path.glob("*/*.fetched"))
+    assert open_store(tmp_path).fetched(keys_of([1])) == {}
+
+
+def test_entries_of_the_same_numerics_come_first(tmp_path: Path) -> None:
+    others = [replace(FINGERPRINT, profile={"dtype": "fp32", "gpu": str(gpu)}) for gpu in range(6)]
+    for fingerprint in (*others, FINGERPRINT):
+        write(tmp_path, {1: [-1.0 if fingerprint == FINGERPRINT else -2.0]}, fingerprint)
+    shards = [f"{file.parent.name}/{file.name}" for file in tmp_path.glob("*/*.safetensors")]
+    store = LogpStore.open(tmp_path, FINGERPRINT, shards)
+    assert [entry.tolist() for entry in store.read(keys_of([1]))] == [[-1.0]]

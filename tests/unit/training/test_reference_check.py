@@ -36,7 +36,7 @@ from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training import reference as reference_module
 from dpo_dist.training import teacher as teacher_module
-from dpo_dist.training.reference import check_drift, prepare_reference
+from dpo_dist.training.reference import check_drift, choose_sample, prepare_reference
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.steps.step import Objective
 from dpo_dist.training.teacher import prepare_teacher
@@ -105,7 +105,8 @@ def check(world: World, data: PreferenceDataset, reference: ReferenceProvider) -
         policy.key = int(data.keys[2 * policy.pair, 0])
         run = Run(RunConfig(model=ModelConfig(dtype=dtype)), world, Console(None))
         objective = Objective(LossConfig(), reference)
-        return check_drift(run, policy.token_logps, objective, data, np.arange(PAIRS), COSTS)
+        sample = choose_sample(run, reference.store, [(data, np.arange(PAIRS))], "reference")
+        return check_drift(run, policy.token_logps, objective, sample, COSTS)
 
     return check
 
@@ -140,6 +141,52 @@ def test_an_example_that_drifts_beyond_the_precision_is_named(
     with pytest.raises(ReferenceModelError, match="1 of 12 sampled") as raised:
         check(Policy(4, rejected_drift=drift), dtype)
     assert str(data.origin(4)) + " response 1" in raised.value.where
+
+
+def test_a_sample_has_what_was_fetched_and_a_failure_leaves_none_of_it(
+    world: World,
+    data: PreferenceDataset,
+    reference: ReferenceProvider,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pairs 0 to 2 are from here; of pair 3 one response is from `a`, of 4 and 5 both are from `b`."""
+    monkeypatch.setattr(reference_module, "_CHECKED_PAIRS", 1)
+    assert reference.store is not None
+    space = reference.store.fingerprint
+    values = reference.store.read(data.keys)
+    for rows, url in ((range(7), ""), (range(7, 8), "a"), (range(8, 12), "b")):
+        written = [values[row] for row in rows]
+        LogpStore.open(tmp_path, space).write(data.keys[list(rows)], written, url)
+    run = Run(RunConfig(model=ModelConfig(dtype=Dtype.fp32)), world, Console(None))
+
+    def sample_of(*datasets: Any) -> tuple[set[int], set[str], Any]:
+        store = LogpStore.open(tmp_path, space)
+        sample = choose_sample(run, store, datasets, "reference")
+        return set(sample.indices.tolist()), set(sample.urls), sample
+
+    ours = data, np.arange(3)
+    every = data, np.arange(PAIRS)
+    assert sample_of(ours)[1] == set()
+    indices, urls, _ = sample_of(ours, every)  # the evaluation's, if only they are fetched
+    assert urls == {"a", "b"}
+    indices, urls, sample = sample_of(every)
+    assert urls == {"a", "b"}
+    assert 3 in indices
+    assert indices & {4, 5}
+    assert len(indices) <= 3
+    indices, urls, sample = sample_of((data, np.arange(4)))
+    objective = Objective(LossConfig(), ReferenceProvider(store=sample.store))
+    check_drift(run, Policy().token_logps, objective, sample, COSTS)
+    indices, urls, sample = sample_of(every)
+    assert urls == {"b"}, "a has been compared"
+    wrong = Policy(chosen_drift=1.0, key=int(data.keys[2 * max(indices), 0]))
+    objective = Objective(LossConfig(), ReferenceProvider(store=sample.store))
+    with pytest.raises(ReferenceModelError, match="differ from a fresh computation") as raised:
+        check_drift(run, wrong.token_logps, objective, sample, COSTS)
+    assert "remove b from reference.behind" in raised.value.remedy
+    left = LogpStore.open(tmp_path, space).contains(data.keys)
+    assert left.tolist() == 8 * [True] + 4 * [False]
 
 
 @pytest.fixture
