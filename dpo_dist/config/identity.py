@@ -30,10 +30,13 @@ class RunIdentity:
         return _digest(self._defining)
 
     @cached_property
-    def digest_without_length(self) -> str:
-        """The digest without the keys of the length: the same for longer and shorter runs."""
+    def resume_digest(self) -> str:
+        """The digest without what may change at a resume: the length, and whether AdamW is in bf16."""
         trainer = {key: value for key, value in self._defining["trainer"].items() if key not in _LENGTH}
-        return _digest(self._defining | {"trainer": trainer})
+        optim = {key: value for key, value in self._defining["optim"].items() if key != "sums"}
+        if optim["kind"] == "adamw_bf16":
+            optim["kind"] = "adamw"
+        return _digest(self._defining | {"trainer": trainer, "optim": optim})
 
     @property
     def default_dir(self) -> Path:
@@ -47,11 +50,12 @@ class RunIdentity:
 
     @property
     def recorded(self) -> dict[str, str]:
-        """Digests and length, as a run's state file and checkpoints record them."""
+        """Digests, length and optimizer, as a run's state file and checkpoints record them."""
         return {
             "run_digest": self.digest,
-            "run_digest_without_length": self.digest_without_length,
+            "resume_digest": self.resume_digest,
             "length": self.length,
+            "optimizer": str(self.config.optim.kind),
         }
 
     @cached_property
