@@ -16,6 +16,7 @@ from dpo_dist.foundation.user_code import find_function
 _OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
 _ALWAYS = (*_OBJECTIVE, "optim.lr", "trainer.epochs", "trainer.global_batch_pairs", "trainer.seed")
 _LENGTH = ("epochs", "max_steps")
+_PRECISION = ("kind", "sums")
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class RunIdentity:
     def resume_digest(self) -> str:
         """The digest without what may change at a resume: the length, and whether AdamW is in bf16."""
         trainer = {key: value for key, value in self._defining["trainer"].items() if key not in _LENGTH}
-        optim = {key: value for key, value in self._defining["optim"].items() if key != "sums"}
-        if optim["kind"] == "adamw_bf16":
-            optim["kind"] = "adamw"
+        optim = {key: value for key, value in self._defining["optim"].items() if key not in _PRECISION}
         return _digest(self._defining | {"trainer": trainer, "optim": optim})
 
     @property
@@ -73,17 +72,8 @@ class RunIdentity:
     @cached_property
     def _defining(self) -> dict[str, Any]:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
-        if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
-            del defining["model"]["images"]
-        # Without other prompts of scorers, the same digest as if there were none.
-        of_scorers = {"data": "max_scorer_length", "reference": "system", "teacher": "system"}
-        for section, option in of_scorers.items():
-            if defining[section][option] is None:
-                del defining[section][option]
         if self.config.teacher.is_policy:
             defining["teacher"]["mode"] = str(self.config.teacher.mode)
-        if not self.config.loss.needs_teacher:  # the same digest as if teachers did not exist
-            del defining["teacher"]
         if LossKind.custom in self.config.loss.kinds:
             function = find_function(self.config.loss.function, LOSS_FUNCTION)
             defining["loss"]["function_source"] = function.digest
