@@ -23,7 +23,7 @@ from dpo_dist.data import (
     source_labels,
     turns_of,
 )
-from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
+from dpo_dist.data.counts import count_lines
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
@@ -45,6 +45,7 @@ from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.judges import Judge, Question
 from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    DROPPED_PROMPT_PREFIX,
     PROMPTS_OF_A_PART,
     Parts,
     Prompts,

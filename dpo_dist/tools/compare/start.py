@@ -41,7 +41,7 @@ class NamedModel:
 def check_comparison(config: RunConfig) -> list[NamedModel]:
     """Check everything that needs no torch, network or other processes; return the models."""
     models = compared_models(config.section_of(CompareConfig).models)
-    config.data.check_has_evaluation_data("compare models on", "with responses or without")
+    config.data.check_has_evaluation_data()
     for source in config.data.eval_sources:
         DataSource(source, "data.eval" if config.data.eval else "data.train").check(of_prompts=True)
     locations = [model.location for model in models]
