@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_dist.data import DataSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
-from dpo_dist.kit import Rule, RunConfig, check_rules, is_checkpoint, locate_model, short_name
+from dpo_dist.kit import Rule, RunConfig, check_rules, locate_model, short_name
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig
 
@@ -31,11 +31,6 @@ class NamedModel:
     name: str
     path: str
     location: str
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """Whether the model is a checkpoint, whose weights must be exported first."""
-        return is_checkpoint(Path(self.location))
 
 
 def check_comparison(config: RunConfig) -> list[NamedModel]:
