@@ -153,7 +153,7 @@ def _train(folder: Path, nodes: list[str], name: str, words: list[str], steps: i
     codes = [process.wait() for process in processes]
     if any(codes):
         raise SystemExit((folder / f"{name}-0.log").read_text()[-3000:])
-    rows = [json.loads(line) for line in (run_dir / "dpo_metrics/rows.jsonl").read_text().splitlines()]
+    rows = json.loads((run_dir / "dpo_metrics/log_history.json").read_text())
     seconds = [row["step_seconds"] for row in rows if row.get("step_seconds")]
     return {
         "bytes": json.loads((folder / f"{name}-0.json").read_text()),

@@ -304,7 +304,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
         file.stat()
         return list(stored_rows(run))
 
-    return _read(run.rows, read)
+    return _read(run.log_history, read)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:

@@ -69,17 +69,8 @@ class RunIdentity:
     @cached_property
     def _defining(self) -> dict[str, Any]:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
-        if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
-            del defining["model"]["images"]
-        # Without other prompts of scorers, the same digest as if there were none.
-        of_scorers = {"data": "max_scorer_length", "reference": "system", "teacher": "system"}
-        for section, option in of_scorers.items():
-            if defining[section][option] is None:
-                del defining[section][option]
         if self.config.teacher.is_policy:
             defining["teacher"]["mode"] = str(self.config.teacher.mode)
-        if not self.config.loss.needs_teacher:  # the same digest as if teachers did not exist
-            del defining["teacher"]
         if LossKind.custom in self.config.loss.kinds:
             function = find_function(self.config.loss.function, LOSS_FUNCTION)
             defining["loss"]["function_source"] = function.digest

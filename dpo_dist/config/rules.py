@@ -338,14 +338,11 @@ RULES = (
         "set loss=reward alone",
         lambda c: c.loss.of_scores and len(c.loss.kinds) > 1,
     ),
-    *(
-        unused_beside(
-            key,
-            LOSS,
-            "choose another loss: reward scores whole conversations",
-            lambda c: not c.loss.of_scores,
-        )
-        for key in ("data.trained_roles", "data.untrained")
+    unused_beside(
+        "data.untrained",
+        LOSS,
+        "choose another loss: reward scores whole conversations",
+        lambda c: not c.loss.of_scores,
     ),
     Rule(
         LOSS,
@@ -375,11 +372,6 @@ RULES = (
     ),
     # The optimizer.
     Rule(
-        "optim.kind=adamw_8bit|muon parallelism.offload_optimizer!=none",
-        "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
-        "set optim.kind=adamw, or parallelism.offload_optimizer=none",
-    ),
-    Rule(
         "optim.kind=adamw_bf16 parallelism.offload_optimizer parallelism.offload_parameters",
         "this optimizer updates the weights where the forward has them, on the device",
         "set parallelism=zero3, zero2 or ddp, or optim.kind=adamw",
@@ -401,11 +393,6 @@ RULES = (
         "set parallelism=zero2, or remove optim.sums",
     ),
     Rule(
-        "optim.kind=muon parallelism.kind=zero3",
-        "ZeRO-3 cuts each matrix over all processes, and Muon needs whole ones",
-        "choose parallelism=zero2, or optim.kind=adamw",
-    ),
-    Rule(
         "optim.warmup",
         "the warm-up is a share of the steps below 1, or a whole number of them",
         lambda c: f"set optim.warmup={c.optim.warmup:.0f}, or a share such as 0.1",
@@ -420,14 +407,7 @@ RULES = (
         ),
         lambda c: c.optim.warmup >= 1 and c.optim.warmup > (c.trainer.max_steps or 0),
     ),
-    unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
-    unused("optim.decay_ratio", "optim.schedule=wsd"),
-    Rule(
-        "optim.schedule=wsd optim.warmup optim.decay_ratio",
-        "the warm-up and the decay are longer than the run",
-        "lower optim.warmup or optim.decay_ratio: their sum is at most 1",
-        lambda c: c.optim.warmup < 1 < c.optim.warmup + c.optim.decay_ratio,
-    ),
+    unused("optim.min_lr_ratio", "optim.schedule=cosine|linear"),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
         "checkpoints hold the moving average of the weights, but no checkpoint is kept",

@@ -106,11 +106,10 @@ class RunFolder:
         return self.logs / f"rank-{rank}.stacks.txt"
 
     metrics = PathBelow("dpo_metrics")
-    rows = PathBelow("dpo_metrics/rows.jsonl")
-    """All metrics rows, each appended when it is logged."""
     log_history = PathBelow("dpo_metrics/log_history.json")
+    """All metrics rows, each appended when it is logged."""
     metrics_table = PathBelow("dpo_metrics/training_metrics.csv")
-    """Until the run has ended, only the header."""
+    """Written when the run ends."""
     summary = PathBelow("dpo_metrics/summary.json")
     curves = PathBelow("dpo_metrics/training_curves.png")
     report = PathBelow("report.html")
@@ -175,7 +174,7 @@ def strip_key(word: str) -> str:
 def existing_run(path: Path) -> RunFolder:
     """Return the run directory at `path`, of a run that may still be training; ConfigError for others."""
     folder = RunFolder(path)
-    if any(file.is_file() for file in (folder.config, folder.rows)):
+    if any(file.is_file() for file in (folder.config, folder.log_history)):
         return folder
     beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
     nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)

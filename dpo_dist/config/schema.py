@@ -68,7 +68,7 @@ class ConsoleConfig:
     a terminal, else `plain`."""
 
 
-TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab comet_ml aim clearml dvclive")
+TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab")
 DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
@@ -78,11 +78,11 @@ class TrackingConfig:
     """Trackers, which get the metrics of the run."""
 
     to: list[TrackerName] = key([TrackerName.wandb])
-    """Any of `wandb` (online with an API key, else offline), `tensorboard`, `mlflow`, `trackio`, `swanlab`,
-    `comet_ml`, `aim`, `clearml`, `dvclive`."""
+    """Any of `wandb` (online with an API key, else offline), `tensorboard`, `mlflow`, `trackio`,
+    `swanlab`."""
     project: str | None = key(None)
-    """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT
-    win over it."""
+    """Project of the run; null: `dpo_dist`, for W&B WANDB_PROJECT. MLFLOW_EXPERIMENT_NAME wins over
+    it."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -266,25 +266,19 @@ class ParallelismConfig:
     """Seconds that a process waits for another one before the run ends."""
 
 
-LearningRateSchedule = StrEnum(
-    "LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
-)
-OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16", "adamw_8bit", "muon"])
+LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_bf16"])
 SumsDtype = StrEnum("SumsDtype", ["auto", "bf16", "fp32"])
 
 
 @schema
 class OptimConfig:
-    """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
+    """AdamW, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18; `adamw_8bit`: states of 2 bytes a
-    weight in place of 8 (bitsandbytes); `muon`: Muon for matrices (arXiv 2502.16982). `adamw_bf16` rounds up
-    or down by a chance that depends on `trainer.seed`, the step and the weight alone; it needs
-    `model.dtype=bf16`. `adamw_bf16` and `adamw_8bit` take no offload, and `adamw_8bit` resumes on as many
-    processes and the same parallelism only. `muon` leaves embeddings, output layer, stacked experts, biases
-    and norms to AdamW, needs `zero2` or `ddp`, and computes in bf16: on other numbers of processes rounding
-    differs more."""
+    """`adamw`; `adamw_bf16`: all in bf16, 8 bytes a weight in place of 18. It rounds up or down by a chance
+    that depends on `trainer.seed`, the step and the weight alone, needs `model.dtype=bf16`, and takes no
+    offload."""
     sums: SumsDtype = key(SumsDtype.auto)
     """The sum of a step's gradients over micro-batches. `auto`: `bf16` with `adamw_bf16`, `fp32` with all
     other kinds, which take no other. With `adamw_bf16`, `fp32` takes 2 bytes a weight more, and is worth it
@@ -293,19 +287,17 @@ class OptimConfig:
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
     """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
-    warm-up, without as sqrt(10,000 / (10,000 + step)); `wsd` is constant until its linear decay."""
+    warm-up, without as sqrt(10,000 / (10,000 + step))."""
     warmup: float = key(0.1, ge=0)
     """Steps that warm up the learning rate: below 1 a share of all, else their number."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
-    """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`."""
-    decay_ratio: float = key(0.2, gt=0, le=1)
-    """Share of all steps in the decay of `wsd`."""
+    """Last learning rate of `linear` and `cosine`, as a share of `lr`."""
     weight_decay: float = key(0.0, ge=0)
     """Decoupled weight decay; biases and norms have none."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
-    """Decay of the moments of AdamW; the momentum of `muon` is 0.95."""
+    """Decay of the moments of AdamW."""
     max_grad_norm: float | None = key(1.0, gt=0)
     """Norm to which a larger gradient is clipped; null: none is."""
 

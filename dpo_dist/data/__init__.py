@@ -6,7 +6,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 
 - **Configuration**: `DataConfig` has the limits and the template, `ScoredDataConfig` the same for a reward
   model, `UnpairedDataConfig` for a loss of single responses; `SourceConfig` has one source (`Source`: also as
-  a path); `TextTemplate` has the values of a key.
+  a path).
 - **Sources**: `read_records` yields the records of a source; `DataSource` has also its files and checks.
   `source_labels` names sources, `full_name` their files, `Part` divides records into those to train and to
   evaluate, `write_records` writes records in memory to a file.
@@ -20,7 +20,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
   image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
   that end responses, `final_tokens` those at the end of whole texts.
 - **Counts**: `DataCounts` counts kept, dropped and changed records by each record's `Outcome`, checks that
-  enough is left, and says so: `describe_counts`, `named_in_one_line`.
+  enough is left, and says so: `describe_counts`, `counts_in_one_line`, `named_in_one_line`.
 
 Each name is imported when it is asked for: a part needs no package of the others.
 """
@@ -34,10 +34,15 @@ if TYPE_CHECKING:
         ScoredDataConfig,
         Source,
         SourceConfig,
-        TextTemplate,
         UnpairedDataConfig,
     )
-    from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
+    from dpo_dist.data.counts import (
+        DataCounts,
+        Outcome,
+        counts_in_one_line,
+        describe_counts,
+        named_in_one_line,
+    )
     from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
     from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
     from dpo_dist.data.formats import read_records
@@ -67,8 +72,8 @@ if TYPE_CHECKING:
     from dpo_dist.data.text.template import ChatTemplate
 
 _NAMES = {
-    "config": "DataConfig ScoredDataConfig Source SourceConfig TextTemplate UnpairedDataConfig",
-    "counts": "DataCounts Outcome describe_counts named_in_one_line",
+    "config": "DataConfig ScoredDataConfig Source SourceConfig UnpairedDataConfig",
+    "counts": "DataCounts Outcome counts_in_one_line describe_counts named_in_one_line",
     "encode": "EncodedExample EncodedRecord encode_record",
     "example": "Example ImageInput Mask TokenIds",
     "formats": "read_records",

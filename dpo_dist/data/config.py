@@ -2,24 +2,19 @@
 
 from dataclasses import replace
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import EVERY_READER, NonEmpty, Place, as_entry, key, schema
 
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
-TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
-Role = Literal["assistant", "user", "tool", "system"]
 
 TEMPLATE_DATE = "2024-07-26"
 """The date that chat templates get as today's."""
-UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
-MARKER_GAP = "..."
-"""Separates the begin marker from the end marker in an entry of `data.untrained`."""
-Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*\S.*)\.\.\.(?s:.*\S.*))$")]
+Untrained = Literal["empty_thoughts", "thoughts", "formatting"]
 
 
 @schema
@@ -27,7 +22,7 @@ class SourceConfig:
     """One entry of `data.train`, `data.eval` or `evaluation.data`; a bare string is its `path`."""
 
     path: Place = key(...)
-    """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""
+    """File or pattern, also at a URL such as s3://bucket/data/*.jsonl; folder; hub name."""
     split: str | None = key(None)
     """Split of a hub dataset or of a folder with several; null: `train`."""
     name: str | None = key(None)
@@ -89,22 +84,14 @@ class DataConfig:
     """Largest share of records that may be dropped; more is an error, 0: each bad record."""
     text_as_messages: Literal["auto"] | bool = key("auto", verbs=EVERY_READER)
     """Render plain text by the chat template, as a user's turn; `auto`: if the tokenizer has one."""
-    template: TextTemplate = key(TextTemplate.auto, verbs=EVERY_READER)
-    """Special tokens of the template in texts are tokens (`applied`) or text (`literal`); `auto`: text, an
-    error if most records have them."""
     chat_template: NonEmpty | None = key(None, verbs=EVERY_READER)
-    """A file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
+    """A file with a template; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, verbs=EVERY_READER, accepts="a mapping")
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
-    trained_roles: list[Role] = key(
-        ["assistant"], min_length=1, accepts=f"a list of {', '.join(get_args(Role))}"
-    )
-    """Roles whose turns in a response count in the loss."""
     untrained: list[Untrained] = key(
-        ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
+        ["empty_thoughts"], accepts="a list of empty_thoughts, thoughts, formatting"
     )
-    """Parts of turns left out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens around turns),
-    `<note>...</note>`."""
+    """Parts of turns left out of the loss; `formatting` is the tokens around turns."""
     ranked: Ranked = key(Ranked.whole)
     """A ranking of more than two is one example, its best and worst, or all pairs."""
     cache: NonEmpty = key("${run.root}/encoded", free=True)
@@ -148,9 +135,7 @@ class DataConfig:
         return {
             **{name: getattr(self, name) for name in _ENCODING_KEYS},
             "takes_apart": self.takes_apart,
-            "template_applied": self.template is TextTemplate.applied,
             "template_date": TEMPLATE_DATE,
-            "trained_roles": sorted(set(self.trained_roles)),
             "untrained": sorted(set(self.untrained)),
         }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from dpo_dist.data.config import DataConfig, TextTemplate
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, NOT_KEPT, BadRecord, Record
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import own_table
@@ -18,7 +18,8 @@ _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
-_OMITTED = "content_not_rendered"
+_OF_MOST = ("templated_text", "content_not_rendered")
+"""Changes that are an error if most records of a source have them."""
 _TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
 _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
@@ -30,10 +31,8 @@ def in_words(name: str) -> str:
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
 
 
-def reason_remedy(reason: str | None) -> str:
-    """Return advice about records that are dropped for this reason; None: there are no records."""
-    if reason is None:
-        return "check the path, or remove the source"
+def reason_remedy(reason: str) -> str:
+    """Return advice about records that are dropped for this reason."""
     remedies = _ROWS.get(reason, [])[1:]
     return "; or ".join(remedies) or "correct the records; docs/data.md explains the reason"
 
@@ -171,26 +170,12 @@ class DataCounts:
         made = f", {pluralize(self.pairs, 'example')} made of them"
         return kept if self.pairs == self.kept else kept + made
 
-    def unread_lines(self) -> list[str]:
-        """Return a line with the columns that nothing reads, none if there are none."""
-        return [f"  not read: {named_in_one_line(self.unread)}"] if self.unread else []
-
     @property
     def forms_in_words(self) -> str:
         """How kept records were read, with numbers if they were read in several ways."""
         if len(self.read_as) == 1:
             return next(iter(self.read_as))
         return "; ".join(f"{number:,} {form}" for form, number in sorted(self.read_as.items()))
-
-    @property
-    def dropped_in_words(self) -> str:
-        """The numbers of dropped records by reason, in one line; empty if there are none."""
-        return counts_in_one_line(self.dropped)
-
-    @property
-    def changed_in_words(self) -> str:
-        """The numbers of changes, in one line; empty if there are none."""
-        return counts_in_one_line(self.changed)
 
     def dropped_lines(self) -> list[str]:
         """Return lines about dropped records, by reason."""
@@ -214,30 +199,18 @@ class DataCounts:
         `data.max_length` that keeps enough records of all sources, 0 if none does.
 
         Raises:
-            DataError: no record was kept, more were dropped than `data.max_bad_share` allows, the chat
-                template leaves out a part of most records, or was already applied to most texts and
-                `data.template` is not set.
+            DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or the chat
+                template leaves out a part of most records, or was already applied to most texts.
         """
         if self.changed[LEFT_IN_TRAIN] or (self.changed[HELD_OUT] and not self.read):
             # The evaluation part of a split is too small for shares: the training part is checked. In a
             # training part whose records are all held out there is nothing to check.
             return
         where = f"{key}: {path}" if key else path
-        templated = self.changed["templated_text"]
-        # A share among the first records is no estimate; all of them is a clear sign.
-        is_templated = templated == self.kept > 0 if of_first else templated > self.kept / 2
-        if is_templated and config.template is TextTemplate.auto:
-            raise DataError(
-                f"a chat template has already been applied to {templated} of {self.kept} texts",
-                where=where,
-                got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
-                expected="prompts and responses as plain text or messages",
-                remedy="set data.template=applied to encode these tokens as special tokens, or "
-                "data.template=literal to encode them as ordinary text",
-            )
         if not self.read:
             got = "an empty file, or only a header"
-            raise DataError("the source has no records", where=where, got=got, remedy=reason_remedy(None))
+            remedy = "check the path, or remove the source"
+            raise DataError("the source has no records", where=where, got=got, remedy=remedy)
         left_out = self.dropped[NOT_KEPT]
         dropped = self.dropped.total() - left_out
         if self.kept and dropped <= config.max_bad_share * (self.read - left_out):
@@ -263,19 +236,17 @@ class DataCounts:
         )
 
     def _check_rendered(self, where: str, config: DataConfig, *, of_first: bool) -> None:
-        """Check that the chat template writes the whole of most kept records. Raises DataError."""
-        omitted = self.changed[_OMITTED]
-        # As for a template that was applied already: it does not fit a source, not some of its records.
-        is_most = omitted == self.kept if of_first else omitted > self.kept / 2
-        if is_most and omitted > config.max_bad_share * self.read:
-            raise DataError(
-                f"{in_words(_OMITTED)} in {omitted} of {self.kept} records",
-                where=where,
-                got="turns, calls or thoughts that would not be trained, or not be before what is trained",
-                expected="a chat template that writes the records whole",
-                remedy=reason_remedy(_OMITTED)
-                + "; or, if training without these parts is intended, set data.max_bad_share=1",
-            )
+        """Check that the chat template fits most kept records. Raises DataError."""
+        for name in _OF_MOST:
+            changed = self.changed[name]
+            # A share among the first records is no estimate; all of them is a clear sign.
+            is_most = changed == self.kept if of_first else changed > self.kept / 2
+            if is_most and changed > config.max_bad_share * self.read:
+                raise DataError(
+                    f"{in_words(name)} in {changed} of {self.kept} records",
+                    where=where,
+                    remedy=f"{reason_remedy(name)}; or, if that is intended, set data.max_bad_share=1",
+                )
 
     def check_split(self, config: DataConfig) -> None:
         """Check that this part of a split has usable records. Raises DataError."""
@@ -331,7 +302,8 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
             records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
             lines.append(f"  {records}: {source.forms_in_words}")
-        lines += source.unread_lines()
+        if source.unread:
+            lines.append(f"  not read: {named_in_one_line(source.unread)}")
     return lines
 
 

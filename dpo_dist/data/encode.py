@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dpo_dist.data.config import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
+from dpo_dist.data.config import DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.example import Example, Mask, TokenIds
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
@@ -272,18 +272,15 @@ def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[st
             where="data.untrained",
             got=", ".join(names),
             expected="a token before and after a thought, or the marks that docs/data.md lists",
-            remedy="set data.untrained=[], or to the marks: 'data.untrained=[BEGIN...END]'",
+            remedy="set data.untrained=[]",
         )
     # The template's thoughts, and those of contents in which it looks for none.
     thoughts = {marks.tags: marks for marks in (facts.thoughts, DEFAULT_MARKS)}
     if "empty_thoughts" in names:
         parts += [(marks.tags[0], marks.empty_start) for marks in thoughts.values()]
-    markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
     if "thoughts" in names:
-        markers += thoughts
-    for first, last in markers:
-        spaces = r"\s*" if (first, last) in thoughts else ""
-        parts.append((first, re.compile(rf"(?s){re.escape(first)}.*?(?:{re.escape(last)}{spaces}|\Z)")))
+        for first, last in thoughts:
+            parts.append((first, re.compile(rf"(?s){re.escape(first)}.*?(?:{re.escape(last)}\s*|\Z)")))
     return parts
 
 
@@ -337,19 +334,10 @@ def _truncated(
     Raises UnusableRecordError: nothing is left to train on, or an image would be cut.
     """
     prompt_tokens = len(prompt)
-    if prompt_tokens == prefix_length:
-        raise UnusableRecordError("empty_prompt", "the prompt has no tokens")
-    limit = limits.max_prompt_length
-    if limit is not None:
-        if limit <= prefix_length:
-            raise ConfigError(
-                "data.max_prompt_length is too small: only BOS would be left of a prompt",
-                where="data.max_prompt_length",
-                got=str(limit),
-                expected=f"more than {prefix_length} (BOS)",
-                remedy="raise data.max_prompt_length, or remove it",
-            )
-        prompt = _cut_left(prompt, limit, prefix_length)
+    limit = limits.max_prompt_length or prompt_tokens
+    if min(limit, prompt_tokens) <= prefix_length:
+        raise UnusableRecordError("empty_prompt", "no token but BOS, or no room in data.max_prompt_length")
+    prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
     prompt_room, room = _kept_tokens(len(prompt), longest, prefix_length, limits)
     if least > prefix_length and prompt_room < min(least, prompt_tokens):

@@ -213,8 +213,8 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
         bits = content[24] if image.format == "PNG" else 8
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F"):
-            raise UnusableRecordError("image_unreadable", "its pixels are not of 8 or 16 bits")
+        if image.mode.startswith(("I", "F")):
+            raise UnusableRecordError("image_unreadable", "its grey pixels have more than 8 bits")
         image = _on_white(image, bits)
     except pillow.DecompressionBombError as error:
         raise UnusableRecordError("image_too_large", "over 170 million pixels") from error
@@ -249,11 +249,8 @@ def _on_white(image: "Image", bits: int) -> "Image":
     """
     pillow = _pillow()
     key = image.info.get("transparency")
-    is_key_of_file = image.mode.startswith("I;16") or (image.mode in ("L", "RGB") and bits != 8)
-    if key is not None and is_key_of_file:  # Pillow does not scale it as it scales pixels
+    if key is not None and image.mode in ("L", "RGB") and bits != 8:  # Pillow does not scale it as pixels
         raise UnusableRecordError("image_unreadable", f"a transparent colour of {bits} bits")
-    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-        image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

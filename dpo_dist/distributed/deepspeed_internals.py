@@ -64,11 +64,6 @@ def whole_numel(weight: Any) -> int:
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
-def zero_kind(engine: Any) -> str:
-    """Return the name of the class that shards the optimizer of an engine."""
-    return type(engine.optimizer).__name__
-
-
 def inner_optimizer(engine: Any) -> Any:
     """Return the AdamW in an engine's ZeRO optimizer, which has the states and updates the master weights."""
     return engine.optimizer.optimizer

@@ -17,7 +17,7 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, OptimConfig, OptimizerKind
 from dpo_dist.distributed.adamw_bf16 import AdamWBF16
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
-from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
+from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     LeafGradients,
@@ -45,7 +45,6 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.shard_groups import copy_shards, sum_over_groups
 from dpo_dist.foundation.errors import ConfigError
@@ -234,32 +233,18 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig, seed: int) -> to
     Decayed are all but biases and norms; and weights without a gradient, such as a vision tower's, are not,
     so that they do not change. `seed`: of the chance by which `adamw_bf16` rounds.
     """
-    matrices = matrices_of(model.causal_lm) if optim.kind is OptimizerKind.muon else set()
     unmoved = without_gradient(model.causal_lm)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     undecayed = {weight for weight in trained if len(whole_shape(weight)) <= 1} | unmoved
-    decayed = [weight for weight in trained if weight not in undecayed]
     parts = [
-        ([weight for weight in decayed if weight in matrices], optim.weight_decay, True),
-        ([weight for weight in decayed if weight not in matrices], optim.weight_decay, False),
-        ([weight for weight in trained if weight in undecayed], 0.0, False),
+        ([weight for weight in trained if weight not in undecayed], optim.weight_decay),
+        ([weight for weight in trained if weight in undecayed], 0.0),
     ]
-    groups = [
-        {"params": weights, "weight_decay": decay, MATRICES: are_matrices}
-        for weights, decay, are_matrices in parts
-        if weights
-    ]
+    groups = [{"params": weights, "weight_decay": decay} for weights, decay in parts if weights]
     betas = (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw_bf16:
         return AdamWBF16(groups, optim.lr, betas, ADAM_EPS, seed)
-    if optim.kind is not OptimizerKind.adamw_8bit:
-        kind = MuonAndAdamW if optim.kind is OptimizerKind.muon else torch.optim.AdamW
-        return kind(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
-    from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
-
-    adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
-    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS)
-    return eight_bit
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
 
 
 class PolicyEngine(Engine):
@@ -294,7 +279,6 @@ class PolicyEngine(Engine):
         if isinstance(inner, AdamWBF16):
             join_masters(engine)
             inner.names = self._trained_names()
-        if isinstance(inner, AdamWBF16 | MuonAndAdamW):
             inner.ranges = dict(flat_masters(engine))
         self._world = world
         self._seed = seed
@@ -308,17 +292,8 @@ class PolicyEngine(Engine):
         self.has_overflowed = False
         self._averages: dict[Tensor, Tensor] = {}  # moving averages, by flat master tensor
         self._ema_decay = ema_decay
-        masters = self._slices().masters()
-        longest = max(map(torch.numel, masters), default=0)
-        if is_eight_bit(inner_optimizer(engine)) and longest >= 2**31:
-            raise ConfigError(
-                "the kernels of adamw_8bit cannot address a tensor of 2^31 weights or more",
-                where="optim.kind",
-                got=f"{longest:,} weights in one tensor of a process",
-                remedy="set parallelism=zero3, which cuts weights into groups of 1e9, or optim.kind=adamw",
-            )
         if ema_decay is not None:
-            self._averages = {master: master.detach().float().clone() for master in masters}
+            self._averages = {master: master.detach().float().clone() for master in self._slices().masters()}
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -437,7 +412,7 @@ class PolicyEngine(Engine):
         return {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
 
     def _slices(self) -> OptimizerSlices:
-        return OptimizerSlices(self._engine, self._trained_names(), self._world.shard_place, self._averages)
+        return OptimizerSlices(self._engine, self._trained_names(), self._averages)
 
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""

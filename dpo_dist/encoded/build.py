@@ -1,14 +1,13 @@
-"""Encode sources on several processes of one rank, and store them by content; reuse stored ones."""
+"""Encode sources on several processes, and store them by content; reuse stored ones."""
 
-import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, replace
-from functools import cache, lru_cache, partial
-from operator import itemgetter
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,16 +40,13 @@ from dpo_dist.encoded.store import (
     cache_errors,
     ensure_order,
     is_whole,
-    join_parts,
-    remove_parts,
     write_source,
 )
 from dpo_dist.encoded.watched_images import recorded_state
 from dpo_dist.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
-from dpo_dist.foundation.errors import DataError, DpoDistError
+from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
-    content_in,
     file_identity,
     remove_abandoned,
     text_digest,
@@ -70,21 +66,12 @@ def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
     return nullcontext(lambda _records, _total=None: None)
 
 
-Share: TypeAlias = tuple[int, int]
-"""Index and number of the processes that divide the parts of a source."""
-EVERY_PART: Share = (0, 1)
-
-
 class PlannedSource(NamedTuple):
-    """A pinned source, the file of its encoded records, and whether the file is there.
-
-    `contents`: those of the source's files when the fingerprint was computed, by `content_in`.
-    """
+    """A pinned source, the file of its encoded records, and the identities of its files at the start."""
 
     source: DataSource
     target: EncodedSource
-    is_encoded: bool
-    contents: list[list[str]]
+    state: list[str]
 
 
 @dataclass(frozen=True)
@@ -93,9 +80,8 @@ class Preparation:
 
     A file is named by its content: a source is not encoded again if it moved, is in another list, or has
     another weight. `digest` is that of the tokenizer's files. The `processor` reads images, whose files are
-    watched: if one changed, its source is encoded again. `progress` shows one process's work. `part`: the
-    records to encode, those of the training or of the evaluation data; a source's parts with a number are
-    consecutive records, each part in a file of its own until they are joined. `systems`: see `encode_record`.
+    watched: if one changed, its source is encoded again. `part`: the records to encode, those of the training
+    or of the evaluation data. `systems`: see `encode_record`.
     """
 
     sources: Sequence[SourceConfig]
@@ -108,7 +94,7 @@ class Preparation:
     systems: Mapping[str, str] | None = None
 
     def plan(self) -> tuple[PlannedSource, ...]:
-        """Return which sources must be encoded. Raises DataError or ConfigError."""
+        """Return the sources with the files of their encoded records. Raises DataError or ConfigError."""
         config = self.config
         tokenizer = self.tokenizer
         processor = self.processor
@@ -128,79 +114,36 @@ class Preparation:
                 of_records = sorted({file.parent for file in source.files() or ()})
                 resolved = [str(folder.resolve()) for folder in (*source.image_folders(), *of_records)]
                 folders = text_digest("\n".join(resolved))
+            state = _identities(source)
             fingerprint = _fingerprint(source, config, digest, self.part, self.systems)
             target = EncodedSource(source.path, cache, fingerprint, source.config.limit, label, folders)
-            is_encoded = is_whole(target)
-            contents = [] if is_encoded else [*map(content_in, _identities(source))]
-            planned.append(PlannedSource(source, target, is_encoded, contents))
+            planned.append(PlannedSource(source, target, state))
         return tuple(planned)
 
-    def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
-        """Write the missing parts of this share; return the number of parts of each source.
+    def whole(self) -> tuple[EncodedSource, ...]:
+        """Return the encoded sources.
 
         Raises DataError; PeerLostError if a process that encodes has died.
         """
-        parts = []
+        placeholder = None if self.processor is None else self.processor.placeholder_id
+        planned = self.plan()
         for each in planned:
-            number = 0
             try:
-                if not each.is_encoded:
-                    number = self._encode(each, share)
+                if not is_whole(each.target):
+                    self._encode(each)
             except DpoDistError:
-                # Perhaps another job has joined the source, and removed the copies.
+                # Perhaps another job has encoded the source, and removed the copies.
                 if not is_whole(each.target):
                     raise
-            parts.append(number)
-        return parts
-
-    def join(self, planned: Sequence[PlannedSource], parts: Sequence[int]) -> tuple[EncodedSource, ...]:
-        """Join the parts of each source, after all shares are encoded; return the encoded sources.
-
-        Raises DataError if a part is missing or damaged.
-        """
-        numbers = zip(planned, parts, strict=True)
-        joined = [each.is_encoded or join_parts(each.target, number) for each, number in numbers]
-        if not all(joined):
-            raise DataError(
-                "parts of the encoded data are missing or damaged, or images have changed",
-                where=f"data.cache: {self.config.cache}",
-                remedy="put data.cache on a file system that every node sees; start again: only these parts "
-                "are encoded again",
-            )
-        for each in planned:
-            remove_parts(each.target)
-            ensure_order(each.target, None if self.processor is None else self.processor.placeholder_id)
+            finally:
+                shutil.rmtree(each.target.copies, ignore_errors=True)
+            ensure_order(each.target, placeholder)
         return tuple(each.target for each in planned)
 
-    def whole(self) -> tuple[EncodedSource, ...]:
-        """Return the encoded sources, all by this process and those that it starts."""
-        planned = self.plan()
-        return self.join(planned, self.encode(planned))
-
-    def _encode(self, planned: PlannedSource, share: Share) -> int:
-        """Write the missing parts of this share of a source; return the number of all its parts."""
+    def _encode(self, planned: PlannedSource) -> None:
         source = planned.source
         target = planned.target
-        state = _identities(source)
-        if [*map(content_in, state)] != planned.contents:
-            raise DataError(
-                "the data have changed since the start, or are others on this node",
-                where=source.path,
-                got="another size or content of the files",
-                expected="the same files on every node, which all encode the data",
-                remedy="put the files on a file system that every node sees; then start again",
-            )
-        index, shares = share
-        chunk_records, part_records = (
-            (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
-        )
-        # About how many records this share has to encode.
-        expected = source.expected_number()
-        total = 0
-        for part_number, first in enumerate(range(0, expected, part_records)):
-            is_of_share = part_number % shares == index
-            if is_of_share and not replace(target, part_number=part_number).file.exists():
-                total += min(part_records, expected - first)
+        chunk_records = CHUNK_RECORDS if self.processor is None else _CHUNK_WITH_IMAGES
         work = partial(
             _encode_chunk,
             source=source,
@@ -210,69 +153,35 @@ class Preparation:
             processor=self.processor,
             systems=self.systems,
         )
-
-        @cache  # asked when the part's first chunk is read: another job may have written it by then
-        def is_missing(part_number: int) -> bool:
-            return part_number % shares == index and not is_whole(replace(target, part_number=part_number))
-
-        # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode,
-        # a few ahead, and `write_source` for encoded ones.
-        every = _PartChunks(source.raw_records(target.copies), chunk_records, part_records)
-        missing = ((number, chunk) for number, chunk in every if is_missing(number))
+        # `in_order` asks for chunks to encode, a few ahead, and `write_source` for encoded ones.
+        chunks = in_chunks(source.raw_records(target.copies), chunk_records)
         with (
             cache_errors(target.file),  # of a copy of a URL's file
             self.progress(source.path) as show,
-            closing(in_order(missing, work)) as encoded,
+            closing(in_order(chunks, work)) as encoded,
         ):
-            every_chunk = _with_progress(encoded, show, total)
-            for part_number, numbered_chunks in itertools.groupby(every_chunk, itemgetter(0)):
-                chunks = (chunk for _, chunk in numbered_chunks)
-                write_source(replace(target, part_number=part_number), _unless_changed(chunks, source, state))
-        return every.parts
+            shown = _with_progress(encoded, show)
+            write_source(target, _unless_changed(shown, planned))
 
 
-class _PartChunks:
-    """The chunks of a source's records, each with the number of its part; `parts`: how many were begun."""
-
-    def __init__(self, records: Iterable[RawRecord], chunk_records: int, part_records: int):
-        self._chunks = in_chunks(records, chunk_records)
-        self.parts = 0
-        self._chunk_records = chunk_records
-        self._part_records = part_records
-
-    def __iter__(self) -> Iterator[tuple[int, list[RawRecord]]]:
-        for chunk_number, chunk in enumerate(self._chunks):
-            part_number = chunk_number * self._chunk_records // self._part_records
-            self.parts = part_number + 1
-            yield part_number, chunk
-
-
-def _with_progress(
-    chunks: Iterable[tuple[int, EncodedChunk]], show: Callable[..., None], total: int
-) -> Iterator[tuple[int, EncodedChunk]]:
+def _with_progress(chunks: Iterable[EncodedChunk], show: Callable[..., None]) -> Iterator[EncodedChunk]:
     """Yield the chunks, and show after each how many records have been encoded."""
     encoded = 0
-    for part_number, chunk in chunks:
-        yield part_number, chunk
+    for chunk in chunks:
+        yield chunk
         encoded += len(chunk[0])
-        show(encoded, total if encoded <= total else None)
+        show(encoded)
 
 
-def _unless_changed(
-    chunks: Iterable[EncodedChunk], source: DataSource, state: list[str]
-) -> Iterator[EncodedChunk]:
-    """Yield the chunks of a part, which is not committed if a file of the source has changed meanwhile."""
+def _unless_changed(chunks: Iterable[EncodedChunk], planned: PlannedSource) -> Iterator[EncodedChunk]:
+    """Yield the chunks of a source, which is not committed if one of its files has changed meanwhile."""
     yield from chunks
     # The fingerprint would name other records.
-    if _identities(source) != state:
-        raise source.changed_error()
+    if _identities(planned.source) != planned.state:
+        raise planned.source.changed_error()
 
 
-def _encode_chunk(
-    chunk: tuple[int, Sequence[RawRecord]], source: DataSource, **options: Any
-) -> tuple[int, EncodedChunk]:
-    """Encode the records of a part's chunk; return them with the part's number."""
-    part_number, records = chunk
+def _encode_chunk(records: Sequence[RawRecord], source: DataSource, **options: Any) -> EncodedChunk:
     images: dict[bytes, ExpandedImage] = {}
     encoded = encode_records([*map(source.parse, records)], images=images, **options)
     # Names of files are relative to the path of the source, which may be moved.
@@ -280,7 +189,7 @@ def _encode_chunk(
     files = [*map(source.relative_name, names.dictionary.to_pylist())]
     encoded = encoded.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
     rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]
-    return part_number, (encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
+    return encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA)
 
 
 def encode_records(
@@ -394,6 +303,5 @@ def _fingerprint(
     return text_digest(json.dumps(content, sort_keys=True))
 
 
-PART_RECORDS = 8192
-"""Records of a part: seconds of a core, so that a kill loses little."""
-_WITH_IMAGES = 16, 512  # an image takes as long as ten texts, and may have megabytes
+_CHUNK_WITH_IMAGES = 16
+"""An image takes as long as ten texts, and may have megabytes."""

@@ -4,14 +4,12 @@ The distinct images of a source are in a second such file, the order of its reco
 The columns of a dataset (`dataset_columns.py`) are in such a file too.
 """
 
-import itertools
 import json
 import logging
-import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,7 +29,7 @@ from dpo_dist.data import (
 )
 from dpo_dist.encoded.watched_images import is_unchanged, is_unchanged_by_metadata, metadata_in_folders
 from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
-from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest
+from dpo_dist.foundation.files import MEMO_FOLDER, recall, remember, text_digest
 from dpo_dist.foundation.tables import map_table, write_table
 
 log = logging.getLogger(__name__)
@@ -97,15 +95,13 @@ class EncodedSource:
     limit: int | None = None
     label: str = ""
     folders: str = ""  # digest of the folders in which images are looked up; empty: images are not read
-    part_number: int | None = None  # of a part that is not joined yet; None: all records
 
     @property
     def file(self) -> Path:
         """The file with the records."""
         folders = f"-{self.folders}" if self.folders else ""
         first = "" if self.limit is None else f"-first-{self.limit}"
-        part = "" if self.part_number is None else f"-part-{self.part_number:06}"
-        return self.cache / f"{self.fingerprint}{folders}{first}{part}.arrow"
+        return self.cache / f"{self.fingerprint}{folders}{first}.arrow"
 
     @property
     def copies(self) -> Path:
@@ -192,7 +188,7 @@ def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
 
 
 def is_whole(source: EncodedSource) -> bool:
-    """Return whether the file of a source or a part is undamaged, and no image of it has changed."""
+    """Return whether the file of a source is undamaged, and no image of it has changed."""
     if not source.file.exists():
         return False
     table = source.table()
@@ -200,46 +196,6 @@ def is_whole(source: EncodedSource) -> bool:
         return True
     log.warning("%s is damaged, or images have changed: it is encoded again", source.file)
     return False
-
-
-def join_parts(source: EncodedSource, parts: int) -> bool:
-    """Write a source from its parts; return False while a part is missing or damaged."""
-    lock = source.file.with_suffix(".lock")
-    every = [replace(source, part_number=number) for number in range(parts)]
-    with locked(lock, "joins the parts of a source", waits=True):
-        is_joined = is_whole(source)  # by another process
-        if not is_joined:
-            try:
-                is_joined = all(map(is_whole, every))
-                if is_joined:
-                    write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
-            except DataError:
-                is_joined = False
-            # Where the file system has no locks, another process may have joined and removed the parts.
-            is_joined = is_joined or is_whole(source)
-        if is_joined:  # else one who waits for this file and one who makes a new one would join at once
-            lock.unlink(missing_ok=True)
-    return is_joined
-
-
-def remove_parts(source: EncodedSource) -> None:
-    """Remove the parts and copies of a joined source, also what a killed or slower process left."""
-    shutil.rmtree(source.copies, ignore_errors=True)
-    for file in source.cache.glob(f"{source.file.stem}-part-*.arrow"):
-        with suppress(OSError):  # another process has removed it, or the cache is read-only
-            file.unlink()
-
-
-def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:
-    """Yield the images of a part, as they were written, then its records. Raises DataError: damaged."""
-    images, records = part.images(), part.table()  # in this order: `table` needs the images, too
-    if records is None:
-        raise _damaged(part)
-    no_records, no_images = (pa.RecordBatch.from_pylist([], schema) for schema in (ROW_SCHEMA, IMAGE_SCHEMA))
-    for batch in [] if images is None else images.to_batches():
-        yield no_records, batch
-    for batch in records.cast(ROW_SCHEMA).to_batches():
-        yield batch, no_images
 
 
 def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:

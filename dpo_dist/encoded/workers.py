@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from dpo_dist.foundation.errors import PeerLostError
-from dpo_dist.foundation.process import cores_of_rank
+from dpo_dist.foundation.process import usable_cores
 
 _Given = TypeVar("_Given")
 _Result = TypeVar("_Result")
@@ -26,11 +26,11 @@ _CHUNKS_AHEAD = 2
 
 
 def processes_for(chunks: int) -> int:
-    """Return how many processes a rank starts for at least this many chunks; one if there are few.
+    """Return how many processes to start for at least this many chunks; one if there are few.
 
-    Ranks divide the cores of their node.
+    Only rank 0 encodes: the others wait.
     """
-    return 1 if chunks < _MIN_CHUNKS else min(cores_of_rank(), _MAX_PROCESSES)
+    return 1 if chunks < _MIN_CHUNKS else min(usable_cores(), _MAX_PROCESSES)
 
 
 def in_chunks(records: Iterable[_Given], chunk_records: int = CHUNK_RECORDS) -> Iterator[list[_Given]]:

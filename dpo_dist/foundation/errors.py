@@ -220,27 +220,7 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
         raise error
 
 
-_LEAST_FILES = 64  # a run of one process opens some 40
 _NO_FILES = "Too many open files"  # also in errors of torch
-
-
-def check_process() -> None:
-    """Raise ConfigError if this process has no working directory, or may open too few files."""
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise _no_working_directory() from None
-    if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _LEAST_FILES:
-        raise _too_few_files()
-
-
-def _no_working_directory() -> ConfigError:
-    return ConfigError(
-        "the working directory of this process was deleted",
-        where="the shell or script that started it",
-        got=os.environ.get("PWD", ""),
-        remedy="cd to a folder that exists, and start again",
-    )
 
 
 def _too_few_files() -> ConfigError:
@@ -249,7 +229,6 @@ def _too_few_files() -> ConfigError:
         "this process may not open so many files and connections",
         where="ulimit -n",
         got=str(most),
-        expected=f"at least {_LEAST_FILES}, and more for many processes or files of data",
         remedy="ulimit -n 4096 in the shell or batch script, or by the administrator, and start again",
     )
 
@@ -258,11 +237,6 @@ def disk_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a full disk, a path, its permissions or a limit caused `error`, else None."""
     if _NO_FILES in str(error):
         return _too_few_files()
-    if isinstance(error, FileNotFoundError) and error.filename is None:
-        try:
-            Path.cwd()
-        except FileNotFoundError:
-            return _no_working_directory()
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # raised by Path.expanduser
         what = "a path begins with ~, but the home folder is unknown"
         return ConfigError(
@@ -403,7 +377,6 @@ def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> N
     if errors.is_document:
         reserve_output()
     try:
-        check_process()
         exit_code = work()
     except DpoDistError as error:
         exit_code = errors.print_once(error)

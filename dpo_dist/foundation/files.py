@@ -292,12 +292,6 @@ def file_identity(file: Path) -> str:
     return f"{path}|{status.st_dev}|{status.st_size}|{status.st_ino}|{times}|{samples.hexdigest()}"
 
 
-def content_in(identity: str) -> list[str]:
-    """Return the size and the digest of sampled blocks in a `file_identity`: they are equal on all nodes."""
-    _path, _device, size, _inode, _modified, _changed, samples = identity.rsplit("|", 6)
-    return [size, samples]
-
-
 MEMO_FOLDER = "file_digests"
 """Folder of cached digests, in the data cache and in the reference store."""
 

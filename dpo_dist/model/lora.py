@@ -326,32 +326,6 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     return [name for name in layers if name in selected]
 
 
-def check_rank(causal_lm: Any, adapter: AdapterConfig) -> None:
-    """Raise ConfigError if an adapter's matrices have a higher rank than those of the layers they change.
-
-    Of layers that are named one by one, each counts; with `all-linear`, only the largest: models have small
-    layers among others, such as gates. The model is neither sharded nor quantized.
-    """
-    assert adapter.r is not None, "set with its other defaults"
-    sides = {
-        name: min(causal_lm.get_submodule(name).weight.shape) for name in target_layers(causal_lm, adapter)
-    }
-    sides |= {
-        name: min(causal_lm.get_parameter(name).shape[1:]) for name in target_experts(causal_lm, adapter)
-    }
-    extreme = max if _ALL_LINEAR in _targets(adapter) else min
-    highest = extreme(sides.values(), default=adapter.r)
-    if adapter.r > highest:
-        name = next(name for name, side in sides.items() if side == highest)
-        raise ConfigError(
-            "the adapter's rank is above the smaller side of a layer",
-            where="model.adapter.r",
-            got=f"{adapter.r:,}, and {name} has {highest:,}",
-            expected=f"at most {highest:,}; 8 to 64 is usual",
-            remedy=f"set model.adapter.r={min(16, highest)}",
-        )
-
-
 def target_experts(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     """Return the names of the stacked experts' weights that get `adapter`: none by default.
 

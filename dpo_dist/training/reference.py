@@ -47,7 +47,6 @@ _DECIDE_IDS = (
     "max_scorer_length",
     "truncation",
     "text_as_messages",
-    "template",
     "chat_template",
     "template_arguments",
 )

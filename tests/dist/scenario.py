@@ -13,7 +13,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, OptimizerKind, ReferenceConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine, load_to_train
@@ -140,26 +140,16 @@ def plain_training(
 ) -> list[float]:
     """Gradient norms of steps by PyTorch alone, each with the mean loss of its batch."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    by_muon = [
-        weight
-        for name, weight in trained.items()
-        if optim.kind is OptimizerKind.muon and name.endswith("_proj.weight")
-    ]
-    others = [weight for weight in trained.values() if not any(weight is each for each in by_muon)]
     groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=optim.lr, eps=EPS)]
-    if by_muon:
-        scale = {"adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(by_muon, optim.lr, optim.weight_decay, **scale))
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, eps=EPS)
     norms = []
     for loss in losses:
         loss().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), optim.max_grad_norm).item())
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         model.zero_grad()
     return norms
 

@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
@@ -21,7 +20,6 @@ from dpo_dist.config.schema import (
     Dtype,
     Offload,
     OptimConfig,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -46,7 +44,7 @@ from tests.dist.scenario import Assets, load_policy, load_reference, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.full_disk import full_disk
 from tests.support.precision import NEEDS_FP16
-from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.ranks import OPTIM, run_ranks
 
 SYNC = SyncReferenceConfig(1, 0.5)
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), ReferenceProvider())
@@ -183,7 +181,6 @@ def save_go_on_and_return(
 OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
 FULL = Policy()
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
-MUON = Policy(optim=replace(OPTIM, kind=OptimizerKind.muon))
 EXACT = [
     (ParallelismKind.ddp, Dtype.fp32, FULL),
     (ParallelismKind.ddp, Dtype.bf16, DORA),
@@ -194,8 +191,6 @@ EXACT = [
     (ParallelismKind.zero3, Dtype.bf16, DORA),
     (ParallelismKind.zero3, Dtype.fp16, FULL),
     (OFFLOADED, Dtype.bf16, FULL),
-    (ParallelismKind.ddp, Dtype.bf16, MUON),
-    (ParallelismKind.zero2, Dtype.fp32, MUON),
 ]
 
 
@@ -301,8 +296,7 @@ def go_on(
         trainer.step([3, 4, 5])
         trainer.save(root, 2)
     else:
-        for part in trainer.parts():
-            part.load_shards(found.folder)
+        trainer.policy.load_shards(found.folder)
         trainer.position = Position.from_state(found.state)
         trainer.save(root, 3)
     norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
@@ -325,7 +319,7 @@ WORLDS = {
     "a reference that follows, 2 groups of 2 to 3 with zero3": (BCO, FP32, 4, IN_GROUPS, 3, ZERO3),
     "DoRA in bf16, 2 with zero3 to 2 groups of 2": (DORA, BF16, 2, ZERO3, 4, IN_GROUPS),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
-    "Muon on LoRA, 2 with ddp to 3 with zero2": (replace(LORA, optim=MUON.optim), FP32, 2, DDP, 3, ZERO2),
+    "LoRA, 2 with ddp to 3 with zero2": (LORA, FP32, 2, DDP, 3, ZERO2),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
     "full in bf16, 2 times 2 that share tokens to 4 that do": (FULL, BF16, 4, SHARED_BY_2, 4, SHARED_BY_4),
 }
@@ -343,8 +337,7 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     scenario = partial(go_on, assets, root, policy, dtype)
     norms = run_ranks(scenario, ranks, tmp_path / "ranks", kind, dtype)
     others = run_ranks(scenario, other_ranks, tmp_path / "others", other_kind, dtype)
-    moments = {"momentum_buffer"} if policy.optim is MUON.optim else {"exp_avg", "exp_avg_sq"}
-    models = [(SHARDS, {"weight", *moments}, 2)]
+    models = [(SHARDS, {"weight", "exp_avg", "exp_avg_sq"}, 2)]
     if policy.loss is not None:
         models.append(("reference", {"weight"}, 0))
     for model, parts, step in models:
@@ -389,30 +382,3 @@ def resume(
     norms = [trainer.step(rows) for rows in steps]
     trainer.save(end.parent, int(end.name.removeprefix("step-")))
     return norms
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "policy"),
-    [(ZERO3, BF16, FULL), (ZERO2, FP32, Policy(AdapterConfig(r=8, alpha=16)))],
-    ids=["zero3 in bf16", "zero2 with an adapter"],
-)
-def test_8_bit_states_are_close_to_float32_and_resume_exactly_in_as_many_processes(
-    kind: ParallelismConfig, dtype: Dtype, policy: Policy, assets: Assets, tmp_path: Path
-) -> None:
-    pytest.importorskip("bitsandbytes")
-    root = tmp_path / "checkpoints"
-    exact = partial(go_on, assets, tmp_path / "exact", policy, dtype)
-    policy = replace(policy, optim=replace(OPTIM, kind=OptimizerKind.adamw_8bit))
-    eight_bit = partial(go_on, assets, root, policy, dtype)
-    norms = run_ranks(eight_bit, 2, tmp_path / "ranks", kind, dtype)
-    assert run_ranks(eight_bit, 2, tmp_path / "again", kind, dtype) == norms
-    demand_equal(
-        *(SavedSlices.find(root / f"step-00000{number}", SHARDS) for number in (2, 3)), {"weight"}, 2
-    )
-    files = [load_file(file) for file in root.glob("step-000002/**/*.safetensors")]
-    assert torch.uint8 in {tensor.dtype for file in files for tensor in file.values()}
-    [in_float32, _] = run_ranks(exact, 2, tmp_path / "exact_ranks", kind, dtype)
-    assert norms[0] == pytest.approx(in_float32, rel=0.02)
-    (other,) = start_ranks(eight_bit, 1, tmp_path / "alone", kind, dtype).finish()
-    assert other.error == "CheckpointError", other.log
-    assert "the number of processes" in other.message

@@ -21,7 +21,6 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Offload,
     OptimConfig,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -31,7 +30,6 @@ from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
     SavedSlices,
     latest_checkpoint,
-    load_checkpoint_weights,
 )
 from dpo_dist.distributed.checkpoint.slices import SHARDS
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
@@ -42,15 +40,14 @@ from dpo_dist.model.experts import ExpertShare, expert_weights
 from dpo_dist.model.files.load import check_contents, load_config, load_weights
 from dpo_dist.model.files.own_experts import OwnExperts
 from dpo_dist.model.files.stored import open_plain
-from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.engine import ReferenceProvider, load_for_scoring
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, load_reference
 from tests.dist.test_families import forget
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.ranks import OPTIM, run_ranks
 from tests.support.stored import quantize_mxfp4, spoil
 
 SECONDS = 90
@@ -226,27 +223,6 @@ def test_a_rank_reads_its_own_experts_only(model_type: str, tmp_path: Path) -> N
     assert run_ranks(scenario, 2, tmp_path / "ranks", PAIR, seconds=SECONDS) == [[], []]
 
 
-def scores(assets: Assets, model: Path, checkpoint: Path, world: World, _folder: Path) -> list[float]:
-    """Log-probs by the weights of a checkpoint, as an evaluation loads them."""
-
-    def finish(packed: PackedCausalLM) -> None:
-        load_checkpoint_weights(packed, checkpoint, world)
-
-    settings = ModelConfig(str(model), dtype=Dtype.fp32)
-    engine = load_for_scoring(model, settings, ReferenceConfig(), 256, world, finish)
-    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
-    return [float(logp) for logp in engine.token_logps(batch)]
-
-
-def test_every_copy_scores_by_the_weights_of_a_checkpoint(assets: Assets, tmp_path: Path) -> None:
-    path = family("qwen3_moe", tmp_path / "model")
-    train_in([(1, ONE)], ModelConfig(str(path), dtype=Dtype.fp32), assets, tmp_path / "run")
-    scenario = partial(scores, assets, path, tmp_path / "run" / "step-000004")
-    [expected] = run_ranks(scenario, 1, tmp_path / "one", ONE, seconds=SECONDS)
-    for logps in run_ranks(scenario, 4, tmp_path / "four", IN_NODES, seconds=SECONDS):
-        assert logps == pytest.approx(expected, abs=1e-4)
-
-
 def test_two_ranks_that_share_experts_train_like_one_process(assets: Assets, tmp_path: Path) -> None:
     models = {
         name: ModelConfig(str(family(name, tmp_path / "models" / name)), dtype=Dtype.fp32)
@@ -290,17 +266,6 @@ def test_a_run_is_the_same_in_any_groups_and_goes_on_in_others(
     one = train_in([(1, ONE)] * len(worlds), model, assets, tmp_path / "one")
     assert train_in(worlds, model, assets, tmp_path / "shared") == pytest.approx(one, rel=5e-5)
     compare(tmp_path / "shared", tmp_path / "one")
-
-
-def test_8_bit_states_are_refused_where_a_rank_has_other_experts(assets: Assets, tmp_path: Path) -> None:
-    """Their blocks belong to a rank's weights, which another grouping changes."""
-    pytest.importorskip("bitsandbytes")
-    model = ModelConfig(str(family("qwen3_moe", tmp_path / "model")), dtype=Dtype.fp32)
-    optim = replace(OPTIM, kind=OptimizerKind.adamw_8bit)
-    scenario = partial(train, assets, model, tmp_path / "run", 2, False, optim)
-    run_ranks(scenario, 4, tmp_path / "before", PAIR, seconds=SECONDS)
-    for outcome in start_ranks(scenario, 4, tmp_path / "after", FOUR).finish(SECONDS):
-        assert outcome.error == "CheckpointError", outcome.log
 
 
 DDP = ParallelismConfig(ParallelismKind.ddp)

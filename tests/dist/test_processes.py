@@ -55,14 +55,12 @@ def prepare(
     return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 
 
-@pytest.mark.parametrize(
-    ("cores", "ranks", "expected"), [(128, 8, 16), (64, 8, 8), (128, 1, 16), (4, 8, 1), (2, 1, 2)]
-)
-def test_ranks_divide_the_cores_of_their_node(
-    cores: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("cores", "expected"), [(128, 16), (8, 8), (1, 1)])
+def test_one_rank_encodes_with_all_cores_of_its_node(
+    cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr("dpo_dist.foundation.process.usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
     assert (workers.processes_for(10**6), workers.processes_for(1)) == (expected, 1)
 
 

@@ -20,8 +20,8 @@ HERE = Path({here!r})
 
 
 def changing(policy, reference, config):
-    rows = HERE / "run/dpo_metrics/rows.jsonl"
-    if rows.exists() and rows.read_text().count("\\n") > 1:
+    rows = HERE / "run/dpo_metrics/log_history.json"
+    if rows.exists() and rows.read_text().count("step_seconds") > 1:
         {change}
     return softplus(-config.beta * (policy.margin - reference.margin))
 """

@@ -22,7 +22,7 @@ from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison
 from tests.support.doctor_data import diagnosis
 from tests.support.launch import run_verb, train
-from tests.unit.tools.pages.made_run import HOSTILE, change, made_run
+from tests.unit.tools.pages.made_run import HOSTILE, change, made_run, write_rows
 
 OF_OTHERS = "main a:not([href^='#']), main img, main script, main iframe, main [onclick], main [onerror]"
 
@@ -150,8 +150,7 @@ def test_a_long_run_is_drawn_whole(tmp_path: Path, browser: Any) -> None:
     rows[7_777]["loss"] = 9.0
     rows[11_111]["loss"] = None
     rows.insert(10_000, {"step": 10_000, "eval_loss": 0.5})
-    run.rows.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    run.log_history.unlink()
+    write_rows(run, rows)
     file = write_page(run)
     assert file.stat().st_size < 250_000
     watched = opened(browser, file)

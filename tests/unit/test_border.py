@@ -14,13 +14,13 @@ pytestmark = pytest.mark.slow
 
 FACE = "dpo_dist.data"
 TRAINER = """
-    DataConfig ScoredDataConfig Source SourceConfig TextTemplate UnpairedDataConfig
+    DataConfig ScoredDataConfig Source SourceConfig UnpairedDataConfig
     DataSource Part full_name read_records source_labels write_records
     BadRecord ImageFile NUMBERS Origin PreferenceRecord RawRecord Record SCORERS UnusableRecordError
     prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
     trained_stops Example ImageInput Mask TokenIds
-    DataCounts Outcome describe_counts named_in_one_line
+    DataCounts Outcome counts_in_one_line describe_counts named_in_one_line
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 MODULES_FOR_TOOLS = {

@@ -2,10 +2,7 @@
 
 import ast
 import errno
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ from dpo_dist.foundation.errors import (
     ConfigError,
     DpoDistError,
     Lack,
-    check_process,
     disk_error,
     raise_all,
 )
@@ -46,30 +42,6 @@ def test_a_pickled_error_keeps_every_part() -> None:
 def test_only_a_full_disk_or_a_named_path_is_a_users_error(error: Exception, where: str | None) -> None:
     found = disk_error(error)
     assert (found.where if found is not None else None) == where
-
-
-def test_a_program_without_a_working_directory_or_files_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_process()
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    program = [sys.executable, "-c", "from dpo_dist.foundation.errors import *; exit_after(lambda: 0)"]
-    package = os.environ | {"PYTHONPATH": str(Path(dpo_dist.__file__).parents[1])}
-    for before, words in (("ulimit -n 16", "ulimit -n 4096"), ('rmdir "$PWD"', "the working directory")):
-        command = ["bash", "-c", f'{before}; exec "$@"', "bash", *program]
-        ended = subprocess.run(command, capture_output=True, text=True, env=package, cwd=gone, check=False)
-        assert ended.returncode == 2, ended.stderr
-        assert words in ended.stderr
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    try:
-        Path("a").absolute()
-    except FileNotFoundError as error:
-        found = disk_error(error)
-    assert found is not None
-    assert "was deleted" in found.message
 
 
 def test_every_error_says_what_to_do() -> None:

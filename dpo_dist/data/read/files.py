@@ -1,6 +1,5 @@
 """Read the records of a file: JSON lines, JSON, CSV, TSV, Parquet or Arrow; write records as JSON lines."""
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -25,7 +24,6 @@ _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
 _KINDS = (*_COMPRESSED_KINDS, ".parquet", ".arrow")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
-_SAMPLE_BYTES = 2**23
 _BATCH_RECORDS = 64
 # Compressed text expands less than this: a file that expands more could fill the memory or the disk.
 _MAX_EXPANSION = 100
@@ -41,22 +39,6 @@ def file_kind(file: PurePath) -> str | None:
         inner = Path(file.stem).suffix
         return inner if inner in _COMPRESSED_KINDS else None
     return file.suffix if file.suffix in _KINDS else None
-
-
-def expected_records(files: Iterable[Path]) -> int:
-    """Return about how many records files have, by the first lines of a .jsonl; 0: unknown."""
-    records = 0
-    with contextlib.suppress(OSError, pyarrow.ArrowException):  # reading the records names the fault
-        for file in files:
-            if file.suffix == ".parquet":
-                records += pyarrow.parquet.read_metadata(file).num_rows
-            elif file.suffix == ".jsonl":
-                with file.open("rb") as stream:
-                    start = stream.read(_SAMPLE_BYTES)
-                records += round(start.count(b"\n") * file.stat().st_size / max(len(start), 1))
-            else:
-                return 0
-    return records
 
 
 def check_kind(file: PurePath, path: str) -> None:
@@ -263,7 +245,7 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
         nonlocal size, has_header
         for number, line in enumerate(iter(partial(text.readline, MAX_RECORD_BYTES + 1), ""), start=1):
             if not has_header and line.strip():
-                _check_header(line, path, separator)
+                _check_header(line, path)
                 has_header = True
             size += len(line)
             _check_size(size, number)
@@ -288,23 +270,14 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
         line = rows.line_num + 1
 
 
-def _check_header(header: str, path: str, separator: str) -> None:
-    """Check a table's header. Raises DataError: the header is not UTF-8, or has another separator."""
+def _check_header(header: str, path: str) -> None:
+    """Check a table's header. Raises DataError: the header is not UTF-8."""
     if not _is_utf8(header):
         raise DataError(
             "the table is not in UTF-8",
             where=path,
             got="other bytes in its header",
             remedy="save it as UTF-8 (Excel: CSV UTF-8; from Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
-        )
-    other = next((other for other in "\t;|," if other in header), None)
-    if other and separator not in header:
-        raise DataError(
-            f"the columns of the table are not separated by {separator!r}",
-            where=path,
-            got=f"a header with {other!r}",
-            remedy=f"save the table with {separator!r} between its columns; or rename it, one with commas to "
-            ".csv and one with tabs to .tsv",
         )
 
 

@@ -17,7 +17,6 @@ from dpo_dist.data.records import (
     UnusableRecordError,
     turns_of,
 )
-from dpo_dist.foundation.text import pluralize
 
 # The place of an image in the texts of LLaMA-Factory, ms-swift and LLaVA.
 _TAG = re.compile("<image>")
@@ -70,27 +69,17 @@ def place_images(
         beside = files if all(files) else []
     if not beside and not parts:
         return prompt, ()
-    # The number of places for the images beside the messages, and what to call them if it is another.
-    empty_parts = sum(image is None for image in parts)
+    # The number of places for the images beside the messages.
+    places = sum(image is None for image in parts)
     first_of_user = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
-    if empty_parts:
-        places = empty_parts
-        what = f"{pluralize(empty_parts, 'image part')} without an image"
-    elif parts or not has_places:
-        places = 0
-        what = "and no place for images"
-    elif tags:
-        places = len(tags)
-        what = f"{pluralize(len(tags), 'tag')} of images"
-        contents = [pattern.sub(IMAGE, content) for content in contents]
-        _check_numbers(tags)
-    elif first_of_user is None:
-        places = 0
-        what = "and no turn of a user"
-    else:
-        places = len(beside)
-        what = ""  # as many as images
-        contents[first_of_user] = IMAGE * places + contents[first_of_user]
+    if has_places and not parts:
+        if tags:
+            places = len(tags)
+            contents = [pattern.sub(IMAGE, content) for content in contents]
+            _check_numbers(tags)
+        elif first_of_user is not None:
+            places = len(beside)
+            contents[first_of_user] = IMAGE * places + contents[first_of_user]
     if not parts and len(tags) < len(beside):
         # LLaMA-Factory and ms-swift count the tags of a response too.
         for response in responses:
@@ -98,7 +87,7 @@ def place_images(
             if len(tags) + in_response == len(beside):
                 raise UnusableRecordError("image_in_response", "a response has a tag <image>")
     if places != len(beside):
-        raise UnusableRecordError("image_count", f"{pluralize(len(beside), 'image')}, {what}")
+        raise UnusableRecordError("image_count", f"images: {len(beside)}, places for them: {places}")
     texts = [*contents, *(turn.content for response in responses for turn in turns_of(response))]
     if any(tag in text and f"</{tag[1:]}" not in text for text in texts for tag in _OBJECT_TAGS):
         raise UnusableRecordError("unread_content", "a text has a tag of a place in an image", ("objects",))

@@ -66,7 +66,6 @@ class _First(NamedTuple):
     source: SourceConfig
     key: str
     rows: list[Fields]
-    places: list[Origin]
 
     @property
     def columns(self) -> dict[str, None]:
@@ -88,12 +87,11 @@ def declared(
     records can be read.
     """
     seen = list[RawRecord]()
-    first = _First(source, key, [], [])
+    first = _First(source, key, [])
     for record, place in islice(records, _MOST_BAD):
         seen.append((record, place))
         if not isinstance(record, BadRecord):
             first.rows.append(record)
-            first.places.append(place)
         if len(first.rows) == FIRST_RECORDS:
             break
     rows = first.rows
@@ -260,16 +258,15 @@ def _recognised(first: _First, *, of_prompts: bool) -> Reading:
         return readings[0]
     if not first.rows:
         return Reading({"prompt": "prompt", "completion": "completion"})  # all records are bad
-    message = _odd_one(first, of_prompts=of_prompts)
     if not readings:
-        raise _unlike(first, message or "the columns are none of the known shapes: say what they mean")
+        raise _unlike(first, "the columns are none of the known shapes: say what they mean")
     every = frozenset().union(*(reading.columns for reading in readings))
     ways = []
     for reading in readings:
         ignore = [*(source.ignore or ()), *sorted(every - reading.columns)]
         ways.append(_line(first, fields=reading.shape, ignore=ignore))
     raise DataError(
-        message or f"the columns have {len(ways)} known meanings",
+        f"the columns have {len(ways)} known meanings",
         where=source.path,
         got=", ".join(reading.shape for reading in readings),
         remedy="\n    ".join(["write the source as one of these", *ways]),
@@ -304,17 +301,6 @@ def _fitting(rows: Sequence[Fields], *, of_prompts: bool) -> list[str]:
         ]
     sets = {name: set(_SHAPES[name]["columns"]) for name in fits}
     return [name for name in fits if not any(sets[name] < sets[other] for other in fits)]
-
-
-def _odd_one(first: _First, *, of_prompts: bool) -> str:
-    """Return which record has another shape than those before it; "" if the first one has none."""
-    known = set(_fitting(first.rows[:1], of_prompts=of_prompts))
-    for row, place in zip(first.rows, first.places, strict=True):
-        fits = known.intersection(_fitting([row], of_prompts=of_prompts))
-        if known and not fits:
-            return f"{place} is not {' or '.join(sorted(known))}, as the records before it"
-        known = fits
-    return ""
 
 
 def _fits(
@@ -378,7 +364,10 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
                 spelled = text.removesuffix(TURN)
                 found = filter(None, (spelled_as(expression(spelled)(row)) for row in first.rows))
                 fields[name] = next((spelled + way for way in found), text)
-            ways = [("read the messages", {"fields": fields})]
+            read = replace(reading, fields=fields)
+            records = [parse_record(row, read, Origin("", 0)) for row in first.rows]
+            if not all(isinstance(record, BadRecord) for record in records):
+                ways.append(("read the messages", {"fields": fields}))
             if not reading.form:
                 ways.append(("train the texts as they are", {"fields": {**reading.fields, "form": "text"}}))
         case "unknown_label":

@@ -5,7 +5,6 @@ import glob
 import itertools
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from dpo_dist.data.read.dataset_info import is_saved, resolve_source
 from dpo_dist.data.read.files import (
     SUFFIXES,
     check_kind,
-    expected_records,
     file_kind,
     read_file,
 )
@@ -54,7 +52,8 @@ _DATA_NAME = re.compile(
 # Files that describe a dataset beside its data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
-_NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
+_OF_FOLDERS: Sequence[str] = ("data_dir", "name", "revision", "split")
+"""Keys of a source that have no effect on a file."""
 
 
 class DataSource:
@@ -179,20 +178,12 @@ class DataSource:
                 if is_own:
                     copy.unlink()
 
-    def expected_number(self) -> int:
-        """Return about how many records the source has; 0: unknown, as at a URL."""
-        return min(expected_records(self.files() or ()), self.config.limit or sys.maxsize)
-
     def check(self, data: DataConfig | None = None, *, of_prompts: bool = False) -> None:
         """Check the source's keys and the columns of its first records; with `data`, that some are usable.
 
         `of_prompts`: records need no responses. Sends no request. Raises DataError or ConfigError.
         """
-        from huggingface_hub import constants  # noqa: PLC0415  # slow to import
-
         if self.files() is None:
-            if constants.HF_HUB_OFFLINE and not is_url(self.path):
-                self.pinned()  # raises if the Hub's cache lacks the dataset
             return
         counts = DataCounts()
         # Sorted data can begin with many records without a response.
@@ -219,9 +210,9 @@ class DataSource:
         check_readable(local, self.path, DataError)
         if not (local.exists() or _GLOB.search(self.path) or _looks_local(self.path)):
             return None
-        unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
+        unused = ("revision",) if local.is_dir() else _OF_FOLDERS
         if is_saved(local):
-            unused |= {"name", "data_dir"}
+            unused = ("name", "data_dir", "revision")
         _check_unused(config, unused)
         if local.is_dir() and is_saved(local):
             files = _saved_files(local, config)
@@ -346,13 +337,12 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
     for key in sorted(unused):
         value = getattr(source, key)
         if value is not None:
-            folders = "" if key == "revision" else " and folders"
             raise ConfigError(
                 f"{key} has no effect on this source",
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is for Hub datasets{folders}",
+                remedy=f"remove {key}: a source of this kind has none",
             )
 
 
@@ -498,9 +488,8 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        is_folder = is_url(source.path) or Path(source.path).expanduser().is_dir()
         raise DataError(
-            "the data of the folder cannot be found" if is_folder else _NOT_FOUND,
+            "no data are found at this path, nor on the Hugging Face Hub",
             where=source.path,
             got=in_one_line(fault),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
@@ -531,31 +520,27 @@ def _listing(files: Sequence[RemoteFile]) -> str:
 
 
 def remote_files(source: SourceConfig) -> list[RemoteFile]:
-    """Ask for the files of a source at a URL, in order; only a folder's description is downloaded.
+    """Ask for the files of a source at a URL, in order.
 
     Raises DataError: none is found, or one cannot be read; ConfigError: a key has no effect.
     """
     system, path = open_file_system(source.path)
-    _check_unused(source, {"revision"})
+    _check_unused(source, _OF_FOLDERS)
     with remote_errors(source.path):
-        info = None if _GLOB.search(path) else system.info(path)
-        is_folder = info is not None and info["type"] == "directory"
-        if is_folder:
-            entries = system.find(path, detail=True)
-        elif info is not None:
-            entries = {path: info}
-        else:
+        if _GLOB.search(path):
             entries = system.glob(path, detail=True)
             if not entries:  # `glob` hides faults
                 system.info(_GLOB.split(path)[0].rpartition("/")[0])
+        else:
+            entries = {path: system.info(path)}
         visible = [name for name in sorted(entries) if "/." not in name or "/." in path]
         files = [name for name in visible if entries[name]["type"] == "file"]
-        if is_folder:
-            files = _remote_folder(system, path, files, source)
-        else:
-            _check_unused(source, ("name", "data_dir", "split"))
         if not files:
-            raise DataError("no file matches the pattern", where=source.path, remedy="check the pattern")
+            raise DataError(
+                "no file is there, or none matches the pattern",
+                where=source.path,
+                remedy=f"check it; the files of a folder are {source.path.rstrip('/')}/*.parquet or *.jsonl",
+            )
         listed = []
         for name in files:
             url = name if is_url(name) else f"{source.path.partition('://')[0]}://{name.lstrip('/')}"
@@ -583,25 +568,8 @@ def _state(info: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _remote_folder(system: Any, path: str, files: Sequence[str], source: SourceConfig) -> list[str]:
-    """Return those of a folder's files that are in the source's split, found as in a local folder."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        names = {folder / os.path.relpath(name, path): name for name in files}
-        for file, name in names.items():
-            if ".." not in file.parts:  # else outside of the folder
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch()
-                if file.name in _DESCRIPTIONS or file.suffix in (".md", ".yaml"):
-                    system.get_file(name, str(file))
-        try:
-            return [names[file] for file in _folder_files(folder, source)]
-        except DataError as fault:
-            fault.got = fault.got.replace(temporary, source.path)
-            raise
-
-
 # Labels, by which metrics, tables and reports name a source.
+
 
 # Names of files and folders that need the folder above to say what they are.
 _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "val", "validation"})

@@ -5,7 +5,6 @@ for some names. In its output, which has real control tokens, too, name and mark
 token's number: that is an escaped text.
 """
 
-import copy
 import json
 import os
 import re
@@ -19,7 +18,6 @@ import tokenizers
 
 from dpo_dist.data.library_internals import with_backend
 from dpo_dist.data.records import RESERVED_CHARACTER, UnusableRecordError
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Tokenizer
 
 THOUGHT_TAGS = ("<think>", "</think>")
@@ -131,26 +129,15 @@ def tokenize_texts(
     with_starts: bool = False,
 ) -> list[Encoded]:
     """Return the tokens of each text, without added tokens; `literal`: spelled special tokens are text."""
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = literal
-        if not with_starts:  # without positions it takes a fifth less time
-            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [(each.ids, []) for each in encoded]
-        encoded = backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(each.ids, [start for start, _ in each.offsets]) for each in encoded]
-    if with_starts:
-        raise ConfigError(
-            "the loss counts a part of the responses, but the tokenizer returns no positions of tokens",
-            where="tokenizer of model.path",
-            got="a tokenizer without a fast version",
-            expected="a tokenizer with tokenizer.json",
-            remedy="use a fast tokenizer, or set data.untrained=[] for responses of one turn",
-        )
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=literal)
-    return [(ids, []) for ids in encoded["input_ids"]]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = literal
+    if not with_starts:  # without positions it takes a fifth less time
+        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [(each.ids, []) for each in encoded]
+    encoded = backend.encode_batch(list(texts), add_special_tokens=False)
+    return [(each.ids, [start for start, _ in each.offsets]) for each in encoded]
 
 
 def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> Tokenizer:
@@ -271,10 +258,7 @@ class EscapedEncoder:
         def with_special(part: dict[str, Any]) -> dict[str, Any]:
             return {**part, "special": True} if part.get("content") in tokens and "special" in part else part
 
-        if self._tokenizer.is_fast:
-            changed = _with_backend(self._tokenizer, with_special)
-        else:
-            changed = copy.deepcopy(self._tokenizer)
+        changed = _with_backend(self._tokenizer, with_special)
         added = {str(token): token for token in self._tokenizer.added_tokens_decoder.values()}
         aliases = [tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)]
         for token in self._marks.tokens:
@@ -287,8 +271,7 @@ class EscapedEncoder:
     @cached_property
     def _continuation_copy(self) -> Tokenizer:
         """`_literal_copy`, but it adds no space at the start of a text or after an added token."""
-        copied = self._literal_copy
-        return _with_backend(copied, _without_first_space) if copied.is_fast else copied
+        return _with_backend(self._literal_copy, _without_first_space)
 
     @cached_property
     def _real_ids(self) -> dict[int, int]:

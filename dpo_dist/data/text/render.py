@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dpo_dist.data.config import DataConfig, TextTemplate
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.records import (
     Dialogue,
@@ -73,24 +73,15 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     if not is_text:
         return _by_template(as_messages, facts, config, "text")
     # A text, to which somebody may have applied a template already: to its prompt, or to its responses alone.
-    read_as = "text, without the chat template"
     changes = set[str]()
-    is_templated = facts.is_templated(prompt)
-    if is_templated or any(map(facts.is_ended, texts)):
+    if facts.is_templated(prompt) or any(map(facts.is_ended, texts)):
         changes.add("templated_text")
-    is_applied = bool(changes) and config.template is TextTemplate.applied
-    if is_applied:
-        read_as = "text, with the template that is in it"
-        splits = list(map(facts.split_end, texts))
-        if is_templated:
-            return _all_counted(prompt, [bare + end for bare, end in splits], read_as, changes)
-        texts = tuple(bare for bare, _ in splits)
     if config.text_as_messages and (facts.chat is not None or config.text_as_messages is True):
         rendered = _by_template(replace(as_messages, responses=texts), facts, config, AS_TURN)
         return replace(rendered, changes=(rendered.changes - {"templated_content"}) | changes)
-    if facts.tokenizer.chat_template and not is_applied:
+    if facts.tokenizer.chat_template:
         changes.add("chat_template_not_applied")
-    return _as_text(prompt, texts, facts, read_as, changes)
+    return _as_text(prompt, texts, facts, "text, without the chat template", changes)
 
 
 _CALLED = Message("assistant", "", {CALLS: [PROBE_CALL]})
@@ -322,8 +313,12 @@ class _Conversation:
         return replace(rendered, is_whole=True)
 
     def _is_trained(self, turn: Message) -> bool:
-        """Return whether the loss counts a turn."""
-        return turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
+        """Return whether the loss counts a turn: those of the assistant, but for a weight of 0."""
+        if turn.role == "assistant":
+            return turn.is_trained is not False
+        if turn.is_trained:
+            raise UnusableRecordError("unread_content", f"loss_weight 1 of a turn of {turn.role}")
+        return False
 
     def _check_rendered(self, turn: Message, text: str) -> None:
         """Raise if a trained turn is a call or a thought that the template leaves out of its `text`."""
@@ -524,7 +519,7 @@ class _Conversation:
         """Return the conversation with a response of several turns, or of one."""
         turns = list[ResponseTurn]()
         counted = list[Span]()
-        for message, turn in zip(response, self.finder.find(response, self._is_trained), strict=True):
+        for message, turn in zip(response, self.finder.find(response), strict=True):
             turns.append(turn)
             self._check_rendered(message, turn.counted_text)
             if self._is_trained(message):

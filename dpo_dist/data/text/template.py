@@ -62,8 +62,7 @@ def argument_names(template: str) -> frozenset[str]:
 class ChatTemplate:
     """The chat template of a tokenizer that `data.chat_template` chooses.
 
-    `choice` is a file, the name of one of the tokenizer's templates, or None: its only or default one, or the
-    one for tools.
+    `choice` is a file, or None: the tokenizer's only or default one, or the one for tools.
     """
 
     def __init__(self, tokenizer: Tokenizer, choice: str | None):
@@ -73,21 +72,22 @@ class ChatTemplate:
     def text(self, *, with_tools: bool = False) -> str | None:
         """Return the template, of records `with_tools` or of others; None if the tokenizer has none.
 
-        Raises ConfigError: there is no such file and no such template.
+        Raises ConfigError: the file cannot be read.
         """
-        choice = self._choice
-        stored = self._tokenizer.chat_template
-        if choice is None and not stored:
+        if self._choice is None and not self._tokenizer.chat_template:
             return None
-        if choice is None:
+        if self._choice is None:
             return str(self._tokenizer.get_chat_template(tools=[{}] if with_tools else None))
-        names = stored if isinstance(stored, dict) else {}
-        if choice in names:
-            return str(names[choice])
         try:
-            return Path(choice).expanduser().read_text(encoding="utf-8")
+            return Path(self._choice).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as fault:
-            raise _no_such_template(f"{choice}: {fault}", names) from fault
+            raise ConfigError(
+                "the chat template does not exist, or cannot be read",
+                where="data.chat_template",
+                got=f"{self._choice}: {fault}",
+                expected="a file with a Jinja template in UTF-8",
+                remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
+            ) from fault
 
     def check_arguments(self, arguments: Collection[str]) -> None:
         """Check that the template exists and names these `data.template_arguments`. Raises ConfigError."""
@@ -107,31 +107,8 @@ class ChatTemplate:
     def alone(self) -> Tokenizer:
         """Return a copy of the tokenizer with only this template, to save with a model."""
         changed = copy(self._tokenizer)
-        stored = self._tokenizer.chat_template
-        text = self.text()
-        # Also by its name: else the same configuration would not find the template in the saved model.
-        is_named = isinstance(stored, dict) and self._choice in stored
-        changed.chat_template = {"default": text, self._choice: text} if is_named else text
+        changed.chat_template = self.text()
         return changed
-
-    @staticmethod
-    def check_file(choice: str | None) -> None:
-        """Check that a choice that can only be a file exists; needs no tokenizer. Raises ConfigError."""
-        if choice is None or not (choice.endswith(".jinja") or "/" in choice):
-            return
-        if not Path(choice).expanduser().exists():
-            raise _no_such_template(choice, [])
-
-
-def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
-    templates = f" or one of the tokenizer's templates ({', '.join(sorted(names))})" if names else ""
-    return ConfigError(
-        "the chat template does not exist, or cannot be read",
-        where="data.chat_template",
-        got=got,
-        expected=f"a file with a Jinja template in UTF-8{templates}",
-        remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
-    )
 
 
 def turn_tokens(tokenizer: Tokenizer, chat_template: str | None, of_thoughts: Collection[str]) -> set[str]:

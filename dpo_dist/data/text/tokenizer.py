@@ -42,6 +42,12 @@ class TokenizerFacts:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None):
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                "the tokenizer has no fast version",
+                where="tokenizer of model.path",
+                remedy="use a model with a tokenizer.json, or convert its tokenizer to one",
+            )
         self.tokenizer = tokenizer
         chat_template = template and pin_clock(template, TEMPLATE_DATE)
         # What the tokenizer puts before every text: BOS, or nothing.
@@ -158,16 +164,6 @@ class TokenizerFacts:
         eos = filter(None, [self.tokenizer.eos_token])
         return response.rstrip().endswith((*self._turn_tokens, *_FOREIGN_ENDS, *eos))
 
-    def split_end(self, response: str) -> tuple[str, str]:
-        """Return a templated response without its end of turn or text, and this end, or the default one."""
-        ends = (self.end_of_turn, self.end_of_text)
-        end = self.end_of_turn
-        while response.rstrip().endswith(ends):
-            response = response.rstrip()
-            end = next(filter(response.endswith, ends))
-            response = response.removesuffix(end)
-        return response, end
-
     # Parts of the output of the template.
 
     def turn_with_end(self, rendered: str) -> str:
@@ -281,7 +277,7 @@ def tokenizer_facts(
     """Return the facts about `tokenizer`, probed once for each chat template.
 
     Some tokenizers have a separate template for records `with_tools`. Raises ConfigError:
-    `data.chat_template` is neither a file nor the name of a template.
+    the file of `data.chat_template` cannot be read.
     """
     template = ChatTemplate(tokenizer, config.chat_template)
     return _facts(tokenizer, template.text(with_tools=with_tools))

@@ -15,8 +15,8 @@ GLM ends no turn: a model stops with the token that starts the next one. Positio
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -27,8 +27,6 @@ from dpo_dist.data.text.tokenizer import TokenizerFacts
 
 Span = tuple[int, int]
 """Start and end of a part of a text."""
-_PROBE = "dpo_dist probe"
-"""A content that no header has."""
 
 
 def message_thought(message: Message) -> str | None:
@@ -69,10 +67,10 @@ class TurnFinder:
         self._chat = chat
         self._generation_prompts: dict[str, str] = {}
 
-    def find(self, response: Messages, is_trained: Callable[[Message], bool]) -> Iterator[ResponseTurn]:
-        r"""Yield the turns of a response; `counted` of those that are trained is without their header.
+    def find(self, response: Messages) -> Iterator[ResponseTurn]:
+        r"""Yield the turns of a response; `counted` of an assistant's turn is without its header.
 
-        The parts of an answer in the output of ChatML; `content` is the length of the first, its `header`:
+        The parts of an answer in the output of ChatML; `header` is the length of the first:
 
             <|im_start|>assistant\n    Hello.<|im_end|>     \n
             from `start`               `counted`            after it, to `stop`
@@ -90,13 +88,10 @@ class TurnFinder:
         for index, (message, (start, stop)) in enumerate(zip(response, spans, strict=True), start=first):
             text = output[start:stop]
             is_assistant = message.role == "assistant"
-            header = self._header_length(message, text, turns[:index]) if is_assistant else 0
+            header = self._header_length(text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
                 text = text[:header] + self._facts.turn_with_end(text[header:])
-            content = header
-            if text and not is_assistant and is_trained(message):
-                content = self._content_start(message, turns, index, output[: start + len(text)], start)
-            counted = start + content, start + self._end(text, output[stop:])
+            counted = start + header, start + self._end(text, output[stop:])
             yield ResponseTurn(output[:start], text, header, counted)
 
     def _end(self, turn: str, following: str) -> int:
@@ -112,23 +107,7 @@ class TurnFinder:
 
     # The header of a turn.
 
-    def _content_start(self, message: Message, turns: Turns, index: int, output: str, start: int) -> int:
-        r"""Return the length of what a turn of another role, which ends `output`, has before its content.
-
-        The template says it with another content, as the turn's own may be empty, or the name of its role:
-
-            <|im_start|>user\nuser<|im_end|>\n
-            <|im_start|>user\nprobe<|im_end|>\n
-        """
-        probed = self._chat.turn(replace(message, content=_PROBE))
-        other = self._chat.render((*turns[:index], probed, *turns[index + 1 :]), self._context)
-        end = other.find(_PROBE, start)
-        if end < 0 or other[:end] != output[:end]:
-            detail = f"no content of the turn of {message.role} is found in the template's output"
-            raise UnusableRecordError("turns_not_found", detail)
-        return end - start
-
-    def _header_length(self, message: Message, turn: str, before: Turns) -> int:
+    def _header_length(self, turn: str, before: Turns) -> int:
         r"""Return the length of the header of an assistant's `turn`, which follows the turns `before`.
 
         A header is what the turn shares with the prompt for its generation:
@@ -136,20 +115,22 @@ class TurnFinder:
             turn               <|im_start|>assistant\nHello.<|im_end|>\n
             generation prompt  <|im_start|>assistant\n
 
-        If the prompt has a rest that the turn does not share, the rest stands before the header, or after it:
-        then the shared part may reach into what the model writes, and is cut. `ChatRenderer._answered` does
-        less for a probe, whose content is known: the facts that are used here come from it.
+        `ChatRenderer._answered` does less for a probe, whose content is known: the facts that are used here
+        come from it. Raises UnusableRecordError: the prompt has words that the turn does not share.
         """
         generation = self._generation_prompt(before)
         length, rest = self._shared_header(turn, generation)
         if not rest:
             return length
-        later = self._later_header(turn, generation)
-        if later is not None:
-            return later
-        length = self._cut_at_content(message, turn, length)
         thought = self._start_of_ended_thought(turn, length, rest)
-        return length if thought is None else thought
+        if thought is not None:
+            return thought
+        # Words before the header (Command R+, tools) or after it (Apriel): what is shared may be no header.
+        words = self._facts.unbroken.sub("", rest).strip()
+        following = self._facts.marks.in_text.match(turn, max(length, _leading_space(turn)))
+        if (words and length) or (following and following.group() in rest):
+            raise UnusableRecordError("turns_not_found", "the prompt of a generation has words of its own")
+        return length
 
     def _shared_header(self, turn: str, generation: str) -> tuple[int, str]:
         r"""Return the length of what a turn shares with the prompt, and the rest of the prompt.
@@ -166,33 +147,6 @@ class TurnFinder:
             return space + shared, header[shared:]
         length = self._facts.common_length(turn, generation)
         return length, generation[length:]
-
-    def _later_header(self, turn: str, generation: str) -> int | None:
-        r"""Return the length of a header before which the prompt says more (Command R+, tools), else None.
-
-        turn               <|turn|>assistant\nHello.<|end|>
-        generation prompt  <|turn|>system\nUse tools.<|end|>\n<|turn|>assistant\n
-        """
-        space = _leading_space(turn)
-        for token in self._facts.marks.in_text.finditer(generation):
-            header = generation[token.start() :]
-            if turn.startswith(header, space):
-                return space + len(header)
-        return None
-
-    def _cut_at_content(self, message: Message, turn: str, length: int) -> int:
-        r"""Return the length of a header without words of the prompt that the content starts like (Apriel).
-
-        turn               <|assistant|>\nHere it rains.
-        generation prompt  <|assistant|>\nHere are my steps:\n
-        """
-        marks = self._facts.marks
-        for part in filter(None, (message_thought(message), message.content.strip())):
-            text = marks.escape(part, marks.in_response)
-            start = turn.find(text, max(length - len(text) + 1, 0))
-            if 0 <= start < length:
-                length = start
-        return length
 
     def _start_of_ended_thought(self, turn: str, length: int, rest: str) -> int | None:
         r"""Return where a thought opens in the header that the `rest` of the prompt ends at once, else None.

@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -53,9 +52,7 @@ from dpo_dist.distributed.checkpoint.slices import (
     SlicedWeights,
     write_slices,
 )
-from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.shard_groups import copy_shards
 from dpo_dist.foundation.errors import DISK_IS_FULL, CheckpointError, ConfigError, first_line, lack_behind
 from dpo_dist.foundation.files import (
     commit_folder,
@@ -70,7 +67,6 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.text import size, without_secrets
-from dpo_dist.model.experts import set_reader
 from dpo_dist.model.library_internals import whole_shape
 
 log = logging.getLogger(__name__)
@@ -151,15 +147,14 @@ class SavedSlices:
                     step = int(header["step"])
                     shapes |= {weight: tuple(shape) for weight, (_, *shape) in starts.items()}
                     for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
-                        start, *_ = starts.get(key.partition("/")[2], [0])
+                        start, *_ = starts[key.partition("/")[2]]
                         end = start + opened.get_slice(key).get_shape()[0]
                         ranges.setdefault(key, []).append((start, end, file))
-        of_weights = [key.partition("/") for key in ranges]
-        parts = dict.fromkeys(part for part, _, weight in of_weights if weight in shapes)
+        parts = dict.fromkeys(key.partition("/")[0] for key in ranges)
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
     def load_into(self, slices: Iterable[Slice], seed: int = 0) -> None:
-        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones.
+        """Fill the parts of `slices`, also from other ranges.
 
         float32 values become bf16 by the chance of `seed`: to the nearest, all moves of a weight below half a
         step of bf16 would be lost.
@@ -171,18 +166,10 @@ class SavedSlices:
                 return stack.enter_context(safe_open(self.folder / file, "pt"))
 
             for piece in slices:
-                if WEIGHT in piece.parts and self.shapes.get(piece.name) != piece.shape:
+                if self.shapes.get(piece.name) != piece.shape:
                     raise ValueError(f"{piece.name} is missing or has another shape")
                 for part, target in piece.parts.items():
                     key = f"{part}/{piece.name}"
-                    if WEIGHT not in piece.parts and key not in self._ranges:
-                        raise CheckpointError(
-                            "a checkpoint's 8-bit optimizer states can only be loaded as they were saved",
-                            where=str(self.folder),
-                            got=f"no {key}",
-                            remedy="resume with the number of processes and the parallelism that wrote "
-                            "it: other processes can only load states of optim.kind=adamw",
-                        )
                     for start, stop, file in self._ranges[key]:
                         first = max(piece.start, start)
                         last = min(piece.start + target.numel(), stop)
@@ -252,14 +239,6 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def open_checkpoint(folder: Path, world: World) -> Checkpoint:
-    """Return the checkpoint in a folder; an error if it is damaged. Collective."""
-    faults = _find_all_faults(folder, world)
-    if faults:
-        raise damaged_checkpoint(folder, faults)
-    return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)))
-
-
 def _find_all_faults(folder: Path, world: World) -> list[str]:
     """Return the faults in all files of a checkpoint; the ranks share the reading. Collective."""
     return [*itertools.chain(*world.gather(find_faults(folder, world.rank, world.size)))]
@@ -286,27 +265,6 @@ def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlic
             remedy="set model.path and model.adapter as in the config.yaml of the checkpoint's run",
         )
     return saved
-
-
-@torch.no_grad()
-def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> None:
-    """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
-
-    Rank 0 reads and sends one master weight at a time. The trained weights are those that require a gradient.
-    """
-    weights = ((name.removeprefix("causal_lm."), weight) for name, weight in model.named_parameters())
-    trained = {name: weight for name, weight in weights if weight.requires_grad}
-    saved = world.on_main(lambda: read_weights(folder, trained))
-    for name, weight in trained.items():
-        if is_sharded(weight):
-            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                if world.is_main:
-                    weight.copy_(saved.whole_in(weight.dtype, name))
-            set_reader(weight, None)
-        else:
-            read = functools.partial(saved.whole_in, weight.dtype, name)
-            weight.copy_(world.on_main(read))
-    copy_shards(trained.values(), world)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,8 @@ from dpo_dist.distributed.deepspeed_internals import (
     restore_powers,
     shard_of,
     shard_range,
-    zero_kind,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
-from dpo_dist.distributed.muon import MOMENTUM, MuonAndAdamW
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.library_internals import whole_shape
 
@@ -38,7 +36,7 @@ WEIGHT = "weight"  # the part that is the weight itself, for a trained one its m
 EMA = "ema"  # the part that is the moving average of the weight
 # Size at which a rank begins another file. A GPU's tensors need this much host memory at a time.
 _FILE_BYTES = 2**28
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Digests of a checkpoint's files, by name relative to its folder, as in the manifest. The code never lists a
 # directory: on a network file system a listing may lack files that another node just wrote.
 Entries = dict[str, str]
@@ -48,9 +46,7 @@ Entries = dict[str, str]
 class Slice:
     """A range of the elements of one flattened weight.
 
-    `parts` are the weight and its optimizer states by name: views, flat and of equal length. Without a
-    weight, they are tensors of any length, which only the rank that wrote them can load,
-    among as many ranks.
+    `parts` are the weight and its optimizer states by name: views, flat and of equal length.
     """
 
     name: str
@@ -99,46 +95,32 @@ class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
     `names` has the names of the trained weights, `averages` the moving averages of the `masters`, if any.
-    `place`: this rank's place among the ranks that shard one copy of the weights, and their number.
     """
 
     def __init__(
         self,
         engine: Any,
         names: Mapping[nn.Parameter, str],
-        place: tuple[int, int],
         averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ):
         self._engine = engine
         self._inner = inner_optimizer(engine)
         self._names = names
-        self._place = place
         self._averages = averages
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
-        eight_bit = is_eight_bit(self._inner)
         for flat, ranges in flat_masters(self._engine):
             # States of the flat tensor's shape, such as moments, are cut as the weights in it are.
             tensors = {WEIGHT: flat.detach()}
-            if not eight_bit:
-                tensors |= {k: v for k, v in _tensor_states(self._inner, flat) if v.shape == flat.shape}
+            for name, state in self._inner.state[flat].items():
+                if isinstance(state, Tensor) and state.shape == flat.shape:
+                    tensors[name] = state
             if flat in self._averages:
                 tensors[EMA] = self._averages[flat]
             for weight, start, start_in_weight, length in ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
-        if eight_bit:
-            # Blocks of the flat tensor share a scale: states are not cut by weight. Codebooks are constants.
-            rank, ranks = self._place
-            cut = f"{zero_kind(self._engine)} {rank} of {ranks}"
-            for number, (flat, ranges) in enumerate(flat_masters(self._engine)):
-                states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
-                # Ranks that share experts have other weights in a flat tensor of the same number.
-                held = [(self._names[weight], first, length) for weight, _, first, length in ranges]
-                digest = hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest()
-                if states:
-                    yield Slice(f"{cut}, group {number}, {digest}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat tensors that the optimizer updates, with padding; not copies."""
@@ -153,38 +135,15 @@ class OptimizerSlices:
         """Create missing optimizer states, to be filled with the states after `step` updates."""
         inner = self._inner
         names = [part for part in parts if part not in (WEIGHT, EMA)]
-        if is_eight_bit(inner):
-            for flat in self.masters() if step else []:
-                if not inner.state[flat]:
-                    # In ZeRO-3, a master tensor is in its optimizer group only during an update.
-                    group = inner.param_groups[0]
-                    params = group["params"]
-                    group["params"] = [flat]
-                    inner.init_state(group, flat, 0, 0)
-                    group["params"] = params
-                inner.state[flat][STEP] = step
-            return
         is_cpu_adam = isinstance(inner, DeepSpeedCPUAdam)
         counts = is_cpu_adam or isinstance(inner, AdamWBF16)
         for flat in self.masters() if names else []:
             states = inner.state[flat]
-            # A rank's part may be only padding: it has the states of its group all the same.
-            has_momentum = isinstance(inner, MuonAndAdamW) and inner.has_momentum(flat)
-            for name in [name for name in names if (name == MOMENTUM) is has_momentum]:
+            for name in names:
                 states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
             states[STEP] = step if counts else torch.tensor(float(step), device=flat.device)
         if is_cpu_adam and names:
             restore_powers(inner, step)
-
-
-def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    states: dict[str, Any] = optimizer.state[flat]
-    return ((name, state) for name, state in states.items() if isinstance(state, Tensor))
-
-
-def is_eight_bit(optimizer: object) -> bool:
-    """Return whether an optimizer is from bitsandbytes, which keeps 8-bit states."""
-    return type(optimizer).__module__.startswith("bitsandbytes")
 
 
 def weight_slices(weights: Mapping[str, Any]) -> Iterator[Slice]:
@@ -275,8 +234,7 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
         ranges = {}
         for piece in slices:
             tensors |= {f"{part}/{piece.name}": tensor for part, tensor in piece.parts.items()}
-            if WEIGHT in piece.parts:
-                ranges[piece.name] = [piece.start, *piece.shape]
+            ranges[piece.name] = [piece.start, *piece.shape]
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
         entries[name] = write_tensors(checkpoint / name, tensors, metadata)

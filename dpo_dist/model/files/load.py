@@ -93,7 +93,7 @@ from dpo_dist.model.library_internals import (
     transposed_by,
     unsharded,
 )
-from dpo_dist.model.lora import add_adapter, check_rank
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.states import check_recurrent_kernels
@@ -353,8 +353,6 @@ def without_weights(
             remedy="set model.tiled_mlp=false",
         )
     if config.adapter is not None:
-        if start is None:
-            check_rank(causal_lm, config.adapter)
         with torch.device("meta"):
             packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
             add_adapter(packed, config, 0, start)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.data import ChatTemplate, DataSource
+from dpo_dist.data import DataSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.kit import Rule, RunConfig, check_rules, is_checkpoint, locate_model, short_name
@@ -44,7 +44,6 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     config.data.check_has_evaluation_data("compare models on", "with responses or without")
     for source in config.data.eval_sources:
         DataSource(source, "data.eval" if config.data.eval else "data.train").check(of_prompts=True)
-    ChatTemplate.check_file(config.data.chat_template)
     locations = [model.location for model in models]
     revision = Rule(
         "model.revision!=null model.path compare.models",

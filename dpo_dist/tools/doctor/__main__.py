@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 
-from dpo_dist.data import ChatTemplate, DataSource
+from dpo_dist.data import DataSource
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.kit import (
@@ -33,7 +33,6 @@ def main(config: RunConfig) -> int:
     for key, sources in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
         for source in sources:
             DataSource(source, key).check()
-    ChatTemplate.check_file(config.data.chat_template)
     if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         starts_as_base = config.model.adapter is None or config.model.adapter.path is None

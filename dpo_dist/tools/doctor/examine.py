@@ -108,13 +108,12 @@ def _for_each_chunk(
     """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
     source = DataSource(entry).pinned()
     count = 0
-    total = source.expected_number()
     with progress as show, closing(in_order(in_chunks(source.records()), work)) as chunks:
         for results in chunks:
             for use in uses:
                 use(results)
             count += len(results)
-            show(count, total if count <= total else None)
+            show(count)
 
 
 def _label_balance(

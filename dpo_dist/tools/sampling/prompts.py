@@ -194,7 +194,6 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,
         "text_as_messages": data.text_as_messages,
-        "template": str(data.template),
         "template_date": TEMPLATE_DATE,
         "chat_template": chat_template,
         "template_arguments": data.template_arguments,

@@ -9,20 +9,17 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.checkpoint.saver import (
-    checkpoint_state,
-    load_checkpoint_weights,
-    open_checkpoint,
-)
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.distributed.checkpoint.saver import checkpoint_state
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, ExitCode
+from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
 from dpo_dist.model.files.load import check_has_score, check_same_vocabulary, load_tokenizer
-from dpo_dist.model.files.stops import padding_token, set_padding
+from dpo_dist.model.files.stops import set_padding
 from dpo_dist.model.flops import compute_costs
-from dpo_dist.model.lora import add_adapter, load_adapter
+from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import custom_metrics
@@ -31,6 +28,7 @@ from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.training.evaluation.results import Results, write_evaluation
 from dpo_dist.training.evaluation.table import evaluation_table
 from dpo_dist.training.evaluation.trained_prompts import count_trained
+from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,
@@ -60,7 +58,7 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
         inputs = load_evaluation_inputs(run)
         run.world.on_main(partial(check_models_of_run, run.folder, config.identity, inputs))
         for entry in models:  # before the reference is computed, which may take hours
-            run.world.on_main(partial(check_origin, entry, config.model, config.identity, inputs))
+            whole_model(run, entry)
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
@@ -90,26 +88,19 @@ def check_models_of_run(folder: RunFolder, identity: RunIdentity, inputs: Evalua
     check_identity(state.identity, models, folder.state)
 
 
-def check_origin(
-    entry: EvaluatedModel, model: ModelConfig, identity: RunIdentity, inputs: EvaluationInputs
-) -> None:
-    """Check that a checkpoint's run started from `model` with its adapter."""
+def whole_model(run: Run, entry: EvaluatedModel) -> str:
+    """Return a model's folder or hub name; a checkpoint is exported to a folder first. Collective."""
     if not entry.is_checkpoint:
-        return
-    folder = Path(entry.path)
-    digest = inputs.policy_files.digest
-    model_digest = checkpoint_state(folder)["model"]
-    adapter = model.adapter
-    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, identity)
-    if model_digest != digest or "model.adapter" in changed:
-        before, _ = changed.get("model.adapter", (adapter, adapter))
-        raise CheckpointError(
-            "the checkpoint is of a run with another model or adapter",
-            where=str(folder),
-            got=f"{model.path}, digest {digest}, adapter {adapter}",
-            expected=f"digest {model_digest}, adapter {before}",
-            remedy="set model.path and model.adapter as in the config.yaml of its run",
-        )
+        return entry.path
+    write = partial(
+        checkpoint_as_model,
+        Path(entry.path),
+        run.folder.exported,
+        run.console.say,
+        run.config.model.trust_remote_code,
+    )
+    with run.console.heartbeat(f"writing the weights of {entry.path}"), unsharded_loading(run.world):
+        return str(run.world.on_main(write))
 
 
 def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objective: Objective) -> Results:
@@ -172,55 +163,44 @@ def load_evaluated(
     bits = config.model.quantization
     running = RunningMeans()
     folder = base
-    commit = None
     key = "model.path"
     finish: Callable[[PackedCausalLM], None] | None = None
     if entry.is_checkpoint:
-        state = open_checkpoint(Path(entry.path), world).state
+        state = world.on_main(lambda: checkpoint_state(Path(entry.path)))
         running = RunningMeans(**state["running"])
+    location = whole_model(run, entry)
+    revision = config.model.revision if location == config.model.path else None
+    files = shared_model_folder(run, location, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
+    commit = hub_commit(files)
+    _identify(run, base, files)
+    if is_adapter(files):
+        for warning in base_warnings(config.model, files):
+            run.warn(warning)
+        if config.loss.of_scores:
+            check_has_score(base, files, EVALUATION_MODEL_KEY)
 
-        def load_weights(model: PackedCausalLM) -> None:
-            if config.model.adapter is not None:
-                add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
-            load_checkpoint_weights(model, Path(entry.path), world)
-            if model.gives_scores:  # as in its training
-                padding = padding_token(inputs.tokenizer, config.data)
-                set_padding(model.causal_lm.config, inputs.tokenizer.convert_tokens_to_ids(padding))
+        def add_saved_adapter(model: PackedCausalLM) -> None:
+            load_adapter(model, folder=files)
+            if model.gives_scores and has_tokenizer(files):  # the base's padding may end texts
+                tokenizer = load_tokenizer(files, config.model, EVALUATION_MODEL_KEY)
+                set_padding(model.causal_lm.config, tokenizer.pad_token_id)
 
-        finish = load_weights
+        finish = add_saved_adapter
     else:
-        revision = config.model.revision if entry.path == config.model.path else None
-        files = shared_model_folder(run, entry.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
-        commit = hub_commit(files)
-        _identify(run, base, files)
-        if is_adapter(files):
-            for warning in base_warnings(config.model, files):
-                run.warn(warning)
-            if config.loss.of_scores:
-                check_has_score(base, files, EVALUATION_MODEL_KEY)
-
-            def add_saved_adapter(model: PackedCausalLM) -> None:
-                load_adapter(model, folder=files)
-                if model.gives_scores and has_tokenizer(files):  # the base's padding may end texts
-                    tokenizer = load_tokenizer(files, config.model, EVALUATION_MODEL_KEY)
-                    set_padding(model.causal_lm.config, tokenizer.pad_token_id)
-
-            finish = add_saved_adapter
-        else:
-            folder = files
-            key = EVALUATION_MODEL_KEY
-            if folder.resolve() != base.resolve():
-                bits = None
-            world.on_main(
-                partial(
-                    check_same_vocabulary,
-                    folder,
-                    inputs.tokenizer,
-                    config.model,
-                    inputs.processor,
-                    EVALUATION_MODEL_KEY,
-                )
+        folder = files
+        key = EVALUATION_MODEL_KEY
+        if folder.resolve() != base.resolve():
+            bits = None
+        world.on_main(
+            partial(
+                check_same_vocabulary,
+                folder,
+                inputs.tokenizer,
+                config.model,
+                inputs.processor,
+                EVALUATION_MODEL_KEY,
             )
+        )
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, quantization=bits)
     longest = config.data.longest

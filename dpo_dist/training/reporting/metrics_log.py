@@ -1,4 +1,7 @@
-"""Append a run's metrics rows to a file, read them, and write their tables and summary at its end."""
+"""Append a run's metrics rows to log_history.json, read them, and write their table and summary at its end.
+
+The file is a JSON list after each row, with a row a line.
+"""
 
 import csv
 import json
@@ -44,6 +47,7 @@ _SPIKE_ROWS = 100
 _FEWEST_ROWS = 50
 _EXCURSION = 5.0
 _COLLAPSED_NATS = 50.0
+_BEGIN, _BETWEEN, _END = b"[\n", b",\n", b"\n]\n"
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 _AFTER_STEP = 0.5
 
@@ -73,29 +77,22 @@ class MetricsLog:
         end = -1.0
         if resume_step is not None:
             end = resume_step if evaluation_is_due else resume_step + _AFTER_STEP
-        rows = list[MetricsRow]()
-        is_replaced = False
-        has_file = folder.rows.exists()
-        with files.staged_file(folder.rows) as temporary, temporary.open("wb") as file:
-            for line, row in _stored_lines(folder):
-                if log_position(row) <= end:
-                    file.write(line)
-                    rows.append(row)
-                is_replaced = resume_step is None
-        if is_replaced:
+        stored = read_rows(folder)
+        rows = [row for row in stored if log_position(row) <= end]
+        if stored and resume_step is None:
             warn("training starts again: an earlier start left no checkpoint; its rows are replaced")
-        elif resume_step is not None and not (has_file or rows):
-            warn(f"metrics up to step {resume_step} are lost: {folder.rows} is missing")
-        # Tables of an earlier end would lack the rows of this start.
-        folder.log_history.unlink(missing_ok=True)
-        folder.metrics_table.unlink(missing_ok=True)
+        elif resume_step is not None and not folder.log_history.exists():
+            warn(f"metrics up to step {resume_step} are lost: {folder.log_history} is missing")
+        with files.staged_file(folder.log_history) as temporary:
+            temporary.write_bytes(_BEGIN + _BETWEEN.join(map(_line, rows)) + _END)
+        folder.metrics_table.unlink(missing_ok=True)  # it would lack the rows of this start
         return cls(folder, rows)
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add a row, which has a `step`, to the file; raises OSError if the file was moved away."""
-        with self.folder.rows.open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(_line(row))
+        with self.folder.log_history.open("r+b") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            file.write((_BETWEEN if self.rows else b"") + _line(row) + _END)
         self.rows.append(_known(row))
 
     def save(self) -> None:
@@ -103,12 +100,12 @@ class MetricsLog:
 
         Call this before a checkpoint of the same step is committed: a run resumed from it needs all rows.
         """
-        files.sync(self.folder.rows)
+        files.sync(self.folder.log_history)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, then the tables of all rows."""
+        """Write `summary.json`, then the table of all rows."""
         files.write_json(self.folder.summary, summary)
-        write_tables(self.folder)
+        write_table(self.folder, self.rows)
 
 
 def log_position(row: Mapping[str, float]) -> float:
@@ -118,7 +115,7 @@ def log_position(row: Mapping[str, float]) -> float:
 
 def _line(row: Mapping[str, float]) -> bytes:
     """Return a row as a line of JSON, with null for nan and infinity."""
-    return json.dumps(for_json(row)).encode() + b"\n"
+    return json.dumps(for_json(row)).encode()
 
 
 def _known(row: Mapping[str, float | None]) -> MetricsRow:
@@ -131,10 +128,26 @@ def _known(row: Mapping[str, float | None]) -> MetricsRow:
 
 def stored_rows(folder: RunFolder, end: float = math.inf) -> Iterator[MetricsRow]:
     """Yield all rows of a run up to the position `end`; the run may be training, or was killed."""
-    for _, row in _stored_lines(folder):
-        if log_position(row) > end:
-            return
-        yield row
+    if not folder.log_history.exists():
+        return
+    with folder.log_history.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            content = line.rstrip(_BETWEEN)
+            if content in (b"", b"[", b"]") or not line.endswith(b"\n"):  # an unfinished row has no end
+                continue
+            try:
+                row = _known(json.loads(content))
+            except ValueError as error:
+                raise ConfigError(
+                    "the metrics of this run cannot be read",
+                    where=f"{folder.log_history}:{number}",
+                    got=first_line(error),
+                    expected="numbers by their names, as a run writes them",
+                    remedy="delete this line",
+                ) from error
+            if log_position(row) > end:
+                return
+            yield row
 
 
 def read_rows(folder: RunFolder, step: float = math.inf) -> list[MetricsRow]:
@@ -142,34 +155,8 @@ def read_rows(folder: RunFolder, step: float = math.inf) -> list[MetricsRow]:
     return list(stored_rows(folder, step + _AFTER_STEP))
 
 
-def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
-    """Yield the whole lines of a run's file, with their rows; the last line may be unfinished."""
-    if not folder.rows.exists():
-        return
-    with folder.rows.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n"):
-                try:
-                    row = _known(json.loads(line))
-                except ValueError as error:
-                    raise ConfigError(
-                        "the metrics of this run cannot be read",
-                        where=f"{folder.rows}:{number}",
-                        got=first_line(error),
-                        expected="numbers by their names, as a run writes them",
-                        remedy="delete this line",
-                    ) from error
-                yield line, row
-
-
-def write_tables(folder: RunFolder) -> None:
-    """Write all rows as log_history.json and training_metrics.csv, each whole or not at all."""
-    lines = []
-    rows = []
-    for line, row in _stored_lines(folder):
-        lines.append(line.decode().rstrip())
-        rows.append(row)
-    files.write_text(folder.log_history, "[\n" + ",\n".join(lines) + "\n]\n")
+def write_table(folder: RunFolder, rows: Sequence[MetricsRow]) -> None:
+    """Write rows as training_metrics.csv, whole or not at all."""
     columns = dict.fromkeys(chain(*sorted(rows, key=is_evaluation)))  # those of steps first
     with (
         files.staged_file(folder.metrics_table) as temporary,

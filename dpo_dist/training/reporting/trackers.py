@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import queue
 import re
@@ -45,20 +44,12 @@ _VARIABLES = {
     "SWANLAB_INTERACTIVE": "false",  # it would ask for a key
     "SWANLAB_PROBE_RUNTIME": "false",  # the command line, which may have secrets
     "SWANLAB_TERMINAL_PROXY_TYPE": "none",
-    "COMET_DISABLE_AUTO_LOGGING": "1",
-    "COMET_AUTO_LOG_CLI_ARGUMENTS": "false",
-    "COMET_AUTO_LOG_CODE": "false",
-    "COMET_AUTO_LOG_ENV_DETAILS": "false",
-    "COMET_DISPLAY_SUMMARY_LEVEL": "0",
 }
 """Variables that keep packages from asking, and from sending what nobody asked for."""
 _RUN_IDS = {
     TrackerName.mlflow: ("info.run_id", "run_id"),
     TrackerName.trackio: ("name", "name"),
     TrackerName.swanlab: ("id", "id"),
-    TrackerName.comet_ml: ("id", "experiment_key"),
-    TrackerName.aim: ("hash", "run_hash"),
-    TrackerName.clearml: ("id", "reuse_last_task_id"),
 }
 """Where a tracker's run has its id, and the option of accelerate's class that continues this run."""
 _ABOVE = re.compile(rf"^({'|'.join(map(re.escape, METRICS))})/")
@@ -92,8 +83,6 @@ class AccelerateRun:
         first, options = self._options(tracked.folder, project, title)
         self._tracker = LOGGER_TYPE_TO_CLASS[name](first, **options)
         self._tracker.start()
-        if name is TrackerName.comet_ml:  # whose class has no argument for the title
-            self._tracker.tracker.set_name(title)
         if name in _RUN_IDS:
             self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
         # TensorBoard would show settings as a second run, MLflow refuses to change them.
@@ -113,8 +102,6 @@ class AccelerateRun:
         if log_position(row) <= self._received:
             return
         values = {plain_name(key): float(value) for key, value in row.items() if key != "step"}
-        if self._name is TrackerName.clearml:  # which would show nan as 0
-            values = {key: value for key, value in values.items() if math.isfinite(value)}
         self._tracker.log(values, step=int(row["step"]))
         self._received = log_position(row)
         self._write_note()
@@ -128,34 +115,19 @@ class AccelerateRun:
 
     def _options(self, folder: RunFolder, project: str, title: str) -> tuple[str, dict[str, Any]]:
         """Return the first argument of accelerate's class, for most the project, and its options."""
-        place = folder.trackers / self._name
         first = project
         options = dict[str, Any]()
         match self._name:
             case TrackerName.tensorboard:
                 first = folder.tensorboard.name
-                place = folder.tensorboard.parent
-                options = {"logging_dir": str(place), "purge_step": int(self._received) + 1}
+                place = str(folder.tensorboard.parent)
+                options = {"logging_dir": place, "purge_step": int(self._received) + 1}
             case TrackerName.mlflow:
                 options = {"run_name": title}
             case TrackerName.trackio | TrackerName.swanlab:
                 options = {"name": title}
                 if self._id:
                     options["resume"] = "allow"
-            case TrackerName.aim:
-                first = title
-                options = {"experiment": project, "capture_terminal_logs": False}
-            case TrackerName.clearml:
-                # 0: the first step; else a continued run counts from its last step.
-                continues = 0 if self._id else False
-                options = {"task_name": title, "reuse_last_task_id": False, "continue_last_task": continues}
-                options |= {"auto_connect_arg_parser": False, "auto_connect_streams": False}
-                # Without the last one ClearML stores the command line, which may have secrets.
-                automatic = "pytorch tensorboard matplotlib hydra huggingface detect_repository"
-                options["auto_connect_frameworks"] = dict.fromkeys(automatic.split(), False)
-            case TrackerName.dvclive:
-                options = {"dir": str(place), "resume": True, "dvcyaml": str(place / "dvc.yaml")}
-                options["save_dvc_exp"] = False  # a commit of the user's repository
         if self._id:
             options[_RUN_IDS[self._name][1]] = self._id
         return first, options

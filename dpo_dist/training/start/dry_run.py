@@ -24,6 +24,7 @@ from dpo_dist.data import (
     ChatTemplate,
     DataSource,
     Part,
+    counts_in_one_line,
     named_in_one_line,
     source_labels,
 )
@@ -44,7 +45,6 @@ from dpo_dist.model.files.load import Encoder, check_contents_at_hand, check_sam
 from dpo_dist.model.numerics import has_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, custom_metrics
-from dpo_dist.training.start.footprint import quantization_notes
 from dpo_dist.training.start.inputs import (
     NO_IMAGE,
     Policy,
@@ -134,8 +134,6 @@ def _policy(look: _DryRun) -> None:
     routers = None if look.models else config.loss.router
     for note in model_notes(look.policy, config.model, routers, config.data, trains=not look.models):
         look.lines.append((note.about, "warning: " * note.is_warning + note.text))
-    notes = quantization_notes(config.model, config.reference, causal_lm)
-    look.lines += (("experts", note) for note in notes)
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_products(Dtype.fp16)):
         look.lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
 
@@ -317,10 +315,11 @@ def _first_records(
     rest = " (the others were not looked at)" if has_more else ""
     parts = [f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}"]
     if counts.dropped:
-        parts.append(f"dropped: {counts.dropped_in_words}")
+        parts.append(f"dropped: {counts_in_one_line(counts.dropped)}")
     parts.append(counts.forms_in_words)
-    if counts.changed_in_words:
-        parts.append(f"changed or unusual: {counts.changed_in_words}")
+    changed = counts_in_one_line(counts.changed)
+    if changed:
+        parts.append(f"changed or unusual: {changed}")
     parts.append(f"{tokens:.0f} tokens per example")
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")

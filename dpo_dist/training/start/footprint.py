@@ -28,19 +28,17 @@ from dpo_dist.config.schema import (
     OptimConfig,
     OptimizerKind,
     Quantization,
-    ReferenceConfig,
     ReferenceMode,
     RunConfig,
     TeacherMode,
     TrainerConfig,
 )
 from dpo_dist.distributed.deepspeed_config import SUB_GROUP
-from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import describe_reward_model, recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
-from dpo_dist.model.experts import expert_modules, packable, unpackable
+from dpo_dist.model.experts import expert_modules, packable
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
 from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
@@ -70,13 +68,8 @@ PROCESS_BYTES = 1e9
 _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
 _CUDA_BYTES = 0.8e9  # chosen, for one process, which needs no NCCL: kernels and cuBLAS's workspaces
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
-# Size of an optimizer's states for a master weight, relative to the master weight.
-_STATES_PER_MASTER = {
-    OptimizerKind.adamw: 2.0,
-    OptimizerKind.adamw_bf16: 2.0,
-    OptimizerKind.adamw_8bit: 0.5,
-    OptimizerKind.muon: 1.0,
-}
+_STATES_PER_MASTER = 2.0
+"""Size of the states of AdamW for a weight that it updates, relative to that weight."""
 # In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
 _BYTES_IN_MXFP4 = 17 / 32
@@ -187,7 +180,7 @@ class Shapes:
     @cached_property
     def states(self) -> float:
         """Bytes of a trained weight in a checkpoint: the master weight, if there is one, and its states."""
-        return state_bytes(self.config.optim, self.config.trainer, self.causal_lm)
+        return state_bytes(self.config.optim, self.config.trainer)
 
     @property
     def number(self) -> int:
@@ -340,10 +333,8 @@ class Shapes:
         return 4.0 * sparse_rows(self.config.teacher, self.config.loss, vocabulary).width
 
     def notes(self) -> list[str]:
-        """Return lines about weights whose files are quantized, and about those that cannot be."""
-        model = self.config.model
-        stored = stored_notes(model, self.causal_lm)
-        return [*stored, *quantization_notes(model, self.config.reference, self.causal_lm)]
+        """Return lines about weights whose files are quantized."""
+        return stored_notes(self.config.model, self.causal_lm)
 
 
 def policy_without_weights(model: ModelConfig, shape: Mapping[str, Any] | None = None) -> Any:
@@ -368,19 +359,11 @@ def teacher_without_weights(config: RunConfig, shape: Mapping[str, Any] | None =
     return policy_without_weights(teacher, shape)
 
 
-def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = None) -> float:
-    """Return the bytes of weight or master weight and states per trained weight, as in a checkpoint.
-
-    Without the model, Muon is counted as if all weights were matrices, which are the fewest bytes.
-    """
-    states = _STATES_PER_MASTER[optim.kind]
-    if optim.kind is OptimizerKind.muon and causal_lm is not None:
-        trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
-        by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
-        states += 1 - by_muon  # the other weights have AdamW's second state
+def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
+    """Return the bytes of weight or master weight and states per trained weight, as in a checkpoint."""
     number = 2.0 if optim.kind is OptimizerKind.adamw_bf16 else 4.0
     average = 4.0 if trainer.ema_decay is not None else 0.0
-    return number * (1 + states) + average
+    return number * (1 + _STATES_PER_MASTER) + average
 
 
 def disk_bytes(config: RunConfig, weights: int, trained: int, states: float) -> dict[str, float]:
@@ -479,25 +462,6 @@ def stored_notes(model: ModelConfig, causal_lm: Any) -> list[str]:
     if _is_mxfp4(causal_lm) and model.adapter is not None:
         note += "; model.quantization=nf4 keeps the experts in the 4 bits of the files"
     return [note]
-
-
-def quantization_notes(model: ModelConfig, reference: ReferenceConfig, causal_lm: Any) -> list[str]:
-    """Return a line for each key that quantizes the model but leaves experts of a mixture as they are."""
-    number = TORCH_DTYPES[model.dtype].itemsize
-    experts = unpackable(causal_lm)
-    size_of_experts = size(number * sum(map(torch.numel, experts)))
-    kinds = {"model.quantization": model.quantization}
-    if reference.path is None:
-        kinds["reference.quantization"] = reference.quantization
-    if not experts:
-        return []
-    notes = []
-    for key, kind in kinds.items():
-        if kind is not None:
-            note = f"warning: {key}={kind} leaves experts in {model.dtype}, {size_of_experts}: they are "
-            note += "neither linear layers nor tensors of three dimensions with less than 2^31 numbers"
-            notes.append(note)
-    return notes
 
 
 def _count_weights(module: nn.Module) -> int:

@@ -35,7 +35,6 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data import DataConfig, ImageProcessor, Part, SourceConfig, describe_counts
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
-from dpo_dist.distributed.processes.world import World, check_shared
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
@@ -46,7 +45,6 @@ from dpo_dist.encoded.dataset import (
     open_dataset,
 )
 from dpo_dist.encoded.partners import with_partners
-from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.encoded.views import with_views
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER
@@ -326,7 +324,7 @@ def _load(
             sources, config.data, tokenizer, digest, progress, part, processor, config.systems
         )
         with run.console.heartbeat(f"preparing the {name} data"):
-            encoded = encode_together(world, preparation)
+            encoded = world.on_main(preparation.whole)
         opened = partial(open_dataset, encoded, config.data, processor)
         dataset = on_every_rank(run, opened, f"verifying the {name} data")
         if processor is not None and dataset.images is None:
@@ -353,15 +351,6 @@ def _load(
         eval_set,
     )
     return inputs, encode
-
-
-def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSource, ...]:
-    """Return the encoded sources; each rank encodes its share of what is missing. Collective."""
-    planned = world.on_main(preparation.plan)
-    if not all(each.is_encoded for each in planned):
-        check_shared(world, Path(preparation.config.cache), "data.cache")
-    parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
-    return world.on_main(lambda: preparation.join(planned, parts))
 
 
 class Policy(NamedTuple):

@@ -19,10 +19,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,
-    ModelConfig,
     Offload,
     OptimConfig,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     RunConfig,
@@ -182,9 +180,8 @@ def say_header(run: Run) -> None:
         groups += f", with a copy of the weights in each {world.shards.ranks}"
     place = f"{processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}"
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}, {place}")
-    if world.device.type == "cpu" and not has_products(Dtype.bf16):
-        for hint in hints_on_cpu(config.model, config.optim):
-            run.say(f"hint: this CPU has no instructions for bf16{hint}")
+    if world.device.type == "cpu" and config.model.dtype is Dtype.bf16 and not has_products(Dtype.bf16):
+        run.say("hint: this CPU has no instructions for bf16: model.dtype=fp32 is several times faster")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
     warning = rate_warning(config.model.adapter, config.optim)
     if warning:
@@ -202,11 +199,3 @@ def rate_warning(adapter: AdapterConfig | None, optim: OptimConfig) -> str:
 
 
 _LEAST_ADAPTER_RATE = 5e-6  # of public recipes for adapters
-
-
-def hints_on_cpu(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
-    """Yield what is slow on a CPU without instructions for bf16."""
-    if model.dtype is Dtype.bf16:
-        yield ": model.dtype=fp32 is several times faster"
-    if optim.kind is OptimizerKind.muon and model.adapter is None:
-        yield ", in which Muon multiplies: a step of 135M weights takes minutes"

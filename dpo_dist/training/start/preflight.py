@@ -20,7 +20,6 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     FLASH_ATTN,
     FusedLayers,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     ReferenceMode,
@@ -28,7 +27,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     TeacherMode,
 )
-from dpo_dist.data import ChatTemplate, DataSource
+from dpo_dist.data import DataSource
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import (
     CheckpointError,
@@ -91,8 +90,8 @@ def checked_console(config: RunConfig, *, trains: bool = False) -> Iterator[Cons
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        # The file of rows exists from the moment before the first step.
-        if is_new and os.environ.get("RANK", "0") == "0" and not folder.rows.exists():
+        # The log of rows exists from the moment before the first step.
+        if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
                 shutil.rmtree(folder.path, ignore_errors=True)  # never the folder of another process
         raise
@@ -142,8 +141,6 @@ def _packages(start: _Start) -> None:
         ("bitsandbytes", "model.quantization", model.quantization, "null"),
         ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
     ]
-    if start.trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        needed.append(("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw))
     if model.fused is FusedLayers.liger:
         needed.append(("liger-kernel", "model.fused", model.fused, "none"))
     if model.attention in FLASH_ATTN:
@@ -250,10 +247,6 @@ def _sources(start: _Start) -> None:
     )
 
 
-def _template(start: _Start) -> None:
-    ChatTemplate.check_file(start.config.data.chat_template)
-
-
 def _run_folder(start: _Start) -> None:
     if start.trains:
         _check_run_folder(start.run)
@@ -321,7 +314,6 @@ FILE_CHECKS = (
     CheckRow(_reference, Stage.files),
     CheckRow(_teacher, Stage.files),
     CheckRow(_sources, Stage.files),
-    CheckRow(_template, Stage.files),
     CheckRow(_run_folder, Stage.files),
     CheckRow(_folders, Stage.files),
 )

@@ -11,7 +11,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.data import DataConfig, Part, SourceConfig, TextTemplate
+from dpo_dist.data import DataConfig, Part, SourceConfig
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
@@ -83,7 +83,7 @@ def prepare_data(
         except (DataError, ConfigError) as refusal:
             refusals.append(refusal)
         datasets = list[list[PreferenceDataset]]()
-        any_share = replace(data, max_bad_share=1.0, template=TextTemplate.literal)
+        any_share = replace(data, max_bad_share=1.0)
         for source in encoded:
             try:
                 datasets.append([open_dataset([source], any_share, processor)])

@@ -13,9 +13,8 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
     The rate rises linearly over the steps of `warmup`; the last step
     of the warm-up has `optim.lr` (in transformers the step after it: there the first step has rate 0). Then
-    the rate is constant, falls to `min_lr_ratio` of `optim.lr` in the step after the last (`wsd`: in the last
-    `decay_ratio` of the steps), or falls with the inverse root of the step (`inverse_sqrt`,
-    arXiv:2106.04560), whatever the number of steps is.
+    the rate is constant, falls to `min_lr_ratio` of `optim.lr` in the step after the last, or falls with the
+    inverse root of the step (`inverse_sqrt`, arXiv:2106.04560), whatever the number of steps is.
     """
     warmup_steps = math.ceil(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup)
     if step < warmup_steps:
@@ -31,18 +30,15 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         case LearningRateSchedule.inverse_sqrt:
             scale = warmup_steps or _STEPS_WITHOUT_WARMUP
             return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
-        case LearningRateSchedule.wsd:
-            share = min(1.0, (steps - step) / max(1, round(optim.decay_ratio * steps)))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
 
 
 def check_schedule(optim: OptimConfig, steps: int) -> None:
-    """Check that warm-up and decay end within a run of `steps`."""
-    decay = round(optim.decay_ratio * steps) if optim.schedule is LearningRateSchedule.wsd else 0
-    if optim.warmup >= 1 and optim.warmup + decay > steps:
+    """Check that the warm-up ends within a run of `steps`."""
+    if optim.warmup >= 1 and optim.warmup > steps:
         raise ConfigError(
-            f"the warm-up {'and the decay are' if decay else 'is'} longer than the run",
+            "the warm-up is longer than the run",
             where="optim.warmup",
-            got=f"{optim.warmup + decay:g} of {steps} steps",
-            remedy=f"set optim.warmup={steps - decay} or less, or raise trainer.epochs",
+            got=f"{optim.warmup:g} of {steps} steps",
+            remedy=f"set optim.warmup={steps} or less, or raise trainer.epochs",
         )

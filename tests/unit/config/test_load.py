@@ -81,7 +81,7 @@ def test_a_value_to_be_filled_in_changes_nothing() -> None:
 def test_every_preset_composes(group: str, name: str) -> None:
     needed = [word for word in RUN if not word.startswith(group)]
     further = {"none": "loss=sft", "adapter": "model.adapter.r=8", "custom": f"loss.function={OWN}"}
-    further |= {"muon": "parallelism=zero2", "distill": "teacher.path=teacher"}
+    further |= {"distill": "teacher.path=teacher"}
     config = configured(f"{further.get(name, '')} {group}={name}", run=needed)
     if group == "loss":
         assert config.loss.kinds == (("sigmoid", "sft") if name == "sigmoid_sft" else (name,))

@@ -35,7 +35,6 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
     assert {str(path.relative_to("output/run")) for path in paths} == {
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
-        "dpo_metrics/rows.jsonl",
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
         *("checkpoints", "model", "exported", "wandb/run_id.txt", "tensorboard", "trackers"),
         *("samples", "samples/reference.jsonl"),

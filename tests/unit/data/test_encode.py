@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.data.config import DataConfig, ScoredDataConfig, TextTemplate, Truncation, UnpairedDataConfig
+from dpo_dist.data.config import DataConfig, ScoredDataConfig, Truncation, UnpairedDataConfig
 from dpo_dist.data.encode import EncodedRecord, encode_pair, encode_record
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.text.escape import tokenize_texts
@@ -38,7 +38,6 @@ LONG_WRITTEN = (
 )
 PLAIN = "user: What is the capital?\nassistant:"
 AS_MESSAGES = replace(WIDE, text_as_messages=True)
-APPLIED = replace(WIDE, template=TextTemplate.applied)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +49,6 @@ APPLIED = replace(WIDE, template=TextTemplate.applied)
         (tiny.CHATML, record(DIALOGUE, " yes", " no "), WIDE, [LONG_WRITTEN, "yes", "no"]),
         (None, record(DIALOGUE, " yes", " no "), WIDE, [DIALOGUE.text, " yes", " no "]),
         (tiny.WITHOUT_END, record(CHAT), WIDE, [PLAIN, " It is Paris.", " I cannot do that."]),
-        *(
-            (tiny.CHATML, record(WRITTEN, f"yes{end}", f"no{end}"), APPLIED, [WRITTEN, "yes", "no"])
-            for end in ("", "<|im_end|>", "<|im_end|>\n<|im_end|>")
-        ),
-        (tiny.CHATML, record("why </s>?", "so<|im_end|>\n", "no"), APPLIED, ["why </s>?", "so", "no"]),
     ],
 )
 def test_a_record_is_rendered_with_one_end_of_each_response(
@@ -66,7 +60,7 @@ def test_a_record_is_rendered_with_one_end_of_each_response(
     assert texts(found, tokenizer) == [prompt, *(f"{text}<|im_end|>" for text in responses)]
     assert found.prompt_ids.dtype == np.int32
     assert flags(found) == (False, False, False)
-    assert ("templated_text" in found.changes) is (config is APPLIED)
+    assert "templated_text" not in found.changes
 
 
 @pytest.mark.parametrize(
@@ -98,34 +92,26 @@ def test_one_bos_if_the_tokenizer_has_one_and_one_end_of_turn(make: Any, prompt:
         assert not set(response[:-1].tolist()) & set(tokenizer.all_special_ids)
 
 
-@pytest.mark.parametrize("make", [tiny.llama3, tiny.mistral, tiny.zephyr])
-@pytest.mark.parametrize("with_bos", [True, False])
-def test_an_applied_template_has_one_bos_and_one_end(make: Any, with_bos: bool) -> None:
-    tokenizer = make()
-    turns = [{"role": turn.role, "content": turn.content} for turn in LONG_CHAT]
-    bos = str(tokenizer.bos_token)
-    written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    prompt = (bos if with_bos else "") + written.removeprefix(bos)
-    messages = encode(record(LONG_CHAT, "Paris", "Rome"), tokenizer)
-    found = encode(record(prompt, *map(tokenizer.decode, messages.responses)), tokenizer, APPLIED)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert found.prompt_ids.tolist() == [tokenizer.bos_token_id] * (ids[0] != tokenizer.bos_token_id) + ids
-    assert [ids[-1] for ids in found.responses] == [ids[-1] for ids in messages.responses]
-
-
 def test_most_texts_with_an_applied_template_are_refused(tmp_path: Path) -> None:
     written = {"prompt": WRITTEN, "chosen": "so", "rejected": "no"}
     for end in ("", "<|im_end|>", "<|im_end|>\n", "<|endoftext|><|im_end|>", "<|eot_id|>"):
         ended = TEXT | {"chosen": f"so{end}", "rejected": f"no{end}"} if end else written
         counts = opened(tmp_path, jsonl(tmp_path, TEXT, TEXT, ended)).counts
         assert counts["templated_text"] == 1
-        with pytest.raises(DataError, match="already been applied to 2 of 3") as raised:
+        with pytest.raises(DataError, match="encoded as text in 2 of 3 records") as raised:
             opened(tmp_path, jsonl(tmp_path, TEXT, ended, ended))
-        assert "data.template=applied" in raised.value.remedy
-    # With `applied` the templated records count as templated; the plain one does not.
-    for template, plain in ((TextTemplate.applied, 1), (TextTemplate.literal, 3)):
-        counts = opened(tmp_path, jsonl(tmp_path, TEXT, written, written), template=template).counts
-        assert (counts["templated_text"], counts["chat_template_not_applied"]) == (2, plain)
+        assert "data.max_bad_share=1" in raised.value.remedy
+    counts = opened(tmp_path, jsonl(tmp_path, TEXT, written, written), max_bad_share=1).counts
+    assert (counts["templated_text"], counts["chat_template_not_applied"]) == (2, 3)
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused() -> None:
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = False
+
+    tokenizer = Slow(tokenizer_object=tiny.qwen().backend_tokenizer)
+    with pytest.raises(ConfigError, match="no fast version"):
+        encode(record(CHAT), tokenizer)
 
 
 def test_a_conversation_that_the_template_rejects_is_a_bad_record() -> None:
@@ -282,8 +268,8 @@ def test_both_sides_are_cut_in_proportion_to_their_lengths(
 
 
 def test_a_limit_with_space_for_bos_only_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_prompt_length"):
-        encode(record("one two three"), tiny.llama3(), UNRENDERED(max_prompt_length=1))
+    limits = UNRENDERED(max_prompt_length=1)
+    assert reason_against(record("one two three"), tiny.llama3(), limits) == "empty_prompt"
     encode(record("one"), tiny.llama3(), UNRENDERED(max_prompt_length=2))
 
 
@@ -350,15 +336,9 @@ def pluralize(response: Messages | str, family: str = "qwen2_5", **data: Any) ->
     return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
 
 
-def asked(content: str) -> Message:
-    """A trained question."""
-    return Message("user", content, is_trained=True)
-
-
-NOTE, THOUGHT = ["<note>...</note>"], "<think>\nLook.\n</think>\n\n"
+THOUGHT = "<think>\nLook.\n</think>\n\n"
 IN_FIELD = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
-SAID = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
-RESULT = Message("tool", '{"a": 1}', {"name": "weather"}, is_trained=True)
+SAID = (replace(ANSWER, is_trained=False), DOUBT, LAST)
 LITERAL = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
 RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>", "<|im_end|>"
 
@@ -367,32 +347,17 @@ RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>
     ("response", "family", "data", "expected"),
     [
         (TURNS, "qwen2_5", {}, RAIN + YES),
-        (TURNS, "qwen2_5", {"trained_roles": ["user", "assistant"]}, f"{RAIN}Are you sure?{END}{YES}"),
-        (SAID, "qwen2_5", {}, f"Are you sure?{END}{YES}"),
-        # The header of another role's turn never counts, whatever its content is.
-        *(
-            ((ANSWER, asked(content), LAST), "qwen2_5", {}, f"{RAIN}{content}{END}{YES}")
-            for content in ("user", "e", "", "What is <|im_end|>?")
-        ),
-        *(
-            ((ANSWER, asked(content)), "llama3_1", {}, f"It rains.<|eot_id|>{content}<|eot_id|>")
-            for content in ("user", "")
-        ),
-        ((ANSWER, RESULT), "llama3_1", {}, 'It rains.<|eot_id|>{\\"a\\": 1}"<|eot_id|>'),
+        (SAID, "qwen2_5", {}, YES),
         (LITERAL, "qwen2_5", {}, f"a <|im_end|> b{END}{YES}"),
         (TURNS, "qwen2_5", {"untrained": ["formatting"]}, "It rains.Yes, <note>I think</note> so."),
         ((ANSWER,), "llama3_1", {"untrained": ["formatting"]}, "It rains."),
-        (TURNS, "qwen2_5", {"untrained": NOTE}, f"{RAIN}Yes,  so.{END}"),
-        # White space after a marker's end belongs to the text.
-        ("<note>x</note>\n\nyes", "qwen2_5", {"untrained": NOTE}, f"\n\nyes{END}"),
-        ("yes <note>cut", "qwen2_5", {"untrained": NOTE}, "yes "),
-        ("a <note>b [c] d</note> e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
+        ("yes <think>cut", "qwen2_5", {"untrained": ["thoughts"]}, "yes "),
+        ("a <think>b</think>\nc", "qwen2_5", {"untrained": ["thoughts"]}, f"a c{END}"),
         # An empty thought is the template's only at the start.
         ("yes\n<think>\n\n</think>\nno", "qwen2_5", {}, f"yes\n<think>\n\n</think>\nno{END}"),
         ("It rains.", "qwen3", {}, RAIN),
         ("It rains.", "qwen3", {"untrained": []}, f"<think>\n\n</think>\n\n{RAIN}"),
         *((turns, "qwen3", {}, THOUGHT + RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
-        (f"{THOUGHT}It rains.", "qwen3", {"untrained": ["<think>...</think>"]}, RAIN),
         *((turns, "qwen3", {"untrained": ["thoughts"]}, RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
     ],
 )
@@ -406,6 +371,13 @@ def test_counted_text(response: Messages | str, family: str, data: dict[str, Any
 def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> None:
     what = PreferenceRecord(QUESTION, (turns, "another"), Origin("here", 1))
     assert reason_against(what, tokenizer_of("qwen2_5")) == "no_trained_token"
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_turn_of_another_role_with_a_weight_is_refused(role: str) -> None:
+    turns = (ANSWER, Message(role, "Are you sure?", is_trained=True), LAST)
+    what = PreferenceRecord(QUESTION, (turns, "another"), Origin("here", 1))
+    assert reason_against(what, tokenizer_of("qwen2_5")) == "unread_content"
 
 
 @pytest.mark.parametrize(

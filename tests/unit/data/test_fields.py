@@ -336,16 +336,25 @@ def test_keys_of_listed_responses_that_nothing_reads_are_named(tmp_path: Path) -
     assert good(path, ignore=["responses[].critique"]).unread == ()
 
 
-def test_an_error_names_the_record_that_differs_and_the_key_of_the_source(tmp_path: Path) -> None:
+def test_messages_in_json_beside_a_text_have_no_line_that_would_be_refused(tmp_path: Path) -> None:
+    spelled = {"prompt": "q", "chosen": json.dumps([assistant("yes")]), "rejected": "no"}
+    remedy = refusal(jsonl(tmp_path, *[spelled] * 3)).remedy
+    assert "train the texts as they are" in remedy
+    assert "read the messages" not in remedy
+    both = spelled | {"rejected": json.dumps([assistant("no")])}
+    assert "read the messages" in refusal(jsonl(tmp_path, *[spelled, both, spelled])).remedy
+
+
+def test_records_of_several_shapes_are_refused_with_the_key_of_the_source(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *[TEXT] * 5, {"prompt": "q", "completion": "yes"}, *[TEXT] * 5)
-    with pytest.raises(DataError, match=r"records\.jsonl:6 is not pair, as the records before it") as raised:
+    with pytest.raises(DataError, match="the columns have 2 known meanings") as raised:
         DataSource(SourceConfig(path), "data.eval").check()
     assert "one of these\n    data.eval='[{path:" in raised.value.remedy
     path = jsonl(tmp_path, *[TEXT] * 5, {"question": "q", "yes": "no"}, *[TEXT] * 5, TEXT | {"chosen": [1]})
     assert len(read(path)) == 12
     open_ended = {"messages": [user("q")]}
     path = jsonl(tmp_path, *[{"messages": [user("q"), assistant("yes")]}] * 5, open_ended)
-    assert "records.jsonl:6 is not conversation" in refusal(path).message
+    assert "none of the known shapes" in refusal(path).message
 
 
 def test_a_column_that_is_ignored_must_be_there(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from dpo_dist.data.config import (
     Ranked,
     ScoredDataConfig,
     SourceConfig,
-    TextTemplate,
     UnpairedDataConfig,
 )
 from dpo_dist.data.config import Truncation as Cut
@@ -34,10 +33,8 @@ DATA = {
     "max_scorer_length": 9,
     "truncation": Cut.drop,
     "text_as_messages": True,
-    "template": TextTemplate.applied,
     "chat_template": "{folder}/other.jinja",
     "template_arguments": {"date": "today"},
-    "trained_roles": ["assistant", "user"],
     "untrained": ["thoughts"],
     "ranked": Ranked.best_worst,
 }
@@ -89,11 +86,9 @@ def test_data_that_earlier_versions_encoded_are_found() -> None:
         "max_prompt_length": None,
         "max_scorer_length": None,
         "ranked": "whole",
-        "template_applied": False,
         "template_arguments": None,
         "template_date": "2024-07-26",
         "text_as_messages": "auto",
-        "trained_roles": ["assistant"],
         "truncation": "keep_start",
         "takes_apart": False,
         "untrained": ["empty_thoughts"],

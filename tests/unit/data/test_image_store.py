@@ -22,7 +22,6 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import ImageFile, Part
-from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import PreferenceDataset, count_shared, open_dataset
 from dpo_dist.encoded.partners import with_partners
@@ -108,34 +107,6 @@ def test_each_distinct_image_is_stored_once_and_encoded_once(
             expected = processor.inputs((tmp_path / f"{name}.png").read_bytes())
             assert all(torch.equal(image.inputs[key], value) for key, value in expected.items())
             assert np.count_nonzero(example.prompt_ids == processor.placeholder_id) >= image.tokens
-
-
-def test_parts_are_joined_with_each_image_once_and_a_changed_image_is_read_again(
-    tmp_path: Path, processor: ImageProcessor, expanded: mock.Mock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paint(tmp_path, a=1, b=2, c=3)
-    path = write(tmp_path, "pairs.jsonl", ["a.png"], ["b.png", "a.png"], [], ["c.png"], ["b.png"])
-    [whole] = encode(tmp_path / "whole", processor, path)
-    monkeypatch.setattr(build, "_WITH_IMAGES", (1, 2))
-    config = DataConfig(cache=str(tmp_path / "cache"))
-    one = Preparation([SourceConfig(path)], config, image_tokenizer(KIND), KIND, processor=processor)
-    planned = one.plan()
-    parts = one.encode(planned)
-    assert parts == [3]
-    expanded.reset_mock()
-    paint(tmp_path, c=4)
-    with pytest.raises(DataError, match="images have changed"):
-        one.join(planned, parts)
-    assert one.encode(planned) == parts
-    assert expanded.call_count == 1, "the part with the changed image"
-    paint(tmp_path, c=3)
-    [made] = one.join(planned, one.encode(planned))
-    assert [row["content"] for row in made.images().to_pylist()] == [
-        row["content"] for row in whole.images().to_pylist()
-    ]
-    rows, others = (each.table().drop_columns("watched").to_pylist() for each in (made, whole))
-    assert list(map(str, rows)) == list(map(str, others))  # as texts: nan is not equal to itself
-    assert not [file for file in (tmp_path / "cache").iterdir() if "-part-" in file.name]
 
 
 def test_records_that_differ_in_the_image_are_not_one(tmp_path: Path, processor: ImageProcessor) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.data.config import DataConfig, SourceConfig, TextTemplate, Truncation
+from dpo_dist.data.config import DataConfig, SourceConfig, Truncation
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.messages import ARGUMENTS as ARGUMENT_KEYS
 from dpo_dist.data.read.reading import FIELDS
@@ -216,7 +216,6 @@ def test_no_record_raises(seed: int) -> None:
             max_length=generator.choice([16, 512]),
             max_prompt_length=generator.choice([None, 10]),
             truncation=generator.choice(list(Truncation)),
-            template=generator.choice(list(TextTemplate)),
             text_as_messages=generator.choice(["auto", True, False]),
         )
         encode_records([found], config, generator.choice(tokenizers))

@@ -1,4 +1,4 @@
-"""Sources at URLs: files, patterns and folders; changes, damage and secrets; a web server and a bucket."""
+"""Sources at URLs: files and patterns; changes, damage and secrets; a web server and a bucket."""
 
 import errno
 import functools
@@ -28,7 +28,6 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read import sources
 from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.encoded import build
 from dpo_dist.encoded.build import Preparation
 from dpo_dist.encoded.dataset import open_dataset
 from dpo_dist.foundation import remote
@@ -51,16 +50,6 @@ FILES = {
     "b/two.jsonl.gz": gzip.compress(lines("2")),
     "b/deep/three.csv": b"prompt,chosen,rejected\n3,a,b\n",
     "b/.hidden.jsonl": lines("4"),
-    "split/data/train-00000-of-00002.jsonl": lines("5"),
-    "split/data/train-00001-of-00002.jsonl": lines("6"),
-    "split/data/test-00000-of-00001.jsonl": lines("7"),
-    "card/README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
-    b"    path: second.jsonl\n- config_name: first\n  data_files: first.jsonl\n---\n",
-    "card/first.jsonl": lines("8"),
-    "card/second.jsonl": lines("9"),
-    "shards/train-00000-of-00002.jsonl": lines("5"),
-    "saved/state.json": b"{}",
-    "saved/data-00000-of-00001.arrow": b"x",
     "other/a.txt": b"x",
     "bad/a.jsonl": b"broken\n",
 }
@@ -104,13 +93,9 @@ def read(path: str, **options: Any) -> dict[str, str]:
         ("b/*.jsonl*", {}, {"0": "b/one.jsonl:1", "1": "b/one.jsonl:2", "2": "b/two.jsonl.gz:1"}),
         ("b/**/t?ree.csv", {}, {"3": "b/deep/three.csv:2"}),
         ("b/o*", {"limit": 1}, {"0": "b/one.jsonl:1"}),
-        ("split", {}, {f"{n + 5}": f"split/data/train-0000{n}-of-00002.jsonl:1" for n in range(2)}),
-        ("split", {"split": "test"}, {"7": "split/data/test-00000-of-00001.jsonl:1"}),
-        ("card", {"name": "default"}, {"9": "card/second.jsonl:1"}),
-        ("card", {"name": "first"}, {"8": "card/first.jsonl:1"}),
     ],
 )
-def test_files_patterns_and_folders(
+def test_files_and_patterns(
     memory: MemoryFileSystem, path: str, options: dict[str, Any], found: dict[str, str]
 ) -> None:
     assert read(f"memory://{path}", **options) == {text: f"memory://{name}" for text, name in found.items()}
@@ -120,15 +105,13 @@ def test_files_patterns_and_folders(
     ("path", "options", "words"),
     [
         ("b/none.jsonl", {}, "nothing is at the URL"),
-        ("b/none*.jsonl", {}, "no file matches"),
+        ("b/none*.jsonl", {}, "none matches the pattern"),
         ("none/*.jsonl", {}, "nothing is at the URL"),
         ("other/a.txt", {}, "this kind of file"),
-        ("other", {}, "this kind of file"),
-        ("shards", {}, "1 of 2"),
-        ("split", {"split": "dev"}, "no such split"),
+        ("b", {}, r"b/\*\.parquet or \*\.jsonl"),
+        ("b", {"split": "test"}, "split has no effect"),
         ("b/one.jsonl", {"split": "test"}, "split has no effect"),
         ("b/one.jsonl", {"revision": "main"}, "revision has no effect"),
-        ("saved", {}, "kind"),
     ],
 )
 def test_faults_name_the_url(
@@ -139,20 +122,6 @@ def test_faults_name_the_url(
         read(f"memory://{path}", **options)
     assert f"memory://{path}" in raised.value.where
     assert str(tmp_path) not in str(raised.value)
-
-
-@pytest.mark.parametrize("folder", ["split", ".hidden"])
-@pytest.mark.parametrize("name", ["../b/one.jsonl", "x/../../b/one.jsonl"])
-def test_a_name_that_leads_out_of_its_folder_is_refused(
-    memory: MemoryFileSystem, folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    memory.pipe(f"/{folder}/train.jsonl", lines("1"))
-    info = {"name": f"/{folder}/{name}", "size": 3, "type": "file", "created": 1}
-    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: {info["name"]: info})
-    with pytest.raises(DataError):
-        read(f"memory://{folder}")
-    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def test_a_second_start_lists_only_and_a_change_is_noticed(downloads: list[str], tmp_path: Path) -> None:
@@ -204,24 +173,15 @@ def test_copies_and_leftovers_of_a_kill_go(
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_processes_that_encode_share_one_download(
-    downloads: list[str], tmp_path: Path, is_killed: bool, monkeypatch: pytest.MonkeyPatch
+def test_encoding_leaves_no_download_also_of_a_start_that_was_killed(
+    downloads: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(build, "PART_RECORDS", 1)
-    monkeypatch.setattr(build, "CHUNK_RECORDS", 1)
-    config = DataConfig(cache=str(tmp_path / "cache"))
-    one = Preparation([SourceConfig("memory://b/*.jsonl*")], config, tiny.qwen(), "qwen")
-    planned = one.plan()
-    parts = one.encode(planned, (0, 2))
-    left = planned[0].target.copies / "1.gz.tmp-0123456789ab"
-    if is_killed:
-        left.touch()
-        os.utime(left, (1, 1))
-    assert one.encode(planned, (1, 2)) == parts == [3]
+    one = encoding(tmp_path, "memory://b/*.jsonl*")
+    left = one.plan()[0].target.copies / "1.gz.tmp-0123456789ab"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert one.whole()
     assert len(downloads) == 2
-    assert not left.exists(), "kills would fill the disk"
-    assert one.join(planned, parts)
     assert all(name.endswith(".arrow") for name in encoded_folders(tmp_path))
 
 
@@ -238,26 +198,9 @@ def test_jobs_at_once_share_one_download(downloads: list[str], tmp_path: Path) -
         with pytest.raises(TimeoutError):
             other.result(0.5)
     assert other.result()
-    assert one.encode(planned) == [1]
-    assert len(list(first)) == 2
+    [made] = one.whole()
+    assert made == planned[0].target
     assert len(downloads) == 2
-
-
-def test_the_files_are_listed_as_often_for_many_parts(
-    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server may limit requests."""
-    listed, counts = sources.remote_files, list[int]()
-    memory.pipe("/many/a.jsonl", lines(*map(str, range(20))))
-    monkeypatch.setattr(build, "CHUNK_RECORDS", 1)
-    for records in (100, 1):
-        monkeypatch.setattr(build, "PART_RECORDS", records)
-        with mock.patch.object(sources, "remote_files", side_effect=listed) as spy:
-            one = encoding(tmp_path / str(records), "memory://many/a.jsonl")
-            planned = one.plan()
-            assert one.encode(planned) == [20 // min(records, 20)]
-        counts.append(spy.call_count)
-    assert counts[0] == counts[1]
 
 
 def test_the_files_are_listed_as_often_for_many_files(memory: MemoryFileSystem) -> None:
@@ -266,26 +209,28 @@ def test_the_files_are_listed_as_often_for_many_files(memory: MemoryFileSystem) 
         for name in range(number):
             memory.pipe(f"/several/{number}/{name}.jsonl", lines(str(name)))
         with mock.patch.object(sources, "remote_files", side_effect=listed) as spy:
-            assert len(list(read_records(SourceConfig(f"memory://several/{number}")))) == number
+            assert len(list(read_records(SourceConfig(f"memory://several/{number}/*.jsonl")))) == number
         counts.append(spy.call_count)
     assert counts[0] == counts[1]
 
 
-def test_a_job_ends_well_when_another_has_joined_the_source_meanwhile(
+def test_a_job_ends_well_when_another_has_encoded_the_source_meanwhile(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The join removes the copies, also one that is downloaded again."""
+    """The other job removes the copies."""
     one = encoding(tmp_path, "memory://b/*.jsonl*")
-    planned = one.plan()
-    made = one.join(planned, one.encode(planned))
     get_file = MemoryFileSystem.get_file
+    others = list[Any]()
 
-    def joined_meanwhile(self: Any, path: str, *rest: Any, **options: Any) -> None:
+    def encoded_meanwhile(self: Any, path: str, *rest: Any, **options: Any) -> None:
         get_file(self, path, *rest, **options)
-        one.join(one.plan(), [0])
+        if not others:
+            others.append(None)
+            with mock.patch("fcntl.flock"):  # this process holds the lock of the download itself
+                others.append(one.whole())
 
-    monkeypatch.setattr(MemoryFileSystem, "get_file", joined_meanwhile)
-    assert one.join(planned, one.encode(planned)) == made
+    monkeypatch.setattr(MemoryFileSystem, "get_file", encoded_meanwhile)
+    assert one.whole() == others[1]
 
 
 def test_a_full_disk_of_a_copy_is_one_plain_error(
@@ -296,7 +241,7 @@ def test_a_full_disk_of_a_copy_is_one_plain_error(
     monkeypatch.setattr(MemoryFileSystem, "get_file", mock.Mock(side_effect=fault))
     one = encoding(tmp_path, "memory://b/one.jsonl")
     with pytest.raises(ConfigError, match="free disk space") as raised:
-        one.encode(one.plan())
+        one.whole()
     assert raised.value.where == "data.cache"
 
 

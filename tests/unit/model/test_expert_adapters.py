@@ -20,7 +20,6 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Quantization,
 )
-from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_config, load_weights, without_weights
 from dpo_dist.model.files.save import write_adapter, write_merged
@@ -317,15 +316,6 @@ def test_an_adapter_of_a_router_is_not_continued(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="matrices on the weight of Qwen3MoeTopKRouter") as refused:
             start()
         assert refused.value.remedy.startswith("merge the adapter")
-
-
-def test_matrices_that_are_those_of_all_experts_in_one_are_none_of_muon() -> None:
-    adapter = AdapterConfig(r=4, alpha=4.0, target_modules=["q_proj", *EXPERTS])
-    config = tiny_config("qwen3_moe", mlp_only_layers=[])
-    causal_lm = without_weights(config, ModelConfig("m", adapter=adapter))
-    names = {name for name, weight in causal_lm.named_parameters() if weight in matrices_of(causal_lm)}
-    assert names
-    assert all(".q_proj.lora_" in name for name in names)
 
 
 def test_a_token_is_multiplied_with_the_matrices_of_the_experts_that_it_visits() -> None:

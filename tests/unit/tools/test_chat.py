@@ -36,7 +36,7 @@ def test_a_damaged_or_missing_configuration_is_a_plain_error(tmp_path: Path, con
         (checkpoint / file).write_text("{}")
     (tmp_path / "run_state.json").write_text("{}")
     (tmp_path / "dpo_metrics").mkdir()
-    (tmp_path / "dpo_metrics" / "rows.jsonl").touch()
+    (tmp_path / "dpo_metrics" / "log_history.json").touch()
     if content is not None:
         (tmp_path / "config.yaml").write_bytes(content)
     for folder in (checkpoint, model):

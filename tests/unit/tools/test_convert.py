@@ -26,8 +26,8 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "{torch_dtype: float16, optim: paged_adamw_8bit}",
-        {"model.dtype": "fp16", "optim.kind": "adamw_8bit"},
-        "",
+        {"model.dtype": "fp16"},
+        "optim.kind=adamw_bf16 keeps",
     ),
     ("{per_device_train_batch_size: 2}", {}, "2 — set trainer.global_batch_pairs"),
     ("{packing: true, foo_bar: 3}", {}, "foo_bar: 3 — no counterpart is known"),

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
@@ -14,7 +13,7 @@ from dpo_dist.config.schema import ModelConfig, Quantization, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.text import size
 from dpo_dist.model.files.load import load_config, load_weights, without_weights
-from dpo_dist.training.start.footprint import Shapes, activation_bytes, quantization_notes, stored_notes
+from dpo_dist.training.start.footprint import Shapes, activation_bytes, stored_notes
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config
@@ -129,7 +128,6 @@ def test_experts_take_the_bytes_that_the_plan_says(
     loaded = load_weights(tmp_path, described, config.model, torch.device("cpu"))
     plain = load_weights(tmp_path, described, replace(config.model, quantization=None), torch.device("cpu"))
     causal_lm = without_weights(described, config.model)
-    assert not quantization_notes(config.model, config.reference, causal_lm)
     assert "experts" not in caplog.text
     sizes = {name: _bytes(weight) for name, weight in loaded.named_parameters()}
     whole = {name: weight.nbytes for name, weight in plain.named_parameters() if ".experts." in name}
@@ -188,25 +186,6 @@ def _bytes(weight: Any) -> int:
     state = getattr(weight, "quant_state", None)
     scales = [getattr(weight, "SCB", None), *([] if state is None else [state.absmax, state.state2.absmax])]
     return int(weight.nbytes + sum(scale.nbytes for scale in scales if scale is not None))
-
-
-def test_experts_of_another_form_are_said_with_their_bytes() -> None:
-    """No architecture that can be trained has such experts: here their tensors have one more dimension."""
-    config = load_run_config(["model.path=m", "reference=cached", "reference.quantization=int8"])
-    causal_lm = without_weights(tiny_config("mixtral"), ModelConfig())
-    assert not quantization_notes(config.model, config.reference, causal_lm)
-    experts = causal_lm.model.layers[0].mlp.experts
-    experts.down_proj = nn.Parameter(torch.empty(512, 1, 1, 512, device="meta"))
-    [note] = quantization_notes(config.model, config.reference, causal_lm)
-    assert note.startswith("warning: reference.quantization=int8 leaves experts in bf16, 0.5 MiB: they are")
-
-
-def test_nothing_is_said_where_all_layers_are_linear_or_nothing_is_quantized() -> None:
-    config = load_run_config(ON_4_BITS)
-    for family in ("qwen3", "zamba", "recurrent_gemma"):  # the last two have states of three dimensions
-        assert not quantization_notes(
-            config.model, config.reference, without_weights(tiny_config(family), ModelConfig())
-        )
 
 
 @pytest.mark.parametrize(("bits", "share"), [("null", 1 / 4), ("int8", 1 / 2)])

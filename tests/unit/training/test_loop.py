@@ -15,7 +15,6 @@ from transformers.optimization import (
     get_cosine_with_min_lr_schedule_with_warmup,
     get_inverse_sqrt_schedule,
     get_polynomial_decay_schedule_with_warmup,
-    get_wsd_schedule,
 )
 
 from dpo_dist.config.load import load_run_config
@@ -31,9 +30,7 @@ from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import StepTotals, without_comparisons
 
 
-def of_transformers(
-    schedule: LearningRateSchedule, floor: float, warmup: int, decay: int, steps: int
-) -> list[float]:
+def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, steps: int) -> list[float]:
     """Return the rates of the first `steps` + 1 steps by the schedule of transformers."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
     match schedule:
@@ -45,9 +42,6 @@ def of_transformers(
             made = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=0.5 * floor)
         case LearningRateSchedule.cosine:
             made = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=floor)
-        case LearningRateSchedule.wsd:
-            linear = {"decay_type": "linear", "min_lr_ratio": floor}
-            made = get_wsd_schedule(optimizer, warmup, decay, steps, **linear)
     found = []
     for _ in range(steps + 1):
         found += made.get_last_lr()
@@ -62,7 +56,6 @@ def of_transformers(
         *((schedule, 0.0) for schedule in LearningRateSchedule),
         (LearningRateSchedule.linear, 0.2),
         (LearningRateSchedule.cosine, 0.2),
-        (LearningRateSchedule.wsd, 0.2),
     ],
 )
 @given(steps=st.integers(1, 60), ratio=st.none() | st.floats(0, 0.999), data=st.data())
@@ -78,13 +71,8 @@ def test_schedules_are_those_of_transformers_whose_warmup_is_from_zero(
         warmup = TrainingArguments.get_warmup_steps(given_so, steps)
         optim = replace(optim, warmup=ratio)
     assume(warmup < steps)  # theirs divide by the steps after it
-    if schedule is LearningRateSchedule.wsd:
-        optim = replace(optim, decay_ratio=data.draw(st.integers(1, steps)) / steps)
-    decay = round(optim.decay_ratio * steps)
-    assume(schedule is not LearningRateSchedule.wsd or warmup + decay <= steps)
-    theirs = of_transformers(schedule, floor, warmup, decay, steps)
-    # The warm-up of their `wsd` begins at the floor.
-    for step in range(warmup if schedule is LearningRateSchedule.wsd and floor else 0, steps):
+    theirs = of_transformers(schedule, floor, warmup, steps)
+    for step in range(steps):
         expected = theirs[step + 1] if step < warmup else theirs[step]
         assert learning_rate(optim, step, steps) == pytest.approx(expected, rel=1e-12)
 
@@ -95,10 +83,7 @@ def test_a_warmup_longer_than_the_run_is_an_error() -> None:
     with pytest.raises(ConfigError, match="longer than the run") as error:
         check_schedule(OptimConfig(warmup=6), 5)
     assert error.value.got == "6 of 5 steps"
-    check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup=4), 5)
-    with pytest.raises(ConfigError, match="and the decay are longer") as error:
-        check_schedule(OptimConfig(schedule=LearningRateSchedule.wsd, warmup=4, decay_ratio=0.4), 5)
-    assert (error.value.got, error.value.remedy[:19]) == ("6 of 5 steps", "set optim.warmup=3 ")
+    assert error.value.remedy[:19] == "set optim.warmup=5 "
 
 
 MEANS = {"loss": 0.7, "logps/chosen_per_token": -9.0}

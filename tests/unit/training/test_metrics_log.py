@@ -44,16 +44,15 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_are_appended_to_a_file_from_which_the_tables_are_written_at_the_end(tmp_path: Path) -> None:
+def test_the_log_is_a_list_after_each_row_and_the_table_is_written_at_the_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     log = MetricsLog.open(folder, None)
     rows = [row_of(1), {**evaluation_of(1, 0.6, 0.5), "eval_hard, too/loss": 0.25}, row_of(3)]
     for number, row in enumerate(rows, start=1):
         log.append(row)
-        assert [json.loads(line) for line in folder.rows.read_text().splitlines()] == rows[:number]
+        assert json.loads(folder.log_history.read_text()) == rows[:number]
         assert list(stored_rows(folder)) == log.rows == rows[:number]
-    assert not folder.log_history.exists(), "until the run ends"
-    assert not folder.metrics_table.exists()
+    assert not folder.metrics_table.exists(), "until the run ends"
     log.close({"steps": 3})
     assert json.loads(folder.summary.read_text()) == {"steps": 3}
     assert folder.log_history.read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
@@ -71,7 +70,7 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     log_of(tmp_path / "killed", *rows[:7], {**rows[7], "seen only before the kill": 1.0})
     resumed = MetricsLog.open(RunFolder(tmp_path / "killed"), 6)
     assert resumed.rows == rows[:6]
-    assert not resumed.folder.log_history.exists(), "it would lack the rows of this start"
+    assert not resumed.folder.metrics_table.exists(), "it would lack the rows of this start"
     for row in rows[6:]:
         resumed.append(row)
     resumed.close({})
@@ -80,7 +79,7 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     said = list[str]()
     assert MetricsLog.open(RunFolder(tmp_path / "killed"), None, said.append).rows == []
     assert "its rows are replaced" in said.pop(), "a fresh start"
-    whole.folder.rows.unlink()
+    whole.folder.log_history.unlink()
     assert MetricsLog.open(whole.folder, 6, said.append).rows == []
     assert "metrics up to step 6 are lost" in said.pop()
 
@@ -100,8 +99,9 @@ def test_a_killed_process_loses_no_row(tmp_path: Path, torn: str) -> None:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    with folder.rows.open("a") as file:
-        file.write(torn)
+    whole = folder.log_history.read_text()
+    if torn:
+        folder.log_history.write_text(whole.removesuffix("\n]\n") + ",\n" + torn)
     assert list(stored_rows(folder)) == rows
     resumed = MetricsLog.open(folder, 8)
     resumed.append(row_of(9))
@@ -115,7 +115,7 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_them(
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve()))
     log.append(row_of(1))
     log.save()
-    assert synced == [log.folder.rows.resolve()]
+    assert synced == [log.folder.log_history.resolve()]
     tmp_path.joinpath("dpo_metrics").rename(tmp_path / "moved")
     for lost in (log.save, lambda: log.append(row_of(2))):
         with pytest.raises(FileNotFoundError):
@@ -124,10 +124,10 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_them(
 
 def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path) -> None:
     folder = log_of(tmp_path, row_of(1), row_of(2)).folder
-    folder.rows.write_text(folder.rows.read_text().replace("}", "", 1))
+    folder.log_history.write_text(folder.log_history.read_text().replace("}", "", 1))
     with pytest.raises(ConfigError, match="cannot be read") as raised:
         MetricsLog.open(folder, 1)
-    assert raised.value.where == f"{folder.rows}:1"
+    assert raised.value.where == f"{folder.log_history}:2"
 
 
 def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import ExportConfig, RunConfig
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.evaluation import models as loading
-from dpo_dist.training.evaluation.models import check_origin, load_evaluated
+from dpo_dist.training.evaluation.models import load_evaluated
 from dpo_dist.training.start.inputs import folder_of_own_tokenizer
 from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluation_models, find_export_paths
 from dpo_dist.training.start.open_run import Run
@@ -166,27 +166,6 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
     assert loaded("link") == ("base", "nf4")
     assert loaded("lora") == ("base", "nf4")
     assert loaded("other") == ("other", None)
-
-
-@pytest.mark.parametrize(("base", "adapter"), [("n", ""), ("m", "{r: 4}")])
-def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
-    tmp_path: Path, base: str, adapter: str
-) -> None:
-    """The log-probs of the reference, computed in between, would take hours."""
-    folder = tmp_path / "run" / "checkpoints" / "step-000003"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text('{"model": "m"}')
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(configured(tmp_path)))
-    config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
-    inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
-    with pytest.raises(CheckpointError, match="of a run with another model or adapter"):
-        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config.model, config.identity, inputs)
-    inputs.policy_files.digest = "m"
-    same = configured(tmp_path)
-    check_origin(EvaluatedModel(str(folder), is_checkpoint=True), same.model, same.identity, inputs)
-    (folder / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config.model, config.identity, inputs)
 
 
 def test_another_model_in_a_runs_folder_keeps_its_own_tokenizer(tmp_path: Path) -> None:

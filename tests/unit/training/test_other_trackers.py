@@ -51,14 +51,13 @@ def values_of(rows: list[MetricsRow]) -> Values:
 class Fake(GeneralTracker):
     """A tracker by accelerate's interface, which fails or hangs where a test says so."""
 
-    name, requires_logging_directory, main_process_only = "comet_ml", False, False
+    name, requires_logging_directory, main_process_only = "swanlab", False, False
     id = "theirs"
     fails: Callable[[str, int], None]  # called with the method's name and the number of its call
     calls: list[str]
     first: str
     options: dict[str, Any]
     rows: list[tuple[int, Mapping[str, float]]]
-    title = ""
     settings: list[Mapping[str, Any]]
 
     def __init__(self, first: str, **options: Any) -> None:
@@ -75,9 +74,6 @@ class Fake(GeneralTracker):
     def start(self) -> None:
         self._called("start")
 
-    def set_name(self, title: str) -> None:
-        Fake.title = title
-
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         Fake.settings.append(values)
 
@@ -92,7 +88,7 @@ class Fake(GeneralTracker):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "comet_ml", Fake)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "swanlab", Fake)
     Fake.fails, Fake.calls, Fake.rows, Fake.settings = lambda method, count: None, [], [], []
     return Fake
 
@@ -103,13 +99,14 @@ def test_a_resumed_run_goes_on_in_the_run_of_the_tracker(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     options = []
     for known, computed in ((0, ROWS[:4]), (2, ROWS[2:])):  # the second start computes two rows again
-        trackers = opened(tmp_path, "comet_ml", known)
+        trackers = opened(tmp_path, "swanlab", known)
         options.append(fake.options)
         for row in computed:
             trackers.log(row)
         trackers.finish("preempted", {})
-    assert options == [{}, {"experiment_key": "theirs"}]
-    assert (fake.first, fake.title) == ("dpo_dist", f"{tmp_path.name} sigmoid beta=0.1 lr=1e-06")
+    named = {"name": f"{tmp_path.name} sigmoid beta=0.1 lr=1e-06"}
+    assert options == [named, named | {"resume": "allow", "id": "theirs"}]
+    assert fake.first == "dpo_dist"
     assert [step for step, _ in fake.rows] == [int(row["step"]) for row in ROWS]
     assert fake.rows[1][1] == {"train/loss": 0.65, "train/rewards/margins.a _b_": 0.2}
     assert fake.calls == ["start", *["log"] * 4, "finish", "start", "log", "finish"]
@@ -120,7 +117,7 @@ def test_a_resumed_run_goes_on_in_the_run_of_the_tracker(
 
 
 def test_a_tracker_added_later_gets_the_rows_of_earlier_starts(fake: type[Fake], tmp_path: Path) -> None:
-    trackers = opened(tmp_path, "comet_ml", 3)
+    trackers = opened(tmp_path, "swanlab", 3)
     trackers.log(ROWS[3])
     trackers.finish("completed", {})
     assert [step for step, _ in fake.rows] == [1, 2, 2, 3]
@@ -149,7 +146,7 @@ def fail_in(
         (
             fail_in("log", {*range(3, 99)}),
             2,
-            ["fails", "3 of the 5 rows of this start were not sent to comet_ml"],
+            ["fails", "3 of the 5 rows of this start were not sent to swanlab"],
         ),
         (fail_in("finish", {1}), 5, ["has not closed its run: OSError: no network in finish"]),
     ],
@@ -159,7 +156,7 @@ def test_a_tracker_that_fails_is_said_with_what_is_lost(
 ) -> None:
     said: list[str] = []
     fake.fails = fails
-    trackers = opened(tmp_path, "comet_ml", say=said.append)
+    trackers = opened(tmp_path, "swanlab", say=said.append)
     for row in ROWS:
         trackers.log(row)
     trackers.finish("completed", {})
@@ -176,13 +173,13 @@ def test_a_tracker_that_hangs_delays_the_end_by_a_timeout_only(
     said, network = list[str](), threading.Event()
     fake.fails = lambda called, count: None if called != method else (network.wait(600), None)[1]
     started = time.monotonic()
-    trackers = opened(tmp_path, "comet_ml", say=said.append)
+    trackers = opened(tmp_path, "swanlab", say=said.append)
     trackers.log(ROWS[0])
     trackers.log(ROWS[1])
     trackers.finish("completed", {}, seconds=0.3)
     assert time.monotonic() - started < 300
     network.set()
-    assert "comet_ml has not finished in time and is stopped" in said[0]
+    assert "swanlab has not finished in time and is stopped" in said[0]
     assert [f"{lost} of the 2 rows" in line for line in said[1:]] == [True] * bool(lost)
 
 

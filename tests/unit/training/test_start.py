@@ -44,7 +44,7 @@ from dpo_dist.training.run import find_start, finish, lock_directory, record_sta
 from dpo_dist.training.start.dry_run import start_in_words
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header
+from dpo_dist.training.start.open_run import Run, say_header
 from dpo_dist.training.start.run_state import (
     RunState,
     check_identity,
@@ -472,23 +472,6 @@ def test_the_room_is_that_of_the_checkpoints_at_a_time(
     check_room(tmp_path, adapter=AdapterConfig(), **trainer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
     check_room(tmp_path, **trainer)
-
-
-@pytest.mark.parametrize(
-    ("words", "hints"),
-    [
-        ([], ["fp32 is several times faster"]),
-        (["model.dtype=fp32"], []),
-        (["model.dtype=fp32", "optim=muon", "parallelism=ddp"], ["a step of 135M weights takes minutes"]),
-        (["model.dtype=fp32", "optim=muon", "parallelism=ddp", "model.adapter.r=8"], []),
-    ],
-)
-def test_what_is_slow_on_a_cpu_without_bf16_is_said_before_it_is_slow(
-    words: list[str], hints: list[str]
-) -> None:
-    config = load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])
-    said = list(hints_on_cpu(config.model, config.optim))
-    assert [hint in line for line, hint in zip(said, hints, strict=True)] == [True] * len(hints)
 
 
 @pytest.mark.parametrize(

@@ -286,9 +286,12 @@ class ExaminedSource:
         elif dropped > self._config.max_bad_share * read:
             refusal = f"{dropped} of {read} records cannot be used, more than data.max_bad_share allows"
         if refusal:
-            most_frequent = next((reason for reason, _ in self._dropped), None)
+            remedy = "check the path, or remove the source"
+            if self._dropped:
+                most_frequent, _ = next(iter(self._dropped))
+                remedy = reason_remedy(most_frequent)
             for finding in DOCTOR_RULES["training_refuses"].value(1, read, self.label, refusal):
-                yield replace(finding, remedy=reason_remedy(most_frequent))
+                yield replace(finding, remedy=remedy)
         for reason, records in self._dropped:
             detail = f"{reason} ({records.detail})" if records.detail else reason
             rule = DOCTOR_RULES["dropped"]

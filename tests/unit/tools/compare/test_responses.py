@@ -18,7 +18,7 @@ def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("one")
     keys = [
-        *("model.dtype=fp32", "data.max_length=99", "data.max_prompt_length=9", "data.template=literal"),
+        *("model.dtype=fp32", "data.max_length=99", "data.max_prompt_length=9"),
         *("data.template_arguments={a: 1}", f"data.chat_template={template}"),
     ]
 

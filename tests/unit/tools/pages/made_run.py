@@ -71,6 +71,10 @@ def evaluated(source: str) -> dict[str, Any]:
     }
 
 
+def write_rows(run: RunFolder, rows: list[dict[str, Any]]) -> None:
+    run.log_history.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
 def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFolder:
     """A run of 30 steps whose texts and labels of users are `text`."""
     run = RunFolder(folder / "qwen-sigmoid-3fa9c1d2")

@@ -14,7 +14,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.run import write_page
-from tests.unit.tools.pages.made_run import change, made_run, text_of
+from tests.unit.tools.pages.made_run import change, made_run, text_of, write_rows
 
 RELOADS = '<meta http-equiv="refresh" content="30">'
 
@@ -71,17 +71,17 @@ def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_run_in_training_has_a_page_of_its_rows_so_far_that_reloads(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     assert RELOADS not in write_page(run).read_text()
-    with run.rows.open("a") as rows:
-        rows.write('{"step": 40, "loss": 0.5, "new": 2.0}\n{"step": 41, "lo')
+    rows = [*json.loads(run.log_history.read_text()), {"step": 40, "loss": 0.5, "new": 2.0}]
+    write_rows(run, rows)
+    with run.log_history.open("a") as log:
+        log.write('{"step": 41, "lo')
     run.summary.unlink()
-    run.log_history.unlink()
     assert main([str(run)]) == 0
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     page = run.report.read_text()
     assert "This run has not ended: its last metrics are of step 40." in page
     assert page.count("data-chart=") >= 4
     assert RELOADS in page
-    assert json.loads(run.log_history.read_text())[-1] == {"step": 40, "loss": 0.5, "new": 2.0}
     with run.metrics_table.open(newline="") as table:
         assert list(csv.DictReader(table))[-1]["new"] == "2.0"
 
@@ -110,7 +110,7 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
         ("config", "- a"),
         ("doctor_report", ""),
         ("environment", "{"),
-        ("rows", "{\n"),
+        ("log_history", "{\n"),
         ("state", "[1]"),
     ],
 )

@@ -9,7 +9,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.runs import compare_runs, differing_settings
-from tests.unit.tools.pages.made_run import change, made_run, text_of
+from tests.unit.tools.pages.made_run import change, made_run, text_of, write_rows
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def compared(runs: list[RunFolder]) -> tuple[list[str], str]:
 
 
 def change_last_row(run: RunFolder, values: dict[str, float]) -> None:
-    *lines, last = run.rows.read_text().splitlines()
-    run.rows.write_text("\n".join([*lines, json.dumps(json.loads(last) | values), ""]))
+    *rows, last = json.loads(run.log_history.read_text())
+    write_rows(run, [*rows, last | values])
 
 
 def end_with(run: RunFolder, accuracy: float, *ends: float) -> None:
