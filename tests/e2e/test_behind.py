@@ -88,8 +88,9 @@ def test_a_teacher_that_was_asked_elsewhere(overrides: Overrides, teacher: Path,
     train(overrides(*command))
     public = tmp_path / "public"
     assert run_verb("store", ["push", str(tmp_path / "store"), str(public)]).code == 0
-    train(overrides(*command, *second(tmp_path, "one", public)))
+    screen = train(overrides(*command, *second(tmp_path, "one", public))).output
     assert counts(tmp_path / "one", of_teacher=True) == (0, 0, 12)
+    assert "teacher check passed" in screen
     assert_same_history(history(tmp_path / "one"), history(tmp_path / "run"), 0)
     # A shard that is cut: its entries are computed, and said.
     for shard in public.glob("*/*.safetensors"):

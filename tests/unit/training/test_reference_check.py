@@ -25,6 +25,7 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     RunConfig,
     TeacherConfig,
+    TrainerConfig,
 )
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import ExpertGroup, World
@@ -170,11 +171,13 @@ def test_a_sample_has_what_was_fetched_and_a_failure_leaves_none_of_it(
     assert sample_of(ours)[1] == set()
     indices, urls, _ = sample_of(ours, every)  # the evaluation's, if only they are fetched
     assert urls == {"a", "b"}
-    indices, urls, sample = sample_of(every)
-    assert urls == {"a", "b"}
-    assert 3 in indices
-    assert indices & {4, 5}
-    assert len(indices) <= 3
+    store = LogpStore.open(tmp_path, space)
+    for seed in range(8):
+        seeded = replace(run, config=replace(run.config, trainer=TrainerConfig(seed=seed)))
+        indices = set(choose_sample(seeded, store, [every], "reference").indices.tolist())
+        assert 3 in indices
+        assert indices & {4, 5}
+        assert len(indices) <= 3
     indices, urls, sample = sample_of((data, np.arange(4)))
     objective = Objective(LossConfig(), ReferenceProvider(store=sample.store))
     check_drift(run, Policy().token_logps, objective, sample, COSTS)
