@@ -69,7 +69,7 @@ MISTYPED = [
     ("loss.router=0.01", "set loss.router to a mapping with aux_coefficient"),
     ("'data.train={}'", "set data.train to a list in brackets: [a,b]"),
     ("model.trust_remote_code=yes", "set model.trust_remote_code to true or false"),
-    ("data.untrained=[foo]", "set data.untrained[0] to empty_thoughts, thoughts"),
+    ("data.untrained=[foo]", "set data.untrained[0] to one of empty_thoughts, thoughts"),
     ("optim.betas=(0.9,0.95)", "set optim.betas[0] to a number"),
     ("optim.schedule=cosin", "did you mean optim.schedule=cosine?"),
     ("tracking.to=[wandb,mlflo]", "tracking.to[1] cannot have this value"),

@@ -276,7 +276,7 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     lines = describe_counts("train", counts)
     assert "10 of 11 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
-    assert f"source records-2 ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
+    assert f"source records-2 ({second}): 3 of 4 records kept: text" in "\n".join(lines)
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
