@@ -2,12 +2,15 @@
 
     python benchmarks/late_learning.py MODEL PAIRS.jsonl RATE,RATE STEPS [FIGURE.png]
 
-Trains the last four layers of a Llama in three ways from the same pairs: with float32 master weights and a
-bf16 forward, by `adamw_bf16`, and in float32 throughout. Prints how far the loss of training pairs and of
-held-out ones falls, and the held-out accuracy, of the weights that the optimizer has, and of a bf16 model of
-them, rounded to the nearest and by chance. All are evaluated in float32.
+Trains the last four layers of a Llama in five ways from the same pairs: with float32 master weights and a
+bf16 forward of them, rounded to the nearest or by chance, by `adamw_bf16`, by the same with rounding to the
+nearest, and in float32 throughout. Prints how far the loss of training pairs and of held-out ones falls, and
+the held-out accuracy, of the weights that the optimizer has, and of a bf16 model of them, rounded to the
+nearest and by chance; and how much of the way of the master weights they have gone. All are evaluated in
+float32.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_dist.distributed import adamw_bf16
 from dpo_dist.distributed.adamw_bf16 import AdamWBF16, round_by_chance
 
 BEFORE, BEHIND = 16, 16  # tokens of a pair before and after its responses begin to differ
@@ -34,16 +38,21 @@ IN_FIGURE = {
     "float32 masters, its own weights": "C0--",
     "float32 masters, in bf16 to the nearest": "C0-",
     "adamw_bf16": "C1-",
+    "adamw_bf16 to the nearest": "C3-",
     "float32 throughout, its own weights": "C2:",
 }
 
 
+WAYS = ("masters", "forward by chance", "chance", "nearest", "float32")
+
+
 class Point(NamedTuple):
-    """How far losses have fallen at a step."""
+    """How far losses have fallen at a step, and the share of the way of the master weights."""
 
     step: int
     training: float
     held_out: float
+    share: float
 
 
 def read_pairs(path: str, tokenizer: Any) -> Tensor:
@@ -118,17 +127,24 @@ class Trial:
         seen = self.losses(torch.float32, range(PAIRS))
         return float(seen.double().mean()), float(held_out.double().mean()), float(accuracy)
 
+    def way(self, values: dict[str, Tensor]) -> Tensor:
+        """How far weights have moved, one vector."""
+        moved = [(values[name].float() - weight.float()).view(-1) for name, weight in self.start.items()]
+        return torch.cat(moved).double()
+
     def train(self, way: str, rate: float, steps: int, every: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield the weights that the optimizer has after each `every` steps."""
         dtype = torch.float32 if way == "float32" else torch.bfloat16
+        has_masters = way in ("masters", "forward by chance")
+        in_bf16 = way in ("chance", "nearest")
         weights = self.weights_of(dtype)
         for name, weight in weights.items():
             weight.requires_grad_(False).copy_(self.start[name]).requires_grad_()
         held = weights
-        if way == "masters":
+        if has_masters:
             held = {name: torch.nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
         optimizer: Any = None
-        if way == "chance":
+        if in_bf16:
             flats = {name: weight.detach().view(-1) for name, weight in weights.items()}
             optimizer = AdamWBF16([*flats.values()], rate, (0.9, 0.999), 1e-8, 0)
             whole = {name: torch.nn.Parameter(weight.detach()) for name, weight in weights.items()}
@@ -141,24 +157,42 @@ class Trial:
             loss = self.losses(dtype, range(first, first + OF_A_STEP)).mean()
             gradients = torch.autograd.grad(loss, [*weights.values()])
             for name, gradient in zip(weights, gradients, strict=True):
-                if way == "chance":
+                if in_bf16:
                     flats[name].grad = gradient.view(-1)
                 else:
                     held[name].grad = gradient.to(held[name].dtype)
-            optimizer.step()
-            if way == "masters":
+            with rounding_to_the_nearest() if way == "nearest" else contextlib.nullcontext():
+                optimizer.step()
+            if has_masters:
                 with torch.no_grad():
                     for name, weight in weights.items():
-                        weight.copy_(held[name])
+                        exact = held[name].detach()
+                        by_chance = way == "forward by chance"
+                        weight.copy_(round_by_chance(exact, 0, "forward", name) if by_chance else exact)
             if (step + 1) % every == 0:
-                yield step + 1, {name: weight.detach().clone() for name, weight in held.items()}
+                values = {name: weight.detach().clone() for name, weight in held.items()}
+                yield step + 1, values
+                with torch.no_grad():
+                    for name, weight in held.items():
+                        weight.copy_(values[name])  # `evaluate` has written others in the float32 model
+
+
+@contextlib.contextmanager
+def rounding_to_the_nearest() -> Iterator[None]:
+    """Make `adamw_bf16` round to the nearest."""
+    by_chance = adamw_bf16.rounded
+    adamw_bf16.rounded = lambda exact, bits: exact.bfloat16()  # noqa: ARG005
+    yield
+    adamw_bf16.rounded = by_chance
 
 
 def models_of(way: str, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Weights of the models to evaluate, by a name for the figure."""
     if way == "chance":
         return {"adamw_bf16": values}
-    kind = "float32 masters" if way == "masters" else "float32 throughout"
+    if way == "nearest":
+        return {"adamw_bf16 to the nearest": values}
+    kind = {"masters": "float32 masters", "float32": "float32 throughout"}.get(way, f"float32 masters, {way}")
     by_chance = {name: round_by_chance(weight, 0, "save", name) for name, weight in values.items()}
     return {
         f"{kind}, its own weights": values,
@@ -168,7 +202,7 @@ def models_of(way: str, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def draw(curves: dict[tuple[float, str], list[Point]], path: str) -> None:
-    """Write the figure: for each rate how far both losses fall."""
+    """Write the figure: for each rate how far the loss falls, and the way of the weights."""
     rates = sorted({rate for rate, _ in curves})
     figure, axes = plt.subplots(2, len(rates), figsize=(5.2 * len(rates), 6), sharex=True, squeeze=False)
     for column, rate in enumerate(rates):
@@ -178,11 +212,11 @@ def draw(curves: dict[tuple[float, str], list[Point]], path: str) -> None:
             steps = [0] + [point.step for point in points]
             style = IN_FIGURE[name]
             axes[0][column].plot(steps, [0.0] + [point.training for point in points], style, label=name)
-            axes[1][column].plot(steps, [0.0] + [point.held_out for point in points], style, label=name)
+            axes[1][column].plot(steps[1:], [point.share for point in points], style, label=name)
         axes[0][column].set_title(f"learning rate {rate:g}")
         axes[1][column].set_xlabel("step")
     axes[0][0].set_ylabel("training loss falls by")
-    axes[1][0].set_ylabel("held-out loss falls by")
+    axes[1][0].set_ylabel("share of the way of the master weights")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -196,17 +230,22 @@ def main() -> None:
     begin = trial.evaluate(trial.start)
     curves: dict[tuple[float, str], list[Point]] = {}
     for rate in map(float, rates):
-        for way in ("masters", "chance", "float32"):
+        of_masters = {}
+        for way in WAYS:
             for step, values in trial.train(way, rate, steps, steps // 5):
+                if way == "masters":
+                    of_masters[step] = trial.way(values)
                 for name, found in models_of(way, values).items():
                     seen, held_out, accuracy = trial.evaluate(found)
                     moved = sum(int((found[key] != weight).sum()) for key, weight in trial.start.items())
                     share = moved / sum(weight.numel() for weight in trial.start.values())
-                    point = Point(step, begin[0] - seen, begin[1] - held_out)
+                    gone = trial.way(found) @ of_masters[step] / of_masters[step].square().sum()
+                    point = Point(step, begin[0] - seen, begin[1] - held_out, float(gone))
                     curves.setdefault((rate, name), []).append(point)
                     falls = f"loss of training pairs falls by {point.training:.5f}, of held-out ones by "
                     falls += f"{point.held_out:.5f} (accuracy {accuracy:.3f}), weights changed: "
-                    print(f"{rate:g}, step {step}, {name}: {falls}{100 * share:.1f} %", flush=True)
+                    falls += f"{100 * share:.1f} %, share of the way: {point.share:.3f}"
+                    print(f"{rate:g}, step {step}, {name}: {falls}", flush=True)
     if len(sys.argv) > 5:
         draw(curves, sys.argv[5])
 

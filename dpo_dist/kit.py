@@ -18,8 +18,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   option, `loss_unit` says what they count.
 - **Folders**: `RunFolder` has the files of a run, and a tool adds its own as `PathBelow`; `check_writable`
   checks one, `existing_run` and `strip_key` read its name on a command line. `is_checkpoint` knows a
-  checkpoint, `checkpoint_step` its step, `checkpoint_as_model` exports it. `locate_model` finds what a user
-  calls a model, `short_name` names it.
+  checkpoint, `checkpoint_step` its step, `checkpoint_as_model` exports it, `whole_model` on all ranks.
+  `locate_model` finds what a user calls a model, `short_name` names it.
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
   `AGREEMENT`, `CUSTOM`, `TERMS`, `EXCESS`, `GROUP_METRICS`, `MARGIN_PERCENTILES` and `LOSS_METRICS`. Names of
   evaluations (`is_evaluation`) begin with `PREFIX`, `ALL` and `results_name` name their parts.
@@ -155,7 +155,7 @@ if TYPE_CHECKING:
     from dpo_dist.reference.model_source import ModelSource, find_files, find_model
     from dpo_dist.training.evaluation.table import EVALUATION_METRICS, evaluation_cells
     from dpo_dist.training.evaluation.trained_prompts import count_trained
-    from dpo_dist.training.export import checkpoint_as_model, merge_adapter
+    from dpo_dist.training.export import checkpoint_as_model, merge_adapter, whole_model
     from dpo_dist.training.reporting.history import RunHistory
     from dpo_dist.training.reporting.metrics_log import MetricsRow, final_and_best, finite, is_collapsed
     from dpo_dist.training.reporting.protocols import Reporting
@@ -219,7 +219,7 @@ _NAMES = {
     "reference.model_source": "ModelSource find_files find_model",
     "training.evaluation.table": "EVALUATION_METRICS evaluation_cells",
     "training.evaluation.trained_prompts": "count_trained",
-    "training.export": "checkpoint_as_model merge_adapter",
+    "training.export": "checkpoint_as_model merge_adapter whole_model",
     "training.reporting.history": "RunHistory",
     "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed",
     "training.reporting.protocols": "Reporting",

@@ -16,6 +16,7 @@ from dpo_dist.foundation.user_code import find_function
 _OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
 _ALWAYS = (*_OBJECTIVE, "optim.lr", "trainer.epochs", "trainer.global_batch_pairs", "trainer.seed")
 _LENGTH = ("epochs", "max_steps")
+_PRECISION = ("kind", "sums")
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class RunIdentity:
         return _digest(self._defining)
 
     @cached_property
-    def digest_without_length(self) -> str:
-        """The digest without the keys of the length: the same for longer and shorter runs."""
+    def resume_digest(self) -> str:
+        """The digest without what may change at a resume: the length, and whether AdamW is in bf16."""
         trainer = {key: value for key, value in self._defining["trainer"].items() if key not in _LENGTH}
-        return _digest(self._defining | {"trainer": trainer})
+        optim = {key: value for key, value in self._defining["optim"].items() if key not in _PRECISION}
+        return _digest(self._defining | {"trainer": trainer, "optim": optim})
 
     @property
     def default_dir(self) -> Path:
@@ -47,11 +49,12 @@ class RunIdentity:
 
     @property
     def recorded(self) -> dict[str, str]:
-        """Digests and length, as a run's state file and checkpoints record them."""
+        """Digests, length and optimizer, as a run's state file and checkpoints record them."""
         return {
             "run_digest": self.digest,
-            "run_digest_without_length": self.digest_without_length,
+            "resume_digest": self.resume_digest,
             "length": self.length,
+            "optimizer": str(self.config.optim.kind),
         }
 
     @cached_property

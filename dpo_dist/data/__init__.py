@@ -20,7 +20,7 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
   image that an `ImageProcessor` reads. `ChatTemplate` chooses the template, `trained_stops` has the tokens
   that end responses, `final_tokens` those at the end of whole texts.
 - **Counts**: `DataCounts` counts kept, dropped and changed records by each record's `Outcome`, checks that
-  enough is left, and says so: `describe_counts`, `counts_in_one_line`, `named_in_one_line`.
+  enough is left, and says so: `describe_counts`, `named_in_one_line`.
 
 Each name is imported when it is asked for: a part needs no package of the others.
 """
@@ -36,13 +36,7 @@ if TYPE_CHECKING:
         SourceConfig,
         UnpairedDataConfig,
     )
-    from dpo_dist.data.counts import (
-        DataCounts,
-        Outcome,
-        counts_in_one_line,
-        describe_counts,
-        named_in_one_line,
-    )
+    from dpo_dist.data.counts import DataCounts, Outcome, describe_counts, named_in_one_line
     from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
     from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
     from dpo_dist.data.formats import read_records
@@ -73,7 +67,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": "DataConfig ScoredDataConfig Source SourceConfig UnpairedDataConfig",
-    "counts": "DataCounts Outcome counts_in_one_line describe_counts named_in_one_line",
+    "counts": "DataCounts Outcome describe_counts named_in_one_line",
     "encode": "EncodedExample EncodedRecord encode_record",
     "example": "Example ImageInput Mask TokenIds",
     "formats": "read_records",

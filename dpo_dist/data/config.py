@@ -88,10 +88,8 @@ class DataConfig:
     """A file with a template; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, verbs=EVERY_READER, accepts="a mapping")
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
-    untrained: list[Untrained] = key(
-        ["empty_thoughts"], accepts="a list of empty_thoughts, thoughts, formatting"
-    )
-    """Parts of turns left out of the loss; `formatting` is the tokens around turns."""
+    untrained: list[Untrained] = key(["empty_thoughts"])
+    """Parts of turns without loss: `empty_thoughts`, `thoughts`, `formatting` (the tokens around turns)."""
     ranked: Ranked = key(Ranked.whole)
     """A ranking of more than two is one example, its best and worst, or all pairs."""
     cache: NonEmpty = key("${run.root}/encoded", free=True)
@@ -102,14 +100,14 @@ class DataConfig:
         """The sources of the evaluation data; empty if there are none."""
         return list(self.eval) or (list(self.train) if self.eval_share else [])
 
-    def check_has_evaluation_data(self, use: str, form: str = "with both responses") -> None:
-        """Raise ConfigError if no source has evaluation data; `use`: "compare models on", for its message."""
+    def check_has_evaluation_data(self) -> None:
+        """Raise ConfigError if no source has evaluation data."""
         if not self.eval_sources:
             raise ConfigError(
-                f"there is no evaluation data to {use}",
+                "there is no evaluation data",
                 where="data.eval",
                 got="no source",
-                expected=f"held-out records, {form}",
+                expected="held-out records",
                 remedy="set 'data.eval=[held_out.jsonl]', or data.train and data.eval_share as in training",
             )
 

@@ -16,8 +16,6 @@ from dpo_dist.foundation.text import pluralize
 
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
-DROPPED_PROMPT_PREFIX = "prompts_dropped_"
-"""Prefix of the counts of prompts that are left out; the reason follows."""
 _OF_MOST = ("templated_text", "content_not_rendered")
 """Changes that are an error if most records of a source have them."""
 _TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
@@ -26,8 +24,6 @@ _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
 def in_words(name: str) -> str:
     """Return the meaning of a count or reason; for an unknown name the name with spaces."""
-    if name.startswith(DROPPED_PROMPT_PREFIX):
-        return f"prompts that are left out: {in_words(name.removeprefix(DROPPED_PROMPT_PREFIX))}"
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
 
 
@@ -222,7 +218,7 @@ class DataCounts:
         if self.kept:
             share = math.ceil(100 * dropped / (self.read - left_out)) / 100
             remedy += f"; or set data.max_bad_share={share:g} if dropping these records is intended"
-        first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
+        first = "the first " if of_first else ""
         different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
         for example in self.examples:
             different.setdefault(example.why, example)
@@ -230,7 +226,7 @@ class DataCounts:
         raise DataError(
             f"{dropped or self.read} of {first}{self.read} records cannot be used",
             where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
-            got=f"{self.read} records{rest}; dropped: {reasons}",
+            got=f"{self.read} records; dropped: {reasons}",
             expected=expected,
             remedy=remedy,
         )
@@ -264,17 +260,6 @@ class DataCounts:
         )
 
 
-def counts_in_one_line(counts: Mapping[str, int]) -> str:
-    """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty if none."""
-    words = list[str]()
-    for name, number in sorted(counts.items()):
-        if number and name in _ROWS:
-            words.append(f"{number:,} {name} ({in_words(name)})")
-        elif number:
-            words.append(f"{number:,} {name}")
-    return ", ".join(words)
-
-
 def named_in_one_line(names: Iterable[str]) -> str:
     """Return names of fields: "a, b and 3 more"; empty if there are none."""
     distinct = list(dict.fromkeys(filter(None, names)))  # "": the index that pandas writes
@@ -299,8 +284,7 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     for numbers in sources:
         source = DataCounts.from_numbers(numbers)
         if len(sources) > 1:
-            dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source.dropped.items()))
-            records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}{dropped}"
+            records = f"source {numbers['label']} ({numbers['path']}): {source.kept_in_words}"
             lines.append(f"  {records}: {source.forms_in_words}")
         if source.unread:
             lines.append(f"  not read: {named_in_one_line(source.unread)}")

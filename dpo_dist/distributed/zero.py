@@ -14,7 +14,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.schema import ModelConfig, OptimConfig, OptimizerKind
+from dpo_dist.config.schema import FusedLayers, ModelConfig, OptimConfig, OptimizerKind
 from dpo_dist.distributed.adamw_bf16 import AdamWBF16
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices
@@ -243,7 +243,8 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig, seed: int) -> to
     groups = [{"params": weights, "weight_decay": decay} for weights, decay in parts if weights]
     betas = (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw_bf16:
-        return AdamWBF16(groups, optim.lr, betas, ADAM_EPS, seed)
+        compiles = model.fused is FusedLayers.compile
+        return AdamWBF16(groups, optim.lr, betas, ADAM_EPS, seed, compiles)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
 
 

@@ -125,13 +125,13 @@ def loaded_sources(packages: Collection[str]) -> dict[str, str]:
     own_package = __name__.partition(".")[0]
     for name, module in list(sys.modules.items()):
         file = str(getattr(module, "__dict__", {}).get("__file__"))
-        if not (file.endswith(".py") and Path(file).is_absolute()):  # torch.ops says "_ops.py"
-            continue
         package = name.partition(".")[0]
         if package == own_package:
             continue
         is_theirs = package in packages
         if is_theirs or (file.startswith(tuple(_roots)) and f"{os.sep}site-packages{os.sep}" not in file):
+            if not (file.endswith(".py") and Path(file).is_absolute()):  # torch.ops says "_ops.py"
+                continue
             with contextlib.suppress(OSError):  # it was removed after the import
                 digests[name] = _source_digest(file, Path(file).stat().st_mtime_ns)
     return digests

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
-from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
+from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run, is_checkpoint
 from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
 from dpo_dist.data import ChatTemplate, DataConfig, trained_stops
 from dpo_dist.distributed.checkpoint.saver import (
@@ -22,6 +23,7 @@ from dpo_dist.distributed.checkpoint.saver import (
     read_weights,
 )
 from dpo_dist.distributed.checkpoint.slices import EMA, WEIGHT
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import (
@@ -65,6 +67,7 @@ from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.reference.digest import description_digest, digest_model
 from dpo_dist.reference.model_source import find_model
 from dpo_dist.training.reporting.metrics_log import read_rows
+from dpo_dist.training.start.open_run import Run
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 
@@ -195,6 +198,16 @@ def checkpoint_as_model(
             checkpoint, target, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
     return target
+
+
+def whole_model(path: str, below: Path, run: Run) -> str:
+    """Return a model's folder or hub name; a checkpoint is first written to one `below`. Collective."""
+    if not is_checkpoint(Path(path)):
+        return path
+    trusts_code = run.config.model.trust_remote_code
+    write = partial(checkpoint_as_model, Path(path), below, run.console.say, trusts_code)
+    with run.console.heartbeat(f"writing the weights of {path}"), unsharded_loading(run.world):
+        return str(run.world.on_main(write))
 
 
 def _untrained_names(causal_lm: Any) -> set[str]:

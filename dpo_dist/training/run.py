@@ -73,7 +73,7 @@ from dpo_dist.training.start.run_state import (
     RunState,
     check_configuration,
     check_identity,
-    describe_change,
+    describe_changes,
     expected_start,
     model_damage,
     read_state,
@@ -170,8 +170,7 @@ def _begin(
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
         batch = inputs.sampler.global_batch_pairs
-        change = world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps, batch))
-        if change:
+        for change in world.on_main(partial(describe_changes, checkpoint.state, config, steps, batch)):
             run.say(change)
     check_schedule(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)

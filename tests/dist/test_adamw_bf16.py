@@ -241,6 +241,10 @@ def test_float32_states_are_continued_by_chance_and_bf16_states_as_they_are(worl
     saved = worlds.saved("bf16")
     for key, tensor in worlds.saved("float32").items():
         assert torch.equal(saved[key], round_by_chance(tensor, 0, "load", key))
+    in_float32 = SavedSlices.find(worlds.checkpoint("float32"), SHARDS)
+    for name in in_float32.shapes:
+        written = round_by_chance(in_float32.whole(name), 2, "save", f"weight/{name}")
+        assert torch.equal(in_float32.whole_in(torch.bfloat16, name), written), "as in an exported model"
     worlds.run("back", replace(job, steps=0, begins=worlds.checkpoint("bf16")), 1, ZERO3)
     for key, tensor in worlds.saved("back").items():
         assert tensor.dtype is torch.float32

@@ -296,7 +296,8 @@ def go_on(
         trainer.step([3, 4, 5])
         trainer.save(root, 2)
     else:
-        trainer.policy.load_shards(found.folder)
+        for part in trainer.parts():
+            part.load_shards(found.folder)
         trainer.position = Position.from_state(found.state)
         trainer.save(root, 3)
     norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]

@@ -105,8 +105,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("every", "system"),
-    [(1, None), (2, None), (1, SAILOR), (7, SAILOR)],
-    ids=["all", "half", "both", "system"],
+    [(2, None), (2, SAILOR)],
+    ids=["half", "half, and a system message"],
 )
 def test_a_teacher_with_another_prompt(
     overrides: Overrides, assets: Path, teacher: Path, tmp_path: Path, every: int, system: Row | None
@@ -194,8 +194,8 @@ def as_ranking(row: Row, number: int) -> Row:
 
 @pytest.mark.parametrize(
     ("loss", "change"),
-    [("kto", as_labelled), ("plackett_luce", as_ranking), ("ipo", lambda row, _: row)],
-    ids=["labelled", "ranking", "pairs"],
+    [("kto", as_labelled), ("plackett_luce", as_ranking)],
+    ids=["labelled", "ranking"],
 )
 def test_every_kind_of_record_is_read_alike_live_and_stored(
     overrides: Overrides, tmp_path: Path, loss: str, change: Callable[[Row, int], Row]
@@ -223,7 +223,7 @@ def test_every_kind_of_record_is_read_alike_live_and_stored(
     # Without the system message other log-probs, computed for the records that it changed.
     train(overrides(*command, f"run.dir={tmp_path}/without"))
     assert first_step(tmp_path / "without")["loss"] != first_step(tmp_path / "run")["loss"]
-    responses = {"kto": 24, "plackett_luce": 36, "ipo": 24}[loss]
+    responses = {"kto": 24, "plackett_luce": 36}[loss]
     assert summary(tmp_path / "without")["reference"]["computed"] == responses
 
 
@@ -303,7 +303,6 @@ def write_mixture(folder: Path) -> Path:
         pytest.param(write_mixture, [], ["parallelism={kind: zero3, experts: 2}"], id="shared experts"),
         pytest.param(write_model, [], ["reference.offload=cpu"], id="offloaded"),
         pytest.param(partial(write_model, hidden_size=64), ["reference.quantization=nf4"], [], id="4 bits"),
-        pytest.param(partial(write_model, hidden_size=64), ["reference.quantization=int8"], [], id="8 bits"),
         pytest.param(write_image_model, [], [], id="images"),
     ],
 )

@@ -16,6 +16,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.distributed.processes.world import LIBRARIES
+from dpo_dist.foundation.user_code import loaded_sources
 from dpo_dist.training.start.environment import package_versions
 
 LATE = (
@@ -63,6 +65,7 @@ for verb in VERBS:
     verb_keys(verb)
 mock.patch("importlib.metadata.version", cache(importlib.metadata.version)).start()
 package_versions()
+loaded_sources(LIBRARIES)
 mock.patch("dpo_dist.tools.report.recorder.draw_curves").start()
 mock.patch("dpo_dist.training.run.matmul_peak", return_value=1e11).start()
 mock.patch("os.fsync").start()

@@ -72,6 +72,7 @@ def started(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_verb_is_listed_and_started() -> None:
     package = Path(dpo_dist.__file__).parent
     files = {file for file in package.rglob("*.py") if 'if __name__ == "__main__"' in file.read_text()}

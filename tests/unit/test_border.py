@@ -20,12 +20,12 @@ TRAINER = """
     prompt_hash
     ChatTemplate EncodedExample EncodedRecord ExpandedImage ImageProcessor encode_record final_tokens
     trained_stops Example ImageInput Mask TokenIds
-    DataCounts Outcome counts_in_one_line describe_counts named_in_one_line
+    DataCounts Outcome describe_counts named_in_one_line
 """
 """Names that the trainer takes, all of the face: a new one is a decision."""
 MODULES_FOR_TOOLS = {
     "config": "TEMPLATE_DATE",
-    "counts": "DROPPED_PROMPT_PREFIX count_lines counts_in_one_line reason_remedy",
+    "counts": "count_lines reason_remedy",
     "encode": "encode_pair",
     "images": "decode_image",
     "read.files": "store_image",

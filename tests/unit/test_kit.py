@@ -30,8 +30,8 @@ NAMES = """
     no_progress on_every_rank packed_logps parse_overrides policy_without_weights prepare_data read_keys
     results_name return_memory rope_limit run_keys run_verb saved_by_tree saved_config short_name
     start_in_words strip_indices strip_key teacher_without_weights to_unset to_yaml tokenizer_digest
-    unsharded_loading unused unused_beside value_at verb_keys wilson_interval without_evaluations
-    write_command
+    unsharded_loading unused unused_beside value_at verb_keys whole_model wilson_interval
+    without_evaluations write_command
 """
 """All names of the kit: a new one is a decision."""
 GUESTS = ("dpo_dist.tools.", "dpo_dist.compat.")

@@ -19,6 +19,7 @@ def test_help_names_options_that_accelerate_has(capsys: pytest.CaptureFixture[st
     assert known >= set(named)
 
 
+@pytest.mark.slow
 def test_the_command_starts_a_script_and_ends_as_it_does(tmp_path: Path) -> None:
     """Other tests fork the launcher: this one would miss an import that only they have."""
     (script := tmp_path / "script.py").write_text("import sys\nsys.exit(int(sys.argv[1]))")

@@ -364,7 +364,7 @@ def _of_first(first: _First, reading: Reading, faults: Sequence[BadRecord]) -> D
                 spelled = text.removesuffix(TURN)
                 found = filter(None, (spelled_as(expression(spelled)(row)) for row in first.rows))
                 fields[name] = next((spelled + way for way in found), text)
-            read = replace(reading, fields=fields)
+            read = replace(reading, fields=fields, form="")
             records = [parse_record(row, read, Origin("", 0)) for row in first.rows]
             if not all(isinstance(record, BadRecord) for record in records):
                 ways.append(("read the messages", {"fields": fields}))

@@ -88,7 +88,7 @@ class TurnFinder:
         for index, (message, (start, stop)) in enumerate(zip(response, spans, strict=True), start=first):
             text = output[start:stop]
             is_assistant = message.role == "assistant"
-            header = self._header_length(text, turns[:index]) if is_assistant else 0
+            header = self._header_length(message, text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
                 text = text[:header] + self._facts.turn_with_end(text[header:])
             counted = start + header, start + self._end(text, output[stop:])
@@ -107,7 +107,7 @@ class TurnFinder:
 
     # The header of a turn.
 
-    def _header_length(self, turn: str, before: Turns) -> int:
+    def _header_length(self, message: Message, turn: str, before: Turns) -> int:
         r"""Return the length of the header of an assistant's `turn`, which follows the turns `before`.
 
         A header is what the turn shares with the prompt for its generation:
@@ -115,22 +115,20 @@ class TurnFinder:
             turn               <|im_start|>assistant\nHello.<|im_end|>\n
             generation prompt  <|im_start|>assistant\n
 
-        `ChatRenderer._answered` does less for a probe, whose content is known: the facts that are used here
-        come from it. Raises UnusableRecordError: the prompt has words that the turn does not share.
+        If the prompt has a rest that the turn does not share, the rest stands before the header, or after it:
+        then the shared part may reach into what the model writes, and is cut. `ChatRenderer._answered` does
+        less for a probe, whose content is known: the facts that are used here come from it.
         """
         generation = self._generation_prompt(before)
         length, rest = self._shared_header(turn, generation)
         if not rest:
             return length
+        later = self._later_header(turn, generation)
+        if later is not None:
+            return later
+        length = self._cut_at_content(message, turn, length)
         thought = self._start_of_ended_thought(turn, length, rest)
-        if thought is not None:
-            return thought
-        # Words before the header (Command R+, tools) or after it (Apriel): what is shared may be no header.
-        words = self._facts.unbroken.sub("", rest).strip()
-        following = self._facts.marks.in_text.match(turn, max(length, _leading_space(turn)))
-        if (words and length) or (following and following.group() in rest):
-            raise UnusableRecordError("turns_not_found", "the prompt of a generation has words of its own")
-        return length
+        return length if thought is None else thought
 
     def _shared_header(self, turn: str, generation: str) -> tuple[int, str]:
         r"""Return the length of what a turn shares with the prompt, and the rest of the prompt.
@@ -147,6 +145,33 @@ class TurnFinder:
             return space + shared, header[shared:]
         length = self._facts.common_length(turn, generation)
         return length, generation[length:]
+
+    def _later_header(self, turn: str, generation: str) -> int | None:
+        r"""Return the length of a header before which the prompt says more (Command R+, tools), else None.
+
+        turn               <|turn|>assistant\nHello.<|end|>
+        generation prompt  <|turn|>system\nUse tools.<|end|>\n<|turn|>assistant\n
+        """
+        space = _leading_space(turn)
+        for token in self._facts.marks.in_text.finditer(generation):
+            header = generation[token.start() :]
+            if turn.startswith(header, space):
+                return space + len(header)
+        return None
+
+    def _cut_at_content(self, message: Message, turn: str, length: int) -> int:
+        r"""Return the length of a header without words of the prompt that the content starts like (Apriel).
+
+        turn               <|assistant|>\nHere it rains.
+        generation prompt  <|assistant|>\nHere are my steps:\n
+        """
+        marks = self._facts.marks
+        for part in filter(None, (message_thought(message), message.content.strip())):
+            text = marks.escape(part, marks.in_response)
+            start = turn.find(text, max(length - len(text) + 1, 0))
+            if 0 <= start < length:
+                length = start
+        return length
 
     def _start_of_ended_thought(self, turn: str, length: int, rest: str) -> int | None:
         r"""Return where a thought opens in the header that the `rest` of the prompt ends at once, else None.

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -23,21 +22,20 @@ from dpo_dist.data import (
     source_labels,
     turns_of,
 )
-from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
+from dpo_dist.data.counts import count_lines
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.kit import (
     Column,
-    Run,
     RunConfig,
     bootstrap_intervals,
-    checkpoint_as_model,
     count_trained,
     in_chunks,
     joined_run,
     return_memory,
+    whole_model,
 )
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
@@ -45,6 +43,7 @@ from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.judges import Judge, Question
 from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    DROPPED_PROMPT_PREFIX,
     PROMPTS_OF_A_PART,
     Parts,
     Prompts,
@@ -119,7 +118,7 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
         answers = []
         facts = []
         for model in models:
-            location = whole_model(model, folder.comparison_models, run)
+            location = whole_model(model.location, folder.comparison_models, run)
             source = replace(find_model_together(location, run, MODELS_KEY), name=model.name)
             open_model = cache(partial(open_generator, source, config.model, config.data, world.device))
             answers.append(prompts.responses(source, sampling, range(1), open_model))
@@ -161,17 +160,6 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
 
         with console.heartbeat("writing the comparison"):
             return world.on_main(write)
-
-
-def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
-    """Return a model's folder or hub name; a checkpoint is exported to a folder first. Collective."""
-    if not model.is_checkpoint:
-        return model.location
-    write = partial(
-        checkpoint_as_model, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
-    )
-    with run.console.heartbeat(f"writing the weights of {model.name}"):
-        return str(run.world.on_main(write))
 
 
 def _texts(parts: Parts, index: int) -> Iterator[str | None]:

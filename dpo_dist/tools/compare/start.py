@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_dist.data import DataSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
-from dpo_dist.kit import Rule, RunConfig, check_rules, is_checkpoint, locate_model, short_name
+from dpo_dist.kit import Rule, RunConfig, check_rules, locate_model, short_name
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig
 
@@ -32,16 +32,11 @@ class NamedModel:
     path: str
     location: str
 
-    @property
-    def is_checkpoint(self) -> bool:
-        """Whether the model is a checkpoint, whose weights must be exported first."""
-        return is_checkpoint(Path(self.location))
-
 
 def check_comparison(config: RunConfig) -> list[NamedModel]:
     """Check everything that needs no torch, network or other processes; return the models."""
     models = compared_models(config.section_of(CompareConfig).models)
-    config.data.check_has_evaluation_data("compare models on", "with responses or without")
+    config.data.check_has_evaluation_data()
     for source in config.data.eval_sources:
         DataSource(source, "data.eval" if config.data.eval else "data.train").check(of_prompts=True)
     locations = [model.location for model in models]

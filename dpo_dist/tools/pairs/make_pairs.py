@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
-from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
@@ -31,6 +30,7 @@ from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.sampling.judges import Judge, Judgement, Question
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
+    DROPPED_PROMPT_PREFIX,
     PROMPTS_OF_A_PART,
     Parts,
     Prompts,

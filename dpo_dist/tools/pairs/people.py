@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, urlencode
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
-from dpo_dist.data.counts import counts_in_one_line
+from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.plain import parse_json
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
@@ -358,7 +358,9 @@ def label_pairs(
     if pairs:
         write_results(folder.pairs_file, pairs, settings, counts, say)
     else:
-        say(f"no pair is decided yet: {counts_in_one_line(counts)}")
+        say("no pair is decided yet:")
+        for line in count_lines(counts):
+            say(line)
 
 
 def _serve(server: LabelServer, console: Console) -> None:

@@ -47,6 +47,8 @@ _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
 _OF_A_NODE = [f"zero3 parallelism.shard_size={GPUS_PER_NODE}"]
 _SHARING = f"zero3 parallelism.experts={GPUS_PER_NODE}"
 _OF_EXPERTS = [_SHARING, f"{_SHARING} parallelism.shard_size={GPUS_PER_NODE}"]
+_TILES = "model.tiled_mlp=true"
+_LONG = ("model.activation_offload=true", f"model.activation_offload=true {_TILES}")
 _NO_OFFLOAD = {"offload_optimizer": "none", "offload_parameters": "none"}
 _Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _QUANTIZED: list[_Setting] = [
@@ -114,7 +116,7 @@ def make_plan(config: RunConfig, progress: ProgressOf, *, suggests: bool = True)
     if suggests:
         suggested, seconds = _suggest(found)
         content["suggested"] = suggested
-        needs_host = suggested is not None and "offload" in suggested
+        needs_host = suggested is not None and "zero3_offload" in suggested
         in_bf16 = _in_bf16(found) if needs_host or suggested is None else ""
         if suggested:
             lines.append(f"suggested: {suggested} (an epoch: {_span(*seconds)})")
@@ -312,14 +314,21 @@ def _suggest(found: Estimate) -> tuple[str | None, list[float]]:
         for kind in (*_KINDS, *_OF_A_NODE, *_OF_EXPERTS)
         for layers in ("none", 4, 2, "full")
     ]
-    for words, layers in (*alternatives, *quantized):
-        try:
-            base = composed(words)
-        except ConfigError:
-            continue
-        changed = replace(base, model=replace(base.model, gradient_checkpointing=layers))
-        tried = _try(found, changed)
-        if tried and tried.largest:
-            seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
+    settings = [*alternatives, *quantized]
+    groups = [settings]
+    for more in _LONG:
+        groups.append([(f"{words} {more}", layers) for words, layers in settings if layers == "full"])
+    for group in groups:
+        if seconds:
+            break  # what follows is slower
+        for words, layers in group:
+            try:
+                base = composed(words)
+            except ConfigError:
+                continue
+            changed = replace(base, model=replace(base.model, gradient_checkpointing=layers))
+            tried = _try(found, changed)
+            if tried and tried.largest and (_TILES not in words or tried.needs.in_tile):
+                seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"]
     fastest = min(seconds, key=lambda words: seconds[words], default=None)
     return fastest, seconds.get(fastest or "", [])

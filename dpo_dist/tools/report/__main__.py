@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output is None and rows:
                 draw_curves(rows, run.curves, run.path.name)
                 print_line(f"curves: {run.curves}")
-                history.write_table()
+                history.write_csv()
             remove_abandoned(run.metrics)  # a start that was killed may have left half a picture
         results = []
         for run in runs:

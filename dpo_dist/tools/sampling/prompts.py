@@ -40,6 +40,8 @@ from dpo_dist.tools.sampling.respond import (
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
 
+DROPPED_PROMPT_PREFIX = "prompts_dropped_"
+"""Prefix of the counts of prompts that are left out; the reason follows."""
 PROMPTS_OF_A_PART = 16
 """Processes share the parts, and finished parts are not repeated."""
 _FAILED = "failed"

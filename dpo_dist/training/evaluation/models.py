@@ -11,7 +11,6 @@ from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint.saver import checkpoint_state
-from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode
@@ -28,7 +27,7 @@ from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.training.evaluation.results import Results, write_evaluation
 from dpo_dist.training.evaluation.table import evaluation_table
 from dpo_dist.training.evaluation.trained_prompts import count_trained
-from dpo_dist.training.export import checkpoint_as_model
+from dpo_dist.training.export import whole_model
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,
@@ -58,7 +57,7 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
         inputs = load_evaluation_inputs(run)
         run.world.on_main(partial(check_models_of_run, run.folder, config.identity, inputs))
         for entry in models:  # before the reference is computed, which may take hours
-            whole_model(run, entry)
+            whole_model(entry.path, run.folder.exported, run)
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
@@ -86,21 +85,6 @@ def check_models_of_run(folder: RunFolder, identity: RunIdentity, inputs: Evalua
     if not has_tokenizer(folder.model):
         models["description"] = inputs.description
     check_identity(state.identity, models, folder.state)
-
-
-def whole_model(run: Run, entry: EvaluatedModel) -> str:
-    """Return a model's folder or hub name; a checkpoint is exported to a folder first. Collective."""
-    if not entry.is_checkpoint:
-        return entry.path
-    write = partial(
-        checkpoint_as_model,
-        Path(entry.path),
-        run.folder.exported,
-        run.console.say,
-        run.config.model.trust_remote_code,
-    )
-    with run.console.heartbeat(f"writing the weights of {entry.path}"), unsharded_loading(run.world):
-        return str(run.world.on_main(write))
 
 
 def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objective: Objective) -> Results:
@@ -168,7 +152,7 @@ def load_evaluated(
     if entry.is_checkpoint:
         state = world.on_main(lambda: checkpoint_state(Path(entry.path)))
         running = RunningMeans(**state["running"])
-    location = whole_model(run, entry)
+    location = whole_model(entry.path, run.folder.exported, run)
     revision = config.model.revision if location == config.model.path else None
     files = shared_model_folder(run, location, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
     commit = hub_commit(files)

@@ -9,7 +9,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.training.reporting.metrics_log import (
     MetricsRow,
     read_rows,
-    write_table,
+    write_csv,
 )
 from dpo_dist.training.start.run_state import RunState, read_state
 
@@ -36,6 +36,6 @@ class RunHistory:
         """Return the rows of all logged steps and evaluations."""
         return read_rows(self.folder)
 
-    def write_table(self) -> None:
+    def write_csv(self) -> None:
         """Write the rows as training_metrics.csv."""
-        write_table(self.folder, self.rows())
+        write_csv(self.folder, self.rows())

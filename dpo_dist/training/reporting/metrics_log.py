@@ -105,7 +105,7 @@ class MetricsLog:
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`, then the table of all rows."""
         files.write_json(self.folder.summary, summary)
-        write_table(self.folder, self.rows)
+        write_csv(self.folder, self.rows)
 
 
 def log_position(row: Mapping[str, float]) -> float:
@@ -155,7 +155,7 @@ def read_rows(folder: RunFolder, step: float = math.inf) -> list[MetricsRow]:
     return list(stored_rows(folder, step + _AFTER_STEP))
 
 
-def write_table(folder: RunFolder, rows: Sequence[MetricsRow]) -> None:
+def write_csv(folder: RunFolder, rows: Sequence[MetricsRow]) -> None:
     """Write rows as training_metrics.csv, whole or not at all."""
     columns = dict.fromkeys(chain(*sorted(rows, key=is_evaluation)))  # those of steps first
     with (

@@ -1,7 +1,7 @@
 """The dry run of `--check`: in one process, load all inputs except weights, and the first records."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from dpo_dist.data import (
     ChatTemplate,
     DataSource,
     Part,
-    counts_in_one_line,
     named_in_one_line,
     source_labels,
 )
@@ -315,16 +314,19 @@ def _first_records(
     rest = " (the others were not looked at)" if has_more else ""
     parts = [f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}"]
     if counts.dropped:
-        parts.append(f"dropped: {counts_in_one_line(counts.dropped)}")
+        parts.append(f"dropped: {_numbers(counts.dropped)}")
     parts.append(counts.forms_in_words)
-    changed = counts_in_one_line(counts.changed)
-    if changed:
-        parts.append(f"changed or unusual: {changed}")
+    if any(counts.changed.values()):
+        parts.append(f"changed or unusual: {_numbers(counts.changed)}")
     parts.append(f"{tokens:.0f} tokens per example")
     if images:
         parts.append(f"{pluralize(images, 'record')} with images")
     notes = [("  not read", named_in_one_line(counts.unread))] if counts.unread else []
     return _FirstRecords("; ".join(parts), notes, not has_more, dataset, images)
+
+
+def _numbers(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in sorted(counts.items()) if number)
 
 
 CHECKS = (

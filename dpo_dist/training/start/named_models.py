@@ -95,7 +95,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
     if data.eval:
         data = replace(data, train=[])
     config = replace(config, data=data, reference=reference)
-    config.data.check_has_evaluation_data("evaluate models on")
+    config.data.check_has_evaluation_data()
     run = RunFolder(config.run.path)
     if None in evaluation.models and not run.model.is_dir():
         pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"

@@ -1,7 +1,8 @@
 """Read and write a run's state, and check whether a configuration continues the run. Imports no torch.
 
 A run's identity has the digests of its configuration and inputs. Every checkpoint has it, and so does
-`run_state.json`, which also has the number of steps done. A run may only be continued unchanged or longer.
+`run_state.json`, which also has the number of steps done. A run may only be continued unchanged, longer, or
+by AdamW in bf16 in place of float32, and back.
 `expected_start` decides whether a start is new, resumes or has nothing to do: for `training.run.find_start`,
 which opens the checkpoint, and for a dry run.
 """
@@ -18,7 +19,7 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import to_unset
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
-from dpo_dist.config.schema import Resume, TrainerConfig
+from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import MEMO_FOLDER, write_json
@@ -94,17 +95,18 @@ def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path)
 
 
 def has_other_length(recorded: Mapping[str, Any], identity: RunIdentity) -> bool:
-    """Return whether the recorded run differs only in its length.
+    """Return whether the recorded run has another length, and can be resumed at this one.
 
     `recorded`: state of a checkpoint, or the identity in the state file.
     """
-    is_same = recorded.get("run_digest_without_length") == identity.digest_without_length
+    is_same = recorded.get("resume_digest") == identity.resume_digest
     return is_same and recorded["length"] != identity.length
 
 
 def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, folder: RunFolder) -> None:
-    """Check that a run directory belongs to this run, perhaps at another length."""
-    if recorded.get("run_digest") != identity.digest and not has_other_length(recorded, identity):
+    """Check that a run directory belongs to this run, perhaps at another length or by the other AdamW."""
+    is_same = recorded.get("run_digest") == identity.digest
+    if not is_same and recorded.get("resume_digest") != identity.resume_digest:
         differing = changed_keys(folder.config, identity)
         function = identity.config.loss.function
         source = "" if function is None else f", which depends on the source of {function}"
@@ -120,11 +122,16 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
         )
 
 
-def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int, batch: int) -> str:
-    """Return a line to print about a run that continues to more `steps`; "" if its length is the same.
+def describe_changes(state: Mapping[str, Any], config: RunConfig, steps: int, batch: int) -> list[str]:
+    """Return lines to print about a run that continues to more `steps`, or by the other AdamW.
 
     `batch`: the pairs of a step.
     """
+    trainer = config.trainer
+    changes = []
+    optimizer = state.get("optimizer", config.optim.kind)
+    if optimizer != config.optim.kind:
+        changes.append(f"optim.kind={config.optim.kind} continues from the states of {optimizer}")
     former = int(state.get("steps", steps))
     if steps < former:
         raise CheckpointError(
@@ -135,11 +142,12 @@ def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int
             remedy="set at least the former length, or another run.dir",
         )
     if steps == former:
-        return ""
+        return changes
     skipped = int(state["step"]) * batch - int(state["pairs_seen"])
     partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
     rate = "the learning rate follows the schedule of the new length"
-    return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"
+    changes.append(f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}")
+    return changes
 
 
 def model_damage(identity: RunIdentity, folder: RunFolder) -> list[str]:

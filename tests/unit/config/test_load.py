@@ -178,6 +178,7 @@ def test_a_file_is_the_same_run_as_its_keys_on_the_command_line() -> None:
     assert config.identity.digest == same.identity.digest != alone("mine.yaml loss.beta=0.2").identity.digest
 
 
+@pytest.mark.slow
 def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     assert alone("mine.yaml seed.yml").loss.beta == 0.4
     config = alone("seed.yml mine.yaml")
@@ -216,6 +217,7 @@ def test_a_preset_of_a_file_is_below_its_own_keys_and_replaces_earlier_ones(
     assert (loss.kind, loss.beta) == (kind, beta)
 
 
+@pytest.mark.slow
 def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> None:
     write(
         loss__softer="defaults: [ipo, _self_]\nbeta: 0.05\n",

@@ -40,4 +40,4 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n -> {}<|im_end|>"
     trl, llama_factory = asked.format("capital?", "Bern."), asked.format("river?", "Aare.")
     assert "\n".join(shown[:-1]) == "\n".join([trl, trl, "trl.jsonl:3 identical_responses", llama_factory])
-    assert counted == "2 of 3 kept; 1 identical_responses (two responses are the same)"
+    assert counted == "2 of 3 kept; {'identical_responses': 1}"

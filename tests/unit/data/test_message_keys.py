@@ -325,5 +325,3 @@ def test_thoughts_between_unknown_marks_are_an_error_if_they_are_to_be_left_out(
         encode(pair(LOOKED, NO), tokenizer)
     whole = encode(pair(LOOKED, NO), tokenizer, DataConfig(max_length=9999, untrained=[]))
     assert "Look." in texts(whole, tokenizer)[1]
-    config = DataConfig(max_length=9999, untrained=["<|open|>reason<|sep|>...<|close|>reason<|sep|>"])
-    assert trained_text(tokenizer, encode(pair(LOOKED, NO), tokenizer, config)) == "It rains.<|end|>"

@@ -65,10 +65,12 @@ def template_of(assistant: str, generation: str = ASSISTANT) -> str:
 PLAIN = ASSISTANT + CALLS + "{{ m.content }}<|end|>\n"
 THINKING = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
 THOUGHT = "{% if m.reasoning_content %}<thought>{{ m.reasoning_content }}</thought>{% endif %}"
-# The generation prompt ends a thought that a turn does not have (Gemma 4).
+# The generation prompt ends a thought that a turn does not have (Gemma 4), or is a text (Apriel).
 ENDED = template_of(
     ASSISTANT + THOUGHT + CALLS + "{{ m.content }}<|end|>\n", ASSISTANT + "<thought></thought>"
 )
+STEPS = template_of(PLAIN, ASSISTANT + "Here are my steps:\n")
+WITHOUT_HEADER = template_of("{{ m.content }}<|end|>\n", "Here are my steps:\n")
 ANSWERED = template_of(
     ASSISTANT + "{% if m.tool_calls %}" + CALLS + "{% else %}<|answer|>{{ m.content }}{% endif %}<|end|>\n",
     ASSISTANT + "<thought>",
@@ -85,6 +87,9 @@ LOOKED = (Message("assistant", "It rains.", {"reasoning_content": "Look."}),)
         (ENDED, LOOKED, "<thought>Look.</thought>It rains.<|end|>"),
         (ANSWERED, "It rains.", "<|answer|>It rains.<|end|>"),
         (ANSWERED, (CALL,), "<|calls|>weather Bern<|end|>"),
+        (STEPS, "Heavy rain.", "Heavy rain.<|end|>"),
+        (STEPS, "Here it rains.", "Here it rains.<|end|>"),
+        (WITHOUT_HEADER, "Here it rains.", "Here it rains.<|end|>"),
     ],
 )
 def test_a_response_starts_after_all_that_the_turn_shares_with_the_generation_prompt(
@@ -190,6 +195,7 @@ OPENED = ASSISTANT + "<think>\n"
         (template_of(PLAIN).replace(USER, USER.replace("<|end|>\n", HINT)), "<|end|>\n", "<|end|>"),
         (template_of(PLAIN, OPENED).replace(USER, USER.replace("<|end|>\n", HINT)), "<|end|>\n", "<|end|>"),
         (template_of(PLAIN).replace("<s>", "<s>" + SWITCH), "<|end|>\n", "<|end|>"),
+        (LOOP.replace("%A", PLAIN) + "<|close|>" + PROMPT.replace("%G", ASSISTANT), None, "<|end|>"),
         (template_of(APART, OPENED), "<|end|>\n", "<|end|></s>"),  # its turn's end also stands before a call
     ],
 )
@@ -207,22 +213,15 @@ def test_a_turn_is_compared_with_the_prompt_from_its_header_on(
     assert ("<|end|>" in stops) is (end == "<|end|>")
 
 
-@pytest.mark.parametrize(
-    ("answer", "generation"),
-    [
-        (PLAIN, "<|turn|>system\nUse tools.<|end|>\n" + ASSISTANT),
-        (PLAIN, "<|open|>system\nUse tools.<|end|>\n" + ASSISTANT),
-        (PLAIN, "<|turn|><|close|><|sep|>" + ASSISTANT),
-        (PLAIN, ASSISTANT + "Here are my steps:\n"),
-        (PLAIN, "<|close|>" + ASSISTANT),
-        (CALLS + "{{ m.content }}<|end|>\n", "Here are my steps:\n"),
-    ],
-)
-def test_a_generation_prompt_with_words_of_its_own_is_refused(answer: str, generation: str) -> None:
-    """Command R+ writes them before the header of an answer, Apriel after it."""
-    tokenizer = tokenizer_with(template_of(answer, generation))
-    for side in ("Here it rains.", (CALL, RESULT, ANSWER)):
-        assert reason_against(pair(side, "Hello.", tools=(TOOL,)), tokenizer) == "turns_not_found"
+def test_a_header_is_found_after_words_of_the_generation_prompt() -> None:
+    """Command R+ writes instructions between the question and the answer's header."""
+    template = template_of(PLAIN, "<|turn|>system\nUse tools.<|end|>\n" + ASSISTANT)
+    tokenizer = tokenizer_with(template)
+    for response in ((CALL,), (CALL, RESULT, ANSWER)):
+        found = encode(pair(response, NO, tools=(TOOL,)), tokenizer)
+        assert trained_text(tokenizer, found).startswith("<|calls|>weather Bern<|end|>")
+        assert texts(found, tokenizer)[0].endswith(ASSISTANT)
+        assert texts(found, tokenizer)[2] == NO + "<|end|>"
 
 
 # Templates that do not write each turn in a pass of its own of a loop over messages.
@@ -342,6 +341,7 @@ def test_a_header_is_no_part_of_a_response_if_the_space_before_it_ends_the_forme
         ("\n\n  " + ASSISTANT, "\n" + ASSISTANT),
         ("  " + ASSISTANT, "\n" + ASSISTANT + "\n"),
         ("    Answer:", "\n  Answer:\n"),
+        ("  " + ASSISTANT, "<|turn|>system\nUse tools.<|end|>\n" + ASSISTANT),
     ],
 )
 def test_a_header_is_found_after_another_space_than_in_the_generation_prompt(
@@ -366,7 +366,7 @@ OFF_LAST = template_of(
 )
 
 
-@pytest.mark.parametrize("template", [ENDED, ANSWERED, OFF, OFF_LAST])
+@pytest.mark.parametrize("template", [ENDED, ANSWERED, STEPS, OFF, OFF_LAST])
 @pytest.mark.parametrize("case", ["agent", "turns"])
 def test_several_turns_follow_the_same_prompt_as_one(template: str, case: str) -> None:
     """The generation prompt, after which a server generates the first turn, too (Gemma 4, Command R7B)."""

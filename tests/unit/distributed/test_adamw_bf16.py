@@ -137,7 +137,14 @@ class Alone:
     """The optimizer on one whole weight named "w", without DeepSpeed."""
 
     def __init__(
-        self, start: Tensor, cuts: Sequence[int] = (), *, lr: float, decay: float = 0.0, seed: int = 0
+        self,
+        start: Tensor,
+        cuts: Sequence[int] = (),
+        *,
+        lr: float,
+        decay: float = 0.0,
+        seed: int = 0,
+        compiles: bool = False,
     ):
         weight = nn.Parameter(start)
         bounds = [0, *cuts, start.numel()]
@@ -145,12 +152,12 @@ class Alone:
         ranges = {}
         for first, end in pairwise(bounds):
             # Padding before and behind the part, which must stay what it is.
-            flat = torch.full((end - first + 5,), 7.0, dtype=torch.bfloat16)
+            flat = start.new_full((end - first + 5,), 7.0)
             flat[2 : 2 + end - first] = start[first:end]
             self.flats.append(flat.requires_grad_())
             ranges[flat] = [(weight, 2, first, end - first)] if end > first else []
         self.bounds = bounds
-        self.inner = AdamWBF16(self.flats, lr, (0.9, 0.999), 1e-8, seed)
+        self.inner = AdamWBF16(self.flats, lr, (0.9, 0.999), 1e-8, seed, compiles)
         self.inner.param_groups[0]["weight_decay"] = decay
         self.inner.ranges = ranges
         self.inner.names = {weight: "w"}
@@ -193,7 +200,7 @@ def test_steps_are_those_of_adamw_in_numpy_with_the_same_chance(number: Any) -> 
         g = gradient.float().numpy().astype(number)
         exact_first = first * 0.9 + g * (1 - 0.9)
         exact_second = second * 0.999 + g * g * (1 - 0.999)
-        move = exact_first / (np.sqrt(exact_second / (1 - 0.999**step)) + 1e-8)
+        move = exact_first / (np.sqrt(exact_second * (1 / (1 - 0.999**step))) + 1e-8)
         exact = weight * (1 - 1e-3 * 0.1) - move * (1e-3 / (1 - 0.9**step))
         assert exact.dtype == number
         chances = chance(step, "w", len(weight), seed=4)
@@ -232,6 +239,20 @@ def test_parts_of_any_size_equal_the_whole(
         assert parts.inner.state[flat][STEP] == 10
         padding = torch.cat([flat[:2], flat[-3:]])
         assert padding.eq(7.0).all()
+
+
+@pytest.mark.slow
+def test_a_compiled_update_has_the_bits_of_the_other_one() -> None:
+    start, gradients = weights_and_gradients(2**17 + 77, 3)
+    plain = Alone(start, lr=1e-3, decay=0.1)
+    compiled = Alone(start, (501, 70_001), lr=1e-3, decay=0.1, compiles=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for gradient in gradients:
+        plain.step(gradient)
+        compiled.step(gradient)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    for state in (None, FIRST, SECOND):
+        assert torch.equal(plain.whole(state), compiled.whole(state))
 
 
 @pytest.mark.parametrize("lr", [1e-7, 1e-5])

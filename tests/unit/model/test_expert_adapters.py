@@ -29,6 +29,7 @@ from dpo_dist.model.lora import adapter_off, add_adapter, experts_note
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.stored import quantize_mxfp4
+from tests.unit.model.test_flops import GEMMA_4_EXPERTS
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},
     "deepseek_v3": {"first_k_dense_replace": 1},
     "deepseek_v4": {},
+    "gemma4_text": GEMMA_4_EXPERTS,
     "glm4_moe": {},
     "gpt_oss": {},
     "granitemoe": {},

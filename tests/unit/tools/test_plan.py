@@ -571,6 +571,20 @@ def test_adamw_in_bf16_is_named_where_it_alone_fits(
     assert planned(*words, *settings, "trainer.micro_batch_tokens=auto")[1]["fits"]
 
 
+def test_long_texts_are_given_the_keys_that_save_activations_where_nothing_else_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(make_plan_module, "_KINDS", ("zero3",))
+    words = [shape(tmp_path, **SHAPE | {"num_hidden_layers": 32}), "plan.gpu=a100-80g", "plan.gpus=3"]
+    keys = []
+    for tokens in (90_000, 120_000):
+        of_length = [*words, f"data.max_length={tokens}"]
+        suggested = planned(*of_length, suggests=True)[1]["suggested"]
+        keys.append([key for key in ("activation_offload", "tiled_mlp") if key in suggested])
+        assert planned(*of_length, *suggested.split(), "trainer.micro_batch_tokens=auto")[1]["fits"]
+    assert keys == [["activation_offload"], ["activation_offload", "tiled_mlp"]]
+
+
 def test_over_nodes_weights_are_whole_in_a_node_if_they_fit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_process_that_a_command_leaves_behind_holds_nothing(tmp_path: Path) ->
     assert time.monotonic() - began < 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sleep 500; echo over", "trap '' TERM; echo busy; sleep 500; sleep 500"])
 def test_a_run_that_is_stopped_ends_the_command_after_a_while(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

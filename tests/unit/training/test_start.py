@@ -48,6 +48,7 @@ from dpo_dist.training.start.open_run import Run, say_header
 from dpo_dist.training.start.run_state import (
     RunState,
     check_identity,
+    describe_changes,
     read_state,
     write_state,
 )
@@ -420,6 +421,24 @@ def test_a_complete_run_continues_to_another_length(former: list[str], new: str,
         RunFolder(longer.run.path), RunState(RunOutcome.started, 8, {"run_digest": longer.identity.digest})
     )
     assert step_of(start_of(longer)) == 8
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "adamw_bf16"), ("adamw_bf16", "adamw")], ids=" to ".join)
+def test_a_run_continues_by_the_other_adamw_alone(kinds: tuple[str, str], tmp_path: Path) -> None:
+    words = ["model.dtype=bf16", "trainer.max_steps=9"]
+    first, other = (config_of(tmp_path, *words, f"optim.kind={kind}") for kind in kinds)
+    complete(first)
+    assert isinstance(start_of(other), RunState), "all steps are done"
+    longer = replace(other, trainer=replace(other.trainer, max_steps=10))
+    checkpoint = start_of(longer)
+    assert step_of(checkpoint) == 8
+    assert isinstance(checkpoint, Checkpoint)
+    changes = describe_changes(checkpoint.state, longer, 10, 64)
+    assert changes[0] == f"optim.kind={kinds[1]} continues from the states of {kinds[0]}"
+    assert changes[1].startswith("training longer: 10 steps in place of 8; ")
+    assert not describe_changes(checkpoint.state, first, 8, 64)
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        start_of(config_of(tmp_path, *words, f"optim.kind={kinds[1]}", "optim.lr=0.5"))
 
 
 def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:

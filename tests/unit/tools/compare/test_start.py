@@ -41,21 +41,21 @@ def config(tmp_path: Path, models: str, *overrides: str) -> RunConfig:
 
 
 def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
-    def found(*written: str) -> list[tuple[str, bool, str]]:
-        return [(model.name, model.is_checkpoint, model.location) for model in compared_models([*written])]
+    def found(*written: str) -> list[tuple[str, str]]:
+        return [(model.name, model.location) for model in compared_models([*written])]
 
     assert found(f"{models}/base", f"beta={models}/run") == [
-        ("base", False, f"{models}/base"),
-        ("beta", False, f"{models}/run/model"),
+        ("base", f"{models}/base"),
+        ("beta", f"{models}/run/model"),
     ]
     checkpoint = f"{models}/run/checkpoints/step-000100"
     assert found(f"same={models}/run/model", checkpoint) == [
-        ("same", False, f"{models}/run/model"),
-        ("run/step-000100", True, checkpoint),
+        ("same", f"{models}/run/model"),
+        ("run/step-000100", checkpoint),
     ]
     assert found(f"lora 2={models}/lora/model", "org/small") == [
-        ("lora 2", False, f"{models}/lora/model"),
-        ("small", False, "org/small"),
+        ("lora 2", f"{models}/lora/model"),
+        ("small", "org/small"),
     ]
     assert compared_models([f"{models}/base", f"beta={models}/run"])[1].path == f"{models}/run"
     with pytest.raises(ConfigError, match=r"this run directory has no model(?s:.*)step-1000000"):
