@@ -173,7 +173,7 @@ def test_a_sample_has_what_was_fetched_and_a_failure_leaves_none_of_it(
     assert urls == {"a", "b"}
     store = LogpStore.open(tmp_path, space)
     for seed in range(8):
-        seeded = replace(run, config=replace(run.config, trainer=TrainerConfig(seed=seed)))
+        seeded = Run(replace(run.config, trainer=TrainerConfig(seed=seed)), world, Console(None))
         indices = set(choose_sample(seeded, store, [every], "reference").indices.tolist())
         assert 3 in indices
         assert indices & {4, 5}
