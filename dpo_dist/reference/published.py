@@ -21,6 +21,7 @@ from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import staged_file
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 from dpo_dist.reference.store import (
+    FETCHED,
     FINGERPRINT_FILE,
     RECIPE_FILE,
     Shard,
@@ -76,6 +77,10 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
         damaged = 0
         stored = 0
         for name in list_shards(folder):
+            if (
+                (folder / name).with_suffix(FETCHED).exists()
+            ):  # no model here has confirmed it
+                continue
             shard = open_shard(folder / name)
             table: Any = [] if shard is None else _intact_entries(shard, len(names))
             damaged += shard is None or len(table) < len(shard.keys)

@@ -58,7 +58,8 @@ RECIPE_FILE = "recipe.json"
 
 # Fields of a profile, beside the model, without which two scores differ by more than rounding.
 _EXACT = ("dtype", "matmul_precision", "quantization", "rows")
-_FETCHED = ".fetched"
+FETCHED = ".fetched"
+"""Suffix of the file beside a shard that was fetched and not compared with the model."""
 _THREADS = 8  # that wait for a network file system
 _SHARDS_AT_ONCE = 64
 
@@ -396,12 +397,12 @@ class LogpStore:
                     shard = self.root / name
                     if not are_right:
                         shard.unlink(missing_ok=True)
-                    shard.with_suffix(_FETCHED).unlink(missing_ok=True)
+                    shard.with_suffix(FETCHED).unlink(missing_ok=True)
 
     def origins(self) -> list[str]:
         """Return the URL of each shard that was fetched and never compared, "" of others."""
         urls = [""] * len(self.shards)
-        for mark in self.root.glob(f"*/*{_FETCHED}"):
+        for mark in self.root.glob(f"*/*{FETCHED}"):
             with suppress(OSError, ValueError):  # settled by another job at this moment, or not opened here
                 urls[self.shards.index(f"{mark.parent.name}/{mark.stem}.safetensors")] = mark.read_text()
         return urls
@@ -458,7 +459,7 @@ class LogpStore:
         name = _shard_name(self.folder, keys, ends, checks)
         try:
             if url:  # first: a kill leaves no shard without its mark
-                write_text((self.folder / name).with_suffix(_FETCHED), url)
+                write_text((self.folder / name).with_suffix(FETCHED), url)
             with staged_file(self.folder / name) as temporary:
                 tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
                 save_file(tensors, temporary)

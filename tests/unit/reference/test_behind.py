@@ -117,6 +117,15 @@ def test_only_intact_entries_of_chosen_references_are_published(root: Path, tmp_
     assert not (tmp_path / "empty" / LIST).exists()
 
 
+def test_what_was_fetched_and_not_compared_is_not_published(root: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(root / "store", tmp_path / "store"))
+    first, *others = list_shards(store / REFERENCE.name)
+    (store / REFERENCE.name / first).with_suffix(".fetched").write_text("https://elsewhere")
+    assert main(["push", str(store), str(tmp_path / "public"), "--only", "ab"]) == 0
+    [(_, space)] = Behind(str(tmp_path / "public")).spaces()
+    assert set(space.shards) == set(others)
+
+
 FEW = np.array([7, 8, 60, 250])
 
 
