@@ -35,7 +35,7 @@ CASES = [
     Case("device in place of a file", "data.train=[/dev/zero]", "neither a file nor a folder", "/dev/zero",
          to_do="check the path"),
     Case("hub name without network", "data.train=[org/name]", "no data are found",
-         "org/name", "could not be reached", to_do="check path, name"),
+         "org/name", "could not be reached", to_do="check path, name", joins=True),
     Case("split of a file", of("split: test"), "no effect", "split of train.jsonl", "test",
          to_do="remove split"),
     # Content.
