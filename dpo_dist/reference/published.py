@@ -77,9 +77,7 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
         damaged = 0
         stored = 0
         for name in list_shards(folder):
-            if (
-                (folder / name).with_suffix(FETCHED).exists()
-            ):  # no model here has confirmed it
+            if (folder / name).with_suffix(FETCHED).exists():  # no model here has confirmed it
                 continue
             shard = open_shard(folder / name)
             table: Any = [] if shard is None else _intact_entries(shard, len(names))
