@@ -402,15 +402,6 @@ RULES = (
         lambda c: f"set optim.warmup={c.optim.warmup:.0f}, or a share such as 0.1",
         lambda c: c.optim.warmup > 1 and not c.optim.warmup.is_integer(),
     ),
-    Rule(
-        "optim.warmup trainer.max_steps!=null",
-        "the warm-up is longer than the run, so that optim.lr is never reached",
-        lambda c: (
-            f"set optim.warmup={(c.trainer.max_steps or 0) // 10}"
-            + f", or raise trainer.max_steps above {c.optim.warmup:g}"
-        ),
-        lambda c: c.optim.warmup >= 1 and c.optim.warmup > (c.trainer.max_steps or 0),
-    ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear"),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",

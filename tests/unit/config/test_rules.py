@@ -85,7 +85,6 @@ REFUSED = [
     ("optim=adamw_bf16 model.dtype=fp32", "optim.kind"),
     ("optim=adamw_bf16 parallelism=ddp optim.sums=fp32", "optim.sums"),
     ("optim.sums=bf16", "optim.sums"),
-    ("optim.warmup=11 trainer.max_steps=10", "optim.warmup"),
     ("optim.warmup=2.5", "optim.warmup"),
     ("optim.min_lr_ratio=0.1 optim.schedule=constant", "optim.min_lr_ratio"),
     ("trainer.ema_decay=0.9 trainer.keep_last=0", "trainer.ema_decay"),
