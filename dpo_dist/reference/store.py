@@ -467,7 +467,7 @@ class LogpStore:
                 write_text((self.folder / name).with_suffix(FETCHED), url)
             with staged_file(self.folder / name) as temporary, temporary.open("wb") as opened:
                 opened.write(safetensors_header(tensors))
-                opened.writelines(array.data for array in (keys, ends, checks, *entries))
+                opened.writelines([keys.data, ends.data, checks.data, *(entry.data for entry in entries)])
         except OSError as error:
             raise ReferenceModelError(
                 "a shard of reference log-probs cannot be written",
