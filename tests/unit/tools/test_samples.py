@@ -191,3 +191,6 @@ def test_the_worst_labelled_records_have_their_reward_by_which_good_ones_should_
     assert [list(each["responses"]) for each in (good, bad)] == [["good"], ["bad"]]
     assert "answer 0" in good["responses"]["good"]["text"]
     assert "answer 3" in bad["responses"]["bad"]["text"]
+    learnt = replace(values, margin=np.abs(values.margin))
+    write_worst(file, learnt, dataset(tmp_path / "labelled", rows), TOKENIZER, is_unpaired=True)
+    assert not file.exists()
