@@ -4,8 +4,10 @@ Run `make docs` after a change of what a run takes in memory.
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,36 +54,41 @@ def _configured(words: str) -> RunConfig:
     return load_run_config([*given, *words.split()])
 
 
-def _fits(size: str) -> set[tuple[str, str]]:
-    """Return the machines and columns where a model of this size can be trained."""
+def _shape(size: str) -> Any:
     hidden, width, layers, queries, keys, vocabulary, tied = SIZES[size]
     sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
     heads = {"num_attention_heads": queries, "num_key_value_heads": keys, "vocab_size": vocabulary}
     longest = {"max_position_embeddings": 131_072, "tie_word_embeddings": tied}
-    shape = AutoConfig.for_model("qwen2", **sizes, **heads, **longest)
-    former = None
-    found = set()
-    for column, words in COLUMNS.items():
-        config = _configured(words)
+    return AutoConfig.for_model("qwen2", **sizes, **heads, **longest)
+
+
+def _largest(columns: Iterable[str]) -> dict[tuple[str, str], str]:
+    """Return the largest model that each machine can train, by machine and column of one policy."""
+    found: dict[tuple[str, str], str] = {}
+    wanted = [*product(MACHINES, columns)]
+    for size in reversed(SIZES):
+        left = [cell for cell in wanted if cell not in found]
+        if not left:
+            break
         # To trace a model's activations takes longer than all estimates of it.
-        if config.model != former:
-            causal_lm = without_weights(shape, config.model)
-            former = config.model
-        for machine, (gpu, gpus) in MACHINES.items():
+        causal_lm = without_weights(_shape(size), _configured(COLUMNS[left[0][1]]).model)
+        for machine, column in left:
+            gpu, gpus = MACHINES[machine]
+            config = _configured(COLUMNS[column])
             plan = replace(config.section_of(PlanConfig), gpu=gpu, gpus=gpus)
             if estimate(config, PAIRS, choose_machine(plan, config.model.dtype), causal_lm).fits:
-                found.add((machine, column))
+                found[machine, column] = size
     return found
 
 
 def table() -> str:
     """Return the table as Markdown: the largest model that fits, or "-"."""
-    largest = {(machine, column): "-" for machine in MACHINES for column in COLUMNS}
-    for size in SIZES:
-        largest |= dict.fromkeys(_fits(size), size)
+    adapted = [column for column, words in COLUMNS.items() if "adapter" in words]
+    whole = [column for column in COLUMNS if column not in adapted]
+    largest = _largest(whole) | _largest(adapted)
     lines = [["GPU", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for machine in MACHINES:
-        lines.append([machine, *(largest[machine, column] for column in COLUMNS)])
+        lines.append([machine, *(largest.get((machine, column), "-") for column in COLUMNS)])
     return "".join(f"|{'|'.join(line)}|\n" for line in lines)
 
 

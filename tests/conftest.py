@@ -65,6 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
         with_device.use_parent(address)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make check` does not import files of slow tests only: half of the seconds before its first test."""
+    is_file = config.option.markexpr == "not slow" and collection_path.suffix == ".py"
+    return True if is_file and "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ends = {end: place for place, end in enumerate(LONG)}
     items.sort(key=lambda item: ends.get("/".join(item.path.parts[-2:]), len(LONG)))

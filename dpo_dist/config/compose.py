@@ -274,13 +274,14 @@ class Composition:
 
     def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out words and files with mistakes."""
-        defaults = OmegaConf.create(plain_values(RunConfig()))
+        defaults = plain_values(RunConfig())
         chosen = dict[str, str]()
         for layer in self._layers:
             chosen |= layer.presets
         words = [f"+{group}=[{','.join(map(_quoted, names))}]" for group, names in self._further.items()]
         words += [f"{group}={name}" for group, name in chosen.items()]
-        config = cast(DictConfig, OmegaConf.merge(defaults, self._composed(_RUN, words)))
+        config = OmegaConf.create(defaults)
+        config.merge_with(self._composed(_RUN, words))  # OmegaConf.merge copies, for half of the time
         for layer in self._layers:
             for group, name in layer.presets.items():
                 if name != chosen[group]:
@@ -290,7 +291,7 @@ class Composition:
                     self.set_by_presets += [f"{group}.{key}" for key in preset.get(group) or ()]
                 if group == "loss" or not preset.get(group):
                     config[group] = defaults[group]
-                config = cast(DictConfig, OmegaConf.merge(config, preset))
+                config.merge_with(preset)
             self._places.append(layer.places)
             for key, value in layer.keys:
                 is_section = is_dataclass(run_keys().get(key))

@@ -41,7 +41,7 @@ from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer
 from dpo_dist.model.experts import expert_modules, packable
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, without_weights
-from dpo_dist.model.flops import recomputed_share, step_flops, visited_experts
+from dpo_dist.model.flops import StepFlops, recomputed_share, step_flops, visited_experts
 from dpo_dist.model.layers import (
     attention_layers,
     decoder_layers,
@@ -126,6 +126,46 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class _Counts:
+    """Numbers of weights of a model."""
+
+    weights: int
+    trained: int
+    largest_trained: int
+    largest_layer: int
+    experts: int
+    packed: list[list[int]]  # those in the packed experts of each layer
+    quantized: int
+    is_expert_adapted: bool
+    is_tower_trained: bool
+
+
+@lru_cache(maxsize=2)  # `plan` estimates many settings of one policy, and its teacher
+def _counts(causal_lm: Any) -> _Counts:
+    trained = [weight.numel() for weight in causal_lm.parameters() if weight.requires_grad]
+    layers = [[*layer.parameters()] for layer in decoder_layers(causal_lm)]
+    packed = {*packable(causal_lm).values()}
+    return _Counts(
+        weights=_count_weights(causal_lm.parameters()),
+        trained=sum(trained),
+        largest_trained=max(trained, default=0),
+        largest_layer=max(map(_count_weights, layers), default=0),
+        experts=sum(_count_weights(module.parameters(recurse=False)) for module in expert_modules(causal_lm)),
+        packed=[[weight.numel() for weight in layer if weight in packed] for layer in layers],
+        quantized=quantized_weights(causal_lm),
+        is_expert_adapted=any(
+            ".experts" in name and ".lora_" in name for name, _ in causal_lm.named_parameters()
+        ),
+        is_tower_trained=any(weight.requires_grad for weight in image_weights(causal_lm)),
+    )
+
+
+@lru_cache(maxsize=2)
+def _flops(causal_lm: Any) -> StepFlops:
+    return step_flops(causal_lm)
+
+
+@dataclass(frozen=True)
 class Shapes:
     """What the shapes of a run's model say of its bytes and FLOPs."""
 
@@ -149,16 +189,15 @@ class Shapes:
         """Decoder layers."""
         return int(self.causal_lm.config.get_text_config().num_hidden_layers)
 
-    @cached_property
+    @property
     def weights(self) -> int:
         """All weights."""
-        return _count_weights(self.causal_lm)
+        return _counts(self.causal_lm).weights
 
-    @cached_property
+    @property
     def experts(self) -> int:
         """Weights of experts that processes can share (`parallelism.experts`)."""
-        modules = expert_modules(self.causal_lm)
-        return sum(weight.numel() for module in modules for weight in module.parameters(recurse=False))
+        return _counts(self.causal_lm).experts
 
     @property
     def exchanged(self) -> int:
@@ -166,16 +205,15 @@ class Shapes:
         text = self.causal_lm.config.get_text_config()
         return len(expert_modules(self.causal_lm)) * visited_experts(text) * int(text.hidden_size)
 
-    @cached_property
+    @property
     def trained(self) -> int:
         """Weights that are trained."""
-        return sum(weight.numel() for weight in self.causal_lm.parameters() if weight.requires_grad)
+        return _counts(self.causal_lm).trained
 
-    @cached_property
+    @property
     def largest_trained(self) -> int:
         """Weights in the largest trained tensor."""
-        trained = (weight for weight in self.causal_lm.parameters() if weight.requires_grad)
-        return max(map(torch.numel, trained))
+        return _counts(self.causal_lm).largest_trained
 
     @cached_property
     def states(self) -> float:
@@ -193,7 +231,7 @@ class Shapes:
         kind = self.config.model.quantization
         if kind is None:
             return 0.0
-        return (BYTES_PER_QUANTIZED_WEIGHT[kind] + self.number) * quantized_weights(self.causal_lm)
+        return (BYTES_PER_QUANTIZED_WEIGHT[kind] + self.number) * _counts(self.causal_lm).quantized
 
     @property
     def recomputed_share(self) -> float:
@@ -202,7 +240,7 @@ class Shapes:
 
     def flops(self, tokens: int, targets: int, attended: int, image_tokens: int) -> float:
         """Return the FLOPs of a training step with these counts."""
-        return step_flops(self.causal_lm).step(tokens, targets, attended, image_tokens)
+        return _flops(self.causal_lm).step(tokens, targets, attended, image_tokens)
 
     def footprint(self, processes: int, memory: float = math.inf) -> Footprint:
         """Return the footprint of each of `processes` that train the model, on GPUs with so many bytes."""
@@ -226,8 +264,7 @@ class Shapes:
         output = output_layer(causal_lm).weight
         chunks = 0.0 if config.model.gives_scores else 4.1 * chunk_bytes(memory)  # of logits
         head = chunks + (4.0 * output.numel() if output.requires_grad else 0.0)
-        largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
-        gathered = min(max(_GATHERED_WEIGHTS, largest), self.weights)
+        gathered = min(max(_GATHERED_WEIGHTS, _counts(causal_lm).largest_layer), self.weights)
         sharing = config.parallelism.experts
         whole = 0.0  # frozen experts are not sharded again
         if sharing > 1 and config.model.adapter is not None:
@@ -254,17 +291,18 @@ class Shapes:
         teacher = config.teacher
         is_beside = teacher.mode is TeacherMode.live and teacher.offload is Offload.none
         if self.teacher is not None and is_beside:
-            parts["teacher"] = number * _count_weights(self.teacher) / shards
+            parts["teacher"] = number * _counts(self.teacher).weights / shards
         if config.loss.options_of(DistillOptions).mix > 0 and (
             self.teacher is not None or (stage == 3 and shards > 1)
         ):
             # Whole for the policy's head, which compares whole distributions.
             parts["teacher's output layer"] = number * output_layer(self.teacher or causal_lm).weight.numel()
-        is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
         # What a trained tower keeps depends on the share of images in the data.
         checkpointing = config.model.gradient_checkpointing
         uneven = _UNEVEN if sharing > 1 else 1.0
-        per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing, uneven)
+        per_token = None
+        if not _counts(causal_lm).is_tower_trained:
+            per_token = activation_bytes(causal_lm, checkpointing, uneven)
         if per_token is None:
             return Footprint({name: part for name, part in parts.items() if part}, None)
         ranks = config.parallelism.sequence_parallel
@@ -419,19 +457,19 @@ def quantized_weights(causal_lm: Any) -> int:
 def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
     """Return the bytes of a layer's packed or adapted experts while it computes, of `number` bytes each."""
     kinds = {config.model.quantization, config.reference.quantization} - {None}
-    is_adapted = any(".experts" in name and ".lora_" in name for name, _ in causal_lm.named_parameters())
-    packed = {*packable(causal_lm).values()} if kinds or is_adapted else set()
-    layers = [[w.numel() for w in layer.parameters() if w in packed] for layer in decoder_layers(causal_lm)]
+    counts = _counts(causal_lm)
+    if not kinds and not counts.is_expert_adapted:
+        return 0.0
     # One tensor at a time: in float32, or in the order of the file; an adapter's update and its gradient.
     beside = 4 if Quantization.int8 in kinds else number * (bool(kinds) and _is_mxfp4(causal_lm))
-    beside += 2 * number * is_adapted
-    return max((number * sum(sizes) + beside * max(sizes) for sizes in layers if sizes), default=0)
+    beside += 2 * number * counts.is_expert_adapted
+    return max((number * sum(sizes) + beside * max(sizes) for sizes in counts.packed if sizes), default=0)
 
 
 def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any) -> float:
     """Return the bytes of all weights, of `number` bytes each where they are not quantized."""
     less = 0.0 if quantization is None else number - BYTES_PER_QUANTIZED_WEIGHT[quantization]
-    full_bytes = number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
+    full_bytes = number * _counts(causal_lm).weights - less * _counts(causal_lm).quantized
     if quantization is not Quantization.nf4 or not _is_mxfp4(causal_lm):
         return full_bytes
     return full_bytes + (_BYTES_IN_MXFP4 - BYTES_PER_QUANTIZED_WEIGHT[quantization]) * _packed_weights(
@@ -464,8 +502,8 @@ def stored_notes(model: ModelConfig, causal_lm: Any) -> list[str]:
     return [note]
 
 
-def _count_weights(module: nn.Module) -> int:
-    return sum(map(torch.numel, module.parameters()))
+def _count_weights(weights: Iterable[torch.Tensor]) -> int:
+    return sum(map(torch.numel, weights))
 
 
 def activation_bytes(causal_lm: Any, checkpointing: str | int, uneven: float = 1.0) -> float | None:

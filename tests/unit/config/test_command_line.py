@@ -89,6 +89,7 @@ def test_an_exit_of_the_work_keeps_its_code(
     assert verb(*RUN) == (code, "", said)
 
 
+@pytest.mark.slow
 def test_a_verb_has_the_same_run_directory_in_every_process(
     verb: Verb, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_document_has_every_mistake_and_the_words_of_all(verb: Verb) -> None:
     assert "to do:" in verb(*RUN, "loss.betta=1").err, "the next program prints no document"
 
 
+@pytest.mark.slow
 def test_beside_a_document_nothing_is_on_standard_output(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was stopped has no result."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -131,6 +133,7 @@ def catches_sigterm(pid: int) -> bool:
     return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
 
 
+@pytest.mark.slow
 def test_other_ranks_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """They wait for the launcher, which ends them when rank 0 has printed its error and exited."""
     monkeypatch.setenv("RANK", "1")

@@ -31,6 +31,7 @@ def write_run(folder: Path, *overrides: str) -> RunConfig:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_directory_stands_for_its_command_whose_keys_and_presets_can_be_changed(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", "model.adapter={r: 4}", "reference.mode=adapter")
     place = f"run.dir={tmp_path}/run"

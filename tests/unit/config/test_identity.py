@@ -24,6 +24,7 @@ data.train=[{path:a.jsonl,label:math}]
 """
 
 
+@pytest.mark.slow
 def test_only_keys_that_define_the_result_change_the_run_directory() -> None:
     own = configured().run.dir
     assert {configured(word).run.dir for word in FREE.split()} == {own}
@@ -43,6 +44,7 @@ def test_images_define_the_result_of_their_runs_only() -> None:
     assert configured("model.images={}") == runs[0]
 
 
+@pytest.mark.slow
 def test_a_teacher_defines_the_result_of_its_runs_but_not_where_it_is_computed() -> None:
     taught = "loss=distill teacher.path=t"
     changes = ("", "teacher.k=9", "teacher.system=sea", "data.max_scorer_length=9")

@@ -24,6 +24,9 @@ from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.written import whole_weights
 
+pytestmark = pytest.mark.slow
+
+
 RATE = 100.0  # updates are large beside the rounding of the weights
 EPS = 1.0  # and nowhere as large as the rounding of a gradient decides
 

@@ -29,6 +29,9 @@ from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 from tests.support.written import write_trained
 
+pytestmark = pytest.mark.slow
+
+
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PAIR = ["embed_tokens", "lm_head"]
 PAIRS = random_pairs([(3, 4, 2), (5, 1, 6)])

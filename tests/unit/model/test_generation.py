@@ -28,6 +28,9 @@ from tests.support.families import tiny_causal_lm, tiny_config, with_rope
 from tests.support.packing import VOCABULARY
 from tests.support.pairs import WIDE
 
+pytestmark = pytest.mark.slow
+
+
 STOPS = [2]
 LENGTHS = (3, 9, 5, 9, 5, 21)
 GREEDY = Sampling(8, temperature=0)
@@ -173,7 +176,6 @@ def test_a_token_that_the_model_excludes_is_no_difference(monkeypatch: pytest.Mo
     assert [len(mask) for mask in masks] == [len(LENGTHS)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_a_long_prompt_does_not_change_the_frequencies_of_others(rope: str) -> None:
     model = tiny_causal_lm(with_rope(tiny_config("llama"), rope, 24))

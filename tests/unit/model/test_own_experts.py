@@ -17,6 +17,9 @@ from dpo_dist.model.files.stored import open_plain
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.stored import quantize_fp8, quantize_mxfp4, spoil
 
+pytestmark = pytest.mark.slow
+
+
 CPU = torch.device("cpu")
 FP32 = ModelConfig(dtype=Dtype.fp32)
 EXPERTS = 12

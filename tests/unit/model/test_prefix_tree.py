@@ -35,7 +35,7 @@ def model_of(kind: str) -> Any:
     return windowed(kind, 5 if kind not in ("qwen2", "mixtral") else None)
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(forests, st.sampled_from(KINDS))
 def test_any_forest_has_the_log_probs_and_gradients_of_rows(pairs: list[Example], kind: str) -> None:
     causal_lm = model_of(kind)

@@ -143,7 +143,7 @@ def test_a_damaged_value_of_a_read_only_store_has_its_own_remedy(tmp_path: Path,
 def test_no_silent_damage_of_the_index_gives_another_value(tmp_path: Path, shard: Path) -> None:
     file = index_of(shard.parent)
     whole = file.read_bytes()
-    for offset in range(whole.index(np.sort(keys_of([*ALL])[:, 0]).tobytes()), len(whole), 3):
+    for offset in range(whole.index(np.sort(keys_of([*ALL])[:, 0]).tobytes()), len(whole), 11):
         silently(lambda offset=offset: flip(file, offset, 0x81), file)  # type: ignore[misc]
         try:
             found = readable(tmp_path, list(ALL))

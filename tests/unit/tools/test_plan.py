@@ -454,6 +454,14 @@ def test_tokens_travel_in_place_of_experts() -> None:
     assert adapter.sending == pytest.approx(STEPS * 2 * (4 * frozen + 4 * adapter.shapes.trained) / 50e9)
 
 
+def test_a_layer_above_what_zero3_gathers_at_once_is_whole() -> None:
+    large = MIXTURE | {"num_experts": 64, "moe_intermediate_size": 2048}
+    found = estimated(kind="qwen3_moe", **large)
+    layer = (found.shapes.weights - EMBEDDINGS - 4096) / 4
+    assert layer > 1e9
+    assert found.needs.parts["gathered weights"] == pytest.approx(2 * layer)
+
+
 def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text, content = planned("+experiment=qwen7b", "plan.gpus=1")

@@ -12,6 +12,9 @@ from dpo_dist.tools.pages.blocks import COLORS
 from dpo_dist.tools.pages.charts import draw_charts
 from dpo_dist.tools.sweep.figure import figures
 
+pytestmark = pytest.mark.slow
+
+
 ACCURACY = "eval_rewards/accuracies"
 
 

@@ -19,6 +19,9 @@ from tests.support.alone import ALONE
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config
 from tests.support.stored import quantize_mxfp4
 
+pytestmark = pytest.mark.slow
+
+
 SHAPE = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "vocab_size": 128},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
@@ -42,7 +45,6 @@ def test_what_is_not_known_is_not_guessed(kind: str, options: dict[str, Any]) ->
     assert bytes_of(kind, **options) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_bytes_of_a_token_or_none(family: str) -> None:
     found = activation_bytes(without_weights(tiny_config(family), ModelConfig()), "none")

@@ -17,6 +17,8 @@ from tests.support.families import tiny_family
 from tests.support.lookups import recorded_lookups
 from tests.support.packing import VOCABULARY
 
+pytestmark = pytest.mark.slow
+
 
 def padded(*rows: tuple[list[int], list[int], list[int] | None], at_left: bool = False) -> dict[str, Tensor]:
     """A batch of rows with a prompt, a response, and the counted tokens of the response (None: all)."""

@@ -20,6 +20,9 @@ from dpo_dist.foundation.installed import install_extra
 from dpo_dist.trl.older_names import _GONE, _RENAMED, _REWRITTEN, _WITHOUT_EFFECT
 from tests.unit.trl.test_trainers import arguments, assert_same, load, trainer_of
 
+pytestmark = pytest.mark.slow
+
+
 OLDER = {
     "evaluation_strategy": ("steps", {"eval_strategy": "steps"}),
     "warmup_ratio": (0.1, {"warmup_steps": 0.1}),
@@ -132,7 +135,6 @@ def test_a_file_of_a_config_is_read_without_this_package(tmp_path: Path) -> None
     assert dataclasses.replace(args, beta=0.4).beta == 0.4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_trainer_takes_what_older_trainers_took(
     plain: bool, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
@@ -235,7 +237,6 @@ def test_an_argument_that_trl_does_not_have_is_a_type_error_with_its_words() -> 
     assert guest.DPOConfig("out", use_cpu=True, **pending).eval_strategy == "no"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a config", "a trainer"])
 def test_a_limit_of_prompts_is_left_out_if_none_is_longer(
     place: str, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture

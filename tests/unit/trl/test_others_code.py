@@ -12,6 +12,8 @@ from dpo_dist.trl.others_code import foreign_code
 from tests.support.families import FAMILIES, tiny_family
 from tests.unit.trl.test_trainers import CODE, Recorder
 
+pytestmark = pytest.mark.slow
+
 
 def own(*arguments: Any, **options: Any) -> Any:
     """Code of this script, which is never called here."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -16,6 +17,7 @@ from dpo_dist import api
 from dpo_dist import trl as guest
 from dpo_dist.model.library_internals import adapters_in_use
 from dpo_dist.reference.store import read_fingerprints
+from dpo_dist.trl.reference import KeptReference
 from tests.support.lookups import recorded_lookups
 from tests.unit.trl.test_trainers import assert_same, load, rows_of, trainer_of
 
@@ -51,9 +53,7 @@ def fingerprints() -> list[Any]:
 
 
 REUSES: dict[str, dict[str, Any]] = {
-    "the same run": {},
-    "another beta": {"beta": 0.5},
-    "another loss": {"loss_type": ["ipo"], "ld_alpha": 0.5},
+    "another loss": {"loss_type": ["ipo"], "ld_alpha": 0.5, "beta": 0.5},
     "another order, other batches": {"seed": 5, "per_device_train_batch_size": 2, "max_steps": 4},
     "precomputed": {"precompute_ref_log_probs": True},
 }
@@ -73,6 +73,18 @@ def test_a_later_run_asks_no_reference(folder: Path, pairs: Any) -> None:
         assert_same(ours, theirs)
 
 
+KEYS = np.array([[1, 2]], dtype=np.uint64)
+
+
+def is_answered(model: Any) -> bool:
+    """Whether the store has an entry of this reference, which has one afterwards."""
+    kept = KeptReference(STORE, "tiny", frozenset(), lambda _: None)
+    found = kept.find(model, KEYS)
+    kept.keep(KEYS, [np.ones(3, dtype=np.float32)])
+    kept.flush()
+    return found is not None
+
+
 def edited(model: Any) -> Any:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
@@ -85,25 +97,12 @@ def turned(model: Any) -> Any:
     return model
 
 
-def test_another_reference_or_precision_has_entries_of_its_own(folder: Path, pairs: Any) -> None:
-    changes: list[dict[str, Any]] = [
-        {},
-        {"ref_model": load(folder)},
-        {"ref_model": edited(load(folder / "reference"))},
-        {"ref_model": turned(load(folder / "reference"))},
-        {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "reference", rms_norm_eps=1e-2)},
-        {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.bfloat16)},
-        {"bf16": True},
-    ]
-    for number, change in enumerate(changes, start=1):
-        _, forwards = asked(folder, pairs, max_steps=2, **change)
-        assert forwards == EPOCH, change
-        assert len(fingerprints()) == number, "each is another reference, or has other numerics"
-    # Other token ids of the same texts.
+def test_other_texts_are_asked(folder: Path, pairs: Any) -> None:
     shouted = pairs.map(lambda row: {"chosen": [{**row["chosen"][0], "content": "IT IS 1."}]})
-    _, forwards = asked(folder, shouted, max_steps=2)
-    assert forwards == EPOCH
-    assert len(fingerprints()) == len(changes)
+    for data in (pairs, shouted):
+        _, forwards = asked(folder, data, max_steps=2)
+        assert forwards == EPOCH
+    assert len(fingerprints()) == 1
 
 
 def adapted(folder: Path, **options: Any) -> Any:
@@ -138,60 +137,94 @@ NUMBERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def test_a_number_that_no_weight_has_makes_another_reference(folder: Path, pairs: Any) -> None:
-    for plain in (adapted(folder, lora_alpha=8), load(folder / "reference")):
-        asked(folder, pairs, max_steps=2, ref_model=plain)
+REFERENCES: dict[str, Callable[[Path], Any]] = {
+    "plain": lambda folder: load(folder / "reference"),
+    "other weights": load,
+    "an edited weight": lambda folder: edited(load(folder / "reference")),
+    "other positions": lambda folder: turned(load(folder / "reference")),
+    "another configuration": lambda folder: AutoModelForCausalLM.from_pretrained(
+        folder / "reference", rms_norm_eps=1e-2
+    ),
+    "in bf16": lambda folder: AutoModelForCausalLM.from_pretrained(
+        folder / "reference", dtype=torch.bfloat16
+    ),
+    "an adapter": lambda folder: adapted(folder, lora_alpha=8),
+    **NUMBERS,
+}
+
+
+def test_each_reference_and_precision_has_entries_of_its_own(folder: Path) -> None:
+    for is_known in (False, True):
+        for name, reference in REFERENCES.items():
+            assert is_answered(reference(folder)) is is_known, name
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_answered(load(folder / "reference")) is is_known, "as a trainer with bf16 asks"
+    assert len(fingerprints()) == len(REFERENCES) + 1
+
+
+@pytest.mark.parametrize("name", ["a scaling", "an epsilon"])
+def test_a_number_that_no_weight_has_is_that_of_trl(name: str, folder: Path, pairs: Any) -> None:
+    asked(
+        folder,
+        pairs,
+        max_steps=2,
+        ref_model=REFERENCES["an adapter" if name == "a scaling" else "plain"](folder),
+    )
     case = {"max_steps": 2, "learning_rate": 0.01}
-    for name, reference in NUMBERS.items():
-        ours, forwards = asked(folder, pairs, ref_model=reference(folder), **case)
-        assert forwards == EPOCH, name
-        theirs = trainer_of(trl, folder, pairs, ref_model=reference(folder), **case)
-        theirs.train()
-        assert_same(ours, theirs)
-    for name, reference in NUMBERS.items():
-        _, again = asked(folder, pairs, ref_model=reference(folder), **case)
-        assert again == 0, name
+    ours, forwards = asked(folder, pairs, ref_model=NUMBERS[name](folder), **case)
+    assert forwards == EPOCH
+    theirs = trainer_of(trl, folder, pairs, ref_model=NUMBERS[name](folder), **case)
+    theirs.train()
+    assert_same(ours, theirs)
 
 
-def test_the_scaling_of_a_continued_adapter_makes_another_reference(
-    folder: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = {"adapter": "continued", "max_steps": 2}
-    asked(folder, pairs, **case)
-
-    def larger() -> LoraConfig:
-        return LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-
-    monkeypatch.setattr("tests.unit.trl.test_trainers.lora", larger)
-    ours, forwards = asked(folder, pairs, **case)
-    assert forwards == EPOCH - 1
-    assert rows_of(ours)[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    _, again = asked(folder, pairs, **case)
-    assert again == 0
+def swap_rows(model: Any) -> None:
+    """An edit after which sums over bits are what they were."""
+    weight = next(model.parameters()).data
+    weight[[7, 8]] = weight[[8, 7]]
+    weight[:, [3, 4]] = weight[:, [4, 3]]
 
 
-def test_a_number_that_a_callback_sets_on_a_layer_is_followed(
-    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Edit(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.reference.model.layers[0].self_attn.scaling = 0.9
+EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a product": (lambda model: next(model.parameters()).data.mul_(1.5), "its weights have changed"),
+    "weights that change places": (swap_rows, "its weights have changed"),
+    "frequencies of positions": (turned, "its weights have changed"),
+    "layers that change places": (
+        lambda model: model.model.layers.insert(0, model.model.layers.pop(1)),
+        "its weights have changed",
+    ),
+    "a number": (
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.9),
+        "numbers on its layers have changed",
+    ),
+    "a hook": (
+        lambda model: model.model.layers[0].register_forward_hook(lambda _module, _inputs, hidden: hidden),
+        "its layers call tests, which is no package with a version",
+    ),
+}
 
-    trained = []
-    for home in (trl, guest):
-        edit = Edit()
-        trained.append(trainer_of(home, folder, pairs, max_steps=4, learning_rate=0.01, callbacks=[edit]))
-        edit.reference = trained[-1].ref_model
-        trained[-1].train()
-    assert_same(trained[1], trained[0])
-    assert caplog.text.count("and not kept: numbers on its layers have changed") == 1
+
+@pytest.mark.parametrize("name", EDITS)
+def test_after_an_edit_no_entry_is_used_or_kept(name: str, folder: Path) -> None:
+    edit, reason = EDITS[name]
+    said: list[str] = []
+    model = load(folder)
+    assert not is_answered(model)
+    kept = KeptReference(STORE, "tiny", frozenset(), said.append)
+    assert kept.find(model, KEYS) is not None
+    edit(model)
+    assert kept.find(model, KEYS) is None
+    assert said[0].endswith(f"from now on, and not kept: {reason}")
+    kept.keep(KEYS + 1, [np.ones(3, dtype=np.float32)])
+    kept.flush()
+    assert [len(entries) for _, entries in api.open_stores(STORE)] == [1]
 
 
 def test_what_the_store_answers_first_is_compared_with_the_reference(
     folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What no key has, as a function of a model's file that a script replaces."""
-    case = {"max_steps": 4, "learning_rate": 0.01}
+    case = {"max_steps": 2, "learning_rate": 0.01}
     trainer_of(guest, folder, pairs, **case).train()
     again = trainer_of(guest, folder, pairs, **case)
     with recorded_reference(again) as shapes:
@@ -217,16 +250,12 @@ def test_a_synced_reference_is_not_kept(folder: Path, pairs: Any, caplog: pytest
     assert "the reference's log-probs are computed in each step" in caplog.text
 
 
-@pytest.mark.parametrize("place", ["a hook", "a forward"])
 def test_a_reference_that_a_scripts_code_changes_is_not_kept(
-    place: str, folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def steer(layer: Any) -> None:
         own = layer.forward
-        if place == "a hook":
-            layer.register_forward_hook(lambda _module, _inputs, hidden: hidden + 0.1)
-        else:
-            layer.forward = lambda *arguments, **options: own(*arguments, **options) + 0.1
+        layer.forward = lambda *arguments, **options: own(*arguments, **options) + 0.1
 
     trained = []
     for home in (trl, guest):
@@ -239,7 +268,9 @@ def test_a_reference_that_a_scripts_code_changes_is_not_kept(
     assert not STORE.exists()
 
 
-def test_a_reference_that_is_edited_is_asked_from_then_on(folder: Path, pairs: Any) -> None:
+def test_a_reference_that_is_edited_is_asked_from_then_on(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     class Edit(TrainerCallback):
         def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 4:
@@ -255,23 +286,34 @@ def test_a_reference_that_is_edited_is_asked_from_then_on(folder: Path, pairs: A
     assert_same(trained[1], trained[0])
     rows = [row["logps/chosen"] for row in rows_of(trained[1])[:-1]]
     assert len(rows) == 6
+    assert caplog.text.count("from now on, and not kept: its weights have changed") == 1
     _, again = asked(folder, pairs, max_steps=2)
     assert again == 0, "what was asked before is kept"
 
 
-def test_an_adapter_is_off_or_the_one_that_was_continued(folder: Path, pairs: Any) -> None:
+def test_an_adapter_is_off_or_the_one_that_was_continued(
+    folder: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, forwards = asked(folder, pairs, adapter="new", max_steps=2)
     assert forwards == EPOCH - 1, "the comparison is that of the policy"
     assert rows_of(first)[0]["rewards/margins"] == 0, "a new adapter begins as its reference, exactly"
     second, again = asked(folder, pairs, adapter="new", max_steps=4)
     assert again == 0
-    _, continued = asked(folder, pairs, adapter="continued", max_steps=2)
-    assert continued == EPOCH - 1, "its reference is another one"
-    _, continued_again = asked(folder, pairs, adapter="continued", max_steps=2)
-    assert continued_again == 0
     assert abs(rows_of(second)[1]["rewards/margins"]) > 0, "the adapter that trains is not off"
     _, whole = asked(folder, pairs, ref_model=load(folder), max_steps=2)
     assert whole == 0, "a base without its adapter is the reference of a run that trains all weights"
+    _, continued = asked(folder, pairs, adapter="continued", max_steps=2)
+    assert continued == EPOCH - 1, "its reference is another one"
+
+    def larger() -> LoraConfig:
+        return LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+    monkeypatch.setattr("tests.unit.trl.test_trainers.lora", larger)
+    ours, scaled_forwards = asked(folder, pairs, adapter="continued", max_steps=2)
+    assert scaled_forwards == EPOCH - 1, "another scaling is another reference"
+    assert rows_of(ours)[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    _, continued_again = asked(folder, pairs, adapter="continued", max_steps=2)
+    assert continued_again == 0
 
 
 def test_a_policy_before_training_is_the_reference(folder: Path, pairs: Any) -> None:

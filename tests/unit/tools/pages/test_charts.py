@@ -17,6 +17,8 @@ from dpo_dist.config.metrics import METRICS
 from dpo_dist.tools.pages.blocks import Chart, Line
 from dpo_dist.tools.pages.charts import Curves, charts_of_run, charts_of_runs, draw_curves, smoothed
 
+pytestmark = pytest.mark.slow
+
 
 def drawn(chart: Chart) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = json.loads(chart.data)["lines"]

@@ -16,6 +16,9 @@ from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.run import write_page
 from tests.unit.tools.pages.made_run import change, made_run, text_of, write_rows
 
+pytestmark = pytest.mark.slow
+
+
 RELOADS = '<meta http-equiv="refresh" content="30">'
 
 

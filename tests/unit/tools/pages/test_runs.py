@@ -11,6 +11,8 @@ from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.runs import compare_runs, differing_settings
 from tests.unit.tools.pages.made_run import change, made_run, text_of, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[RunFolder]:
