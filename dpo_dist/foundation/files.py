@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,25 @@ def staged_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the bytes of a safetensors file before its tensors, which follow in this order without gaps.
+
+    `tensors`: the format's name of the dtype, such as `BF16`, and the shape of each. The library's own writer
+    copies all values, and gives no digest of what it writes.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start = end
+        end += math.prod(shape) * int(dtype.lstrip("BFIU")) // 8
+        header[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment of the first tensor
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ of its shards are never read. An entry that cannot be that of the run's response
 """
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from dpo_dist.batching.content_keys import Keys
+from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, in_one_line
 from dpo_dist.foundation.remote import is_web, remote_errors
 from dpo_dist.foundation.text import size
@@ -167,7 +169,7 @@ class Behind:
         def fetch(read: _Read) -> dict[int, StoredLogps]:
             """Return the entries of a read that are right, by their places in `keys`."""
             entries = dict[int, StoredLogps]()
-            content = self._logged(f"{fingerprint.name}/{space.shards[read.shard]}", read)
+            content = memoryview(self._logged(f"{fingerprint.name}/{space.shards[read.shard]}", read))
             for row in read.rows:
                 start = int(index.starts[places[row]]) - read.first
                 values = content[start : start + 4 * int(index.tokens[places[row]])]
@@ -178,10 +180,14 @@ class Behind:
                         entries[int(found[row])] = entry
             return entries
 
+        groups = [reads[begin : begin + _THREADS] for begin in range(0, len(reads), _THREADS)]
         with ThreadPoolExecutor(_THREADS) as pool:
-            for begin in range(0, len(reads), _THREADS):  # in memory are the values of so many reads
-                some = reads[begin : begin + _THREADS]
-                for read, entries in zip(some, pool.map(fetch, some), strict=True):
+            # In memory are the values of two groups: one is read while the caller writes the other.
+            of_groups = (list(pool.map(fetch, group)) for group in groups)
+            with prefetch(of_groups, 1) as fetched:
+                for read, entries in zip(
+                    itertools.chain(*groups), itertools.chain.from_iterable(fetched), strict=True
+                ):
                     self.bytes_read += read.stop - read.first * has_ranges
                     self.entries += len(entries)
                     self.left_out += len(read.rows) - len(entries)

@@ -1,6 +1,5 @@
 """The files of any model or adapter that scores pairs or responds: found, named by a digest, and loaded."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,16 +89,13 @@ class ModelSource:
         return packed
 
 
-def find_files(
-    name: str, model: ModelConfig, key: str, find: Callable[..., Path] = model_folder
-) -> ModelSource:
+def find_files(name: str, model: ModelConfig, key: str) -> ModelSource:
     """Return the files of a model or adapter, given as folder or hub name; the digest is empty.
 
-    `model.revision` counts for `model.path` only. `find` is `model_folder`, which downloads a hub model, or
-    `description_folder`, which downloads no weights.
+    `model.revision` counts for `model.path` only.
     """
     revision = model.revision if name == model.path else None
-    folder = find(name, revision, key, accepts_adapter=True)
+    folder = model_folder(name, revision, key, accepts_adapter=True)
     adapter = None
     if is_adapter(folder):
         adapter = folder
@@ -108,7 +104,7 @@ def find_files(
         commit = adapter_config.get("revision")
         if Path(base).expanduser().is_dir():
             commit = None
-        folder = find(base, commit, key)
+        folder = model_folder(base, commit, key)
     return ModelSource(name, key, folder, adapter, revision, "")
 
 

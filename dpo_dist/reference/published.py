@@ -40,7 +40,7 @@ ENTRY = np.dtype(
 
 def values_digest(content: Any) -> bytes:
     """Return the digest of bytes, 16 bytes."""
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.sha256(content).digest()[:16]  # in hardware, unlike BLAKE2
 
 
 def open_place(place: str) -> tuple[Any, str]:

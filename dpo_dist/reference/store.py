@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.foundation.errors import ReferenceModelError, lack_behind
-from dpo_dist.foundation.files import staged_file, text_digest, write_text
+from dpo_dist.foundation.files import safetensors_header, staged_file, text_digest, write_text
 from dpo_dist.reference.index import file_state, forget_whole, open_index, recall_whole, remember_whole
 
 log = logging.getLogger(__name__)
@@ -457,13 +456,19 @@ class LogpStore:
         ends = np.cumsum(list(map(len, entries)), dtype=np.int64)
         checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
         name = _shard_name(self.folder, keys, ends, checks)
+        tensors = {
+            "keys": ("U64", keys.shape),
+            "ends": ("I64", ends.shape),
+            "checks": ("I64", checks.shape),
+            "values": ("F32", (int(ends[-1]),)),
+        }
         try:
             if url:  # first: a kill leaves no shard without its mark
                 write_text((self.folder / name).with_suffix(FETCHED), url)
-            with staged_file(self.folder / name) as temporary:
-                tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
-                save_file(tensors, temporary)
-        except (OSError, SafetensorError) as error:
+            with staged_file(self.folder / name) as temporary, temporary.open("wb") as opened:
+                opened.write(safetensors_header(tensors))
+                opened.writelines([keys.data, ends.data, checks.data, *(entry.data for entry in entries)])
+        except OSError as error:
             raise ReferenceModelError(
                 "a shard of reference log-probs cannot be written",
                 where="reference.store",

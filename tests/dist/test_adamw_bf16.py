@@ -221,11 +221,13 @@ def test_real_gradients_differ_over_worlds_as_little_as_with_float32_masters(wor
     for kind, optim in (("bf16", clipped), ("masters", masters)):
         job = Job(in_bf16(worlds.assets.policy), optim, steps=6, budget=128, has_fixed_gradients=False)
         [alone] = worlds.run(f"{kind} 1", job, 1, ZERO3)
-        [two, _] = worlds.run(f"{kind} 2", job, 2, ZERO2)
-        gaps[kind] = np.abs(np.subtract(alone["losses"], two["losses"])).max()
+        for size, parallelism in ((2, ZERO2), (3, ZERO3)):
+            several = worlds.run(f"{kind} {size}", job, size, parallelism)[0]
+            gaps[kind, size] = np.abs(np.subtract(alone["losses"], several["losses"])).max()
         for rows in range(len(ROWS)):
             assert alone["losses"][rows + 4] < alone["losses"][rows], "it learns"
-    assert gaps["bf16"] < 2 * gaps["masters"]  # measured: 1.3
+    for size in (2, 3):
+        assert gaps["bf16", size] < 2 * gaps["masters", size], size  # measured: 1.3 and 1.4
     in_float32 = worlds.saved("masters 1")
     for key, tensor in worlds.saved("bf16 1").items():
         off = (tensor.float() - in_float32[key]).norm() / in_float32[key].norm()

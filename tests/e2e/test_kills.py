@@ -73,7 +73,7 @@ class KillPoint:
     ("processes", "extra"),
     [
         pytest.param(1, ["data.eval=[{assets}/eval.jsonl]", *SAMPLES], id="fp32, samples"),
-        pytest.param(2, ["model.dtype=bf16", DORA], id="bf16, DoRA, two processes"),
+        pytest.param(2, ["model.dtype=bf16", "optim=adamw_bf16", DORA], id="8 bytes, DoRA, two processes"),
     ],
 )
 def test_runs_killed_anywhere_end_as_the_uninterrupted_one(

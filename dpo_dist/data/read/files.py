@@ -104,22 +104,20 @@ def numbered_records(
             yield BadRecord("unparsable", origin, detail), origin
 
 
-def dataset_rows(dataset: Any, *, reads_files: bool = False) -> Iterator[Any]:
+def dataset_rows(dataset: Any) -> Iterator[Any]:
     """Yield the rows of a `datasets.Dataset`, or of its stream, as they are stored.
 
-    With `reads_files` an image that the dataset has as the path of a file becomes its bytes.
+    An image that the dataset has as the path of a file becomes its bytes.
     """
+    from datasets.table import embed_table_storage  # noqa: PLC0415  (slow)
+
     form = getattr(dataset, "format", None)  # a stream has no format
     if form and form["type"] == "custom":  # a transform of the user's
         return map(_with_given_arguments, dataset)
     # As stored: to decode images needs packages, and decoded JSON would get the nulls of a table.
     columns = {"columns": form["columns"]} if form else {}
     tables = dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS)
-    if reads_files:
-        from datasets.table import embed_table_storage  # noqa: PLC0415  (slow)
-
-        tables = map(embed_table_storage, tables)
-    return _table_rows(tables)
+    return _table_rows(map(embed_table_storage, tables))
 
 
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
@@ -166,7 +164,7 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
-    rows = records if isinstance(records, list) else dataset_rows(records, reads_files=True)
+    rows = records if isinstance(records, list) else dataset_rows(records)
     for record in rows:
         try:
             lines.append(json.dumps(record, default=lambda value: store_image(as_file(value), folder)) + "\n")

@@ -29,6 +29,7 @@ from dpo_dist.distributed.deepspeed_internals import (
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.foundation.files import safetensors_header
 from dpo_dist.model.library_internals import whole_shape
 
 SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
@@ -36,7 +37,7 @@ WEIGHT = "weight"  # the part that is the weight itself, for a trained one its m
 EMA = "ema"  # the part that is the moving average of the weight
 # Size at which a rank begins another file. A GPU's tensors need this much host memory at a time.
 _FILE_BYTES = 2**28
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Digests of a checkpoint's files, by name relative to its folder, as in the manifest. The code never lists a
 # directory: on a network file system a listing may lack files that another node just wrote.
 Entries = dict[str, str]
@@ -246,18 +247,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     The library's own writer gives no digest of what it writes: the file would have to be read again.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
     # Larger elements first, so that each tensor begins at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    end = 0
-    for name, tensor in ordered:
-        start = end
-        end += tensor.nbytes
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format's alignment of the first tensor
-    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+    shapes = {name: (_DTYPES[tensor.dtype], tensor.shape) for name, tensor in ordered}
+    parts: list[bytes | memoryview] = [safetensors_header(shapes, metadata)]
     parts += [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
     digest = hashlib.blake2b(digest_size=16)
     with file.open("wb") as opened:

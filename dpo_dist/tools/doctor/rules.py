@@ -29,12 +29,11 @@ class DataRule:
         source: str | None,
         examples: Sequence[object] = (),
         detail: str = "",
-        records: str = "records",
     ) -> Iterator[Finding]:
         """Yield a finding if any record breaks the rule: a note unless the share is above the threshold."""
         if count:
             level = self.level if count > self.threshold * total else Level.note
-            text = f"{count} of {total} {records} ({percent(count / total)}) {self.text}"
+            text = f"{count} of {total} records ({percent(count / total)}) {self.text}"
             if detail:
                 text += f": {detail}"
             origins = tuple(map(str, examples[:MAX_EXAMPLES]))

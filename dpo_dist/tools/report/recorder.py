@@ -89,7 +89,7 @@ def write_worst(
     is_unpaired: bool = False,
     has_scores: bool = False,
 ) -> None:
-    """Write the pairs with the lowest negative margins as rows of answers, whole or not at all.
+    """Write the pairs with the lowest negative margins as rows of answers; no file if there are none.
 
     For labelled records: good ones with the lowest, and bad ones with the highest rewards. `has_scores`:
     behind each response is the position of its score.
@@ -122,7 +122,9 @@ def write_worst(
             if images:
                 row["images"] = images
             lines.append(json.dumps(row) + "\n")
-    files.write_text(file, "".join(lines))
+    file.unlink(missing_ok=True)  # of an earlier end, in a longer run
+    if lines:
+        files.write_text(file, "".join(lines))
 
 
 _MOST_SENT = 8

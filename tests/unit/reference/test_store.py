@@ -5,11 +5,10 @@ import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from dpo_dist.batching.content_keys import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
@@ -146,14 +145,18 @@ def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path: Path) -> N
 
 
 def test_a_shard_is_read_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
     seen = list[Entries]()
+    replace_file = Path.replace
 
-    def watched(tensors: Any, file: Path) -> None:
-        save_file(tensors, file)
-        seen.append(readable(tmp_path))  # as a run that starts now, or after a kill
+    def watched(temporary: Path, file: Path) -> Path:
+        if file.suffix == ".safetensors":
+            assert temporary.stat().st_size > 4 * sum(map(len, ENTRIES.values()))
+            seen.append(readable(tmp_path))  # as a run that starts now, or after a kill
+        return replace_file(temporary, file)
 
-    monkeypatch.setattr("dpo_dist.reference.store.save_file", watched)
-    write(tmp_path, ENTRIES)
+    monkeypatch.setattr(Path, "replace", watched)
+    store.write(keys_of([*ENTRIES]), [values(*entry) for entry in ENTRIES.values()])
     assert (seen, readable(tmp_path)) == ([{}], ENTRIES)
 
 
@@ -206,11 +209,15 @@ def test_what_was_fetched_is_marked_until_it_is_compared(tmp_path: Path) -> None
 def test_a_kill_leaves_no_fetched_shard_without_its_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    replace_file = Path.replace
 
-    monkeypatch.setattr("dpo_dist.reference.store.save_file", killed)
+    def killed(temporary: Path, file: Path) -> Path:
+        if file.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        return replace_file(temporary, file)
+
     store = open_store(tmp_path)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         store.write(keys_of([1]), [values(-1.0)], "a")
     assert list(tmp_path.glob("*/*.fetched"))

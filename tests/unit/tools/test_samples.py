@@ -185,9 +185,13 @@ def test_the_worst_labelled_records_have_their_reward_by_which_good_ones_should_
     columns |= {"tokens_chosen": np.array([2, 2, 0, 0]), "tokens_rejected": np.array([0, 0, 2, 2])}
     file = tmp_path / "worst.jsonl"
     values = PairValues.from_columns(columns)
-    write_worst(file, values, dataset(tmp_path / "labelled", rows), TOKENIZER, is_unpaired=True)
+    records = dataset(tmp_path / "labelled", rows)
+    write_worst(file, values, records, TOKENIZER, is_unpaired=True)
     good, bad = read_lines(file)
     assert (good["reward"], bad["reward"]) == (-0.5, 0.125)
     assert [list(each["responses"]) for each in (good, bad)] == [["good"], ["bad"]]
     assert "answer 0" in good["responses"]["good"]["text"]
     assert "answer 3" in bad["responses"]["bad"]["text"]
+    learnt = replace(values, margin=np.abs(values.margin))
+    write_worst(file, learnt, records, TOKENIZER, is_unpaired=True)
+    assert not file.exists()
