@@ -278,9 +278,7 @@ def stand_in(folder: Path) -> str:
     return f"{launcher.parent}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize(
-    ("order", "code"), [("SLURM queues it", 137), ("SLURM queues it", 0), ("the script queues it", 137)]
-)
+@pytest.mark.parametrize(("order", "code"), [("SLURM queues it", 0), ("the script queues it", 137)])
 def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
     cluster: Cluster, tmp_path: Path, order: str, code: int
 ) -> None:
