@@ -354,7 +354,7 @@ def test_a_store_that_is_read_only_is_read(
         raise PermissionError(errno.EACCES, "read-only")
 
     monkeypatch.setattr("os.access", lambda *_: False)  # as for another user; root may write anywhere
-    monkeypatch.setattr("dpo_dist.reference.store.save_file", refuse)
+    monkeypatch.setattr("dpo_dist.reference.store.staged_file", refuse)
     _, forwards = asked(folder, pairs.select(range(4)), max_steps=1)
     assert forwards == 0
     _, forwards = asked(folder, pairs, max_steps=4, seed=5)
