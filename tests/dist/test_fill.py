@@ -1,6 +1,5 @@
 """Any number of ranks and jobs, killed or not, fill a store with the model's own log-probs."""
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.dist.scenario import PAIRS, Assets, entries_of, load_reference
+from tests.support.killed_runs import die_in_shard
 from tests.support.packing import COSTS, prefixes_of
 from tests.support.ranks import run_ranks, start_ranks
 
@@ -157,17 +157,8 @@ def fill_and_die(
     assets: Assets, store: Path, read: Callable[[Assets], PreferenceDataset], world: World, folder: Path
 ) -> dict[str, Any]:
     """Fill; rank 1 is killed when half of its second shard is written."""
-    save_file, calls = store_module.save_file, []
-
-    def save(tensors: dict[str, np.ndarray], file: Path) -> None:
-        calls.append(file)
-        save_file(tensors, file)
-        if len(calls) == 2:
-            os.truncate(file, file.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
     if world.rank == 1:
-        store_module.save_file = save
+        die_in_shard(2)
     return fill(assets, store, PAIRS, world, folder, read=read)
 
 

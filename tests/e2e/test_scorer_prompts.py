@@ -1,7 +1,6 @@
 """A reference and a teacher read other prompts than the policy, before the same responses."""
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -17,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.data.config import UnpairedDataConfig
 from dpo_dist.encoded.partners import with_partners
-from dpo_dist.reference import store as store_module
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.cache import opened
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.image_model import write_image_model, write_pictures
 from tests.support.invented import write_pairs
+from tests.support.killed_runs import die_in_shard
 from tests.support.launch import assert_same_history, constants, history, run_verb, summary, train
 from tests.support.records import jsonl
 from tests.support.tiny_model import write_model
@@ -435,16 +434,7 @@ def test_loss_and_gradients_are_those_of_float64(
 
 def die_in_the_third_shard() -> None:
     """A shard has the responses of two pairs; the process is killed when half of the third is written."""
-    save_file, calls = store_module.save_file, list[Path]()
-
-    def save(tensors: dict[str, Any], file: Path) -> None:
-        calls.append(file)
-        save_file(tensors, file)
-        if len(calls) == 3:
-            os.truncate(file, file.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    store_module.save_file = save
+    die_in_shard(3)
     constants(
         **{"dpo_dist.training.reference.ENTRIES_PER_SHARD": 4, "dpo_dist.training.teacher._ROWS_PER_SHARD": 4}
     )()

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,22 @@ def assert_same_run(killed: Path, whole: Path) -> None:
     assert _untimed(killed / state.relative_to(whole)) == _untimed(state)
     left = [file for file in killed.rglob("*") if ".tmp-" in file.name]
     assert not left, left
+
+
+def die_in_shard(number: int) -> None:
+    """Kill this process when half of its shard of this number, from 1, is written."""
+    replace = Path.replace
+    shards = 0
+
+    def watched(temporary: Path, file: Path) -> Path:
+        nonlocal shards
+        shards += file.suffix == ".safetensors"
+        if shards == number:
+            os.truncate(temporary, temporary.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(temporary, file)
+
+    Path.replace = watched  # type: ignore[method-assign, assignment]
 
 
 def _untimed(file: Path) -> dict[str, Any]:
