@@ -2,7 +2,7 @@
 # Tries the newest versions that pyproject.toml allows, in build/newest: runs the tests of all families of models and of the
 # private parts of other packages, and prints a table of the versions and how they ended.
 #
-#   ./scripts/newest.sh                        # torch as constraints.txt pins it; TORCH=2.11.0: another one in its bounds
+#   ./scripts/newest.sh                        # torch as constraints.txt pins it; TORCH=2.12.0: another one in its bounds
 #   ./scripts/newest.sh transformers==5.24.0   # and a version above its bound, also of torch: may the bound be raised?
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -28,7 +28,7 @@ from dpo_dist.data import (
     Outcome,
 )
 from dpo_dist.encoded.watched_images import is_unchanged, is_unchanged_by_metadata, metadata_in_folders
-from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
+from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import MEMO_FOLDER, recall, remember, text_digest
 from dpo_dist.foundation.tables import map_table, write_table
 
@@ -257,7 +257,6 @@ def cache_errors(final: Path) -> Iterator[None]:
             where="data.cache",
             got=f"{final}: {error}",
             remedy="free disk space, or set data.cache to a folder on another disk",
-            lacks=lack_behind(error),
         ) from error
 
 

@@ -77,21 +77,11 @@ class RunOutcome(StrEnum):
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Lack(StrEnum):
-    """What a machine lacks for something that works on others."""
-
-    package = "package"
-    """A package, or a newer one."""
-    room = "room"
-    """GPU memory, or space on a disk."""
-
-
 class DpoDistError(Exception):
     """An error that the user can fix: one sentence, the key or ``file:line``, values, what to do next."""
 
     exit_code: int = ExitCode.invalid
     title: ClassVar[str] = "error"
-    lacks: Lack | None = None
 
     def __init__(
         self,
@@ -101,10 +91,8 @@ class DpoDistError(Exception):
         got: str = "",
         expected: str = "",
         remedy: str = "",
-        lacks: Lack | None = None,
     ) -> None:
         super().__init__(message)
-        self.lacks = lacks or self.lacks
         self.message = message
         self.where = where
         self.got = got
@@ -128,8 +116,6 @@ class DpoDistError(Exception):
         """Return the error for programs."""
         names = ("title", "message", "where", "got", "expected", "remedy")
         content = {"code": int(self.exit_code)} | {name: getattr(self, name) for name in names}
-        if self.lacks is not None:
-            content["lacks"] = self.lacks.value
         if self.parts:
             content["mistakes"] = [part.as_dict() for part in self.parts]
         return content
@@ -180,7 +166,6 @@ class DeviceMemoryError(DpoDistError):
     """A GPU is out of memory."""
 
     title = "out of memory"
-    lacks = Lack.room
 
 
 class PeerLostError(DpoDistError):
@@ -188,12 +173,6 @@ class PeerLostError(DpoDistError):
 
     exit_code: int = ExitCode.lost
     title = "process lost"
-
-
-def lack_behind(error: BaseException) -> Lack | None:
-    """Return what the machine lacks for what ended with `error`; None: nothing that is known."""
-    is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
-    return Lack.room if is_full else getattr(error, "lacks", None)
 
 
 def raise_all(mistakes: Sequence[DpoDistError]) -> None:
@@ -215,8 +194,6 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     if lines:
         error = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
         error.parts = list(different.values())
-        lacks = {part.lacks for part in error.parts}
-        error.lacks = lacks.pop() if len(lacks) == 1 else None
         raise error
 
 
@@ -250,7 +227,6 @@ def disk_error(error: BaseException) -> ConfigError | None:
         got=dead_link(Path(str(error.filename or ""))) or str(error.strerror),
         remedy="make room, or correct the path or its permissions; then run the same command again, which "
         "keeps the work that is complete",
-        lacks=lack_behind(error),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DataError, DpoDistError, Lack, in_one_line
+from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DataError, DpoDistError, in_one_line
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
 
@@ -127,7 +127,6 @@ def open_file_system(url: str) -> tuple[Any, str]:
             remedy=install_extra("cloud", _PACKAGES[protocol])
             if protocol in _PACKAGES
             else "install the package",
-            lacks=Lack.package,
         ) from fault
     except ValueError as fault:
         raise ConfigError(

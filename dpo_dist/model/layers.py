@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.config.keys import to_unset
 from dpo_dist.config.schema import FusedLayers, ImagesConfig, ModelConfig, TrainedImageParts
-from dpo_dist.foundation.errors import ConfigError, Lack, raise_all
+from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.model.architectures import EXACT_WITH_LIGER, SCORE, is_reward_model
 from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
 from dpo_dist.model.numerics import check_precision
@@ -293,17 +293,17 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
     """Check that the model's options can run on `device`; `text` is the configuration of its text part."""
     check_precision(config.dtype, device)
     on_cuda = device.type == "cuda"
-    faults = list[tuple[str, str, str, Lack | None]]()
+    faults = list[tuple[str, str, str]]()
     if config.fused is FusedLayers.liger and not _suits_liger(config, text, device):
         names = ", ".join(sorted(EXACT_WITH_LIGER))
         where = f"for transformers' own {names}, with their usual activation"
-        faults.append(("fused", "none", f"Liger's kernels are exact only on CUDA, {where}", None))
+        faults.append(("fused", "none", f"Liger's kernels are exact only on CUDA, {where}"))
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.fused is FusedLayers.compile and compiler is None:
         needed = "Triton" if on_cuda else "a C++ compiler"
-        faults.append(("fused", "none", f"torch.compile needs {needed}", Lack.package))
+        faults.append(("fused", "none", f"torch.compile needs {needed}"))
     if config.activation_offload and not on_cuda:
-        faults.append(("activation_offload", "false", "activations are already in host memory", None))
+        faults.append(("activation_offload", "false", "activations are already in host memory"))
     raise_all(
         [
             ConfigError(
@@ -311,9 +311,8 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
                 where=f"model.{key}",
                 got=f"{getattr(config, key)} for {text.model_type} on {device.type}",
                 remedy=f"set model.{key}={value}",
-                lacks=lacks,
             )
-            for key, value, message, lacks in faults
+            for key, value, message in faults
         ]
     )
 

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from dpo_dist.batching.content_keys import Keys
-from dpo_dist.foundation.errors import ReferenceModelError, lack_behind
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import safetensors_header, staged_file, text_digest, write_text
 from dpo_dist.reference.index import file_state, forget_whole, open_index, recall_whole, remember_whole
 
@@ -474,7 +474,6 @@ class LogpStore:
                 where="reference.store",
                 got=f"{self.folder}: {error}",
                 remedy="free disk space or set another reference.store; finished shards are kept",
-                lacks=lack_behind(error),
             ) from error
         return f"{self.folder.name}/{name}"
 

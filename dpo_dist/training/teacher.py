@@ -18,7 +18,7 @@ from dpo_dist.config.metrics import AGREEMENT
 from dpo_dist.config.schema import ReferenceConfig, TeacherMode
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.encoded.dataset import PreferenceDataset
-from dpo_dist.foundation.errors import ConfigError, Lack, ReferenceModelError
+from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.objective.distillation import SparseRows, kept_distributions
@@ -209,5 +209,4 @@ def _check_room(folder: Path, taken: int) -> None:
             got=f"{size(disk.free)} free on the file system of {folder}",
             expected=size(taken),
             remedy="set reference.store to another disk, lower teacher.k, or set teacher.mode=live",
-            lacks=Lack.room,
         )

@@ -24,7 +24,6 @@ from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference import engine
 from dpo_dist.reference.digest import ModelFiles
-from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, train_step
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import EPS, OPTIM
@@ -97,8 +96,8 @@ def one_step(
 ) -> tuple[MetricSums, Tensor]:
     """Train on a global batch; sums of metrics, and the gradient norm."""
     plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, costs)
-    ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
-    return train_step(policy, objective, ready, lr, world, clock, running or RunningMeans())
+    ready = objective.ready_step(plan, world.device)
+    return train_step(policy, objective, ready, lr, world, running or RunningMeans())
 
 
 def all_steps(

@@ -35,7 +35,6 @@ from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.teacher import Teacher
-from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, evaluate, train_step
 from tests.dist.scenario import Assets, load_policy, load_reference
 from tests.support import tiny
@@ -215,8 +214,8 @@ def _trajectory(
         return replace(sums, values=world.sum_replicas(sums.values)).means()
 
     for indices in STEPS:
-        ready, clock = objective.ready_step(plan(indices), world.device), StepClock(world.device)
-        sums, norm = train_step(policy, objective, ready, OPTIM.lr, world, clock, running)
+        ready = objective.ready_step(plan(indices), world.device)
+        sums, norm = train_step(policy, objective, ready, OPTIM.lr, world, running)
         metrics = means(sums)
         if loss.compares_pairs:
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2

@@ -30,8 +30,6 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_recorded_trajectory_is_reached(way: str, tmp_path: Path) -> None:
-    if way == "zero3, compiled" and torch.__version__ < "2.12":
-        pytest.skip("an error before torch 2.12")
     scenario = write_scenario(tmp_path)
     # The parent of warm processes has no GPU.
     ended = train([*overrides(scenario, "sigmoid"), f"run.dir={tmp_path}/run", *WAYS[way]], cold=True)

@@ -6,13 +6,16 @@ A wait elsewhere drains the device's queue: the device then idles until the host
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from dpo_dist.training.clock import StepClock
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.steps import loop
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_train
 from tests.support import tiny
@@ -37,12 +40,14 @@ WAYS = {
 }
 """Processes, model and other keys."""
 PLANNED = {
-    ("other", "copy to host, pageable", "dpo_dist/training/steps/step.py reduce_step"): COUNTED,
-    # For an event before that copy, which the device has passed.
-    ("stop", "event", "dpo_dist/training/clock.py stop"): COUNTED,
+    ("step", "copy to host, pageable", "dpo_dist/training/steps/step.py reduce_step"): COUNTED,
 }
-OF_DEEPSPEED = {"backward", "optimizer", "reference"}
-"""Phases: it waits for its own streams and copies, and reads the gradient's norm in the optimizer."""
+OF_DEEPSPEED = (
+    (PolicyEngine, "backward", "backward"),
+    (PolicyEngine, "step", "optimizer"),
+    (ReferenceProvider, "token_logps", "reference"),
+)
+"""Class, method, phase: it waits for its own streams and copies, and reads the gradient's norm to update."""
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +64,32 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def count_by_phase() -> None:
     """Tell the device the phase of each step, and let it forget the waits before those that are counted."""
-    begin, enter, stop = StepClock.__init__, StepClock.enter, StepClock.stop
     begun = 0
 
-    def begin_step(self: StepClock, *given: Any) -> None:
+    def begin_step(*given: Any, real: Callable[..., Any] = loop.train_step) -> Any:
         nonlocal begun
         begun += 1
         if begun == STEPS - COUNTED + 1:
             device.reset_waits()
-        begin(self, *given)
+        device.enter_phase("step")
+        return real(*given)
 
-    def enter_phase(self: StepClock, phase: Any) -> None:
-        device.enter_phase(phase)
-        enter(self, phase)
-
-    def stop_step(self: StepClock) -> Any:
-        device.enter_phase("stop")
-        seconds = stop(self)
+    def end_step(*given: Any, real: Callable[..., Any] = loop.count_step, **options: Any) -> None:
         device.enter_phase("between steps" if begun < STEPS else AFTER)
-        return seconds
+        real(*given, **options)
 
-    mock.patch.multiple(StepClock, __init__=begin_step, enter=enter_phase, stop=stop_step).start()
+    def in_phase(phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            device.enter_phase(phase)
+            result = real(*given, **options)
+            device.enter_phase("step")
+            return result
+
+        return call
+
+    mock.patch.multiple(loop, train_step=begin_step, count_step=end_step).start()
+    for owner, name, phase in OF_DEEPSPEED:
+        mock.patch.object(owner, name, in_phase(phase, getattr(owner, name))).start()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -105,6 +115,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
     assert ended.output.count("flash-linear-attention is not installed") == (model == "hybrid")
     files = [*reports.iterdir()]
     assert len(files) == processes
+    phases = {phase for _, _, phase in OF_DEEPSPEED}
     for file in files:
         report = json.loads(file.read_text())
         waits = [wait for wait in report["waits"] if wait[0] != AFTER]
@@ -121,7 +132,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
         }
         found: Counter[tuple[str, str, str]] = Counter()
         for phase, kind, line, caller, count in waits:
-            if not (phase in OF_DEEPSPEED and caller.startswith("deepspeed/")):
+            if not (phase in phases and caller.startswith("deepspeed/")):
                 found[phase, kind, re.sub(r":\d+ ", " ", caller or line)] += count
         assert found == PLANNED, "\n".join(" | ".join(map(str, wait)) for wait in waits)
     most = max(row["memory/peak_allocated_bytes"] for row in history(run))

@@ -80,20 +80,7 @@ def checked_by_segment(
     return by_segment(heads, lengths, scale, window_size, softcap)
 
 
-def varlen_of_torch_2_11(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *lengths: Any,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` of torch 2.11, which knows no groups of heads."""
-    assert query.shape[1] == key.shape[1] == value.shape[1]
-    return checked_by_segment((query, key, value), lengths[:2], lengths[2:], scale, window_size)
-
-
-def varlen_of_torch_2_13(
+def varlen_attn_of_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,7 +89,7 @@ def varlen_of_torch_2_13(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The same of torch 2.12 and 2.13; `lengths` are cumulative ones of queries and keys, and the longest."""
+    """`torch.nn.attention.varlen.varlen_attn`; `lengths`: cumulative, of queries and keys, the longest."""
     assert enable_gqa or query.shape[1] == key.shape[1]
     return checked_by_segment((query, key, value), lengths[:2], lengths[2:], scale, window_size)
 
@@ -136,7 +123,7 @@ def flash_attn_varlen_func(
 
 def put_kernels(
     monkeypatch: pytest.MonkeyPatch,
-    varlen_attn: Callable[..., Tensor] = varlen_of_torch_2_13,
+    varlen_attn: Callable[..., Tensor] = varlen_attn_of_groups,
     flash_attn: Callable[..., Tensor] = flash_attn_varlen_func,
 ) -> None:
     """Put these in the place of the kernels that need CUDA."""

@@ -12,7 +12,6 @@ from dpo_dist.foundation.errors import (
     Arguments,
     ConfigError,
     DpoDistError,
-    Lack,
     disk_error,
     raise_all,
 )
@@ -20,7 +19,7 @@ from dpo_dist.foundation.errors import (
 
 def test_a_pickled_error_keeps_every_part() -> None:
     for kind in DpoDistError.__subclasses__():
-        error = kind("what", where="where", got="got", expected="expected", remedy="r", lacks=Lack.room)
+        error = kind("what", where="where", got="got", expected="expected", remedy="r")
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), copy.as_dict(), copy.exit_code) == (kind, error.as_dict(), error.exit_code)
 
@@ -65,14 +64,6 @@ def test_several_mistakes_say_what_is_expected_once() -> None:
         raise_all(mistakes)
     lines = [line.strip() for line in raised.value.remedy.splitlines()]
     assert ["expected" in line for line in lines] == [False, True, True]
-
-
-def test_several_mistakes_lack_what_each_of_them_lacks() -> None:
-    for others, lacks in ((Lack.package, "package"), (Lack.room, None), (None, None)):
-        mistakes = [ConfigError("one", lacks=Lack.package), ConfigError("two", lacks=others)]
-        with pytest.raises(ConfigError) as raised:
-            raise_all(mistakes)
-        assert raised.value.as_dict().get("lacks") == lacks
 
 
 @pytest.mark.parametrize(

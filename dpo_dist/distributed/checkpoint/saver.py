@@ -53,7 +53,7 @@ from dpo_dist.distributed.checkpoint.slices import (
     write_slices,
 )
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.foundation.errors import DISK_IS_FULL, CheckpointError, ConfigError, first_line, lack_behind
+from dpo_dist.foundation.errors import DISK_IS_FULL, CheckpointError, ConfigError, first_line
 from dpo_dist.foundation.files import (
     commit_folder,
     content_digest,
@@ -475,7 +475,6 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
             where=str(folder),
             got=str(error) + (f"; a checkpoint needs {size(needed)}" if needed else ""),
             remedy=f"{cure}, and run the same command again: it resumes from the last checkpoint",
-            lacks=lack_behind(error),
         ) from error
 
 

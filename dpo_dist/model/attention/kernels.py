@@ -1,6 +1,5 @@
 """Packed attention: choose the run's kernel, check it on the device, and register it with transformers."""
 
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
 from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype
-from dpo_dist.foundation.errors import ConfigError, Lack
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import is_installed
 from dpo_dist.model.architectures import ImageMask, recorded_arrangement
 from dpo_dist.model.attention.sdpa import (
@@ -162,28 +161,17 @@ class VarlenAttention:
                 deterministic=torch.are_deterministic_algorithms_enabled(),
                 attn_implementation=self.backend.value,
             )
-        sides = -1 if window is None else window - 1, 0 if is_causal else -1
-        return self._varlen(query, key, value, segments.lengths, scale, sides)
-
-    def _varlen(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        lengths: tuple[Tensor, Tensor, int, int],
-        scale: float,
-        window: tuple[int, int],
-    ) -> Tensor:
-        """Return attention by `torch.nn.attention.varlen`; older torch needs repeated key heads."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
-        options: dict[str, Any] = {"scale": scale, "window_size": window}
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        elif groups > 1:
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        attended = varlen_attn(query, key, value, *lengths, **options)
+        attended = varlen_attn(
+            query,
+            key,
+            value,
+            *segments.lengths,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0 if is_causal else -1),
+            enable_gqa=query.shape[1] > key.shape[1],
+        )
         assert isinstance(attended, Tensor)
         return attended
 
@@ -360,7 +348,6 @@ def choose_backend(setting: AttentionBackend, dtype: Dtype, device: torch.device
             got=setting,
             remedy=f"set model.attention=auto, or install {name}, built against the installed torch "
             "(pip install --no-build-isolation)",
-            lacks=Lack.package,
         )
     return setting
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_dist.config.keys import to_unset
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, lack_behind
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.architectures import auto_class, describe_reward_model, is_noise
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
@@ -167,7 +167,6 @@ def writing_errors(folder: Path) -> Iterator[None]:
             where=str(folder),
             got=str(error),
             remedy=_REMEDY,
-            lacks=lack_behind(error),
         ) from error
 
 

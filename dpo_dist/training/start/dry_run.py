@@ -54,7 +54,7 @@ from dpo_dist.training.start.inputs import (
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.preflight import FILE_CHECKS, CheckRow, Stage, make_all, make_checks
+from dpo_dist.training.start.preflight import make_all
 from dpo_dist.training.start.run_state import RunState, expected_start
 from dpo_dist.training.steps.schedule import check_schedule
 
@@ -92,7 +92,7 @@ def dry_run(
     *,
     trains: bool = True,
 ) -> CheckReport:
-    """Make the `CHECKS` after those of `check_start`, and return what they found.
+    """Make `CHECKS` after those of `check_start`, and return what they found.
 
     They load a run's inputs except weights, which are neither read nor downloaded from the hub, and encode
     the first records of each source. Raises one error with all faults of a stage.
@@ -102,8 +102,8 @@ def dry_run(
         trains: whether the run starts from the content of its directory.
     """
     look = _DryRun(config, models, trains and not models)
-    for stage in (Stage.policy, Stage.models, Stage.data, Stage.run):
-        make_checks(CHECKS, stage, look)
+    for checks in CHECKS:
+        make_all(partial(check, look) for check in checks)
     doctor = (
         "dpo-dist doctor with the same arguments examines all records, dpo-dist plan says memory and hours"
     )
@@ -330,17 +330,12 @@ def _numbers(counts: Mapping[str, int]) -> str:
 
 
 CHECKS = (
-    *FILE_CHECKS,
-    CheckRow(_run_dir, Stage.policy),
-    CheckRow(_policy, Stage.policy),
-    CheckRow(_template, Stage.models),
-    CheckRow(_evaluated, Stage.models),
-    CheckRow(_loss, Stage.models),
-    CheckRow(_metrics, Stage.models),
-    CheckRow(_reference, Stage.models),
-    CheckRow(_teacher, Stage.models),
-    CheckRow(_records, Stage.data),
-    CheckRow(_steps, Stage.run),
+    (_run_dir, _policy),
+    (_template, _evaluated, _loss, _metrics, _reference, _teacher),
+    (_records,),
+    (_steps,),
 )
-"""The checks of `--check` in their order. A start makes those without torch alike, and the others with all
-records, on all processes."""
+"""The checks of `--check` in groups: the policy without weights, other models, first records, schedule.
+
+A group needs what those before it have loaded. A start makes these checks with all records, on all processes.
+"""

@@ -34,7 +34,7 @@ from dpo_dist.config.schema import (
     TrainerConfig,
 )
 from dpo_dist.distributed.deepspeed_config import SUB_GROUP
-from dpo_dist.foundation.errors import ConfigError, Lack
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import describe_reward_model, recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
@@ -656,5 +656,4 @@ def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
             expected=f"{size(needed)}: up to {at_once} more checkpoints of {size(checkpoint)}, a model of "
             f"{size(model)}",
             remedy="make room, set run.dir to another disk, or lower trainer.keep_last",
-            lacks=Lack.room,
         )

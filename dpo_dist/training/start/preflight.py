@@ -9,9 +9,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from enum import StrEnum
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,6 @@ from dpo_dist.config.schema import (
     FLASH_ATTN,
     FusedLayers,
     ParallelismConfig,
-    ParallelismKind,
     ReferenceMode,
     Resume,
     RunConfig,
@@ -34,7 +31,6 @@ from dpo_dist.foundation.errors import (
     ConfigError,
     DataError,
     DpoDistError,
-    Lack,
     ReferenceModelError,
     raise_all,
 )
@@ -54,18 +50,6 @@ from dpo_dist.model.files.folder import (
 from dpo_dist.training.start.run_state import check_newest_checkpoint
 
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger", "flash-attn": "flash-attn"}
-
-
-Stage = StrEnum("Stage", ["files", "policy", "models", "data", "run"])
-"""When a check is made: before torch is imported, and for `--check` with the policy except its weights, with
-other models, with the first records, with all of these. A stage needs what those before it have loaded."""
-
-
-class CheckRow(NamedTuple):
-    """A check of a start: the function that raises an error, and the stage."""
-
-    check: Callable[[Any], None]
-    stage: Stage
 
 
 class _Start(NamedTuple):
@@ -104,12 +88,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     a launcher that is called later. Raises one error with all faults.
     """
     if os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0"):
-        make_checks(FILE_CHECKS, Stage.files, _Start(config, trains, starts or "WORLD_SIZE" in os.environ))
-
-
-def make_checks(checks: Iterable[CheckRow], stage: Stage, start: Any) -> None:
-    """Make the checks of a stage in order, each with `start`. Raises one error with all faults."""
-    make_all(partial(row.check, start) for row in checks if row.stage is stage)
+        start = _Start(config, trains, starts or "WORLD_SIZE" in os.environ)
+        make_all(partial(check, start) for check in FILE_CHECKS)
 
 
 def make_all(checks: Iterable[Callable[[], Any]]) -> None:
@@ -153,7 +133,7 @@ def _packages(start: _Start) -> None:
                 install = install_extra(_EXTRAS[package])
             message = f"{package} is not installed"
             remedy = f"{install}, or set {key}={instead}"
-            faults.append(ConfigError(message, where=key, got=value, remedy=remedy, lacks=Lack.package))
+            faults.append(ConfigError(message, where=key, got=value, remedy=remedy))
     raise_all(faults)
 
 
@@ -168,22 +148,6 @@ def _trackers(start: _Start) -> None:
             where="tracking.to",
             got=", ".join(absent),
             remedy=f"pip install {' '.join(absent)}, or set {shlex.quote(f'tracking.to=[{others}]')}",
-            lacks=Lack.package,
-        )
-
-
-def _compiled_shards(start: _Start) -> None:
-    is_sharded = start.config.parallelism.kind is ParallelismKind.zero3
-    is_compiled = start.trains and start.config.model.fused is FusedLayers.compile
-    torch_version = version("torch")
-    is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
-    if is_compiled and is_sharded and is_old:
-        raise ConfigError(
-            "compiled layers lose gradients of sharded weights in torch before 2.12",
-            where="model.fused",
-            got=f"compile with parallelism=zero3 and torch {torch_version}",
-            remedy="update torch, or set model.fused=none or parallelism=zero2",
-            lacks=Lack.package,
         )
 
 
@@ -306,17 +270,16 @@ def _folders(start: _Start) -> None:
 
 
 FILE_CHECKS = (
-    CheckRow(_checkpoint, Stage.files),
-    CheckRow(_loss_function, Stage.files),
-    CheckRow(_packages, Stage.files),
-    CheckRow(_trackers, Stage.files),
-    CheckRow(_compiled_shards, Stage.files),
-    CheckRow(_groups, Stage.files),
-    CheckRow(_policy, Stage.files),
-    CheckRow(_reference, Stage.files),
-    CheckRow(_teacher, Stage.files),
-    CheckRow(_sources, Stage.files),
-    CheckRow(_run_folder, Stage.files),
-    CheckRow(_folders, Stage.files),
+    _checkpoint,
+    _loss_function,
+    _packages,
+    _trackers,
+    _groups,
+    _policy,
+    _reference,
+    _teacher,
+    _sources,
+    _run_folder,
+    _folders,
 )
 """The checks that need no torch, in their order."""

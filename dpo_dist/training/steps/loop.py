@@ -27,7 +27,6 @@ from dpo_dist.foundation.console import TRAINING, Console
 from dpo_dist.foundation.signals import BY_CALLBACK
 from dpo_dist.foundation.text import duration, percent_of, size
 from dpo_dist.objective.metrics import PairColumn
-from dpo_dist.training.clock import StepClock
 from dpo_dist.training.reporting.protocols import Ask, OnStep, Samples, StepDone
 from dpo_dist.training.reporting.recorder import Recorder
 from dpo_dist.training.start.inputs import Inputs
@@ -157,14 +156,13 @@ class Loop:
         """
         # The step: next batch, forward and backward, update, and one sum of metrics and votes over the ranks.
         world = self.run.world
-        clock = StepClock(self.run.world.device)
-        clock.enter("data")
+        started = time.monotonic()
         ready = next(ready_steps)
         rank_batch = ready.rank_batch
         pairs = ready.rank_batch.pairs
         partners = rank_batch.partners
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
-        sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
+        sums, norm = train_step(self.policy, self.objective, ready, rate, world, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
         asked = self._ask_user(position.step)
@@ -181,15 +179,12 @@ class Loop:
         asked_for = {ask for ask, count in zip(votes, counts, strict=True) if count}
         # Committing is collective, so it waits for the step at which every rank's files are written.
         if writers == world.size:
-            clock.enter("checkpoint")
             self.checkpoints.commit()
-            clock.enter("other")
         if lost:
             self.policy.check_gradients()
         # What the step did: an update, a smaller loss scale, or a bad step whose pairs are written down.
         overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
         running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)
-        times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         tokens = rank_batch.tokens
         flops = self.inputs.flops.step(
             rank_batch.computed_tokens, rank_batch.targets, rank_batch.attended, rank_batch.image_tokens
@@ -203,12 +198,12 @@ class Loop:
             steps=1,
             sums=totals.sums,
             counts=totals.counts,
-            values={**running, "grad_norm": totals.grad_norm, **times},
+            values={**running, "grad_norm": totals.grad_norm},
             learning_rate=rate,
             pairs=pairs,
             tokens=tokens,
             flops=flops,
-            seconds=sum(times.values()),
+            seconds=time.monotonic() - started,  # the sum of the metrics waited for the device
         )
         position.step += 1
         position.pairs_seen += pairs

@@ -18,7 +18,7 @@ class LogWindow:
     steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # by metric, as `counts`
     counts: dict[str, float] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)  # gradient norm, changing loss parameters, time/*
+    values: dict[str, float] = field(default_factory=dict)  # gradient norm, changing loss parameters
     learning_rate: float = 0.0  # of the last step
     pairs: int = 0
     tokens: int = 0  # computed tokens; a shared prompt counts once

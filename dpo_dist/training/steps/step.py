@@ -49,7 +49,6 @@ from dpo_dist.objective.router import AUX_LOSS, BUSIEST, RouterLoss, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.teacher import Teacher
-from dpo_dist.training.clock import Phase, StepClock
 
 _BATCHES_AHEAD = 4
 
@@ -104,14 +103,13 @@ class Objective:
         batches: Iterable[PackedBatch],
         facts: BatchFacts,
         device: torch.device,
-        enter: Callable[[Phase], None] = lambda _phase: None,
         *,
         is_evaluation: bool = False,
     ) -> Iterator[ScoredPairs]:
         """Yield the scores of each micro-batch by the reference and by `model`; collective.
 
-        If `model` is None, the reference's log-probs also count as the policy's. `enter` is called with each
-        phase of a step. An evaluation of a model also has entropies.
+        If `model` is None, the reference's log-probs also count as the policy's. An evaluation of a model
+        also has entropies.
         """
         statistic_names: list[Statistic] = []
         if self.teacher is not None:
@@ -124,14 +122,11 @@ class Objective:
         if is_evaluation and self.teacher is not None:
             statistic_names.append("agreement")
         for host_batch in batches:
-            enter("data")
             batch = host_batch.to(device)
             # The reference first: its activations are gone before the policy's are kept for the backward.
-            enter("reference")
             reference = self.reference.token_logps(batch)
             if self.teacher is not None:
                 batch = self.teacher.answer(batch)
-            enter("forward")
             routing = None
             if model is None:
                 assert reference is not None
@@ -190,7 +185,6 @@ class Objective:
         partners: Iterable[PackedBatch],
         world: World,
         running: RunningMeans,
-        enter: Callable[[Phase], None] = lambda _phase: None,
     ) -> BatchFacts:
         """Return facts of a global batch that losses need; collective if the loss needs `partners`."""
         facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
@@ -199,7 +193,7 @@ class Objective:
         # Partners are no training data, so they do not count for the routers.
         unrouted = replace(self, router=None)
         total = torch.zeros(1, dtype=torch.float64, device=world.device)
-        for scored in unrouted.score(model, partners, facts, world.device, enter):
+        for scored in unrouted.score(model, partners, facts, world.device):
             ratios = log_ratios(scored.policy, scored.reference, self.loss)
             total += (ratios.chosen * scored.weights).sum()
         return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
@@ -277,7 +271,6 @@ def train_step(
     step: ReadyStep,
     rate: float,
     world: World,
-    clock: StepClock,
     running: RunningMeans,
 ) -> tuple[MetricSums, Tensor]:
     """Update the policy on one global batch; collective.
@@ -295,7 +288,7 @@ def train_step(
     # forwards and sum of selections; then forward and backward of each micro-batch, the update, the metrics.
     if objective.loss.needs_partners:
         policy.train(False)
-    facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
+    facts = objective.facts(policy, rank_batch, step.partners, world, running)
     plan = objective.plan(rank_batch)
     sums = MetricSums.zeros(plan, device)
     slopes = list[Tensor]()
@@ -305,7 +298,7 @@ def train_step(
     if objective.loss.is_coupled:
         policy.train(False)
         with torch.no_grad():
-            scored_before = list(objective.score(policy, step.batches, facts, device, clock.enter))
+            scored_before = list(objective.score(policy, step.batches, facts, device))
         pairs = gather_pairs(scored_before, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs)]
         loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
@@ -315,7 +308,6 @@ def train_step(
             sums = batch_sums
         objective = replace(objective, reference=ReferenceProvider())  # the reference is already in `slopes`
     # Forward and backward, one micro-batch after the other: only one has its activations in memory.
-    clock.enter("forward")
     routers = None
     if objective.router is not None:
         routing = [pairs.routing for pairs in scored_before if pairs.routing is not None]
@@ -323,7 +315,7 @@ def train_step(
             objective.router, policy, step.batches, rank_batch.unshared_tokens, routing, world
         )
     policy.train()
-    scored = objective.score(policy, step.batches, facts, device, clock.enter)
+    scored = objective.score(policy, step.batches, facts, device)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
         if objective.loss.is_coupled:
             # The chain rule: slope times log-prob has the gradient of the whole batch's loss. For a dummy, of
@@ -340,11 +332,8 @@ def train_step(
             loss, sums = routers.add(loss, pairs.routing, sums)
         if objective.loss.is_unpaired:
             rewards.append(label_rewards(pairs, objective.loss)[None])
-        clock.enter("backward")
         policy.backward(loss, is_last=number == len(step.batches))
-    clock.enter("optimizer")
     grad_norm = policy.step(rate)
-    clock.enter("other")
     return _with_label_metrics(sums, rewards, rank_batch, facts, world), grad_norm
 
 
@@ -454,14 +443,15 @@ def evaluate(
     values = list[dict[str, Tensor]]()
     scored = list[ScoredPairs]()
 
-    def enter(phase: Phase) -> None:
-        if phase == "data":
+    def watched(batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+        for batch in batches:
             check_stop()
+            yield batch
 
     with objective.prefetch_batches(rank_batch.partners, world.device) as batches:
-        facts = objective.facts(model, rank_batch, batches, world, running, enter)
+        facts = objective.facts(model, rank_batch, watched(batches), world, running)
     with objective.prefetch_batches(rank_batch, world.device) as batches:
-        for pairs in objective.score(model, batches, facts, world.device, enter, is_evaluation=True):
+        for pairs in objective.score(model, watched(batches), facts, world.device, is_evaluation=True):
             values.append(pair_values(plan, pairs.policy, pairs.reference))
             if objective.loss.is_coupled:
                 scored.append(pairs)

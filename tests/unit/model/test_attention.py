@@ -36,8 +36,7 @@ from tests.support.kernels import (
     flash_attn_varlen_func,
     masked_attention,
     put_kernels,
-    varlen_of_torch_2_11,
-    varlen_of_torch_2_13,
+    varlen_attn_of_groups,
 )
 
 pytestmark = pytest.mark.slow
@@ -83,35 +82,32 @@ def test_a_device_without_the_kernels_uses_sdpa(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize(
-    ("backend", "varlen"),
-    [*((backend, varlen_of_torch_2_13) for backend in KERNELS), (KERNELS[0], varlen_of_torch_2_11)],
-)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_correct_kernel_passes(
-    backend: AttentionBackend, varlen: Any, text: str, monkeypatch: pytest.MonkeyPatch
+    backend: AttentionBackend, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_kernels(monkeypatch, varlen)
+    put_kernels(monkeypatch)
     check_kernel(backend, CPU, TEXTS[text], torch.bfloat16, ImageMask.whole)
 
 
 def wrong_backward(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
     halved = key.clone()
     halved.register_hook(lambda gradient: gradient / 2)  # type: ignore[no-untyped-call]
-    return varlen_of_torch_2_13(query, halved, value, *lengths, **options)
+    return varlen_attn_of_groups(query, halved, value, *lengths, **options)
 
 
 def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
     if query.shape[-1] > 32:
         raise RuntimeError("head_dim should be at most 32\nat kernel.cu:1")
-    return varlen_of_torch_2_13(query, *args, **options)
+    return varlen_attn_of_groups(query, *args, **options)
 
 
 def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
-    return varlen_of_torch_2_13(*args, window_size=(-1, window_size[1]), **options)
+    return varlen_attn_of_groups(*args, window_size=(-1, window_size[1]), **options)
 
 
 def is_always_causal(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
-    return varlen_of_torch_2_13(*args, window_size=(window_size[0], 0), **options)
+    return varlen_attn_of_groups(*args, window_size=(window_size[0], 0), **options)
 
 
 def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
@@ -131,7 +127,7 @@ def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
 def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
     kernel: Any, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel), wraps(flash_attn_varlen_func)(kernel))
+    put_kernels(monkeypatch, wraps(varlen_attn_of_groups)(kernel), wraps(flash_attn_varlen_func)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
         check_kernel(KERNELS[text == "capped"], CPU, TEXTS[text], torch.bfloat16, ImageMask.in_windows)
     assert message in raised.value.got

@@ -29,7 +29,6 @@ from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.packing import COSTS, dataset_of, random_pairs
@@ -210,7 +209,7 @@ def test_losses_and_gradients_equal_the_padded_model_with_labels(
     assert len(plan.micro_batches) > 1
     ready = objective.ready_step(plan, CPU)
     policy = OneProcess(model)
-    sums, _ = train_step(policy, objective, ready, 1.0, world, StepClock(CPU), RunningMeans())  # type: ignore[arg-type]
+    sums, _ = train_step(policy, objective, ready, 1.0, world, RunningMeans())  # type: ignore[arg-type]
     expected_loss, expected_gradients, logps = plain_loss_and_gradients(loss, folders)
     means = sums.means()
     assert means["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)

@@ -20,10 +20,10 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start
-from dpo_dist.training.start.dry_run import CHECKS, dry_run
+from dpo_dist.training.start.dry_run import dry_run
 from dpo_dist.training.start.inputs import load_inputs
 from dpo_dist.training.start.open_run import Run, open_run
-from dpo_dist.training.start.preflight import Stage, check_start, checked_console
+from dpo_dist.training.start.preflight import check_start, checked_console
 from dpo_dist.training.start.run_state import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -121,13 +121,6 @@ def test_all_faults_that_a_start_can_see_are_one_error(
     assert len(error.parts) == 9
 
 
-def test_the_checks_are_in_the_order_of_their_stages() -> None:
-    stages = [row.stage for row in CHECKS]
-    assert stages == sorted(stages, key=list(Stage).index)
-    assert {*stages} == {*Stage}
-    assert len({row.check for row in CHECKS}) == len(CHECKS)
-
-
 def test_all_faults_of_a_stage_of_a_check_are_one_error(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n' * 20)
     (tmp_path / "worse.jsonl").write_text('{"text": 2}\n' * 20)
@@ -168,19 +161,6 @@ def test_a_model_that_this_user_may_not_read_is_not_said_to_be_missing(closed: s
         error = error_for_other_user(lambda: check_start(config))
     assert "this user may not read" in error
     assert f"{folder / 'model' / closed}, as user" in error
-
-
-def test_compiled_sharded_layers_need_torch_2_12(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dpo_dist.training.start.preflight.version", lambda _package: "2.11.0+cu130")
-    compiled = run_of(assets, tmp_path, "model.fused=compile")
-    error = refused(compiled)
-    assert "lose gradients" in error.message
-    assert "set model.fused=none" in error.remedy
-    assert error.as_dict()["lacks"] == "package"
-    check_start(compiled)  # nothing is trained
-    check_start(run_of(assets, tmp_path, "model.fused=compile", "parallelism=zero2"), trains=True)
 
 
 # Failed starts

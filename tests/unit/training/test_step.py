@@ -22,7 +22,6 @@ from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.teacher import Teacher
-from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, evaluate, reduce_step, train_step
 from tests.support.alone import ALONE
 from tests.support.cache import opened
@@ -74,9 +73,9 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_global_batch(
     rows, ranks, total = np.arange(len(dataset)), 1 if loss.is_coupled else 2, 0.0
     for rank in range(ranks):
         share = shard_batch(dataset, rows, rank, ranks, budget, COSTS, loss)
-        step, clock = objective.ready_step(share, ALONE.device), StepClock(ALONE.device)
+        step = objective.ready_step(share, ALONE.device)
         engine = cast(PolicyEngine, policy)
-        sums, norm = train_step(engine, objective, step, 1e-3, ALONE, clock, RunningMeans())
+        sums, norm = train_step(engine, objective, step, 1e-3, ALONE, RunningMeans())
         reduced = reduce_step(sums, [], norm, ALONE)
         assert reduced.grad_norm == NORM
         total += reduced.sums["loss"]
@@ -109,9 +108,9 @@ def test_a_teacher_that_is_certain_of_the_chosen_response_teaches_as_sft_does(
         teacher = Teacher(kept, engine=cast(Engine, rows)) if loss.needs_teacher else None
         objective = Objective(loss, cast(ReferenceProvider, reference), teacher=teacher)
         share = shard_batch(dataset, np.arange(len(dataset)), 0, 1, 64, COSTS, loss)
-        step, clock = objective.ready_step(share, ALONE.device), StepClock(ALONE.device)
+        step = objective.ready_step(share, ALONE.device)
         engine = cast(PolicyEngine, policy)
-        sums, norm = train_step(engine, objective, step, 1e-3, ALONE, clock, RunningMeans())
+        sums, norm = train_step(engine, objective, step, 1e-3, ALONE, RunningMeans())
         losses.append(reduce_step(sums, [], norm, ALONE).sums["loss"])
         gradients.append(policy.gradient())
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
