@@ -54,8 +54,9 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
 Each name is imported when it is asked for: a tool that reads files imports no torch.
 """
 
-from importlib import import_module  # noqa: TID251  (no code of the user)
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpo_dist.foundation.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dpo_dist.config.command_line import run_verb, write_command
@@ -173,72 +174,4 @@ if TYPE_CHECKING:
     from dpo_dist.training.start.preflight import check_groups, check_start
     from dpo_dist.training.start.prepared_data import prepare_data, saved_by_tree
 
-_NAMES = {
-    "config.command_line": "run_verb write_command",
-    "config.compose": "parse_overrides read_keys",
-    "config.extensions": "Extension Verb",
-    "config.identity": "loss_kinds",
-    "config.keys": "run_keys strip_indices to_unset verb_keys",
-    "config.load": "changed_keys complete_config load_run_config saved_config to_yaml",
-    "config.losses": "KINDS LossConfig LossKind kinds_using loss_unit",
-    "config.metrics": """
-        ACCURACIES AGREEMENT ALL AUC CUSTOM EXCESS GROUP_METRICS LOSS_METRICS MAIN MARGIN_PERCENTILES METRICS
-        PREFIX TERMS find_metric is_evaluation results_name
-    """,
-    "config.mistakes": "FAILURES explained fits",
-    "config.rules": "LOSS Rule check_rules needs_of unused unused_beside value_at without_evaluations",
-    "config.run_folder": """
-        PathBelow RunFolder check_writable checkpoint_step existing_run is_checkpoint strip_key
-    """,
-    "config.schema": """
-        UNSET Direction Dtype ImagesConfig ModelConfig Offload ParallelismKind ReferenceMode RunConfig
-    """,
-    "config.verbs": "VERBS",
-    "distributed.deepspeed_config": "unsharded_loading",
-    "distributed.memory": "explain_out_of_memory return_memory",
-    "distributed.processes.world": "Interrupted Stops",
-    "distributed.zero": "Engine",
-    "encoded.build": "no_progress",
-    "encoded.dataset": "PreferenceDataset PromptImages",
-    "encoded.workers": "in_chunks in_order",
-    "model.architectures": "context_length",
-    "model.files.folder": "check_tokenizer_files description_folder local_model_folder model_folder",
-    "model.files.load": """
-        TORCH_DTYPES load_config load_encoder load_tokenizer load_weights
-        tokenizer_digest
-    """,
-    "model.files.stops": "find_stop_ids",
-    "model.flops": "REACHED_SHARES matmul_peak",
-    "model.generation": "NotFiniteError WrongGenerationError can_mix_lengths extend image_inputs",
-    "model.numerics": "has_products",
-    "model.packed": "packed_logps rope_limit",
-    "objective.intervals": "Column bootstrap_intervals wilson_interval",
-    "objective.metrics": "PairValues",
-    "reference.digest": "digest_model",
-    "reference.engine": "fault_agreement load_reference",
-    "reference.model_source": "ModelSource find_files find_model",
-    "training.evaluation.table": "EVALUATION_METRICS evaluation_cells",
-    "training.evaluation.trained_prompts": "count_trained",
-    "training.export": "checkpoint_as_model merge_adapter whole_model",
-    "training.reporting.history": "RunHistory",
-    "training.reporting.metrics_log": "MetricsRow final_and_best finite is_collapsed",
-    "training.reporting.protocols": "Reporting",
-    "training.start.dry_run": "dry_run start_in_words",
-    "training.start.footprint": """
-        GPUS_PER_NODE Footprint Shapes policy_without_weights teacher_without_weights
-    """,
-    "training.start.inputs": "Inputs check_shapes on_every_rank",
-    "training.start.named_models": "locate_model short_name",
-    "training.start.open_run": "DEFAULT_TOKENS Run joined_run",
-    "training.start.preflight": "check_groups check_start",
-    "training.start.prepared_data": "prepare_data saved_by_tree",
-}
-"""The same names by the module that has them; a test compares them with the imports above."""
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a name when it is asked for: some import torch, which takes seconds."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"dpo_dist.{_MODULE_OF[name]}"), name)
+__all__, __getattr__ = lazy_names(__name__, __file__)

@@ -25,8 +25,9 @@ source says (`PreferenceRecord`), an example what a model reads (`Example`); a r
 Each name is imported when it is asked for: a part needs no package of the others.
 """
 
-from importlib import import_module  # noqa: TID251  (no code of the user)
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpo_dist.foundation.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dpo_dist.data.config import (
@@ -65,28 +66,4 @@ if TYPE_CHECKING:
     from dpo_dist.data.text.render import final_tokens, trained_stops
     from dpo_dist.data.text.template import ChatTemplate
 
-_NAMES = {
-    "config": "DataConfig ScoredDataConfig Source SourceConfig UnpairedDataConfig",
-    "counts": "DataCounts Outcome describe_counts named_in_one_line",
-    "encode": "EncodedExample EncodedRecord encode_record",
-    "example": "Example ImageInput Mask TokenIds",
-    "formats": "read_records",
-    "images": "ExpandedImage ImageProcessor",
-    "read.files": "write_records",
-    "read.plain": "NUMBERS",
-    "read.sources": "DataSource full_name source_labels",
-    "records": "IMAGE SCORERS BadRecord Dialogue ImageFile Message Origin Part PreferenceRecord Prompt "
-    "RawRecord Record Response UnusableRecordError prompt_hash turns_of",
-    "text.render": "final_tokens trained_stops",
-    "text.template": "ChatTemplate",
-}
-"""The same names by the module that has them; a test compares them with the imports above."""
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = [*_MODULE_OF]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a name when it is asked for: those that read files take a fifth of a second."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+__all__, __getattr__ = lazy_names(__name__, __file__)

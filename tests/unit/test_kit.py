@@ -60,7 +60,7 @@ def test_the_trainer_takes_nothing_from_the_kit() -> None:
 
 def test_the_kit_has_each_of_its_names_from_the_module_that_defines_it() -> None:
     tree = ast.parse((PACKAGE / "kit.py").read_text())
-    imports = {name: home for home, name in taken(tree)}
+    imports = {name: home for home, name in taken(tree) if home != "dpo_dist.foundation.lazy"}
     assert sorted(imports) == sorted(NAMES.split())
     for name, home in imports.items():
         assert getattr(dpo_dist.kit, name) is getattr(sys.modules[home], name)
