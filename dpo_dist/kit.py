@@ -21,8 +21,8 @@ Beside this kit a tool takes from `dpo_dist.data` (records, templates, token ids
   checkpoint, `checkpoint_step` its step, `checkpoint_as_model` exports it, `whole_model` on all ranks.
   `locate_model` finds what a user calls a model, `short_name` names it.
 - **Metrics**: `METRICS` has their titles and forms (`find_metric`), among them `MAIN`, `ACCURACIES`, `AUC`,
-  `AGREEMENT`, `CUSTOM`, `TERMS`, `EXCESS`, `GROUP_METRICS`, `MARGIN_PERCENTILES` and `LOSS_METRICS`. Names of
-  evaluations (`is_evaluation`) begin with `PREFIX`, `ALL` and `results_name` name their parts.
+  `AGREEMENT`, `CUSTOM`, `TERMS`, `EXCESS` and `LOSS_METRICS`. Names of evaluations (`is_evaluation`) begin
+  with `PREFIX`; `ALL` names all their pairs.
 - **A run on disk**: `RunHistory` has what it wrote, with a `MetricsRow` for each step and evaluation.
   `finite` reads a row, `is_collapsed` judges it, `final_and_best` sums rows up.
 - **Evaluations**: `evaluation_cells` are the table of `EVALUATION_METRICS` of one, `count_trained` counts
@@ -73,16 +73,13 @@ if TYPE_CHECKING:
         AUC,
         CUSTOM,
         EXCESS,
-        GROUP_METRICS,
         LOSS_METRICS,
         MAIN,
-        MARGIN_PERCENTILES,
         METRICS,
         PREFIX,
         TERMS,
         find_metric,
         is_evaluation,
-        results_name,
     )
     from dpo_dist.config.mistakes import FAILURES, explained, fits
     from dpo_dist.config.rules import (

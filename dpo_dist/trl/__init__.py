@@ -7,18 +7,6 @@ from typing import Any
 
 from dpo_dist.foundation.installed import install_extra, is_installed
 
-_OLD = "in older versions of TRL only"
-_OTHERS = {
-    "ORPO": "from trl.experimental.orpo; our own run has loss.kind=orpo",
-    "CPO": "from trl.experimental.cpo; our own run has loss.kind=cpo and loss.kind=simpo",
-    "SimPO": "CPOTrainer from trl.experimental.cpo with loss_type='simpo'; our own run has loss.kind=simpo",
-    "BCO": f"{_OLD}; DPOTrainer has loss_type='bco_pair'",
-    "OnlineDPO": "from trl.experimental.online_dpo; dpo-dist pairs makes pairs by the policy",
-    "GKD": "from trl.experimental.gkd",
-    **dict.fromkeys(("PPO", "PRM", "XPO", "NashMD", "IterativeSFT", "DDPO", "AlignProp"), _OLD),
-}
-"""Where trainers are that `trl` itself does not have, by the name without `Trainer` or `Config`."""
-
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
@@ -45,9 +33,6 @@ def __getattr__(name: str) -> Any:
     for own in (DPOConfig, DPOTrainer, KTOConfig, KTOTrainer):
         if own.__name__ == name:
             return own
-    kind = name.removesuffix("Trainer").removesuffix("Config")
-    if not hasattr(trl, name) and kind in _OTHERS and kind != name:
-        raise ImportError(f"dpo_dist.trl has the trainers of DPO and KTO only; {name}: {_OTHERS[kind]}")
     value = getattr(trl, name)
     if name.endswith("Trainer"):
         say_once(f"{name} is TRL's own: its rows are padded")

@@ -93,9 +93,8 @@ def _todays(options: Mapping[str, Any], names: set[str], where: str) -> dict[str
         today[LONGEST_PROMPT] = older[LONGEST_PROMPT]
     elif faults:
         raise ArgumentError(where, faults)
-    if this_rank() == 0:
-        for line in lines:
-            log.warning("dpo_dist: %s: %s", where, line)
+    for line in lines:
+        _say(f"{where}: {line}")
     return today
 
 

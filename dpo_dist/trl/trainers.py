@@ -50,7 +50,6 @@ class _Guest:
         self._fallback: Fallback | None = None
         self._references: list[KeptReference] = []
         self._uses = 0
-        self._placed_reference: Any = None
         self._has_counted_prompts = False
         with _after_each_head(self._place, type(self)):
             super().__init__(*arguments, **trainer_arguments(type(self), options))
@@ -78,7 +77,6 @@ class _Guest:
         if self._fallback is not None:
             kept = None if is_live else self._kept(model, frozenset())
             PackedForward(model, self._fallback, kept, is_reference=True)
-            self._placed_reference = model
             return
         adapters = getattr(trainer.model, "peft_config", None) or {}
         models = [model, *([] if trainer.ref_model is None else [trainer.ref_model])]
@@ -101,7 +99,6 @@ class _Guest:
     def _in_use(self) -> Iterator[None]:
         """Write at the end of the outermost block what the store lacks."""
         self._uses += 1
-        self._say_if_replaced()
         try:
             yield
         finally:
@@ -109,15 +106,6 @@ class _Guest:
             if not self._uses:
                 for reference in self._references:
                     reference.flush()
-
-    def _say_if_replaced(self) -> None:
-        """Say that a reference which the script has put in the place of another has TRL's own forward."""
-        trainer: Any = self
-        if self._placed_reference is None or trainer.ref_model is None:
-            return
-        if trainer.accelerator.unwrap_model(trainer.ref_model) is not self._placed_reference:
-            assert self._fallback is not None
-            self._fallback.say("another ref_model is computed by TRL's own forward, and not kept")
 
     def _precompute_ref_logps(self, *arguments: Any, **options: Any) -> Any:
         with self._in_use():

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.text import number
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.page import write_comparison_page
@@ -53,7 +52,7 @@ def assert_readable(browser: Any, file: Path, charts: int) -> Watched:
     assert narrow.page.locator("figure canvas").count() == charts
     assert_inert(narrow)
     plain = opened(browser, file, java_script_enabled=False)
-    assert plain.page.locator("figure table").count() == charts
+    assert plain.page.locator("figure").count() == charts
     assert_inert(plain)
     watched = opened(browser, file)
     assert_inert(watched)
@@ -85,8 +84,6 @@ def test_the_page_of_a_run(tmp_path: Path, browser: Any) -> None:
     assert legend(watched, 1)[:2] == ["step 1", "accuracy 0.51"], "all charts show the same step"
     watched.page.mouse.move(0, 0)
     assert legend(watched)[0] == "step 30"
-    watched.page.get_by_text("values").first.click()
-    assert watched.page.get_by_role("row", name="30 0.4 0.41", exact=True).is_visible()
 
 
 def test_the_page_of_a_comparison(tmp_path: Path, browser: Any) -> None:
@@ -115,9 +112,9 @@ def test_the_page_of_a_comparison(tmp_path: Path, browser: Any) -> None:
 
 
 def test_the_page_of_the_doctor_hides_texts_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
-    config = RunConfig(run=FolderConfig(str(tmp_path)))
-    write_doctor_page(DoctorFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
-    watched = assert_readable(browser, DoctorFolder(config.run.path).doctor_page, 0)
+    folder = DoctorFolder(tmp_path)
+    write_doctor_page(folder, diagnosis(HOSTILE))
+    watched = assert_readable(browser, folder.doctor_page, 0)
     hidden = watched.page.locator(".trained", has_text="javascript:alert(3)")
     assert not hidden.is_visible()
     watched.page.locator(".prompt summary").focus()

@@ -46,17 +46,17 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
 
     with locked(RunFolder(elsewhere).lock, "trains"):
         ended = run_verb("sweep", command, prepare=fork_python)
-    assert ended.code == 3, ended.output
-    assert "optim.weight_decay=1e+38: trained by another process\n" in ended.output
+    assert ended.code == 2, ended.output
+    assert "optim.weight_decay=1e+38: invalid" in ended.output
     assert "optim.weight_decay=1e+38: point 4 of 4" in ended.output, "the number that it had before"
     assert (first / "run_state.json").stat().st_mtime_ns == finished, "it was run again"
     results = json.loads((root / "sweep-run/sweep.json").read_text())
     assert (root / "sweep-run/report.html").is_file()
     rows = dict(zip(points, results["points"], strict=True))
-    assert [row["outcome"] for row in rows.values()] == [
-        *("completed", "trained by another process", "completed", "diverged")
-    ]
-    assert ["not finite" in row.get("error", "") for row in rows.values()] == [False, False, False, True]
+    assert [row["outcome"] for row in rows.values()] == [*("completed", "invalid", "completed", "diverged")]
+    errors = [row.get("error", "") for row in rows.values()]
+    assert ["another process" in error for error in errors] == [False, True, False, False]
+    assert ["not finite" in error for error in errors] == [False, False, False, True]
     assert f"({root}/sweep-run/logs/{diverges.name}.log)" in ended.output
     assert "Their losses differ" in ended.output, "they are not ranked"
     for words, run in points.items():

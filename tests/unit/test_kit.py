@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 KIT = "dpo_dist.kit"
 NAMES = """
     ACCURACIES AGREEMENT ALL AUC CUSTOM DEFAULT_TOKENS EVALUATION_METRICS EXCESS FAILURES GPUS_PER_NODE
-    GROUP_METRICS KINDS LOSS LOSS_METRICS MAIN MARGIN_PERCENTILES METRICS PREFIX REACHED_SHARES TERMS
+    KINDS LOSS LOSS_METRICS MAIN METRICS PREFIX REACHED_SHARES TERMS
     TORCH_DTYPES UNSET VERBS Column Direction Dtype Engine Extension Footprint
     ImagesConfig Inputs Interrupted LossConfig LossKind MetricsRow ModelConfig ModelSource
     NotFiniteError Offload PairValues ParallelismKind PathBelow PreferenceDataset PromptImages
@@ -28,7 +28,7 @@ NAMES = """
     kinds_using load_config load_encoder load_reference load_run_config load_tokenizer load_weights
     local_model_folder locate_model loss_kinds loss_unit matmul_peak merge_adapter model_folder needs_of
     no_progress on_every_rank packed_logps parse_overrides policy_without_weights prepare_data read_keys
-    results_name return_memory rope_limit run_keys run_verb saved_by_tree saved_config short_name
+    return_memory rope_limit run_keys run_verb saved_by_tree saved_config short_name
     start_in_words strip_indices strip_key teacher_without_weights to_unset to_yaml tokenizer_digest
     unsharded_loading unused unused_beside value_at verb_keys whole_model wilson_interval
     without_evaluations write_command

@@ -51,7 +51,7 @@ def main(config: RunConfig) -> int:
         ExitCode.findings if diagnosis.fails(config.section_of(DoctorConfig).fail_on) else ExitCode.completed
     )
     pages.write_doctor_report(folder, diagnosis, exit_code)
-    pages.write_doctor_page(folder, diagnosis, config.data, config.section_of(DoctorConfig))
+    pages.write_doctor_page(folder, diagnosis)
     content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
     lines = pages.diagnosis_lines(diagnosis, folder)
     console_on(sys.stdout, config.console.style).result("diagnosis", content, lines)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Record, SourceConfig, source_labels
+from dpo_dist.data import DataConfig, DataSource, ImageProcessor, SourceConfig, source_labels
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.foundation.types import ProgressOf, Tokenizer
 from dpo_dist.kit import (
@@ -92,28 +92,16 @@ def examine(
     for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval)
         comparison.add_source(label, is_eval=is_eval)
-        _for_each_chunk(entry, observer.observe, [source.add, comparison.add], progress(label))
+        chunks = in_chunks(DataSource(entry).pinned().records())
+        with progress(label) as show, closing(in_order(chunks, observer.observe)) as observed:
+            for records in observed:
+                source.add(records)
+                comparison.add(records)
+                show(source.read)
         findings += source.findings()
         reports.append(source.report())
     across, findings_across = comparison.result()
     return Diagnosis(reports, across, most_serious_first([*findings, *findings_across]))
-
-
-def _for_each_chunk(
-    entry: SourceConfig,
-    work: Callable[[Sequence[Record]], list[_Result]],
-    uses: Sequence[Callable[[list[_Result]], None]],
-    progress: AbstractContextManager[Callable[..., None]],
-) -> None:
-    """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
-    source = DataSource(entry).pinned()
-    count = 0
-    with progress as show, closing(in_order(in_chunks(source.records()), work)) as chunks:
-        for results in chunks:
-            for use in uses:
-                use(results)
-            count += len(results)
-            show(count)
 
 
 def _label_balance(

@@ -6,13 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import dpo_dist
-from dpo_dist.data import DataConfig
 from dpo_dist.foundation import files
-from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import aligned, as_yaml, number, percent, pluralize, without_secrets
+from dpo_dist.foundation.text import aligned, number, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import Diagnosis
-from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Finding, Level, finding_block
 from dpo_dist.tools.pages.blocks import Heading, PageBlock, Table, Text, titled_section
@@ -21,11 +18,8 @@ from dpo_dist.tools.pages.render import page
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/output.schema.json."""
 
-_MOST_ROWS = 12
-_FEWEST_GUESSED = 0.55
 _SHOWN_EXAMPLES = 3  # on a screen
 _NO_MODEL = "No model is configured (model.path): texts were examined, tokens were not."
-_LEAKS = "By features of {}, with 95 % intervals; half of the pairs are guessed by chance."
 _CAUTION = "Texts of the data can be offensive or private. They are hidden until you open them."
 _KEY = "Green: counted by the loss. Violet: a special token. Red: cut by data.max_length. Others: context."
 
@@ -44,15 +38,8 @@ def write_doctor_report(folder: DoctorFolder, diagnosis: Diagnosis, exit_code: i
     files.write_json(folder.doctor_report, content)
 
 
-def write_doctor_page(
-    folder: DoctorFolder, diagnosis: Diagnosis, data: DataConfig, doctor: DoctorConfig
-) -> None:
+def write_doctor_page(folder: DoctorFolder, diagnosis: Diagnosis) -> None:
     """Write doctor.html."""
-    settings = [["model", str(without_secrets(str(diagnosis.model or "none")))]]
-    for name, content in (("data", data), ("doctor", doctor)):
-        for key, value in vars(content).items():
-            settings.append([f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))])
-    settings.append(["versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"])
     read = sum(source["read"] for source in diagnosis.sources)
     kept = sum(source["kept"] for source in diagnosis.sources)
     blocks: list[PageBlock] = [Text(f"{number(kept)} of {pluralize(read, 'record')} can be used.")]
@@ -66,7 +53,6 @@ def write_doctor_page(
     if diagnosis.shown:
         texts: list[PageBlock] = [Text(_CAUTION, "warning"), Text(_KEY, "note"), *diagnosis.shown]
         blocks += titled_section("Examples of findings, decoded", texts)
-    blocks += [Heading("Settings"), Table([], settings, "facts")]
     badges = counts_by_level(diagnosis.findings) or [("good", "no findings")]
     html = page(f"Data doctor: {folder.path.resolve().name}", blocks, badges)
     files.write_text(folder.doctor_page, html)
@@ -94,16 +80,6 @@ def _source(source: Mapping[str, Any]) -> Iterator[PageBlock]:
         numbers = [values["mean"], *percentiles.values(), values["largest"]]
         lengths.append([f"{name}\n{unit}", *map(number, numbers), cut])
     yield Table(titles, lengths)
-    leaks = [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS]
-    if leaks:
-        rows = []
-        for test in leaks:
-            interval = f"{percent(test['low'])} to {percent(test['high'])}"
-            feature = test["feature"].replace("_", " ")
-            rows.append([feature, f"{percent(test['accuracy'])}\n{interval}", test["detail"]])
-        pairs = pluralize(leaks[0]["pairs"], "pair")
-        yield Text(_LEAKS.format(pairs), title="Can the chosen response be guessed from its form?")
-        yield Table(["feature", "accuracy", "detail"], rows)
 
 
 def _numbers(title: str, fields: Mapping[str, float]) -> Table:

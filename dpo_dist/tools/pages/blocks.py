@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.foundation.text import aligned, number
+from dpo_dist.foundation.text import aligned
 from dpo_dist.tools.pages.thumbnails import Thumbnails
 
 FloatArray = NDArray[np.float64]
@@ -25,7 +25,6 @@ COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
 
 _LARGEST = 1e100  # an axis of a larger value has no ticks
 _MOST_POINTS = 400
-_TABLE_STEPS = 12
 _SUFFIXES: Mapping[str, str] = {"mean": ", mean", "evaluation": " (evaluation)"}
 
 
@@ -146,21 +145,6 @@ class Chart:
         ticks = None if self.ticks is None else list(self.ticks.items())
         options = {"over": self.over, "hasLogValues": self.has_log_values, "isLog": self.is_log}
         return json.dumps({"lines": lines, "ticks": ticks, **options})
-
-    @property
-    def table(self) -> Table:
-        """Some of the values, for readers without script."""
-        shown = set[float]()
-        for line in self.lines:
-            shown.update(line.xs[:: max(1, len(line.xs) // _TABLE_STEPS)])
-            shown.update(line.xs[-1:])
-        by_x = [dict(zip(line.xs, line.ys, strict=True)) for line in self.lines]
-        ticks = self.ticks or {}
-        rows = [
-            [ticks.get(x) or number(x), *(number(ys[x]) if x in ys else "" for ys in by_x)]
-            for x in sorted(shown)
-        ]
-        return Table([self.over, *(line.name for line in self.lines)], rows)
 
 
 class Answers(NamedTuple):

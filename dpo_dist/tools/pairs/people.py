@@ -287,22 +287,15 @@ def outcome(judgements: Sequence[Annotation]) -> tuple[int | None, str]:
 
 
 def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
-    """Return counts and agreement of the judgements, without skips, as a JSON object.
+    """Return the agreement of the judgements, without skips, as a JSON object.
 
-    `annotators`: each one's number of judgements, and the share of decided ones for the left side (position
-    bias if far from 0.5). `between`: for every two annotators `items` that both judged, `agreed` (share of
-    equal verdicts).
+    `between`: for every two annotators `items` that both judged, `agreed` (share of equal verdicts).
     """
     by_annotator: dict[str, dict[str, Annotation]] = defaultdict(dict)
     for each in judgements:
         if each.verdict != SKIP:
             by_annotator[each.annotator][each.item] = each
-    annotators = {}
     between = []
-    for name, by_item in sorted(by_annotator.items()):
-        lefts = [each.verdict == _SIDES[each.left] for each in by_item.values() if each.verdict != TIE]
-        share = statistics.fmean(lefts) if lefts else None
-        annotators[name] = {"judged": len(by_item), "left_share": share}
     for names in itertools.combinations(sorted(by_annotator), 2):
         first, second = (by_annotator[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
@@ -310,7 +303,7 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
         if pairs:
             row["agreed"] = statistics.fmean(verdict == other for verdict, other in pairs)
         between.append(row)
-    return {"annotators": annotators, "between": between}
+    return {"between": between}
 
 
 def label_pairs(

@@ -1,25 +1,21 @@
 """Write the page about a run, from the verdict to the command that repeats it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.data import describe_counts
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import number, pluralize, without_secrets
+from dpo_dist.foundation.text import number, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.kit import (
-    ALL,
-    GROUP_METRICS,
-    MARGIN_PERCENTILES,
-    PREFIX,
     MetricsRow,
     RunFolder,
     RunHistory,
+    evaluation_cells,
     final_and_best,
-    results_name,
 )
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.findings import Level, finding_block
@@ -27,11 +23,9 @@ from dpo_dist.tools.pages.blocks import (
     Chart,
     Folded,
     Heading,
-    Interval,
     PageBlock,
     Table,
     Text,
-    above_interval,
     titled_section,
 )
 from dpo_dist.tools.pages.charts import charts_of_run
@@ -87,7 +81,6 @@ class PageFacts:
         rows = history.rows() if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, data_findings(folder))
-        self.by_source = metrics_by_source(rows)
         evaluation = _fields(folder.last_evaluation.results)
         # If a resumed run stopped early, the file has an earlier evaluation than the rows, and is not used.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
@@ -103,30 +96,6 @@ class PageFacts:
     def section(self, name: str) -> Fields:
         """Return a section of summary.json; empty if it is missing."""
         return self.summary.get(name) or {}
-
-    def intervals(self, name: str) -> Mapping[str, Sequence[float]]:
-        """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
-        return (self.evaluation.get(name) or {}).get("intervals") or {}
-
-
-def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:
-    """Return, by source, the last values of `GROUP_METRICS`; those of evaluations begin with `eval_`.
-
-    Empty for a run with one source.
-    """
-    last: dict[str, float] = {}
-    for row in rows:
-        if row["step"] > 0:
-            last |= row
-    by_source: dict[str, MetricsRow] = {}
-    for prefix in ("", PREFIX):
-        percentiles = {prefix + key for key in MARGIN_PERCENTILES}
-        for metric in GROUP_METRICS:
-            name = prefix + metric
-            for key, value in last.items():
-                if key.startswith(f"{name}/") and key not in percentiles:
-                    by_source.setdefault(key.removeprefix(f"{name}/"), {})[name] = value
-    return by_source
 
 
 def _fields(path: Path) -> Fields:
@@ -269,41 +238,8 @@ def _results(facts: PageFacts, folder: RunFolder) -> Iterator[PageBlock]:
 
 
 def _by_source(facts: PageFacts) -> Table | None:
-    """Return the table of accuracy and margin, of evaluation and training: all pairs, then each source."""
-    accuracy = facts.run.accuracy_key
-    title = facts.run.accuracy_title
-    unit = facts.run.unit
-    over_all = dict[str, float]()
-    for prefix, steps in (("", facts.run.steps), ("eval_", facts.run.evaluations)):
-        for key in (accuracy, MARGIN):
-            value = last(steps, key)
-            if value is not None:
-                over_all[prefix + key] = value
-    rows = [(f"all {unit}s", ALL, over_all)]
-    for label, row in sorted(facts.by_source.items()):
-        rows.append((label, results_name(label), row))
-    titles = {
-        f"eval_{accuracy}": f"evaluation {title}",
-        f"eval_{MARGIN}": "evaluation margin",
-        accuracy: f"training {title}",
-        MARGIN: "training margin",
-    }
-    keys = [key for key in titles if any(key in row for _, _, row in rows)]
-    lines = []
-    for label, results, row in rows:
-        ends = facts.intervals(results)
-        pairs = (facts.evaluation.get(results) or {}).get("eval_pairs")
-        remarks = [pluralize(pairs, f"evaluation {unit}")] if pairs else []
-        low, high = ends.get(f"eval_{accuracy}", (1, 1))
-        if low <= 1 / 2 <= high:
-            remarks.append("not better than guessing")
-        lines.append(
-            [f"{label}\n{', '.join(remarks)}", *(_cell(row.get(key), ends.get(key)) for key in keys)]
-        )
-    return Table(["source", *(titles[key] for key in keys)], lines) if keys else None
-
-
-def _cell(value: float | None, ends: Interval) -> str:
-    if value is None:
-        return ""
-    return above_interval(number(value), number(ends[0], 3), number(ends[1], 3)) if ends else number(value)
+    """Return the table of accuracy and margin of the last evaluation: all pairs, then each source."""
+    if not facts.evaluation:
+        return None
+    titles, *rows = evaluation_cells(facts.evaluation, (facts.run.accuracy_key, MARGIN))
+    return Table(titles, rows)

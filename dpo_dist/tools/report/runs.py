@@ -23,7 +23,6 @@ from dpo_dist.kit import (
     find_metric,
     finite,
     kinds_using,
-    results_name,
 )
 from dpo_dist.tools.pages import render
 from dpo_dist.tools.pages.blocks import (
@@ -303,8 +302,9 @@ def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, lis
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
     """Return the intervals of the last evaluation by metric, with those of each source."""
-    intervals = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
-    for label in facts.by_source:
-        of_source = facts.intervals(results_name(label))
-        intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
+    intervals = {}
+    for label, results in facts.evaluation.items():
+        suffix = "" if label == ALL else f"/{label}"
+        for key, ends in (results.get("intervals") or {}).items():
+            intervals[key.removeprefix("eval_") + suffix] = ends
     return intervals

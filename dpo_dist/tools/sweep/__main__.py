@@ -13,15 +13,14 @@ from dpo_dist.tools.sweep.folder import SweepFolder
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
 
-import os
 from pathlib import Path
 
 from dpo_dist.foundation.console import open_console
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
+from dpo_dist.foundation.errors import DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunFolder, check_start, run_verb
 from dpo_dist.tools.sweep.points import Points, load_points
-from dpo_dist.tools.sweep.training import PointTrainer, is_finished
+from dpo_dist.tools.sweep.training import is_finished, train_points
 
 
 def main(points: Points) -> int:
@@ -39,29 +38,20 @@ def main(points: Points) -> int:
         share = "" if parts == 1 else f", {len(points_of_part):,} of them in part {settings.part}"
         count = len(points_of_part) - len(unfinished)
         console.say(f"sweep: {len(points):,} points{share}, {count:,} finished")
-        trainer = PointTrainer(points, folder, console)
-        is_stopped = trainer.run(unfinished)
-        results = sweep_results(points, trainer.ends, folder)
+        codes, ends, is_stopped = train_points(points, unfinished, folder, console)
+        results = sweep_results(points, ends, folder)
         lines = [*sweep_lines(results, points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
             lines.append("stopped: the same command continues with the points that are not finished")
         console.result("sweep", results, lines)
-    codes = list(trainer.codes.values())
-    faults = [code for code in codes if code not in (ExitCode.completed, ExitCode.preempted)]
+    faults = [code for code in codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if faults and not is_stopped:
         return faults[0] if faults[0] in set(ExitCode) else ExitCode.failed
-    return ExitCode.preempted if is_stopped or any(codes) else ExitCode.completed
+    return ExitCode.preempted if is_stopped or any(codes.values()) else ExitCode.completed
 
 
 def check_points(points: Points) -> None:
     """Check of every point what needs no torch; raise one error with all mistakes."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            "a sweep starts the processes of its points itself",
-            where="accelerate launch",
-            got=f"{os.environ['WORLD_SIZE']} processes",
-            remedy="start one process: dpo-dist sweep ...; each point has all GPUs",
-        )
     mistakes = list[DpoDistError]()
     for config in points.values():
         try:
@@ -72,25 +62,16 @@ def check_points(points: Points) -> None:
 
 
 def check(points: Points) -> CheckReport:
-    """Check what points need before they use a GPU: return a fact for each, then the first point's details.
-
-    Points that load the same inputs are checked once. A point with other inputs has facts about them.
-    """
+    """Check what points need before they use a GPU; return a fact for each, then what the first loads."""
     check_points(points)
     from dpo_dist.kit import dry_run, start_in_words  # noqa: PLC0415  (slow)
 
-    loaded = dict[str, CheckReport]()
-    facts = list[tuple[str, str]]()
+    first = next(iter(points.values()))
+    report = dry_run(first)
+    facts = []
     for words, config in points.items():
-        loads = config.model, config.data, config.reference, config.loss, config.metrics, config.parallelism
-        key = repr(loads)
-        if key not in loaded:
-            loaded[key] = dry_run(config)
-        run = RunFolder(config.run.path)
-        common = next(iter(loaded.values()))
-        facts.append((" ".join(words), f"{run} ({start_in_words(config)})"))
-        facts += (fact for fact in loaded[key].facts if fact not in common.facts and fact[0] != "run.dir")
-    return common._replace(facts=[*facts, *common.facts])
+        facts.append((" ".join(words), f"{RunFolder(config.run.path)} ({start_in_words(config)})"))
+    return report._replace(facts=[*facts, *report.facts])
 
 
 if __name__ == "__main__":

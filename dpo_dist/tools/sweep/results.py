@@ -13,7 +13,6 @@ from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.sweep.figure import figures
 from dpo_dist.tools.sweep.folder import SweepFolder
 from dpo_dist.tools.sweep.points import Points, point_settings
-from dpo_dist.tools.sweep.training import ELSEWHERE
 
 _NOT_TRAINED = "not trained"
 _FIGURE = "sweep"  # the name of the figure's files, beside sweep.json
@@ -46,7 +45,7 @@ def _point(words: tuple[str, ...], config: RunConfig, end: End, folder: SweepFol
         final = facts.section("final")
         metrics = _values_of(final, [PREFIX + name for name in MAIN]) or _values_of(final, MAIN)
         row["metrics"] = metrics
-        row["intervals"] = _values_of(facts.intervals(ALL), metrics)
+        row["intervals"] = _values_of((facts.evaluation.get(ALL) or {}).get("intervals") or {}, metrics)
     elif error:
         row["error"] = error
     return row
@@ -74,7 +73,7 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
         text = " ".join(word.lstrip("+") for word in point) + f": {row['outcome']}"
         if "error" in row:
             lines.append(f"{text}: {row['error']} ({row['screen']})")
-        elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
+        elif row["outcome"] == _NOT_TRAINED:
             lines.append(text)
     if plots:
         images = [page.with_name(f"{_FIGURE}.{form}") for form in ("svg", "png")]

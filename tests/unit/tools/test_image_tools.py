@@ -28,7 +28,6 @@ from dpo_dist.model.files.load import load_packed
 from dpo_dist.reference.model_source import find_model
 from dpo_dist.tools.chat.conversation import open_conversation
 from dpo_dist.tools.doctor.examine import examine
-from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.folder import DoctorFolder
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
@@ -233,7 +232,7 @@ def test_the_doctor_tells_records_apart_by_their_images(
     ] * len(rows[is_encoded:])
     assert sum(uri is not None for pair in pairs for uri in pair.images) == 4
     run = DoctorFolder(tmp_path)
-    write_doctor_page(run, replace(found, shown=pairs), data, DoctorConfig())
+    write_doctor_page(run, replace(found, shown=pairs))
     page = run.doctor_page.read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
 

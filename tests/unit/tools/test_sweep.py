@@ -8,7 +8,6 @@ import pytest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
 from dpo_dist.tools.sweep.folder import SweepFolder
@@ -48,36 +47,25 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("code", "counts", "outcome", "error"),
+    ("code", "outcome", "error"),
     [
-        (0, 0, "completed", ""),
-        (75, 75, "preempted", ""),
-        (2, 2, "invalid", "configuration error: no"),
-        (1, 1, "failed", "configuration error: no"),
-        (3, 3, "diverged", "configuration error: no"),
-        (-9, -9, "signal 9", "configuration error: no"),
-        (127, 127, "exit code 127", "configuration error: no"),
-        (143, 143, "signal 15", "configuration error: no"),
+        (0, "completed", ""),
+        (75, "preempted", ""),
+        (2, "invalid", "configuration error: no"),
+        (1, "failed", "configuration error: no"),
+        (3, "diverged", "configuration error: no"),
+        (-9, "signal 9", "configuration error: no"),
+        (127, "exit code 127", "configuration error: no"),
+        (143, "signal 15", "configuration error: no"),
     ],
 )
-def test_a_point_ends_as_its_own_start_says(
-    code: int, counts: int, outcome: str, error: str, tmp_path: Path
-) -> None:
-    run, screen = RunFolder(tmp_path / "run"), tmp_path / "screen"
+def test_a_point_ends_as_its_own_start_says(code: int, outcome: str, error: str, tmp_path: Path) -> None:
+    screen = tmp_path / "screen"
     former = "configuration error: another process is training in this run directory\n"
     screen.write_text(former)
-    assert point_end(run, code, screen_since(screen, len(former))) == (counts, (outcome, ""))
+    assert point_end(code, screen_since(screen, len(former))) == (outcome, "")
     screen.write_text(f"{former}step 1\nconfiguration error: no\n  to do: x\n\n")
-    assert point_end(run, code, screen_since(screen, len(former))) == (counts, (outcome, error))
-
-
-def test_a_point_whose_run_another_process_has_is_trained_by_that(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    with locked(run.lock, "trains"):
-        for code in (1, 2):
-            assert point_end(run, code, "error: x") == (75, ("trained by another process", ""))
-        assert point_end(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
-    assert point_end(run, 2, "error: x") == (2, ("invalid", "error: x"))
+    assert point_end(code, screen_since(screen, len(former))) == (outcome, error)
 
 
 def test_a_point_is_finished_if_its_run_is_complete_with_its_settings(tmp_path: Path) -> None:
@@ -95,7 +83,7 @@ def test_a_point_is_finished_if_its_run_is_complete_with_its_settings(tmp_path: 
         assert is_finished(config) is expected
 
 
-def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
+def test_a_check_has_a_line_for_each_point_and_loads_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = list[RunConfig]()
@@ -108,9 +96,6 @@ def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
     monkeypatch.setattr(sweep, "check_points", lambda points: None)
     points = points_in(tmp_path, "loss.kind=sigmoid,ipo", "trainer.seed=range(3)")
     facts = sweep.check(points).facts
-    assert len(loaded) == 2
-    wanted = list[tuple[str, str]]()
-    for words, config in points.items():
-        wanted.append((" ".join(words), f"{config.run.dir} (new)"))
-        wanted += [("loss", "ipo")] * ("loss.kind=ipo" in words)
+    assert loaded == [next(iter(points.values()))]
+    wanted = [(" ".join(words), f"{config.run.dir} (new)") for words, config in points.items()]
     assert facts == [*wanted, ("run.dir", str(loaded[0].run.dir)), ("loss", "sigmoid")]

@@ -67,7 +67,7 @@ def evaluated(source: str) -> dict[str, Any]:
     of_source = {"eval_rewards/accuracies": [0.45, 0.65]}
     return {
         "all": {**values, "eval_pairs": 100, "intervals": whole},
-        source: {"eval_pairs": 40, "intervals": of_source},
+        source: {"eval_pairs": 40, "eval_rewards/accuracies": 0.55, "intervals": of_source},
     }
 
 

@@ -58,8 +58,6 @@ def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
     assert len(chart.data) < 10_000
     assert {50, -50, float(f"{values[-1]:.6g}")} <= set(first["ys"])
     assert second["xs"] == [1510, 1512]
-    assert len(chart.table.rows) < 40
-    assert chart.table.rows[-1][0] == "99,999"
 
 
 def test_the_moving_mean_has_no_gap_in_it() -> None:

@@ -38,8 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("training loss", "0.6900 0.4000"),
         ("evaluation accuracy 0", "0.625 0.625 0.625 at step 1"),
         ("run completed", "30 steps, 1 h 10 min of training, 1,920 pairs, 0.5 pairs/s, peak memory 3.0 GiB"),
-        ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
-        ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
+        ("Accuracy and margin", "all 100 0.625 [0.550, 0.700] 0.500 [0.400, 0.600]"),
+        ("Accuracy and margin", "math 40 0.550 [0.450, 0.650]"),
         (
             "train data:",
             "1,920 of 2,000 records kept: 80 dropped (identical_responses): two responses are the",
