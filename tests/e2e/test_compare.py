@@ -89,7 +89,7 @@ def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(pl
     assert "the judge's function gives no usable scores" in failed.output
     parts = place / "again/comparison/parts"
     written = {file: file.stat().st_mtime_ns for file in parts.glob("*/0*.jsonl")}
-    judged = [file for file in written if file.parent.name.startswith("judgements")]
+    judged = [file for file in written if file.parent.name.startswith("scores")]
     assert 0 < len(judged) < 5
     assert compare(place, "again", "pairs.function=some:score", "sampling.prompts=18").code == 0
     assert all(file.stat().st_mtime_ns == before for file, before in written.items())

@@ -2,7 +2,7 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from statistics import fmean
@@ -40,8 +40,7 @@ from dpo_dist.kit import (
 from dpo_dist.tools.compare.folder import ComparisonFolder
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
-from dpo_dist.tools.sampling.judges import Judge, Question
-from dpo_dist.tools.sampling.keys import SamplingConfig
+from dpo_dist.tools.sampling.keys import DropOrKeep, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
     DROPPED_PROMPT_PREFIX,
     PROMPTS_OF_A_PART,
@@ -53,6 +52,7 @@ from dpo_dist.tools.sampling.prompts import (
     open_judge_together,
 )
 from dpo_dist.tools.sampling.respond import Completions, open_generator
+from dpo_dist.tools.sampling.scores import finish_scores
 from dpo_dist.tools.sampling.settings import sampling_for
 
 _Row = dict[str, Any]
@@ -126,18 +126,14 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
             open_model.cache_clear()  # the next model needs the memory
             return_memory()
 
-        def judged(index: int) -> list[_Row]:
-            pairs = zip(*(_texts(parts, index) for parts in answers), strict=True)
-            return judge_pairs(prompts.parts[index], list(pairs), judge)
-
-        made_with = {"responses": [parts.folder.name for parts in answers], "judge": judge_facts}
-        judgements = prompts.finish("judgements", prompts.stage("judgements", made_with), judged)
+        scores = finish_scores(prompts, answers, judge, judge_facts, DropOrKeep.keep)
 
         def write() -> _Row:
             counts = Counter[str]()
             files.remove_abandoned(folder.comparison)
             with files.staged_file(folder.comparison_answers) as temporary:
-                rows = _rows(prompts, [model.name for model in models], answers, judgements, labels, counts)
+                names = [model.name for model in models]
+                rows = answer_rows(prompts, names, scores, labels, counts, is_judged=judge is not None)
                 if not files.write_lines(temporary, rows):
                     raise DataError(
                         "no prompt can be used with both models",
@@ -162,41 +158,6 @@ def compare_models(config: RunConfig, models: Sequence[NamedModel], console: Con
             return world.on_main(write)
 
 
-def _texts(parts: Parts, index: int) -> Iterator[str | None]:
-    """Yield a model's answer to each prompt of a part; None: the model cannot be asked."""
-    for row in map(Completions.from_row, parts.read(index)):
-        yield row.completions[0].content if row.completions else None
-
-
-def judge_pairs(
-    records: Sequence[PreferenceRecord], pairs: Sequence[tuple[str | None, ...]], judge: Judge | None
-) -> list[_Row]:
-    """Return for each prompt the `scores` of both answers, the `credit` of the second, and judge's `counts`.
-
-    The judge sees each different answer once, and no empty one. Equal answers tie, and an empty one loses;
-    without a usable score the credit is null. None: a model cannot be asked, and the judge is not either.
-    """
-    questions = []
-    for record, pair in zip(records, pairs, strict=True):
-        texts = [text for text in dict.fromkeys(pair) if text is not None and text.strip()]
-        is_asked = judge is not None and texts and None not in pair
-        questions.append(Question(record, tuple(texts)) if is_asked else None)
-    asked = [question for question in questions if question is not None]
-    judgements = iter([] if judge is None else judge.judge(asked))
-    rows = []
-    for pair, question in zip(pairs, questions, strict=True):
-        scores: list[float | None] = [None, None]
-        counts = dict[str, int]()
-        if question is not None:
-            judgement = next(judgements)
-            by_text = dict(zip(question.responses, judgement.scores, strict=True))
-            scores = [by_text.get(str(text)) for text in pair]
-            counts = dict(sorted((+judgement.counts).items()))
-        second_credit = None if judge is None or None in pair else credit(list(map(str, pair)), scores)
-        rows.append({"scores": scores, "credit": second_credit, "counts": counts})
-    return rows
-
-
 def credit(texts: Sequence[str], scores: Sequence[float | None]) -> float | None:
     """Return what the second of two answers gets: 1 if it is better, one half for a tie; None if unknown."""
     first, second = texts
@@ -212,32 +173,31 @@ def credit(texts: Sequence[str], scores: Sequence[float | None]) -> float | None
     return TIED if score == other else float(other > score)
 
 
-def _rows(
+def answer_rows(
     prompts: Prompts,
     names: Sequence[str],
-    answers: Sequence[Parts],
-    judgements: Parts,
-    labels: dict[str, str],
+    scores: Parts,
+    labels: Mapping[str, str],
     counts: Counter[str],
+    *,
+    is_judged: bool,
 ) -> Iterator[_Row]:
     """Yield the rows of `answers.jsonl`.
 
     A prompt that a model cannot be asked has no row; `counts` gets its reason, and the judge's counts.
     """
     for index, records in enumerate(prompts.parts):
-        columns = (map(Completions.from_row, parts.read(index)) for parts in answers)
-        rows = zip(records, judgements.read(index), zip(*columns, strict=True), strict=True)
-        for record, judgement, models in rows:
-            counts.update(judgement["counts"])
-            reasons = [model.dropped for model in models if model.dropped]
-            if reasons:
-                counts[DROPPED_PROMPT_PREFIX + reasons[0]] += 1
+        for record, answers in zip(records, map(Completions.from_row, scores.read(index)), strict=True):
+            counts.update(answers.counts)
+            if answers.dropped:
+                counts[DROPPED_PROMPT_PREFIX + answers.dropped] += 1
                 continue
             responses = {}
-            for name, model, score in zip(names, models, judgement["scores"], strict=True):
-                each = model.completions[0]
+            for name, each in zip(names, answers.completions, strict=True):
                 fields = {"text": each.content, "tokens": each.tokens, "finished": each.finished}
-                responses[name] = {**fields, "score": score}
+                responses[name] = {**fields, "score": each.score}
+            texts = [each.content for each in answers.completions]
+            verdict = credit(texts, [each.score for each in answers.completions]) if is_judged else None
             key = record.prompt_key()
             row: _Row = {
                 "prompt_id": key[:16],
@@ -245,7 +205,7 @@ def _rows(
                 "source": labels[key],
                 "chosen": turns_of(record.responses[0])[-1].content if record.responses else None,
                 "responses": responses,
-                "credit": judgement["credit"],
+                "credit": verdict,
             }
             if record.images:
                 row["images"] = thumbnails(record.images)

@@ -1,7 +1,6 @@
 """Make preference records by `pairs.method`, from models' responses or scores in the data."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,8 +26,7 @@ from dpo_dist.tools.pairs.files import (
 from dpo_dist.tools.pairs.folder import PairsFolder
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.sampling.judges import Judge, Judgement, Question
-from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod, SamplingConfig
+from dpo_dist.tools.sampling.keys import PairsConfig, PairSelection, PairsMethod, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
     DROPPED_PROMPT_PREFIX,
     PROMPTS_OF_A_PART,
@@ -44,6 +42,7 @@ from dpo_dist.tools.sampling.respond import (
     Completions,
     open_generator,
 )
+from dpo_dist.tools.sampling.scores import finish_scores
 from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.tools.written_records import as_fields, context_fields, scorer_fields
 
@@ -107,65 +106,6 @@ def select_pairs(
             others = [worse for better, worse in possible if better == best]
             random = np.random.default_rng(int(text_digest(f"{seed} {key}"), 16))
             return [(best, others[int(random.integers(len(others)))])]
-
-
-def _text(completion: Completion) -> str:
-    """Return the text by which completions are compared."""
-    return json.dumps([completion.content.strip(), completion.fields])
-
-
-def joined_completions(by_model: Sequence[Completions], pairs: PairsConfig) -> Completions:
-    """Return a prompt's completions by all models; `unused` says why one cannot be in a pair."""
-    completions = list[Completion]()
-    dropped = None
-    texts = set[str]()
-    for model, row in enumerate(by_model):
-        if dropped is None:
-            dropped = row.dropped
-        for completion in row.completions:
-            unused = None
-            text = _text(completion)
-            if not completion.finished and pairs.unfinished is DropOrKeep.drop:
-                unused = "unfinished"
-            elif not completion.content.strip():
-                unused = "empty"
-            elif text in texts:
-                unused = "identical"
-            else:
-                texts.add(text)
-            completions.append(replace(completion, model=model, unused=unused, ids=[]))
-    return Completions(completions, dropped)
-
-
-def score(
-    records: Sequence[PreferenceRecord], rows: Sequence[Completions], judge: Judge | None
-) -> list[Completions]:
-    """Return the completions of each prompt with scores and the judge's counts; unchanged without a judge.
-
-    The judge also scores a prompt's only completion, so that the mean score covers all prompts. It scores
-    equal completions once, and all get this score.
-    """
-    if judge is None:
-        return list(rows)
-    usable = [[completion for completion in row.completions if completion.unused is None] for row in rows]
-    questions = []
-    for record, completions in zip(records, usable, strict=True):
-        if completions:
-            questions.append(Question(record, tuple(completion.content for completion in completions)))
-    judgements = iter(judge.judge(questions))
-    rows_with_scores = []
-    for row, usable_of_row in zip(rows, usable, strict=True):
-        judgement = next(judgements) if usable_of_row else Judgement([])
-        scores = dict(zip(map(_text, usable_of_row), judgement.scores, strict=True))
-        completions = []
-        for completion in row.completions:
-            value = scores.get(_text(completion))
-            unused = completion.unused
-            if value is None and unused is None:
-                unused = "without_score"
-            completions.append(replace(completion, score=value, unused=unused))
-        rows_with_scores.append(replace(row, completions=completions, counts=dict(+judgement.counts)))
-    return rows_with_scores
 
 
 @dataclass(frozen=True)
@@ -334,14 +274,7 @@ def pairs_from_models(run: Run) -> None:
         open_model.cache_clear()  # the next model needs the memory
         return_memory()
 
-    def scored(index: int) -> list[dict[str, Any]]:
-        rows = zip(*(map(Completions.from_row, parts.read(index)) for parts in responses), strict=True)
-        joined = [joined_completions(row, pairs) for row in rows]
-        return list(map(asdict, score(prompts.parts[index], joined, judge)))
-
-    names = [parts.folder.name for parts in responses]
-    inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": judge_facts}
-    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
+    completions = finish_scores(prompts, responses, judge, judge_facts, pairs.unfinished)
     facts: dict[str, Any] = {"sampling": asdict(sampling)}
     if judge:
         facts["judge"] = judge_facts

@@ -25,10 +25,8 @@ from dpo_dist.tools.pairs.files import training_records
 from dpo_dist.tools.pairs.make_pairs import (
     PairResults,
     different_prompts,
-    joined_completions,
     pairs_from_results,
     pairs_from_scores,
-    score,
     scored_lists,
     select_pairs,
 )
@@ -37,6 +35,7 @@ from dpo_dist.tools.sampling.judges import Judgement
 from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.tools.sampling.prompts import Parts, Prompts, open_judge_together
 from dpo_dist.tools.sampling.respond import Completion, Completions
+from dpo_dist.tools.sampling.scores import joined_completions, score
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server
@@ -166,7 +165,7 @@ def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Comp
 def test_samples_that_are_not_used_have_a_reason(unfinished: DropOrKeep) -> None:
     samples = [sample("a"), sample("a "), sample("a", fields={"reasoning_content": "t"}), sample(" ")]
     samples += [sample("b", finished=False), sample("c", same_ids=False)]
-    found = joined_completions([Completions(samples)], PairsConfig(unfinished=unfinished))
+    found = joined_completions([Completions(samples)], unfinished)
     reason = None if unfinished is DropOrKeep.keep else "unfinished"
     assert [each.unused for each in found.completions] == [None, "identical", None, "empty", reason, None]
 
@@ -196,7 +195,7 @@ def finished(folder: Path) -> PairResults:
         ]
         if prompt == 2:
             of_models[1] = Completions([], "too_long")
-        rows.append(joined_completions(of_models, rule))
+        rows.append(joined_completions(of_models, rule.unfinished))
     judge: Any = SimpleNamespace(judge=lambda _: [Judgement(own, Counter(unreadable=1)) for own in SCORES])
     scored = prompts.finish(
         "scores",

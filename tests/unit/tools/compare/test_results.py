@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.tools.compare.models import LOST, TIED, WON, comparison, credit, judge_pairs
+from dpo_dist.tools.compare.models import LOST, TIED, WON, comparison, credit
 from dpo_dist.tools.sampling.judges import Judgement, Question
+from dpo_dist.tools.sampling.keys import DropOrKeep
+from dpo_dist.tools.sampling.respond import Completion, Completions
+from dpo_dist.tools.sampling.scores import joined_completions, score
 from tests.support.comparison_files import answer
 
 Row = dict[str, Any]
@@ -75,17 +78,28 @@ class ByLength:
         return [Judgement(each, Counter(requests=1, refused=0)) for each in scores]
 
 
+def answers(*texts: str | None) -> Completions:
+    """The answers of two models; None: a model cannot be asked."""
+    by_model = []
+    for text in texts:
+        asked = [] if text is None else [Completion(0, text, 1, finished=False, same_ids=True)]
+        by_model.append(Completions(asked, "too_long" if text is None else None))
+    return joined_completions(by_model, DropOrKeep.keep)
+
+
 def test_the_judge_sees_each_different_answer_once_and_no_empty_one() -> None:
     judge: Any = ByLength()
     pairs = [("aa", "b"), (" ", "why?"), (None, "asked"), ("same", "same"), ("", " ")]
-    rows = judge_pairs(RECORDS, pairs, judge)
-    assert judge.asked == [("aa", "b"), ("why?",), ("same",)]
-    one = {"requests": 1}
-    assert rows == [
-        {"scores": [2.0, 1.0], "credit": LOST, "counts": one},
-        {"scores": [None, None], "credit": WON, "counts": one},
-        {"scores": [None, None], "credit": None, "counts": {}},
-        {"scores": [4.0, 4.0], "credit": TIED, "counts": one},
-        {"scores": [None, None], "credit": TIED, "counts": {}},
+    rows = score(RECORDS, [answers(*pair) for pair in pairs], judge)
+    assert judge.asked == [("aa", "b"), ("why?",), ("asked",), ("same",)]
+    scores = [[each.score for each in row.completions] for row in rows]
+    assert scores == [[2.0, 1.0], [None, None], [5.0], [4.0, 4.0], [None, None]]
+    assert [row.counts for row in rows] == [*[{"requests": 1}] * 4, {}]
+    assert [row.dropped for row in rows] == [None, None, "too_long", None, None]
+    verdicts = [
+        credit([str(text) for text in pair], own)
+        for pair, own in zip(pairs, scores, strict=True)
+        if None not in pair
     ]
-    assert judge_pairs(RECORDS[:1], [("a", "b")], None)[0]["credit"] is None
+    assert verdicts == [LOST, WON, TIED, TIED]
+    assert score(RECORDS[:1], [answers("a", "b")], None) == [answers("a", "b")]
