@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,23 +136,12 @@ def _fields(columns: dict[str, Any], *, is_pair: bool) -> dict[str, Any]:
 
 _FOREIGN_KEYS = 5
 """With fewer foreign keys, advice on each key is better than a conversion."""
-_KEYS_OF_A_TRAINER = 3
-
-
-def trainer_of(keys: Collection[Any]) -> str | None:
-    """Return the trainer whose file has these keys: at least three known ones, and one that it alone has."""
-    same = {name.rpartition(".")[2] for name in run_keys()}
-    known = {key for key in map(str, keys) if key in same or is_foreign(key)}
-    if len(known) < _KEYS_OF_A_TRAINER:
-        return None
-    trainers: dict[str, str] = other_trainers()["trainers"]
-    return next((name for name, signs in trainers.items() if known.intersection(signs.split())), None)
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     """Return the error for another trainer's file; None if the file has only a few foreign keys."""
     names = [name for name in map(str, content) if is_foreign(name) and name not in run_keys()]
-    if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:
+    if len(names) < _FOREIGN_KEYS:
         return None
     target = shlex.quote(str(file.with_name(f"{file.stem}_converted.yaml")))
     return ConfigError(

@@ -3,7 +3,6 @@
 The API key comes from the environment. Errors contain neither the key nor a text of a request or reply.
 """
 
-import operator
 import os
 import re
 from collections.abc import Callable, Collection
@@ -110,10 +109,7 @@ class Client:
         """Return the models that the server lists and the length of each, if known; none without a list."""
 
         def read(page: "SyncPage[Model]") -> dict[str, int | None]:
-            lengths = {str(model.id): getattr(model, "max_model_len", None) for model in page.data}
-            if any(length is not None and operator.index(length) < 1 for length in lengths.values()):
-                raise ValueError("a length of no token")
-            return lengths
+            return {str(model.id): getattr(model, "max_model_len", None) for model in page.data}
 
         def request(openai: "OpenAI") -> "SyncPage[Model]":
             return openai.with_options(timeout=_LISTING_SECONDS, max_retries=2).models.list()

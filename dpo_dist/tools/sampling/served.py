@@ -119,10 +119,10 @@ class Server:
             }
         return self.client.send(
             lambda openai: openai.completions.create(**body),
-            lambda reply: self._answers(prompt_ids, reply, sampling.max_new_tokens, count),
+            lambda reply: self._answers(prompt_ids, reply, count),
         )
 
-    def _answers(self, prompt_ids: TokenIds, reply: "Completion", most: int, count: int) -> list[_Answer]:
+    def _answers(self, prompt_ids: TokenIds, reply: "Completion", count: int) -> list[_Answer]:
         """Return the responses of a reply; raise ConfigError if their tokens are none of the model's."""
         if len(reply.choices) != count:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
@@ -138,10 +138,6 @@ class Server:
             for token in ids or ():
                 if type(token) is not int or not 0 <= token < vocabulary:
                     raise self.client.unusable(f"a token that is none of the model's {vocabulary:,}")
-            if ids and len(ids) > most:
-                raise self.client.unusable(f"{pluralize(len(ids), 'token')}, though it was asked for {most}")
-            if ids and logps and len(logps) != len(ids):
-                raise self.client.unusable(f"{len(logps)} log-probs of {pluralize(len(ids), 'token')}")
             # Rounding lifts the log-prob of a certain token a little above 0.
             if not all(-math.inf < logp <= 1e-3 for logp in logps):
                 raise self.client.unusable("a log-prob that is not finite, or above 0")
