@@ -166,32 +166,35 @@ class Behind:
         if not has_ranges:
             self._check_whole(reads)
 
-        def fetch(read: _Read) -> dict[int, StoredLogps]:
+        def fetch(read: _Read) -> bytes:
+            return self._logged(f"{fingerprint.name}/{space.shards[read.shard]}", read)
+
+        def checked(read: _Read, content: bytes) -> dict[int, StoredLogps]:
             """Return the entries of a read that are right, by their places in `keys`."""
             entries = dict[int, StoredLogps]()
-            content = memoryview(self._logged(f"{fingerprint.name}/{space.shards[read.shard]}", read))
             for row in read.rows:
                 start = int(index.starts[places[row]]) - read.first
-                values = content[start : start + 4 * int(index.tokens[places[row]])]
+                values = memoryview(content)[start : start + 4 * int(index.tokens[places[row]])]
                 if values_digest(values) == digests[places[row]].tobytes():
                     entry = np.frombuffer(values, "<f4")
                     entry = entry if fingerprint.width == 1 else entry.reshape(-1, fingerprint.width)
                     if not fault(entry):
                         entries[int(found[row])] = entry
+            self.bytes_read += read.stop - read.first * has_ranges
+            self.entries += len(entries)
+            self.left_out += len(read.rows) - len(entries)
             return entries
 
         groups = [reads[begin : begin + _THREADS] for begin in range(0, len(reads), _THREADS)]
         with ThreadPoolExecutor(_THREADS) as pool:
-            # In memory are the values of two groups: one is read while the caller writes the other.
-            of_groups = (list(pool.map(fetch, group)) for group in groups)
-            with prefetch(of_groups, 1) as fetched:
-                for read, entries in zip(
-                    itertools.chain(*groups), itertools.chain.from_iterable(fetched), strict=True
-                ):
-                    self.bytes_read += read.stop - read.first * has_ranges
-                    self.entries += len(entries)
-                    self.left_out += len(read.rows) - len(entries)
-                    yield from entries.items()
+            # Threads wait for replies; one alone checks them, as more would wait for Python's lock. In memory
+            # are the values of a few groups: those that are read, checked, and written by the caller.
+            contents = (zip(group, pool.map(fetch, group), strict=True) for group in groups)
+            with prefetch((list(each) for each in contents), 1) as downloaded:
+                of_reads = itertools.starmap(checked, itertools.chain.from_iterable(downloaded))
+                with prefetch(of_reads, _THREADS) as right:
+                    for entries in right:
+                        yield from entries.items()
 
     def _entries(self, name: str, space: Space) -> tuple[Index, npt.NDArray[np.uint8]]:
         """Return the entries of a fingerprint as an index, and the digests of their values."""
