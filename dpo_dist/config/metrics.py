@@ -47,7 +47,7 @@ class Metric:
 
 
 def _digits(form: str) -> Callable[[float], str]:
-    return lambda value: format(value, form)
+    return lambda value: format(value, f"z{form}")  # z: no -0.000
 
 
 def _pair_metric(

@@ -111,8 +111,8 @@ def with_interval(value: float | None, ends: Sequence[float] | None, form: str) 
     """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
     if value is None:
         return "-"
-    text = f"{value:{form}}"
-    return f"{text} [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else text
+    text = f"{value:z{form}}"  # z: no -0.000
+    return f"{text} [{ends[0]:z{form}}, {ends[1]:z{form}}]" if ends else text
 
 
 HIDDEN = "***"

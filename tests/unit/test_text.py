@@ -12,6 +12,7 @@ import pytest
 
 from dpo_dist.config.command_line import write_command
 from dpo_dist.config.load import changed_keys, load_run_config, saved_config, to_yaml
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
@@ -23,6 +24,7 @@ from dpo_dist.foundation.text import (
     percent_of,
     pluralize,
     size,
+    with_interval,
     without_secrets,
 )
 from dpo_dist.tools.pairs.folder import PairsFolder
@@ -54,6 +56,11 @@ from dpo_dist.tools.pairs.rounds import check_settings
 )
 def test_values_are_written(written: Callable[[float], str], texts: dict[float, str]) -> None:
     assert {value: written(value) for value in texts} == texts
+
+
+def test_what_rounds_to_0_has_no_sign() -> None:
+    assert with_interval(-1e-5, (-2e-4, 1e-3), ".3f") == "0.000 [0.000, 0.001]"
+    assert METRICS["rewards/margins"].form(-1e-5) == "0.000"
 
 
 def test_lists_and_counts() -> None:
