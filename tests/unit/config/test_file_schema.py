@@ -16,6 +16,8 @@ from dpo_dist.config.keys import config_dir, group_folders, run_keys
 from dpo_dist.config.load import load_run_config, to_yaml
 from tests.support.pages import ROOT
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = file_schema(group_folders())
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
 PAGES = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "launch/README.md"]

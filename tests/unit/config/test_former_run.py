@@ -16,6 +16,8 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import as_tree
 
+pytestmark = pytest.mark.slow
+
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
 
 
@@ -31,7 +33,6 @@ def write_run(folder: Path, *overrides: str) -> RunConfig:
     return config
 
 
-@pytest.mark.slow
 def test_a_run_directory_stands_for_its_command_whose_keys_and_presets_can_be_changed(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", "model.adapter={r: 4}", "reference.mode=adapter")
     place = f"run.dir={tmp_path}/run"

@@ -77,6 +77,7 @@ def test_a_value_to_be_filled_in_changes_nothing() -> None:
     assert configured("open.yaml").trainer == TrainerConfig(max_steps=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_preset_composes(group: str, name: str) -> None:
     needed = [word for word in RUN if not word.startswith(group)]

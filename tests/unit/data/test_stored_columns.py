@@ -31,6 +31,8 @@ from tests.support.full_disk import full_disk
 from tests.support.read_only import read_only
 from tests.support.records import BAD, GOOD, assistant, jsonl, user
 
+pytestmark = pytest.mark.slow
+
 TEXTS = st.text("ab", max_size=4)
 PAIRS = st.builds(
     lambda prompt, text, extra: {

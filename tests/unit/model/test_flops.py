@@ -27,6 +27,8 @@ from tests.support.invented_images import image_reader, invented_images
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed
 
+pytestmark = pytest.mark.slow
+
 # Those of Gemma 3n and Llama 4 have products that are not counted: of every expert, and of no weights. The
 # counter knows the weights of a convolution as no product.
 COUNTED = [
@@ -61,7 +63,6 @@ def products(counter: FlopCounterMode) -> int:
     return sum(count for kind, count in counts.items() if str(kind) in ("aten.mm", "aten.addmm"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "own"), [*((name, {}) for name in COUNTED), ("gemma4_text", GEMMA_4_EXPERTS)]
 )

@@ -14,6 +14,8 @@ from dpo_dist.model.packed import packed_logps
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import random_pairs
 
+pytestmark = pytest.mark.slow
+
 PAIRS = random_pairs([(9, 4, 5), (3, 6, 2)])
 grouped_mm = torch.nn.functional.grouped_mm
 

@@ -15,6 +15,8 @@ from dpo_dist.tools.chat.conversation import open_conversation
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())

@@ -35,6 +35,8 @@ from tests.support.multimodal import write_multimodal
 from tests.support.packing import branching, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHAPES = [(7, 5, 9), (1, 1, 4), (12, 3, 1), (4, 3, 2, 6)]
 # Dense, with windows, with experts, with states that are forked, without packing.

@@ -19,6 +19,8 @@ from dpo_dist.model.files.save import ignored_tensors
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.stored import expand, quantize_fp8, quantize_mxfp4
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 IDS = torch.tensor([[3, 9, 4, 17, 5, 22, 11, 6, 8, 13]])
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -16,6 +16,8 @@ from dpo_dist.training.after_checkpoint import AfterCheckpoint
 from tests.support.alone import ALONE
 from tests.support.one_weight import Weights
 
+pytestmark = pytest.mark.slow
+
 UNTIL_GO = "for i in $(seq 1200); do [ -e go ] && break; sleep 0.05; done"
 """Waits a minute at most: a test that fails leaves no loop behind."""
 
@@ -129,7 +131,6 @@ def test_a_process_that_a_command_leaves_behind_holds_nothing(tmp_path: Path) ->
     assert time.monotonic() - began < 150
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sleep 500; echo over", "trap '' TERM; echo busy; sleep 500; sleep 500"])
 def test_a_run_that_is_stopped_ends_the_command_after_a_while(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,8 @@ from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of, weights_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_changed_adapter_is_refused_where_it_becomes_part_of_the_result(tmp_path: Path) -> None:
     """Of a run that continued an adapter."""

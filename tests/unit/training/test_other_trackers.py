@@ -18,6 +18,8 @@ from dpo_dist.training.reporting.metrics_log import MetricsRow
 from dpo_dist.training.reporting.trackers import Trackers, open_trackers, plain_name
 from tests.unit.training.test_trackers import ROWS, config_of, stored, tracked
 
+pytestmark = pytest.mark.slow
+
 SECRET = "hf_" + "0123456789abcdef" * 2
 Values = dict[str, list[tuple[int, float]]]
 Reader = Callable[[Path], Values]
