@@ -83,8 +83,9 @@ def headline(results: _Row) -> Iterator[str]:
         low, high = results["interval"] or (0.0, 1.0)
         if low <= 1 / 2 <= high:
             yield "This can be chance."
-        counts = ", ".join(f"{results[name]:,} {name}" for name in ("wins", "ties", "losses"))
-        yield f"Of {second}: {counts}."
+        ends = {"win": "wins", "tie": "ties", "loss": "losses"}
+        counts = (pluralize(results[plural], noun, plural) for noun, plural in ends.items())
+        yield f"Of {second}: {', '.join(counts)}."
     if results["rate"] is not None and results["not_judged"]:
         yield f"The judge gave no verdict on {pluralize(results['not_judged'], 'prompt')}."
     for model in results["models"]:

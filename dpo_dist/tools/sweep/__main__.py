@@ -13,10 +13,11 @@ from dpo_dist.tools.sweep.folder import SweepFolder
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
 
+import os
 from pathlib import Path
 
 from dpo_dist.foundation.console import open_console
-from dpo_dist.foundation.errors import DpoDistError, ExitCode, raise_all
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.kit import RunFolder, check_start, run_verb
 from dpo_dist.tools.sweep.points import Points, load_points
@@ -52,6 +53,13 @@ def main(points: Points) -> int:
 
 def check_points(points: Points) -> None:
     """Check of every point what needs no torch; raise one error with all mistakes."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "a sweep starts the processes of its points itself",
+            where="accelerate launch",
+            got=f"{os.environ['WORLD_SIZE']} processes",
+            remedy="start one process: dpo-dist sweep ...; each point has all GPUs",
+        )
     mistakes = list[DpoDistError]()
     for config in points.values():
         try:

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.errors import ConfigError, RunOutcome
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
 from dpo_dist.tools.sweep.folder import SweepFolder
@@ -99,3 +99,10 @@ def test_a_check_has_a_line_for_each_point_and_loads_the_first(
     assert loaded == [next(iter(points.values()))]
     wanted = [(" ".join(words), f"{config.run.dir} (new)") for words, config in points.items()]
     assert facts == [*wanted, ("run.dir", str(loaded[0].run.dir)), ("loss", "sigmoid")]
+
+
+def test_a_sweep_in_several_processes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On several nodes each point would train on the first one alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="starts the processes of its points itself"):
+        sweep.check_points(points_in(tmp_path, "loss.beta=0.1,0.2"))
