@@ -54,7 +54,7 @@ from dpo_dist.foundation.files import (
 from dpo_dist.foundation.types import Tokenizer
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 27
+_ENCODING_VERSION = 28
 _ALL_RECORDS = Part()
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded

@@ -134,10 +134,13 @@ class Behind:
         is_missing = np.ones(len(keys), np.bool_)
         for other, space in accepted:
             rest = np.flatnonzero(is_missing)
+            if not len(rest):
+                break
             for row, values in self._find(other, space, keys[rest], tokens[rest], fault):
                 is_missing[rest[row]] = False
                 yield other, int(rest[row]), values
-        if is_missing.sum() > (1 - _FEW) * len(keys):
+        self.differences = ()
+        if self.entries < _FEW * self.responses:
             differences = [_differences(space.recipe, recipe) for _, space in accepted]
             if not accepted:
                 differences = [_differences(other.profile, fingerprint.profile) for other, _ in of_model]

@@ -153,6 +153,7 @@ class StoreFiller:
             if self.behind:
                 missing, fetched, self.shards = self.world.on_main(partial(self._fetch, dataset, missing))
                 report += fetched
+                self.stops.check("while log-probs were fetched")
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
     def survey(
@@ -199,6 +200,8 @@ class StoreFiller:
             found = behind.find(
                 self.store.fingerprint, keys, tokens, self.fault, self.recipe, rounding=self.rounding
             )
+            # What was fetched before a signal is kept; all ranks agree on the stop afterwards.
+            found = itertools.takewhile(lambda _: not self.stops.request.is_urgent, found)
             for fingerprint, entries in itertools.groupby(found, lambda each: each[0]):
                 store = LogpStore.open(self.store.root, fingerprint)
                 names = set[str]()

@@ -51,12 +51,17 @@ def open_place(place: str) -> tuple[Any, str]:
 
 
 class Pushed(NamedTuple):
-    """What was published of a fingerprint; `damaged`: files that were left out, or have entries left out."""
+    """What was published of a fingerprint.
+
+    `damaged`: files that were left out, or have entries left out. `unconfirmed`: files that were left out, as
+    they were fetched and no model here was compared with them.
+    """
 
     label: str
     entries: int
     bytes: int
     damaged: int
+    unconfirmed: int
 
 
 def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
@@ -74,10 +79,10 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
             continue
         names = list[str]()
         tables = []
-        damaged = 0
-        stored = 0
+        damaged = unconfirmed = stored = 0
         for name in list_shards(folder):
-            if (folder / name).with_suffix(FETCHED).exists():  # no model here has confirmed it
+            if (folder / name).with_suffix(FETCHED).exists():
+                unconfirmed += 1
                 continue
             shard = open_shard(folder / name)
             table: Any = [] if shard is None else _intact_entries(shard, len(names))
@@ -88,6 +93,7 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
                 stored += (folder / name).stat().st_size
                 place.send(folder / name, f"{folder.name}/{name}")
         if not names:
+            pushed.append(Pushed(fingerprint.label, 0, 0, damaged, unconfirmed))
             continue
         joined = np.concatenate(tables)
         # Of those with the same key the first is read, as in a store.
@@ -107,12 +113,14 @@ def push(folders: Sequence[Path], target: str, terms: str = "") -> list[Pushed]:
             "recipe": json.loads(recipe),
             "license": terms,
         }
-        pushed.append(Pushed(fingerprint.label, len(entries), stored + len(content), damaged))
-    if not pushed:
+        pushed.append(Pushed(fingerprint.label, len(entries), stored + len(content), damaged, unconfirmed))
+    if not listed:
+        fetched = sum(each.unconfirmed for each in pushed)
         raise ReferenceModelError(
             "no intact entry can be published",
             where=str(folders[0].parent),
-            remedy="dpo-dist store verify says what is damaged",
+            got=f"{fetched} shards that were fetched and never compared with the model" if fetched else "",
+            remedy="see dpo-dist store verify; a run that has the model confirms what was fetched",
         )
     text = json.dumps({"format": PUBLISHED_FORMAT, "fingerprints": listed}, indent=1, sort_keys=True)
     place.send(text.encode(), LIST)

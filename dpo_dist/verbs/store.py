@@ -149,9 +149,13 @@ def _push(options: argparse.Namespace) -> int:
     pushed = push(sorted({listing.folder for listing in listings}), options.target, options.license)
     for each in pushed:
         left_out = f", {pluralize(each.damaged, 'damaged shard')} left out" if each.damaged else ""
+        if each.unconfirmed:
+            left_out += (
+                f", {pluralize(each.unconfirmed, 'fetched shard')} left out, not compared with the model"
+            )
         entries = pluralize(each.entries, "entry", "entries")
         print_line(f"{each.label or 'unnamed'}: {entries}, {size(each.bytes)}{left_out}")
-    number = pluralize(len(pushed), "fingerprint")
+    number = pluralize(sum(each.entries > 0 for each in pushed), "fingerprint")
     print_line(f"{options.target} has {number}; for a run: reference.behind=[{options.target}]")
     return ExitCode.completed
 

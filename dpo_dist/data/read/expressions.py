@@ -30,6 +30,14 @@ class ExpressionError(ValueError):
     """A text is no expression, or a part of it has no value; the words quote no text of a record."""
 
 
+class NoValueError(ExpressionError):
+    """A part has no value; `default` gives it one."""
+
+
+class _Strict(dict[str, Any]):
+    """A record of which nothing is compared: a missing verdict is no bad one."""
+
+
 class Expression:
     """An expression, parsed once.
 
@@ -55,15 +63,16 @@ class Expression:
         self.optional = frozenset(column for column, each in of_columns if each.name == _DEFAULT)
         self.keys = [(column, key) for column, each in of_columns for key in _keys_of_items(each)]
 
-    def __call__(self, record: Fields) -> Any:
+    def __call__(self, record: Fields, *, is_strict: bool = False) -> Any:
         """Return the value for a record; a column that it lacks is None.
 
+        With `is_strict` a comparison with nothing is an error, but for that with `none`.
         Raises UnusableRecordError: `expression_failed`; the detail quotes no text of the record.
         """
         if isinstance(self._node, nodes.Name):  # fast path: a column
             return record.get(self._node.name)
         try:
-            return _value(self._node, record)
+            return _value(self._node, _Strict(record) if is_strict else record)
         except ExpressionError as fault:
             why = str(fault)
         except Exception as fault:
@@ -164,7 +173,7 @@ def _item(value: Any, key: Any) -> Any:
     ):
         return value[key]
     kind = {str: "the text ", int: "the number ", float: "the number "}.get(type(key), "")
-    raise ExpressionError(f"nothing for {kind}{shown_key(key)}")
+    raise NoValueError(f"nothing for {kind}{shown_key(key)}")
 
 
 def _getitem(node: nodes.Getitem, record: Fields) -> Any:
@@ -189,6 +198,9 @@ def _compare(node: nodes.Compare, record: Fields) -> bool:
     [operand] = node.ops
     left = _value(node.expr, record)
     right = _value(operand.expr, record)
+    says_none = nodes.Const(None) in (node.expr, operand.expr)
+    if isinstance(record, _Strict) and not says_none and (left is None or right is None):
+        raise NoValueError("nothing is compared; COLUMN|default('') stands for it")
     match operand.op:
         case "eq" | "ne" as sign:
             return _equal(left, right) is (sign == "eq")
@@ -212,7 +224,7 @@ def _equal(left: Any, right: Any) -> bool:
 def _filtered(node: nodes.Filter, record: Fields) -> Any:
     assert node.node is not None, "a filter of an expression has a value"
     if node.name == _DEFAULT:
-        with suppress(ExpressionError):
+        with suppress(NoValueError):
             value = _value(node.node, record)
             if value is not None:
                 return value
@@ -220,7 +232,10 @@ def _filtered(node: nodes.Filter, record: Fields) -> Any:
         return _value(instead, record)
     arguments = [_value(argument, record) for argument in node.args]
     options = {str(option.key): _value(option.value, record) for option in node.kwargs}
-    return _FILTERS[node.name](_value(node.node, record), *arguments, **options)
+    value = _value(node.node, record)
+    if node.name in _OF_LISTS and not isinstance(value, list):
+        raise ExpressionError(f"{node.name} is for a list")  # of a text it would take the characters
+    return _FILTERS[node.name](value, *arguments, **options)
 
 
 def _join(texts: list[str], between: str = "") -> str:
@@ -258,6 +273,7 @@ def _from_python(value: Any) -> Any:
 
 
 _DEFAULT = "default"
+_OF_LISTS = ("join", "map", "select", "selectattr")
 _OF_ITEMS: dict[str, Callable[..., Any]] = {
     "fromjson": from_json,
     "frompython": _from_python,

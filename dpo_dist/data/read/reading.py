@@ -196,7 +196,7 @@ def _preference(record: Fields, reading: Reading, origin: Origin) -> PreferenceR
         raise UnusableRecordError(NOT_KEPT)
     if expression(reading.when)(record) is not True:
         raise UnusableRecordError("other_shape", f"not {reading.shape}: {reading.when}")
-    values = {name: expression(text)(record) for name, text in fields.items()}
+    values = {name: expression(text)(record, is_strict=True) for name, text in fields.items()}
     unread = reading.unread(record)
     # The prompt and the responses.
     responses, scores = _responses(values)
@@ -285,8 +285,11 @@ def _responses(values: Fields) -> tuple[dict[str, Any], tuple[float, ...] | None
                 "missing_field", "pair is not a list of the chosen and the rejected side"
             )
         responses = dict(zip(("chosen", "rejected"), sides, strict=True))
-        if any(map(is_given, values.get("scores") or ())):
-            scores = finite_numbers(values["scores"])
+        of_sides = values.get("scores")
+        if of_sides is not None and not (isinstance(of_sides, list) and len(of_sides) == 2):
+            raise UnusableRecordError("invalid_scores", "scores are not a list of two")
+        if any(map(is_given, of_sides or ())):
+            scores = finite_numbers(of_sides)
     missing = [name for name, response in responses.items() if response is None]
     if missing:
         raise UnusableRecordError("missing_field", ", ".join(missing))

@@ -99,6 +99,29 @@ def test_an_expression_means(text: str) -> None:
     assert before == RECORD
 
 
+STRICT = {
+    "none_ == 'a'": "nothing is compared",
+    "absent != 'a'": "nothing is compared",
+    "d.deep['x'] not in [1]": "nothing is compared",
+    "'x' if none_ == 'a' else 'y'": "nothing is compared",
+    "(none_ == 'a')|default(false)": False,
+    "none_|default('') == 'a'": False,
+    "none_ is not none and none_ == 'a'": False,
+    "none_ == none": True,
+}
+
+
+@pytest.mark.parametrize("text", STRICT)
+def test_a_strict_expression_compares_no_missing_verdict(text: str) -> None:
+    record = RECORD | {"d": {"deep": {"x": None}}}
+    if isinstance(STRICT[text], bool):
+        assert Expression(text)(record, is_strict=True) is STRICT[text]
+        return
+    with pytest.raises(UnusableRecordError) as raised:
+        Expression(text)(record, is_strict=True)
+    assert str(STRICT[text]) in raised.value.detail
+
+
 # Where Jinja has another value than the author means.
 NO_VALUE = {
     "d.nothing": "nothing for the text nothing",
@@ -128,6 +151,11 @@ NO_VALUE = {
     "[t, none_]|join": "TypeError",
     "t + 'x'": "no number",
     "yes + 1": "no number",
+    "t|join": "join is for a list",
+    "t|select|join": "select is for a list",
+    "d|map('length')": "map is for a list",
+    "t|selectattr('role')": "selectattr is for a list",
+    "(five == 5)|default(none)": "COLUMN|number",
     "t|number": "ValueError",
     "yes|number": "ValueError",
     "none_|number": "TypeError",

@@ -358,6 +358,28 @@ def test_the_name_of_a_label_decides_not_its_number(tmp_path: Path, names: list[
             assert [record.scores for record in found] == [(1,), (0,)]  # type: ignore[union-attr]
 
 
+def test_a_missing_verdict_is_no_bad_label_and_no_side(tmp_path: Path) -> None:
+    rows = [LABELLED | {"verdict": verdict, "other": "no"} for verdict in ("GOOD", None, "BAD")]
+    sides = {"chosen": "completion if verdict == 'GOOD' else other", "rejected": "other ~ '!'"}
+    for fields in ({"completion": "completion", "label": "verdict == 'GOOD'"}, sides):
+        source = SourceConfig(
+            str(jsonl(tmp_path, *rows)), fields={"prompt": "prompt", **fields}, ignore=["*"]
+        )
+        found = list(read_records(source))
+        assert [getattr(record, "reason", "") for record in found][1] == "expression_failed"
+    kept = {"prompt": "prompt", "completion": "completion", "keep": "verdict == 'GOOD'"}
+    found = list(read_records(SourceConfig(str(jsonl(tmp_path, *rows)), fields=kept, ignore=["*"])))
+    assert [getattr(record, "reason", "") for record in found] == ["", "not_kept", "not_kept"]
+
+
+@pytest.mark.parametrize("scores", [5, 0, [1, 2, 3], "2"])
+def test_scores_of_a_pair_are_two(tmp_path: Path, scores: Any) -> None:
+    row = {"p": "q", "c": "good", "r": "bad", "s": scores}
+    fields = {"prompt": "p", "chosen": "c", "rejected": "r", "scores": "s"}
+    [record] = read_records(SourceConfig(str(jsonl(tmp_path, row)), fields=fields))
+    assert getattr(record, "reason", "") == "invalid_scores"
+
+
 def test_an_error_lists_labels_that_it_does_not_know_and_its_line_reads_them(tmp_path: Path) -> None:
     names = ["awful", "awful", "awful", "awful", "splendid"]
     table = datasets.Dataset.from_list([LABELLED | {"label": name} for name in names])

@@ -92,7 +92,9 @@ def test_a_published_store_is_published_again_with_the_same_bytes(root: Path, tm
     assert not list(tmp_path.rglob("*tmp*"))
 
 
-def test_only_intact_entries_of_chosen_references_are_published(root: Path, tmp_path: Path) -> None:
+def test_only_intact_entries_of_chosen_references_are_published(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Path(shutil.copytree(root / "store", tmp_path / "store"))
     folder = store / REFERENCE.name
     first, second, _ = (folder / name for name in list_shards(folder))
@@ -101,6 +103,7 @@ def test_only_intact_entries_of_chosen_references_are_published(root: Path, tmp_
     first.write_bytes(content)
     second.write_bytes(b"")
     assert main(["push", str(store), str(tmp_path / "public"), "--only", "ab"]) == 0
+    assert "2 damaged shards left out" in capsys.readouterr().out
     spaces = Behind(str(tmp_path / "public")).spaces()
     [(fingerprint, space)] = spaces
     assert fingerprint == REFERENCE
@@ -117,13 +120,22 @@ def test_only_intact_entries_of_chosen_references_are_published(root: Path, tmp_
     assert not (tmp_path / "empty" / LIST).exists()
 
 
-def test_what_was_fetched_and_not_compared_is_not_published(root: Path, tmp_path: Path) -> None:
+def test_what_was_fetched_and_not_compared_is_not_published(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Path(shutil.copytree(root / "store", tmp_path / "store"))
     first, *others = list_shards(store / REFERENCE.name)
     (store / REFERENCE.name / first).with_suffix(".fetched").write_text("https://elsewhere")
     assert main(["push", str(store), str(tmp_path / "public"), "--only", "ab"]) == 0
     [(_, space)] = Behind(str(tmp_path / "public")).spaces()
     assert set(space.shards) == set(others)
+    assert "1 fetched shard left out" in capsys.readouterr().out
+    for name in others:
+        (store / REFERENCE.name / name).with_suffix(".fetched").write_text("https://elsewhere")
+    with pytest.raises(ReferenceModelError) as raised:
+        push([store / REFERENCE.name], str(tmp_path / "empty"))
+    assert "fetched" in raised.value.got
+    assert "a run that has the model" in raised.value.remedy
 
 
 FEW = np.array([7, 8, 60, 250])
@@ -213,7 +225,10 @@ def test_what_differs_is_said_where_a_store_has_few_of_the_responses(public: Pat
     assert behind.differences == ("data.max_length 1024 (here 512)",)
     _, behind = found_in(str(public))
     assert not behind.differences
+    assert not list(behind.find(TEACHER, KEYS[:1] + 1, TOKENS[:1], KEPT.fault_of_others, RECIPE))
+    assert not behind.differences, "of all that was asked for, most was found"
     other = ReferenceFingerprint(TEACHER.reference, {"dtype": "bf16"}, width=KEPT.width)
+    behind = Behind(str(public))
     assert not list(behind.find(other, KEYS, TOKENS, KEPT.fault_of_others, RECIPE, rounding=True))
     assert behind.differences == ("dtype fp32 (here bf16)",)
 
@@ -243,6 +258,17 @@ def test_entries_that_differ_by_rounding_come_after_those_of_the_same_numerics(t
 
     assert found(rounding=False) == [(own.name, 0, 0)]
     assert found(rounding=True) == [(own.name, 0, 0), (others[0].name, 1, -1)]
+
+
+def test_other_numerics_are_not_asked_if_nothing_is_missing(public: Path) -> None:
+    read = []
+    for rounding in (False, True):
+        behind = Behind(str(public))
+        assert len(
+            list(behind.find(TEACHER, KEYS, TOKENS, KEPT.fault_of_others, RECIPE, rounding=rounding))
+        ) == len(KEYS)
+        read.append(behind.bytes_read)
+    assert read[0] == read[1]
 
 
 # Stores of liars.
