@@ -193,6 +193,8 @@ class StoreFiller:
         counts = {}
         rounded = Counter[str]()
         for behind in self.behind:
+            if not len(missing):
+                break
             pieces = missing + dataset.locate_responses(missing)[0] + 1
             tokens = dataset.piece_tokens[pieces].astype(np.int64)
             keys = dataset.keys[missing]

@@ -81,13 +81,15 @@ def check_drift(
 class StoredSample(NamedTuple):
     """Indices of a dataset whose stored entries are compared with a model.
 
-    `urls`: those from which some of the entries were fetched and never compared.
+    `urls`: those from which some of the entries were fetched and never compared. `unsampled`: those that
+    only other datasets have entries of.
     """
 
     dataset: PreferenceDataset
     indices: Indices
     store: LogpStore | None
     urls: Collection[str]
+    unsampled: Collection[str] = ()
 
 
 def choose_sample(
@@ -96,10 +98,10 @@ def choose_sample(
     """Return a seeded sample of the scored indices of a dataset. Collective.
 
     It is the first dataset with entries that were fetched and never compared, of which the sample has as many
-    more for each URL.
+    more for each URL. What other URLs gave for other datasets is said: a later start compares it.
     """
 
-    def choose() -> tuple[int, Indices, Collection[str]]:
+    def choose() -> tuple[int, Indices, Collection[str], Collection[str]]:
         fetched: list[dict[str, Indices]] = [{}]
         if store is not None and any(store.origins()):
             places = [(each.view(scorer).keys, each.response_indices(visited)) for each, visited in datasets]
@@ -112,10 +114,16 @@ def choose_sample(
             groups.append(np.unique(dataset.locate_responses(responses)[0]))
         generator = np.random.default_rng([run.config.trainer.seed, 0xA0D17])
         chosen = [generator.choice(each, min(_CHECKED_PAIRS, len(each)), replace=False) for each in groups]
-        return number, np.unique(np.concatenate(chosen)), [*fetched[number]]
+        unsampled = sorted({*itertools.chain(*fetched)} - {*fetched[number]})
+        return number, np.unique(np.concatenate(chosen)), [*fetched[number]], unsampled
 
-    number, indices, urls = run.world.on_main(choose)
-    return StoredSample(datasets[number][0], indices, store, urls)
+    number, indices, urls, unsampled = run.world.on_main(choose)
+    if unsampled:
+        others = ", ".join(unsampled)
+        run.warn(
+            f"{scorer}: what {others} gave for other data of this run is not compared; a later start does"
+        )
+    return StoredSample(datasets[number][0], indices, store, urls, unsampled)
 
 
 def compare(

@@ -128,7 +128,11 @@ def prepare_teacher(run: Run, inputs: EvaluationInputs) -> PreparedTeacher:
     if config.teacher.digest is not None:
         keys = sample.dataset.keys_of(sample.indices.tolist(), which=0)
         entropy = world.on_main(lambda: float(np.concatenate(store.read(keys))[:, -1].mean()))
-        report |= {"digest": files.digest, "not_compared": [*sample.urls], "mean_entropy": entropy}
+        report |= {
+            "digest": files.digest,
+            "not_compared": [*sample.urls, *sample.unsampled],
+            "mean_entropy": entropy,
+        }
         run.warn(
             f"teacher: nothing here can compare these answers with the model {files.digest}; their mean "
             f"entropy is {entropy:.3g} nats a token, and evaluations have {AGREEMENT}"

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -144,6 +145,28 @@ def test_a_fill_that_waits_for_another_job_can_be_stopped(tmp_path: Path, datase
     filler = dataclasses.replace(filler_of(tmp_path), stops=Stops(request, ALONE))
     with locked(folder / "fill.lock", "fills", ""), pytest.raises(StoppedError, match="while another job"):
         filler.fill(dataset, np.arange(2), no_progress)
+
+
+def test_fetching_stops_at_a_signal_with_what_was_fetched(tmp_path: Path, dataset: PreferenceDataset) -> None:
+    fill(tmp_path / "others", dataset, range(len(RESPONSES)))
+    push([tmp_path / "others" / FINGERPRINT.name], str(tmp_path / "public"))
+    request, scorer = StopRequest(), Scorer()
+    filler = dataclasses.replace(
+        filler_of(tmp_path / "own", 1, scorer),
+        stops=Stops(request, ALONE),
+        behind=[Behind(str(tmp_path / "public"))],
+    )
+    write = LogpStore.write
+
+    def write_and_signal(*arguments: Any) -> str:
+        request.ask("SIGTERM")
+        return write(*arguments)
+
+    fetching = mock.patch.object(LogpStore, "write", write_and_signal)
+    with fetching, pytest.raises(StoppedError, match="while log-probs were fetched"):
+        filler.fill(dataset, np.arange(len(RESPONSES)), no_progress)
+    assert len(list_shards(tmp_path / "own" / FINGERPRINT.name)) == 1
+    assert scorer.responses == 0
 
 
 def test_a_read_only_store_is_an_error_before_anything_is_computed(

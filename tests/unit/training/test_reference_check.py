@@ -167,6 +167,8 @@ def test_a_sample_has_what_was_fetched_and_a_failure_leaves_none_of_it(
         return set(sample.indices.tolist()), set(sample.urls), sample
 
     ours = data, np.arange(3)
+    _, urls, sample = sample_of((data, np.arange(4)), (data, np.arange(4, PAIRS)))
+    assert (urls, sample.unsampled) == ({"a"}, ["b"]), "it is said that b is not compared"
     every = data, np.arange(PAIRS)
     assert sample_of(ours)[1] == set()
     indices, urls, _ = sample_of(ours, every)  # the evaluation's, if only they are fetched
