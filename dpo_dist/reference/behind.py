@@ -141,9 +141,10 @@ class Behind:
                 yield other, int(rest[row]), values
         self.differences = ()
         if self.entries < _FEW * self.responses:
-            differences = [_differences(space.recipe, recipe) for _, space in accepted]
+            differences = [_differences(space.recipe, recipe) or ("the token ids",) for _, space in accepted]
             if not accepted:
                 differences = [_differences(other.profile, fingerprint.profile) for other, _ in of_model]
+            # Without words for another model: the list may be that of the run's teacher.
             self.differences = min(differences, key=len, default=())
 
     def _find(

@@ -231,6 +231,13 @@ def test_what_differs_is_said_where_a_store_has_few_of_the_responses(public: Pat
     behind = Behind(str(public))
     assert not list(behind.find(other, KEYS, TOKENS, KEPT.fault_of_others, RECIPE, rounding=True))
     assert behind.differences == ("dtype fp32 (here bf16)",)
+    for of, keys, differences in (
+        (replace(TEACHER, reference="ff" * 16), KEYS, ()),
+        (TEACHER, KEYS + 1, ("the token ids",)),
+    ):
+        behind = Behind(str(public))
+        assert not list(behind.find(of, keys, TOKENS, KEPT.fault_of_others, RECIPE))
+        assert behind.differences == differences
 
 
 def test_entries_that_differ_by_rounding_come_after_those_of_the_same_numerics(tmp_path: Path) -> None:
